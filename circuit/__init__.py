@@ -1,0 +1,34 @@
+"""circuit: how training writes a circuit into a transformer, step by step and exactly.
+
+The public names are imported when they are first used, so that `import circuit` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from circuit.errors import CircuitError
+
+if TYPE_CHECKING:
+    from circuit.runs import Run, open_run, read_rows
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Run": "circuit.runs",
+    "open_run": "circuit.runs",
+    "read_rows": "circuit.runs",
+}
+
+__all__ = ["CircuitError", "Run", "__version__", "open_run", "read_rows"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'circuit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

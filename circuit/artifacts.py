@@ -1,0 +1,327 @@
+"""Output folders: what may be replaced, atomic writes, rows.
+
+A command *opens* its output folder (which locks it), *claims* the names that it will write, and
+*writes* them. The claimed names stand in `<command>.manifest.json` before the first byte is
+written, so that even a killed command's files are known as its own. One invariant: no file that
+is not claimed by the same command is ever written, replaced or removed, and no folder is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Any, Self
+
+from circuit.errors import CircuitError
+
+Row = Mapping[str, Any]
+"""One JSON object of a row file."""
+
+_TEMPORARY_SUFFIX = ".circuit-tmp"
+
+
+def dump_row(row: Row) -> str:
+    """One row as one line of JSON without its newline. NaN and infinity are refused."""
+    return json.dumps(row, allow_nan=False, ensure_ascii=False)
+
+
+def dump_rows(rows: Iterable[Row]) -> str:
+    """Rows as JSON Lines."""
+    return "".join(dump_row(row) + "\n" for row in rows)
+
+
+def dump_json(payload: Any) -> str:
+    """A JSON document as this program writes it: indented, one trailing newline."""
+    return json.dumps(payload, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def atomic_write_bytes(path: Path, payload: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, whatever happens.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        CircuitError: the disk is full, a size limit is hit, or the folder is not writable; the
+            old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            handle.write(payload)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CircuitError(
+            f"could not be written ({error.strerror or error})",
+            where=path,
+            fix="the previous file, if any, is intact; free space or choose another folder",
+        ) from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path, *, tolerate_torn_tail: bool = False) -> list[dict[str, Any]]:
+    """Read a JSON Lines file.
+
+    Args:
+        tolerate_torn_tail: drop a last line that has no newline (a writer was killed in it).
+
+    Raises:
+        CircuitError: the file is missing, or a line is no JSON object (file and line named).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise CircuitError("no such file", where=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CircuitError(f"cannot be read ({error})", where=path) from None
+    tail = lines.pop()
+    if tail and not tolerate_torn_tail:
+        lines.append(tail)
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CircuitError(
+                f"not a JSON object ({error.msg})",
+                where=f"{path}:{number}",
+                fix="the file is damaged; regenerate it",
+            ) from None
+        if not isinstance(row, dict):
+            raise CircuitError(
+                f"not a JSON object ({type(row).__name__})",
+                where=f"{path}:{number}",
+                fix="the file is damaged; regenerate it",
+            )
+        rows.append(row)
+    return rows
+
+
+class RowLog:
+    """An append-only JSON Lines file that survives a killed writer.
+
+    Opening it drops a torn last line and every row beyond `last_step`, so that steps stay unique
+    when a run resumes.
+    """
+
+    def __init__(self, path: Path, *, last_step: int | None = None) -> None:
+        """Open for appending, keeping rows with `step` <= `last_step` (all others go)."""
+        self.path = path
+        kept: list[dict[str, Any]] = []
+        if last_step is not None and path.exists():
+            rows = read_jsonl(path, tolerate_torn_tail=True)
+            kept = [row for row in rows if row["step"] <= last_step]
+        atomic_write_text(path, dump_rows(kept))
+        self._handle: IO[str] = path.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Write one row and hand it to the operating system."""
+        try:
+            self._handle.write(dump_row(row) + "\n")
+            self._handle.flush()
+        except OSError as error:
+            raise CircuitError(
+                f"could not be written ({error.strerror or error})",
+                where=self.path,
+                fix="free space, then resume; the rows before this one are intact",
+            ) from error
+
+    def sync(self) -> None:
+        """Force the rows to the disk."""
+        os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):
+            self._handle.close()
+
+
+class OutputFolder:
+    """One command's share of a folder; a context manager that holds the folder's lock.
+
+    Raises (on entering):
+        CircuitError: the path is a file; another writer is at work; or the folder holds outputs of
+            this command and neither `overwrite` nor `resume` was given.
+    """
+
+    def __init__(
+        self, path: str | Path, command: str, *, overwrite: bool = False, resume: bool = False
+    ) -> None:
+        self.root = Path(path)
+        self.command = command
+        self.overwrite = overwrite
+        self.resume = resume
+        self._lock: IO[str] | None = None
+        self._owned: dict[str, None] = {}
+
+    @property
+    def manifest_name(self) -> str:
+        """File name of this command's manifest in the folder."""
+        return f"{self.command}.manifest.json"
+
+    @property
+    def owned(self) -> list[str]:
+        """Names claimed by this command, in the order of their claims."""
+        return list(self._owned)
+
+    def __enter__(self) -> Self:
+        if self.root.exists() and not self.root.is_dir():
+            raise CircuitError("is a file", where=self.root, expected="a folder for the outputs")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / f".{self.command}.lock").open("a")
+        except OSError as error:
+            raise CircuitError(
+                f"cannot be used as output folder ({error.strerror})", where=self.root
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise CircuitError(
+                f"another `circuit {self.command}` is writing here",
+                where=self.root,
+                fix="wait for it to end, or choose another output folder",
+            ) from None
+        try:
+            self._read_manifest()
+            self._refuse_unless_allowed()
+        except CircuitError:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def clear(self) -> None:
+        """Remove this command's earlier files, exactly those, and forget them."""
+        for name in self.owned:
+            with contextlib.suppress(FileNotFoundError):
+                self._inside(name).unlink()
+        self._owned = {}
+        self._write_manifest()
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Reserve file names (relative, posix) for this command.
+
+        Raises:
+            CircuitError: a file of that name exists and this command did not write it.
+        """
+        new = [name for name in names if name not in self._owned]
+        for name in new:
+            if os.path.lexists(self._inside(name)):
+                raise CircuitError(
+                    f"exists and was not written by `circuit {self.command}`",
+                    where=self.root / name,
+                    fix="move it away or choose another output folder",
+                )
+        if new:
+            self._owned.update(dict.fromkeys(new))
+            self._write_manifest()
+
+    def path(self, name: str) -> Path:
+        """Where a claimed file stands."""
+        if name not in self._owned:
+            raise KeyError(f"{name} was not claimed by {self.command}")
+        return self._inside(name)
+
+    def write_bytes(self, name: str, payload: bytes) -> Path:
+        """Claim `name` and write it atomically."""
+        self.claim([name])
+        path = self.path(name)
+        atomic_write_bytes(path, payload)
+        return path
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Claim `name` and write UTF-8 text atomically."""
+        return self.write_bytes(name, text.encode("utf-8"))
+
+    def _inside(self, name: str) -> Path:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+            raise CircuitError(f"'{name}' leaves the output folder", where=self.root)
+        path = self.root / relative
+        root = self.root.resolve()
+        if not path.parent.resolve().is_relative_to(root):
+            raise CircuitError(
+                f"'{name}' leads outside the output folder through a link", where=self.root
+            )
+        return path
+
+    def _read_manifest(self) -> None:
+        manifest = self.root / self.manifest_name
+        if not manifest.exists():
+            return
+        try:
+            payload = json.loads(manifest.read_text(encoding="utf-8"))
+            owned = payload["files"]
+            if payload["command"] != self.command or not all(isinstance(n, str) for n in owned):
+                raise ValueError("not a manifest of this command")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise CircuitError(
+                f"unreadable manifest ({error})",
+                where=manifest,
+                fix="it says which files may be replaced; move the folder away",
+            ) from None
+        for name in owned:
+            self._inside(name)
+        self._owned = dict.fromkeys(owned)
+
+    def _refuse_unless_allowed(self) -> None:
+        present = [name for name in self.owned if os.path.lexists(self._inside(name))]
+        if present and not self.overwrite and not self.resume:
+            raise CircuitError(
+                f"holds {len(present)} files of an earlier `circuit {self.command}`"
+                f" ({present[0]}, ...)",
+                where=self.root,
+                fix="pass --overwrite to replace exactly those files, or choose another folder",
+            )
+
+    def _write_manifest(self) -> None:
+        payload = {"command": self.command, "files": self.owned}
+        atomic_write_text(self.root / self.manifest_name, dump_json(payload))
+
+
+@contextlib.contextmanager
+def missing_is_error(path: Path, *, fix: str) -> Iterator[None]:
+    """Turn a missing file within the block into a CircuitError that says how to make it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CircuitError("does not exist", where=path, fix=fix) from None

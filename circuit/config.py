@@ -1,0 +1,282 @@
+"""Every file under configs/ as a pydantic model; unknown keys are refused by name.
+
+Two kinds of file: a benchmark (`BenchmarkConfig`) and a training run (`TrainConfig`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from circuit.errors import CircuitError
+
+Device = Literal["cpu", "cuda", "mps"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def to_json(self) -> str:
+        """The config as it is written to disk: indented, one trailing newline."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    def digest(self) -> str:
+        """sha256 of the config's canonical JSON (sorted keys, no spaces)."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class Range(_Config):
+    """An inclusive range of integers."""
+
+    min: NonNegativeInt
+    max: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class GeneratedSplit(_Config):
+    """A split whose records are drawn by the generator (definitions.md section 1)."""
+
+    samples: PositiveInt
+    active_keys: Range
+    overwrite_count: Range
+    num_queries: Range
+    query_lag: Range
+    answer_pairs: Literal["seen", "heldout"] = "seen"
+
+
+class CounterfactualSplit(_Config):
+    """A split made from another one by changing the value of one write that some read needs."""
+
+    samples: PositiveInt
+    counterfactual_of: str
+
+
+def _split_kind(value: Any) -> str:
+    if isinstance(value, CounterfactualSplit):
+        return "counterfactual"
+    named = isinstance(value, dict) and "counterfactual_of" in value
+    return "counterfactual" if named else "generated"
+
+
+SplitConfig = Annotated[
+    Annotated[GeneratedSplit, Tag("generated")]
+    | Annotated[CounterfactualSplit, Tag("counterfactual")],
+    Discriminator(_split_kind),
+]
+
+
+class BenchmarkConfig(_Config):
+    """A symbolic latest-write key-value benchmark."""
+
+    name: str
+    benchmark_type: Literal["symbolic_kv_stream"]
+    output_dir: str
+    seed: NonNegativeInt
+    num_keys: Annotated[int, Field(ge=2)]
+    num_values: Annotated[int, Field(ge=2)]
+    holdout_answer_pair_fraction: Annotated[float, Field(gt=0, lt=1)]
+    heuristic_max_accuracy: Annotated[float, Field(gt=0, le=1)]
+    lag_sampling: Literal["eligible", "uniform"] = "eligible"
+    splits: dict[str, SplitConfig]
+
+    @model_validator(mode="after")
+    def _counterfactual_sources(self) -> BenchmarkConfig:
+        for name, split in self.splits.items():
+            if isinstance(split, CounterfactualSplit):
+                source = self.splits.get(split.counterfactual_of)
+                if not isinstance(source, GeneratedSplit):
+                    raise ValueError(
+                        f"splits.{name}.counterfactual_of names {split.counterfactual_of!r},"
+                        " which is no generated split of this file"
+                    )
+                if split.samples > source.samples:
+                    raise ValueError(
+                        f"splits.{name}.samples is {split.samples}, more than the"
+                        f" {source.samples} of its source {split.counterfactual_of!r}"
+                    )
+        return self
+
+
+class ModelConfig(_Config):
+    """Shape and initialization of the HookedTransformer (`circuit/model/build.py`)."""
+
+    layers: PositiveInt
+    heads: PositiveInt
+    d_model: PositiveInt
+    d_ff: PositiveInt
+    max_sequence_length: Annotated[int, Field(ge=2)]
+    dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+    """Must be 0: a HookedTransformer has none."""
+    initialization: Literal["pytorch_default", "gpt2"] = "pytorch_default"
+
+    @model_validator(mode="after")
+    def _head_width(self) -> ModelConfig:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        return self
+
+
+class AdamWConfig(_Config):
+    """AdamW with decoupled weight decay on all parameters, one group."""
+
+    name: Literal["adamw"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    fused: bool = False
+
+
+class SGDConfig(_Config):
+    """SGD with torch's coupled weight decay; `momentum` 0 is plain SGD."""
+
+    name: Literal["sgd"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class ScheduleConfig(_Config):
+    """Linear warm-up over `warmup_steps`, then constant, or cosine/linear decay to a floor."""
+
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the last step, as a fraction of the base rate (cosine and linear)."""
+
+
+class BestConfig(_Config):
+    """Which evaluation selects `checkpoints/best.pt` (the largest value wins)."""
+
+    split: str
+    metric: Literal["answer_accuracy", "value_accuracy", "token_accuracy"] = "answer_accuracy"
+
+
+class TrainConfig(_Config):
+    """One training run."""
+
+    name: str
+    output_dir: str
+    benchmark_dir: str
+    seed: NonNegativeInt
+    device: Device = "cpu"
+    threads: PositiveInt | None = None
+    """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
+    compile: bool = False
+    """Run the forward and backward pass through torch.compile. Changes bits; part of the recipe."""
+    model: ModelConfig
+    steps: PositiveInt
+    batch_size: PositiveInt
+    train_split: str = "train"
+    optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    log_every: PositiveInt = 50
+    eval_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = 250
+    tracked_splits: list[str] = ["validation_iid", "heldout_pairs"]
+    best: BestConfig = BestConfig(split="heldout_pairs")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.best.split not in self.tracked_splits:
+            raise ValueError(
+                f"best.split {self.best.split!r} is not among tracked_splits {self.tracked_splits}"
+            )
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds steps {self.steps}"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields that decide the weights of every step, given the benchmark.
+
+        Names, folders, device, threads and the frequencies of logging are not among them; `steps`
+        is only where the schedule depends on it.
+        """
+        fields = ["seed", "model", "batch_size", "train_split", "optimizer", "schedule"]
+        fields += ["gradient_clip", "compile"]
+        if self.schedule.name != "constant":
+            fields.append("steps")
+        payload = self.model_dump(mode="json")
+        return {field: payload[field] for field in fields}
+
+
+ConfigT = TypeVar("ConfigT", bound=_Config)
+
+
+def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
+    """Read and validate one JSON config file.
+
+    Raises:
+        CircuitError: the file is missing, is not JSON, or a field is unknown, missing, of the
+            wrong type or out of range; the field is named by its path in the file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CircuitError("no such config file", where=path, fix="check --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CircuitError(f"cannot be read ({error})", where=path) from None
+    try:
+        payload = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CircuitError(
+            f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}:{error.colno}"
+        ) from None
+    return parse_config(payload, kind, where=path)
+
+
+def parse_config(payload: Any, kind: type[ConfigT], *, where: object) -> ConfigT:
+    """Validate a JSON payload that stands at `where` (a file name, used in messages).
+
+    Raises:
+        CircuitError: as `load_config`.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(payload))
+    except ValidationError as error:
+        problems = [_describe(item) for item in error.errors()]
+        shown = "; ".join(problems[:3])
+        more = f" (+{len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CircuitError(shown + more, where=where) from None
+
+
+# pydantic puts the tried member of a union into the location; it is no key of the file.
+_UNION_TAGS = {"generated", "counterfactual", "adamw", "sgd"}
+
+
+def _describe(item: Any) -> str:
+    field = ".".join(str(part) for part in item["loc"] if part not in _UNION_TAGS) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        return f"unknown field '{field}'; remove it or correct its name"
+    if item["type"] == "missing":
+        return f"missing field '{field}'"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    if isinstance(given, dict | list):
+        return f"field '{field}': {message}"
+    return f"field '{field}': {message}, got {json.dumps(given)}"

@@ -1,0 +1,152 @@
+"""What decides the bits of a run besides its config: recorded, compared, and set in one place.
+
+docs/exactness.md lists which of these facts change bits. torch is imported inside the functions,
+so that the command line can read this module without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from circuit.errors import CircuitError
+
+Facts = dict[str, Any]
+"""Recorded facts, all JSON."""
+
+_VARIABLES = ("ATEN_", "MKL_", "ONEDNN_", "DNNL_", "OMP_", "CUBLAS_")
+
+BIT_FACTS = (
+    "torch",
+    "cpu_capability",
+    "device",
+    "device_name",
+    "threads",
+    "float32_matmul_precision",
+    "onednn",
+    "deterministic",
+    "variables",
+)
+"""Facts that, when they differ, can change the bits of a step."""
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+
+
+def prepare_process(*, threads: int | None = None, device: str = "cpu") -> int:
+    """Make this process deterministic, with a fixed number of intra-op threads.
+
+    Also tells glibc's allocator to keep freed activations instead of returning them to the kernel,
+    which changes no bits and saves page faults (docs/performance.md).
+
+    Args:
+        threads: None keeps torch's number.
+        device: `cuda` needs `CUBLAS_WORKSPACE_CONFIG`, which is set here if it is not.
+
+    Returns:
+        The number of threads in use.
+
+    Raises:
+        CircuitError: the device is not available here.
+    """
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    require_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written; filling it first only costs time.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    _keep_freed_memory()
+    return torch.get_num_threads()
+
+
+def _keep_freed_memory() -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # a libc other than glibc
+        return
+    for option, value in (
+        (_M_MMAP_THRESHOLD, 32 * 2**20 - 4096),
+        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TOP_PAD, 64 * 2**20),
+        (_M_ARENA_MAX, 1),
+    ):
+        mallopt(option, value)
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this machine or this torch does not have.
+
+    Raises:
+        CircuitError: names the device and those that are available.
+    """
+    import torch
+
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if device not in available:
+        raise CircuitError(
+            f"device '{device}' is not available here",
+            expected=f"one of {', '.join(available)}",
+            fix="set --device, CIRCUIT_DEVICE or the config's device",
+        )
+
+
+def environment_facts(device: str = "cpu") -> Facts:
+    """Everything about this process that can change bits, and the versions for the record."""
+    import torch
+
+    cpu_model, cpu_flags = _cpu()
+    return {
+        "torch": torch.__version__,
+        "torch_build": torch.__config__.show(),
+        "transformer_lens": version("transformer_lens"),
+        "numpy": version("numpy"),
+        "circuit": version("circuit"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_model": cpu_model,
+        "cpu_flags": cpu_flags,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else device,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "onednn": torch.backends.mkldnn.enabled,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "attention": "explicit scores and softmax (TransformerLens)",
+        "variables": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
+        },
+    }
+
+
+def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The bit-changing facts that differ, each as `name: recorded -> now`."""
+    return [
+        f"{name}: {recorded.get(name)!r} -> {now.get(name)!r}"
+        for name in BIT_FACTS
+        if recorded.get(name) != now.get(name)
+    ]
+
+
+def _cpu() -> tuple[str, list[str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    split = (line.partition(":") for line in lines)
+    fields = {key.strip(): value.strip() for key, _, value in split if value}
+    return fields.get("model name", platform.machine()), fields.get("flags", "").split()

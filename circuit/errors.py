@@ -1,0 +1,38 @@
+"""The one error that users see: what is wrong, where, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class CircuitError(Exception):
+    """A mistake in the input or the environment, as opposed to a bug in this program.
+
+    The command line prints it in one line and exits with status 2.
+
+    Args:
+        what: what is wrong, with the value that was given.
+        where: file, line, field, tensor or option.
+        expected: what would have been accepted.
+        fix: the next thing to do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self._line())
+
+    def _line(self) -> str:
+        line = self.what if self.where is None else f"{self.where}: {self.what}"
+        if self.expected:
+            line += f"; expected {self.expected}"
+        if self.fix:
+            line += f"; {self.fix}"
+        return " ".join(line.split())

@@ -1,0 +1,116 @@
+"""The main job on a small task, in one call: make the data, train, look at one read.
+
+The two configs ship with the package (`configs/benchmark/quickstart.json`,
+`configs/train/quickstart.json`); docs/quickstart.md says how they were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformer_lens import HookedTransformer
+
+from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
+from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.training.checkpoints import load_checkpoint
+from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
+from circuit.training.loop import BEST, Progress, TrainResult, train
+from circuit.training.session import encode_split, model_from_state
+
+EXAMPLE_SPLIT = "validation_iid"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One read of a decoded sequence, and what the model makes of it."""
+
+    sample_id: str
+    tokens: list[str]
+    prediction_position: int
+    support_position: int
+    lag: int
+    answer: str
+    predicted: str
+    probability: float
+    """Of the predicted token."""
+    head: str
+    """The head that, over the whole split, attends most to the support value."""
+    attention: list[float]
+    """Of that head, from the prediction position to every position."""
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What the quickstart made and measured."""
+
+    training: TrainResult
+    evaluations: list[Evaluation]
+    example: Example
+    benchmark_folder: Path
+
+
+def quickstart_configs() -> tuple[BenchmarkConfig, TrainConfig]:
+    """The two configs that ship with the package."""
+    shipped = Path(str(files("circuit.configs")))
+    return (
+        load_config(shipped / "benchmark" / "quickstart.json", BenchmarkConfig),
+        load_config(shipped / "train" / "quickstart.json", TrainConfig),
+    )
+
+
+def quickstart(*, progress: Callable[[Progress], None] | None = None) -> QuickstartResult:
+    """Generate, train, evaluate and explain, under `data/` and `artifacts/` of this folder.
+
+    Files of an earlier quickstart are replaced, no others.
+
+    Raises:
+        CircuitError: the folders hold something else under the same names.
+    """
+    benchmark_config, config = quickstart_configs()
+    write_benchmark(benchmark_config, overwrite=True)
+    training = train(config, overwrite=True, progress=progress)
+    benchmark = load_benchmark(config.benchmark_dir)
+    state = load_checkpoint(training.folder / BEST)
+    model = model_from_state(state, config, benchmark)
+    splits = {name: encode_split(benchmark, name) for name in benchmark.splits}
+    evaluations = [evaluate(model, split, name) for name, split in splits.items()]
+    example = explain_read(model, benchmark, splits[EXAMPLE_SPLIT])
+    return QuickstartResult(training, evaluations, example, Path(benchmark_config.output_dir))
+
+
+def explain_read(model: HookedTransformer, benchmark: Benchmark, split: EncodedSplit) -> Example:
+    """The first read of the largest lag, through the head that looks at supports the most."""
+    batch = split.batch()
+    with torch.no_grad():
+        logits, attention = logits_and_attention(model, batch.tokens)
+    head = _lookup_head(batch, attention)
+    read = int(batch.reads.lag.argmax())
+    row, position = int(batch.reads.row[read]), int(batch.reads.key_pos[read])
+    probabilities = logits[row, position].double().softmax(-1)
+    predicted = int(probabilities.argmax())
+    text = benchmark.vocabulary.tokens
+    length = int(batch.lengths[row])
+    return Example(
+        sample_id=batch.sample_ids[row],
+        tokens=[text[token] for token in batch.tokens[row, :length].tolist()],
+        prediction_position=position,
+        support_position=int(batch.reads.support_value_pos[read]),
+        lag=int(batch.reads.lag[read]),
+        answer=text[int(batch.reads.answer[read])],
+        predicted=text[predicted],
+        probability=float(probabilities[predicted]),
+        head=f"L{head // model.cfg.n_heads}H{head % model.cfg.n_heads}",
+        attention=attention[row, head, position, : position + 1].tolist(),
+    )
+
+
+def _lookup_head(batch: Batch, attention: torch.Tensor) -> int:
+    """Index (layer by layer) of the head with the most attention on the supports' values."""
+    reads = batch.reads
+    on_support = attention[reads.row, :, reads.key_pos, reads.support_value_pos]  # [read, head]
+    return int(on_support.mean(0).argmax())

@@ -1,0 +1,132 @@
+"""open_run, read_rows: what a notebook starts from.
+
+run = circuit.open_run("artifacts/runs/quickstart")
+model = run.model(400)                       # a HookedTransformer
+batch = run.batch("validation_iid")          # tokens and read indices
+logits, cache = model.run_with_cache(batch.tokens)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformer_lens import HookedTransformer
+
+from circuit.artifacts import read_jsonl
+from circuit.config import TrainConfig, load_config
+from circuit.errors import CircuitError
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.tasks.symbolic_kv import Vocabulary
+from circuit.training.checkpoints import TrainState, list_checkpoints, load_checkpoint
+from circuit.training.loop import BEST, METRICS, RUN_CONFIG
+from circuit.training.session import encode_split, model_from_state
+
+
+class Run:
+    """A training run on disk.
+
+    Attributes:
+        path: the run's folder.
+        config: what it was trained with.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a run's folder (or its `run_config.json`); nothing else is read yet.
+
+        Raises:
+            CircuitError: there is no run here.
+        """
+        path = Path(path)
+        self.path = path.parent if path.name == RUN_CONFIG else path
+        if not (self.path / RUN_CONFIG).is_file():
+            raise CircuitError(
+                f"holds no {RUN_CONFIG}",
+                where=self.path,
+                expected="the folder of a run",
+                fix="train one with `circuit train` or `circuit quickstart`",
+            )
+        self.config = load_config(self.path / RUN_CONFIG, TrainConfig)
+        self._splits: dict[str, EncodedSplit] = {}
+
+    def __repr__(self) -> str:
+        steps = self.steps
+        span = f"{len(steps)} checkpoints, {steps[0]} to {steps[-1]}" if steps else "no checkpoints"
+        shape = self.config.model
+        return f"Run({self.path}: {shape.layers} layers, {shape.heads} heads, {span})"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return list(list_checkpoints(self.path / "checkpoints"))
+
+    @cached_property
+    def benchmark(self) -> Benchmark:
+        """The run's benchmark with all of its splits."""
+        return load_benchmark(self.config.benchmark_dir)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the run's benchmark."""
+        return self.benchmark.vocabulary
+
+    def checkpoint(self, step: int | str = "best") -> TrainState:
+        """A saved state: a step, or `"best"`.
+
+        Raises:
+            CircuitError: there is no such checkpoint, or it is damaged.
+        """
+        if step == "best":
+            return load_checkpoint(self.path / BEST)
+        found = list_checkpoints(self.path / "checkpoints").get(int(step))
+        if found is None:
+            raise CircuitError(
+                f"no checkpoint of step {step}",
+                where=self.path,
+                expected=f"one of {', '.join(map(str, self.steps)) or '(none)'} or 'best'",
+            )
+        return load_checkpoint(found)
+
+    def model(self, step: int | str = "best") -> HookedTransformer:
+        """The model after `step` optimizer steps, or the best one.
+
+        Raises:
+            CircuitError: as `checkpoint`; or it belongs to another config or benchmark.
+        """
+        return model_from_state(self.checkpoint(step), self.config, self.benchmark)
+
+    def batch(self, split: str, indices: Sequence[int] | torch.Tensor | None = None) -> Batch:
+        """Records of a split (all by default) as tokens `[batch, pos]` with read indices.
+
+        Raises:
+            CircuitError: there is no such split, or an index is out of range.
+        """
+        if split not in self._splits:
+            self._splits[split] = encode_split(self.benchmark, split)
+        return self._splits[split].batch(indices).to(self.config.device)
+
+    def metrics(self) -> pd.DataFrame:
+        """The rows of `metrics.jsonl`: `kind` is `train` or `evaluation`."""
+        return read_rows(self.path / METRICS)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run's folder.
+
+    Raises:
+        CircuitError: there is no run here.
+    """
+    return Run(path)
+
+
+def read_rows(path: str | Path) -> pd.DataFrame:
+    """A row file (JSON Lines) as a DataFrame; nested objects become dotted columns.
+
+    Raises:
+        CircuitError: the file is missing, or a line is damaged (file and line named).
+    """
+    return pd.json_normalize(read_jsonl(Path(path)))

@@ -1,0 +1,191 @@
+"""Fixed probe sets: a few records of chosen splits of one benchmark (definitions.md section 1).
+
+A probe set is one JSONL in the record format. Beside it `<name>.metadata.json` names the benchmark
+that it was drawn from; a probe set of another benchmark is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from circuit.errors import CircuitError
+from circuit.tasks.benchmark import (
+    Benchmark,
+    Sha256,
+    WriteFile,
+    records_from_jsonl,
+    records_to_jsonl,
+)
+from circuit.tasks.symbolic_kv import Record, Vocabulary
+
+DEFAULT_SEED = 17
+_SCHEMA_VERSION = 1
+
+
+class ProbeSetMetadata(BaseModel):
+    """The content of `<name>.metadata.json`.
+
+    Attributes:
+        benchmark, benchmark_digest: name and digest of the benchmark drawn from.
+        num_keys, num_values: size of its vocabulary.
+        seed: seed of the draw.
+        counts: number of records by split, in the order of the file.
+        sha256: of the JSONL's bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: int
+    benchmark: str
+    benchmark_digest: Sha256
+    num_keys: Annotated[int, Field(ge=2)]
+    num_values: Annotated[int, Field(ge=2)]
+    seed: int
+    counts: dict[str, int]
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Records drawn from a benchmark, split by split, in the benchmark's file order."""
+
+    records: list[Record]
+    metadata: ProbeSetMetadata
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the records."""
+        return Vocabulary(self.metadata.num_keys, self.metadata.num_values)
+
+    def save(self, name: str, write: WriteFile) -> None:
+        """Write `name` (a file name that ends in `.jsonl`) and its metadata file.
+
+        Raises:
+            CircuitError: the name does not end in `.jsonl`.
+        """
+        write(name, records_to_jsonl(self.records, self.vocabulary))
+        payload = json.dumps(self.metadata.model_dump(mode="json"), indent=2)
+        write(metadata_path(name).name, payload + "\n")
+
+
+def metadata_path(path: str | Path) -> Path:
+    """`<name>.metadata.json` beside the probe set `<name>.jsonl`.
+
+    Raises:
+        CircuitError: the name does not end in `.jsonl`.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise CircuitError("no name of a probe set", where=path, expected="a name in .jsonl")
+    return path.with_suffix(".metadata.json")
+
+
+def draw_probe_set(
+    benchmark: Benchmark,
+    splits: Sequence[str],
+    examples_per_split: int,
+    seed: int = DEFAULT_SEED,
+) -> ProbeSet:
+    """Draw `examples_per_split` records of each split, without replacement.
+
+    Raises:
+        CircuitError: a split is unknown, named twice or too small, or nothing is asked for.
+    """
+    if not splits or len(set(splits)) != len(splits):
+        given = ", ".join(splits) or "(none)"
+        raise CircuitError(f"splits {given}", expected="at least one split, each named once")
+    rng = random.Random(seed)
+    records: list[Record] = []
+    for split in splits:
+        available = benchmark.records(split)
+        if not 1 <= examples_per_split <= len(available):
+            raise CircuitError(
+                f"{examples_per_split} examples of split {split!r}",
+                expected=f"1 to {len(available)}",
+                fix="change --examples-per-split",
+            )
+        chosen = sorted(rng.sample(range(len(available)), examples_per_split))
+        records += [available[i] for i in chosen]
+    text = records_to_jsonl(records, benchmark.vocabulary)
+    metadata = ProbeSetMetadata(
+        schema_version=_SCHEMA_VERSION,
+        benchmark=benchmark.config.name,
+        benchmark_digest=benchmark.digest,
+        num_keys=benchmark.vocabulary.num_keys,
+        num_values=benchmark.vocabulary.num_values,
+        seed=seed,
+        counts=dict.fromkeys(splits, examples_per_split),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+    return ProbeSet(records, metadata)
+
+
+def load_probe_set(path: str | Path, benchmark_digest: str | None = None) -> list[Record]:
+    """The records of a probe set; see `read_probe_set`."""
+    return read_probe_set(path, benchmark_digest).records
+
+
+def read_probe_set(path: str | Path, benchmark_digest: str | None = None) -> ProbeSet:
+    """Read and verify a probe set.
+
+    Args:
+        path: the JSONL file.
+        benchmark_digest: digest of the benchmark in use; None takes a set of any benchmark.
+
+    Raises:
+        CircuitError: a file is missing or was edited, or the set is of another benchmark.
+    """
+    path = Path(path)
+    metadata = _read_metadata(path)
+    if benchmark_digest is not None and metadata.benchmark_digest != benchmark_digest:
+        raise CircuitError(
+            f"a probe set of benchmark {metadata.benchmark!r}"
+            f" (digest {metadata.benchmark_digest[:12]})",
+            where=path,
+            expected=f"one of the benchmark in use (digest {benchmark_digest[:12]})",
+            fix="run `circuit generate-probe-set` on this benchmark",
+        )
+    vocab = Vocabulary(metadata.num_keys, metadata.num_values)
+    records, sha256 = records_from_jsonl(path, vocab)
+    if sha256 != metadata.sha256:
+        raise CircuitError(
+            f"{len(records)} records with sha256 {sha256}",
+            where=path,
+            expected=f"{sum(metadata.counts.values())} with {metadata.sha256}, as"
+            f" {metadata_path(path).name} says",
+            fix="draw the probe set again with --overwrite",
+        )
+    return ProbeSet(records, metadata)
+
+
+def _read_metadata(path: Path) -> ProbeSetMetadata:
+    where = metadata_path(path)
+    try:
+        text = where.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CircuitError(
+            "no such file",
+            where=where if path.exists() else path,
+            expected="a probe set with its metadata beside it",
+            fix="run `circuit generate-probe-set --output` with this path",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CircuitError(f"cannot be read ({error})", where=where) from None
+    try:
+        return ProbeSetMetadata.model_validate_json(text)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise CircuitError(
+            f"field '{field}': {first['msg']}",
+            where=where,
+            fix="draw the probe set again with --overwrite",
+        ) from None

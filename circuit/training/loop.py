@@ -1,0 +1,263 @@
+"""train: steps, evaluation, checkpoints, resume.
+
+The run folder: `run_config.json`, `environment.json`, `metrics.jsonl` (no clock, so that equal runs
+give equal bytes), `checkpoints/step_NNNNNN.pt` and `best.pt`, and, once the last step is done,
+`summary.json`. Within one step the order is rows, best, checkpoint; a resumed run keeps the rows up
+to its checkpoint and writes the others again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuit.artifacts import OutputFolder, RowLog, dump_json
+from circuit.config import TrainConfig
+from circuit.environment import changed_facts, environment_facts, prepare_process
+from circuit.errors import CircuitError
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.symbolic_kv import PAD
+from circuit.training.checkpoints import (
+    checkpoint_name,
+    encode_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from circuit.training.evaluate import Evaluation, evaluate
+from circuit.training.session import TrainingSession, encode_split
+from circuit.training.step import StepOutcome
+
+COMMAND = "train"
+RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY = (
+    "run_config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "summary.json",
+)
+BEST = "checkpoints/best.pt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress bar shows; sent after every step and every evaluation."""
+
+    step: int
+    steps: int
+    loss: float | None = None
+    """Of this step's batch."""
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A run that reached its last step, or the step that it was asked to stop at."""
+
+    config: TrainConfig
+    step: int
+    first_step: int
+    """The step that this call started from (0, or a checkpoint's on resume)."""
+    evaluations: dict[str, Evaluation]
+    """The last evaluation of every tracked split."""
+    best: dict[str, Any] | None
+    """Step and value of the best evaluation."""
+    seconds: float
+    folder: Path
+    files: list[str]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    allow_drift: bool = False,
+    stop_at: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a run, or go on with it.
+
+    Args:
+        overwrite: replace the files of an earlier run in the same folder, and only those.
+        resume: continue from the last checkpoint; the result equals, bit for bit, a run that was
+            never interrupted.
+        allow_drift: resume also where the environment differs and bits may too.
+        stop_at: stop after this step, with a checkpoint, ready to be resumed.
+        progress: called with a `Progress`.
+
+    Raises:
+        CircuitError: bad input, a folder that holds another run, or a changed environment.
+    """
+    if overwrite and resume:
+        raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
+    last = config.steps if stop_at is None else stop_at
+    if not 1 <= last <= config.steps:
+        raise CircuitError(f"cannot stop at step {last}", expected=f"1 to {config.steps}")
+    with OutputFolder(config.output_dir, COMMAND, overwrite=overwrite, resume=resume) as folder:
+        splits = list(dict.fromkeys([config.train_split, *config.tracked_splits]))
+        benchmark = load_benchmark(config.benchmark_dir, splits=splits)
+        threads = config.threads
+        if resume and threads is None:
+            threads = _recorded(folder).get("threads")
+        prepare_process(threads=threads, device=config.device)
+        session, notes = _session(config, benchmark, folder, resume, allow_drift)
+        if session.step > last:
+            raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
+        return _Loop(config, folder, session, notes, last, progress).run()
+
+
+def _session(
+    config: TrainConfig, benchmark: Benchmark, folder: OutputFolder, resume: bool, drift: bool
+) -> tuple[TrainingSession, dict[str, Any]]:
+    """Start or restore, and lay out the folder."""
+    saved = list_checkpoints(folder.root / "checkpoints") if resume else {}
+    if saved:
+        changed = changed_facts(_recorded(folder), environment_facts(config.device))
+        if changed and not drift:
+            raise CircuitError(
+                f"the environment has changed ({'; '.join(changed)}), so the bits would",
+                where=folder.root,
+                fix="resume where the run was started, or pass --allow-drift",
+            )
+        state = load_checkpoint(saved[max(saved)])
+        session = TrainingSession.restore(state, config, benchmark)
+        folder.claim(_planned(config))
+        return session, state.notes
+    session = TrainingSession.start(config, benchmark)
+    folder.clear()
+    folder.claim(_planned(config))
+    folder.write_text(RUN_CONFIG, config.to_json())
+    folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
+    return session, {}
+
+
+def _planned(config: TrainConfig) -> list[str]:
+    steps = {*range(config.checkpoint_every, config.steps + 1, config.checkpoint_every)}
+    names = [f"checkpoints/{checkpoint_name(step)}" for step in sorted(steps | {config.steps})]
+    return [RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY, BEST, *names]
+
+
+def _recorded(folder: OutputFolder) -> dict[str, Any]:
+    path = folder.root / ENVIRONMENT
+    if not path.exists():
+        return {}
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+class _Loop:
+    """One call of `train`, from its session's step to `last`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: OutputFolder,
+        session: TrainingSession,
+        notes: dict[str, Any],
+        last: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.session = session
+        self.notes = notes
+        self.last = last
+        self.progress = progress or (lambda _: None)
+        self.evaluations: dict[str, Evaluation] = {}
+        self.tracked = {
+            name: encode_split(session.benchmark, name) for name in config.tracked_splits
+        }
+
+    def run(self) -> TrainResult:
+        config, session = self.config, self.session
+        first, began = session.step, time.perf_counter()
+        log = RowLog(self.folder.path(METRICS), last_step=first if first else None)
+        try:
+            if first == 0:
+                self._evaluate(log)
+            while session.step < self.last:
+                outcome = session.advance()
+                self.progress(Progress(session.step, config.steps, float(outcome.loss)))
+                self._after_step(outcome, log)
+            if not self.evaluations:
+                self._measure()
+        finally:
+            log.close()
+        seconds = time.perf_counter() - began
+        result = TrainResult(
+            config,
+            session.step,
+            first,
+            self.evaluations,
+            self.notes.get("best"),
+            seconds,
+            self.folder.root,
+            self.folder.owned,
+        )
+        if session.step == config.steps:
+            self.folder.write_text(SUMMARY, dump_json(_summary(result)))
+        return result
+
+    def _after_step(self, outcome: StepOutcome, log: RowLog) -> None:
+        config, step = self.config, outcome.step
+        end = step == config.steps
+        if step % config.log_every == 0 or end:
+            log.append(self._step_row(outcome))
+        if step % config.eval_every == 0 or end:
+            self._evaluate(log)
+        if step % config.checkpoint_every == 0 or step == self.last:
+            log.sync()
+            self._save(f"checkpoints/{checkpoint_name(step)}")
+
+    def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
+        targets = self.session.tokens(outcome.step)[:, 1:]
+        real = targets != PAD
+        hits = (outcome.logits.argmax(-1) == targets)[real]
+        return {
+            "kind": "train",
+            "step": outcome.step,
+            "loss": float(outcome.loss),
+            "token_accuracy": float(hits.double().mean()),
+            "lr": outcome.lr,
+            "grad_norm": float(outcome.grad_norm),
+            "clip_factor": outcome.clip_factor,
+        }
+
+    def _measure(self) -> None:
+        for name, split in self.tracked.items():
+            self.evaluations[name] = evaluate(self.session.model, split, name)
+
+    def _evaluate(self, log: RowLog) -> None:
+        self._measure()
+        step = self.session.step
+        for evaluation in self.evaluations.values():
+            log.append({"kind": "evaluation", "step": step, **evaluation.to_row()})
+            self.progress(Progress(step, self.config.steps, evaluation=evaluation))
+        best = self.config.best
+        value = getattr(self.evaluations[best.split], best.metric)
+        if step > 0 and ("best" not in self.notes or value > self.notes["best"]["value"]):
+            self.notes["best"] = {
+                "step": step,
+                "split": best.split,
+                "metric": best.metric,
+                "value": value,
+            }
+            self._save(BEST)
+
+    def _save(self, name: str) -> None:
+        self.folder.write_bytes(name, encode_checkpoint(self.session.state(self.notes)))
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    steps = result.step - result.first_step
+    return {
+        "name": result.config.name,
+        "steps": result.step,
+        "best": result.best,
+        "evaluations": {name: e.to_row() for name, e in result.evaluations.items()},
+        "seconds_of_last_call": result.seconds,
+        "steps_per_second": steps / result.seconds if steps else None,
+    }

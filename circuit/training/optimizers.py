@@ -1,0 +1,138 @@
+"""The optimizer (torch's own) and the learning-rate schedule.
+
+Optimizer state is handled by parameter name: `{"exp_avg": {name: tensor}, ...}`, never by torch's
+integer positions, so that a state of the wrong order, shape or content is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from circuit.config import AdamWConfig, SGDConfig, TrainConfig
+from circuit.errors import CircuitError
+
+Moments = dict[str, dict[str, Tensor]]
+"""Optimizer state: moment -> parameter name -> tensor of the parameter's shape."""
+
+
+def build_optimizer(model: nn.Module, config: AdamWConfig | SGDConfig) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD over all parameters, in one group, in the model's order."""
+    parameters = list(model.parameters())
+    if isinstance(config, AdamWConfig):
+        return torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            foreach=False,
+            fused=config.fused,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        foreach=False,
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """`lr_t` of step `t` (from 1): linear warm-up `lr * t / warmup`, then the schedule.
+
+    Cosine and linear fall from the base rate at the end of the warm-up to `floor` times the base
+    rate at the run's last step (definitions.md section 4).
+    """
+    base = config.optimizer.learning_rate
+    schedule = config.schedule
+    if step <= schedule.warmup_steps:
+        return base * step / schedule.warmup_steps
+    if schedule.name == "constant":
+        return base
+    span = max(config.steps - schedule.warmup_steps, 1)
+    progress = min((step - schedule.warmup_steps) / span, 1.0)
+    shape = 1 - progress if schedule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return base * (schedule.floor + (1 - schedule.floor) * shape)
+
+
+def moment_names(config: AdamWConfig | SGDConfig) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for each parameter."""
+    if isinstance(config, AdamWConfig):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.momentum else ()
+
+
+def read_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: AdamWConfig | SGDConfig
+) -> Moments:
+    """The optimizer's state by name; zeros before the first step (as torch starts from)."""
+    return {
+        moment: {
+            name: optimizer.state[parameter].get(moment, torch.zeros_like(parameter)).detach()
+            for name, parameter in model.named_parameters()
+        }
+        for moment in moment_names(config)
+    }
+
+
+def write_moments(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: AdamWConfig | SGDConfig,
+    moments: Mapping[str, Mapping[str, Tensor]],
+    step: int,
+) -> None:
+    """Put a state that was read after `step` steps into a fresh optimizer.
+
+    Raises:
+        CircuitError: a moment is missing or unknown, or a tensor's name, shape or dtype is not its
+            parameter's, or a value is not finite, or a second moment is negative.
+    """
+    check_moments(model, config, moments)
+    optimizer.state.clear()
+    if step == 0:
+        return
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            state = {
+                moment: values[name].to(parameter.device).clone()
+                for moment, values in moments.items()
+            }
+            if isinstance(config, AdamWConfig):
+                # torch keeps the count on the CPU unless the fused kernel runs elsewhere
+                place = parameter.device if config.fused else torch.device("cpu")
+                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=place)
+            optimizer.state[parameter] = state
+
+
+def check_moments(
+    model: nn.Module,
+    config: AdamWConfig | SGDConfig,
+    moments: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Refuse a state that is not this model's and this optimizer's (see `write_moments`)."""
+    expected = moment_names(config)
+    if tuple(moments) != expected:
+        raise CircuitError(
+            f"optimizer state holds {list(moments)}", expected=f"{list(expected)} ({config.name})"
+        )
+    names = [name for name, _ in model.named_parameters()]
+    for moment, values in moments.items():
+        if list(values) != names:
+            odd = sorted(set(values) ^ set(names)) or ["their order"]
+            raise CircuitError(f"{moment}: parameter names do not match the model's: {odd[0]}")
+        for name, parameter in model.named_parameters():
+            value = values[name]
+            if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                raise CircuitError(
+                    f"{moment} of {name} is {value.dtype} {list(value.shape)}",
+                    expected=f"{parameter.dtype} {list(parameter.shape)}",
+                )
+            if not torch.isfinite(value).all():
+                raise CircuitError(f"{moment} of {name} holds values that are not finite")
+            if moment == "exp_avg_sq" and (value < 0).any():
+                raise CircuitError(f"{moment} of {name} holds negative values")

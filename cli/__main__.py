@@ -1,0 +1,5 @@
+"""`python -m circuit.cli`."""
+
+from .app import main
+
+main()

@@ -1,0 +1,50 @@
+"""The Typer app. Nothing here, nor anything imported here, imports torch: help stays quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from circuit import CircuitError, __version__
+
+from . import data, quickstart, training
+from .output import print_error
+
+app = typer.Typer(
+    name="circuit",
+    help="How training writes a circuit into a transformer, step by step and exactly.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"circuit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """How training writes a circuit into a transformer, step by step and exactly."""
+
+
+for module in (quickstart, data, training):
+    module.register(app)
+
+
+def main() -> None:
+    """Run the program; a `CircuitError` becomes one line on stderr and exit code 2."""
+    try:
+        app(prog_name="circuit")
+    except CircuitError as error:
+        print_error(error)
+        sys.exit(2)

@@ -1,0 +1,97 @@
+"""Commands that make data: generate-benchmark, generate-probe-set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from . import options
+from .output import percent, print_json, print_written, progress_bar, stdout, table
+
+if TYPE_CHECKING:
+    from circuit.tasks.benchmark import Benchmark
+
+PANEL = "Data"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("generate-benchmark", rich_help_panel=PANEL)(generate_benchmark)
+    app.command("generate-probe-set", rich_help_panel=PANEL)(generate_probe_set)
+
+
+def generate_benchmark(
+    config: options.BenchmarkConfigPath,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Generate a symbolic key-value benchmark, check it, and write it."""
+    from circuit.config import BenchmarkConfig, load_config
+    from circuit.tasks.benchmark import write_benchmark
+
+    settings = load_config(config, BenchmarkConfig)
+    with progress_bar(not as_json) as bar:
+        total = sum(split.samples for split in settings.splits.values())
+        task = bar.add_task("records", total=total, note="")
+        made, paths = write_benchmark(
+            settings,
+            overwrite=overwrite,
+            progress=lambda split, done: bar.update(task, advance=1, note=f"{split} {done}"),
+        )
+    if as_json:
+        print_json({"name": settings.name, "digest": made.digest, "paths": [str(p) for p in paths]})
+        return
+    _print_benchmark(made)
+    print_written(paths)
+
+
+def generate_probe_set(
+    benchmark_dir: Annotated[Path, typer.Option(help="Folder of a generated benchmark.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; metadata stands beside it.")],
+    examples_per_split: Annotated[int, typer.Option(min=1, help="Records drawn from each split.")],
+    split: options.Splits = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 17,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw a fixed set of records that later reports look at."""
+    from circuit.artifacts import OutputFolder
+    from circuit.tasks.benchmark import load_benchmark
+    from circuit.tasks.probes import draw_probe_set
+
+    splits = split or ["validation_iid"]
+    command = f"generate-probe-set.{output.stem}"
+    with OutputFolder(output.parent, command, overwrite=overwrite) as folder:
+        benchmark = load_benchmark(benchmark_dir, splits=splits)
+        made = draw_probe_set(benchmark, splits, examples_per_split, seed=seed)
+        folder.clear()
+        paths: list[Path] = []
+        made.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
+    if as_json:
+        print_json({"records": len(made.records), "paths": [str(p) for p in paths]})
+        return
+    stdout.print(f"{len(made.records)} records from {', '.join(splits)} (seed {seed})")
+    print_written(paths)
+
+
+def _print_benchmark(made: Benchmark) -> None:
+    """Sizes and shortcut accuracies, a row a split; then the warnings."""
+    shortcuts = list(next(iter(made.figures.splits.values())).shortcuts)
+    columns = ["split", "records", "reads", "tokens", *shortcuts, "k-th last write"]
+    shown = table(f"{made.config.name} (digest {made.digest[:12]})", columns)
+    for name, figures in made.figures.splits.items():
+        k = figures.strongest_positional
+        shown.add_row(
+            name,
+            str(figures.records),
+            str(figures.reads),
+            f"{figures.min_tokens}-{figures.max_tokens}",
+            *[percent(figures.shortcuts[shortcut]) for shortcut in shortcuts],
+            f"k={k}: {percent(figures.positional_shortcuts[k])}",
+        )
+    stdout.print(shown)
+    for warning in made.figures.warnings:
+        stdout.print(Text("warning: ", style="yellow") + Text(warning), soft_wrap=True)

@@ -1,0 +1,128 @@
+"""Options that several commands share, and the values that shell completion offers for them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from circuit import CircuitError
+
+DEVICES = ("cpu", "cuda", "mps")
+DEFAULT_SPLITS = (
+    "train",
+    "validation_iid",
+    "test_iid",
+    "heldout_pairs",
+    "structural_ood",
+    "counterfactual",
+)
+
+
+def _complete_config(incomplete: str) -> list[str]:
+    found = [*Path("configs").rglob("*.json"), *Path("artifacts/runs").rglob("run_config.json")]
+    return sorted(str(path) for path in found if str(path).startswith(incomplete))
+
+
+def _complete_benchmark_config(incomplete: str) -> list[str]:
+    return [path for path in _complete_config(incomplete) if "benchmark" in Path(path).parts]
+
+
+def _complete_train_config(incomplete: str) -> list[str]:
+    return [path for path in _complete_config(incomplete) if "benchmark" not in Path(path).parts]
+
+
+def _complete_device(incomplete: str) -> list[str]:
+    return [device for device in DEVICES if device.startswith(incomplete)]
+
+
+def _complete_split(ctx: typer.Context, incomplete: str) -> list[str]:
+    return [name for name in _known_splits(ctx) if name.startswith(incomplete)]
+
+
+def _known_splits(ctx: typer.Context) -> list[str]:
+    """Splits of the benchmark that the command line names so far, else the usual ones."""
+    folder = ctx.params.get("benchmark_dir")
+    config = ctx.params.get("config")
+    try:
+        if folder is None and config is not None:
+            folder = json.loads(Path(config).read_text(encoding="utf-8"))["benchmark_dir"]
+        if folder is not None:
+            text = (Path(folder) / "metadata.json").read_text(encoding="utf-8")
+            return list(json.loads(text)["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # half-typed command lines are no error
+    return list(DEFAULT_SPLITS)
+
+
+def _complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Checkpoints of the run whose config the command line names, else of every run."""
+    config = ctx.params.get("config")
+    folders: list[Path] = list(Path("artifacts/runs").rglob("checkpoints"))
+    if config is not None:
+        own = Path(config).parent / "checkpoints"
+        folders = [own] if own.is_dir() else folders
+    found = [str(path) for folder in folders for path in folder.glob("*.pt")]
+    return sorted(path for path in found if path.startswith(incomplete))
+
+
+TrainConfigPath = Annotated[
+    Path,
+    typer.Option("--config", help="Training config (JSON).", autocompletion=_complete_train_config),
+]
+BenchmarkConfigPath = Annotated[
+    Path,
+    typer.Option(
+        "--config", help="Benchmark config (JSON).", autocompletion=_complete_benchmark_config
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace the files that an earlier run of this command wrote, no others.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object with every path that was written.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda or mps; else CIRCUIT_DEVICE, else the config's.",
+        autocompletion=_complete_device,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Intra-op threads; part of what decides the bits.")
+]
+Splits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--split", help="Split of the benchmark; repeatable.", autocompletion=_complete_split
+    ),
+]
+Checkpoint = Annotated[
+    Path, typer.Option(help="Checkpoint file.", autocompletion=_complete_checkpoint)
+]
+
+
+def resolve_device(option: str | None, configured: str) -> str:
+    """`--device`, else `CIRCUIT_DEVICE`, else the config's.
+
+    Raises:
+        CircuitError: the name is no device.
+    """
+    source, device = "the config", configured
+    if option is not None:
+        source, device = "--device", option
+    elif os.environ.get("CIRCUIT_DEVICE"):
+        source, device = "CIRCUIT_DEVICE", os.environ["CIRCUIT_DEVICE"]
+    if device not in DEVICES:
+        raise CircuitError(
+            f"unknown device '{device}'", where=source, expected=f"one of {', '.join(DEVICES)}"
+        )
+    return device

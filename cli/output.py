@@ -1,0 +1,79 @@
+"""What the commands print: summaries on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from circuit import CircuitError
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def print_error(error: CircuitError) -> None:
+    """One line on stderr, unwrapped."""
+    stderr.print(Text("error: ", style="bold red") + Text(str(error)), soft_wrap=True)
+
+
+def print_json(payload: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, for `--json`."""
+    typer.echo(json.dumps(payload, allow_nan=False))
+
+
+def print_written(paths: Sequence[Path | str]) -> None:
+    """The closing line of a command: where its outputs stand."""
+    for path in paths:
+        stdout.print(Text("wrote ", style="dim") + Text(str(path)), soft_wrap=True)
+
+
+def percent(value: float | None) -> str:
+    """A share for a table: `97.3 %`, or a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def table(title: str | None, columns: Sequence[str]) -> Table:
+    """An empty table in the program's one style: first column left, the others right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    return made
+
+
+class _Speed(ProgressColumn):
+    """Finished units a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "", style="dim")
+
+
+@contextmanager
+def progress_bar(enabled: bool = True) -> Iterator[Progress]:
+    """A bar on stderr with count, rate and time left; a task's `note` field is shown behind."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=stderr, disable=not enabled, transient=True) as bar:
+        yield bar

@@ -1,0 +1,200 @@
+"""Commands that train and evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress as Bar
+
+from . import options
+from .output import percent, print_json, print_written, progress_bar, stdout, table
+
+if TYPE_CHECKING:
+    from circuit.config import TrainConfig
+    from circuit.training.evaluate import Evaluation
+    from circuit.training.loop import Progress, TrainResult
+
+PANEL = "Training"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("train", rich_help_panel=PANEL)(train)
+    app.command("evaluate", rich_help_panel=PANEL)(evaluate)
+
+
+def train(
+    config: options.TrainConfigPath,
+    overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")
+    ] = False,
+    stop_at_step: Annotated[
+        int | None, typer.Option(min=1, help="Stop here, with a checkpoint, ready for --resume.")
+    ] = None,
+    allow_drift: Annotated[
+        bool,
+        typer.Option("--allow-drift", help="Resume even where the changed environment moves bits."),
+    ] = False,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
+    from circuit.training import loop
+
+    settings = load_train_config(config, device, threads)
+    with progress_bar(not as_json) as bar:
+        try:
+            result = loop.train(
+                settings,
+                overwrite=overwrite,
+                resume=resume,
+                allow_drift=allow_drift,
+                stop_at=stop_at_step,
+                progress=TrainBar(bar, settings.steps),
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            stdout.print("interrupted; go on from the last checkpoint with --resume")
+            raise typer.Exit(130) from None
+    if as_json:
+        print_json(train_payload(result))
+        return
+    print_evaluations(list(result.evaluations.values()))
+    steps = result.step - result.first_step
+    stdout.print(
+        f"step {result.step} of {settings.steps}; {steps} steps in {result.seconds:.0f} s"
+        f" ({steps / max(result.seconds, 1e-9):.1f} a second with evaluations)"
+    )
+    if result.best:
+        best = result.best
+        stdout.print(
+            f"best checkpoint: step {best['step']}, {best['split']} {best['metric']}"
+            f" {percent(best['value'])}"
+        )
+    print_written([result.folder])
+
+
+def evaluate(
+    config: options.TrainConfigPath,
+    checkpoint: options.Checkpoint,
+    split: options.Splits = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON to write; default: evaluation/<checkpoint>.json in the output_dir."
+        ),
+    ] = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Evaluate a checkpoint: loss and accuracies, by token role, by slice, with q, r and w."""
+    from circuit.training.evaluation_report import evaluate_checkpoint
+
+    settings = load_train_config(config, device, threads)
+    with progress_bar(not as_json) as bar:
+        task = bar.add_task("records", total=None, note="")
+
+        def report(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, note=name)
+
+        result = evaluate_checkpoint(
+            settings, checkpoint, splits=split, output=output, progress=report
+        )
+    if as_json:
+        print_json(
+            {
+                "step": result.step,
+                "evaluations": {e.split: e.to_row() for e in result.evaluations},
+                "paths": [str(result.path)],
+            }
+        )
+        return
+    stdout.print(f"{checkpoint} (step {result.step})")
+    print_evaluations(result.evaluations)
+    print_slices(result.evaluations)
+    print_written([result.path])
+
+
+def load_train_config(
+    path: Path, device: str | None = None, threads: int | None = None
+) -> TrainConfig:
+    """The config with the command line's device and threads in it."""
+    from circuit.config import TrainConfig, load_config
+
+    settings = load_config(path, TrainConfig)
+    changes: dict[str, Any] = {"device": options.resolve_device(device, settings.device)}
+    if threads is not None:
+        changes["threads"] = threads
+    return settings.model_copy(update=changes)
+
+
+class TrainBar:
+    """Shows the progress of a training run on a bar."""
+
+    def __init__(self, bar: Bar, steps: int) -> None:
+        self.bar = bar
+        self.task = bar.add_task("training", total=steps, note="")
+        self.accuracy = ""
+
+    def __call__(self, progress: Progress) -> None:
+        """Move the bar; remember the last accuracies."""
+        if progress.evaluation is not None:
+            done = progress.evaluation
+            note = f"{done.split} answer accuracy {percent(done.answer_accuracy)}"
+            self.bar.console.print(f"step {progress.step:>6}  {note}", style="dim")
+            self.accuracy = percent(done.answer_accuracy)
+        loss = "" if progress.loss is None else f"loss {progress.loss:.3f}  "
+        note = f"{loss}accuracy {self.accuracy}" if self.accuracy else loss
+        self.bar.update(self.task, completed=progress.step, note=note)
+
+
+def train_payload(result: TrainResult) -> dict[str, Any]:
+    """The `--json` object of a training run."""
+    return {
+        "name": result.config.name,
+        "step": result.step,
+        "best": result.best,
+        "evaluations": {name: e.to_row() for name, e in result.evaluations.items()},
+        "paths": [
+            str(result.folder / name) for name in result.files if (result.folder / name).exists()
+        ],
+    }
+
+
+def print_evaluations(evaluations: list[Evaluation]) -> None:
+    """One row a split."""
+    columns = ["split", "loss", "token acc.", "answer acc.", "q", "r", "w", "shortcut"]
+    made = table(None, [*columns, "agreement"])
+    for e in evaluations:
+        made.add_row(
+            e.split,
+            f"{e.loss:.4f}",
+            percent(e.token_accuracy),
+            percent(e.answer_accuracy),
+            f"{e.q:.3f}",
+            f"{e.r:.3f}",
+            f"{e.w:.2f}",
+            f"k={e.shortcut}: {percent(e.shortcut_accuracy)}",
+            percent(e.shortcut_agreement),
+        )
+    stdout.print(made)
+
+
+def print_slices(evaluations: list[Evaluation]) -> None:
+    """Answer accuracy by lag, with the shortcut agreement of the wrong answers."""
+    made = table("by lag", ["split", "lag", "reads", "answer acc.", "shortcut agreement"])
+    for e in evaluations:
+        for lag, found in e.by_slice["lag"].items():
+            made.add_row(
+                e.split,
+                lag,
+                str(found.reads),
+                percent(found.answer_accuracy),
+                percent(found.shortcut_agreement),
+            )
+    stdout.print(made)
