@@ -12,16 +12,19 @@ from circuit.errors import CircuitError
 
 if TYPE_CHECKING:
     from circuit.runs import Run, open_run, read_rows
+    from circuit.trace.replay import Trace, open_trace
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Run": "circuit.runs",
+    "Trace": "circuit.trace.replay",
+    "open_trace": "circuit.trace.replay",
     "open_run": "circuit.runs",
     "read_rows": "circuit.runs",
 }
 
-__all__ = ["CircuitError", "Run", "__version__", "open_run", "read_rows"]
+__all__ = ["CircuitError", "Run", "Trace", "__version__", "open_run", "open_trace", "read_rows"]
 
 
 def __getattr__(name: str) -> Any:

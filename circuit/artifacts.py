@@ -23,12 +23,23 @@ from circuit.errors import CircuitError
 Row = Mapping[str, Any]
 """One JSON object of a row file."""
 
+ROW_DIGEST = "row_digest"
+"""Key of a row's checksum: 16 hex digits of sha256 over the row's JSON without it."""
+
 _TEMPORARY_SUFFIX = ".circuit-tmp"
 
 
 def dump_row(row: Row) -> str:
-    """One row as one line of JSON without its newline. NaN and infinity are refused."""
-    return json.dumps(row, allow_nan=False, ensure_ascii=False)
+    """One row as one line of JSON without its newline; its last key is a digest of the others.
+
+    NaN and infinity are refused.
+    """
+    body = json.dumps(row, allow_nan=False, ensure_ascii=False)
+    return json.dumps({**row, ROW_DIGEST: _row_digest(body)}, ensure_ascii=False)
+
+
+def _row_digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
 def dump_rows(rows: Iterable[Row]) -> str:
@@ -95,35 +106,33 @@ def read_jsonl(path: Path, *, tolerate_torn_tail: bool = False) -> list[dict[str
         tolerate_torn_tail: drop a last line that has no newline (a writer was killed in it).
 
     Raises:
-        CircuitError: the file is missing, or a line is no JSON object (file and line named).
+        CircuitError: the file is missing, or a line is no row or not the row that was written
+            (file and line named).
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise CircuitError("no such file", where=path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CircuitError(f"cannot be read ({error})", where=path) from None
+    except OSError as error:
+        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
     tail = lines.pop()
     if tail and not tolerate_torn_tail:
         lines.append(tail)
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CircuitError(
-                f"not a JSON object ({error.msg})",
-                where=f"{path}:{number}",
-                fix="the file is damaged; regenerate it",
-            ) from None
-        if not isinstance(row, dict):
-            raise CircuitError(
-                f"not a JSON object ({type(row).__name__})",
-                where=f"{path}:{number}",
-                fix="the file is damaged; regenerate it",
-            )
-        rows.append(row)
-    return rows
+    return [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+    fix = "the file is damaged or was edited; make it again"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CircuitError(f"not a JSON object ({error})", where=where, fix=fix) from None
+    if not isinstance(row, dict):
+        raise CircuitError(f"not a JSON object ({type(row).__name__})", where=where, fix=fix)
+    stored = row.pop(ROW_DIGEST, None)
+    if stored is None or stored != _row_digest(json.dumps(row, ensure_ascii=False)):
+        raise CircuitError("the row does not match its digest", where=where, fix=fix)
+    return row
 
 
 class RowLog:
@@ -229,12 +238,18 @@ class OutputFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def clear(self) -> None:
-        """Remove this command's earlier files, exactly those, and forget them."""
+    def clear(self, claiming: Iterable[str] = ()) -> None:
+        """Remove this command's earlier files, exactly those, and claim the names of the new ones.
+
+        Raises:
+            CircuitError: as `claim`, before anything is removed.
+        """
+        names = list(claiming)
+        self._refuse_foreign(names)
         for name in self.owned:
             with contextlib.suppress(FileNotFoundError):
                 self._inside(name).unlink()
-        self._owned = {}
+        self._owned = dict.fromkeys(names)
         self._write_manifest()
 
     def claim(self, names: Iterable[str]) -> None:
@@ -244,16 +259,19 @@ class OutputFolder:
             CircuitError: a file of that name exists and this command did not write it.
         """
         new = [name for name in names if name not in self._owned]
-        for name in new:
-            if os.path.lexists(self._inside(name)):
+        self._refuse_foreign(new)
+        if new:
+            self._owned.update(dict.fromkeys(new))
+            self._write_manifest()
+
+    def _refuse_foreign(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._owned and os.path.lexists(self._inside(name)):
                 raise CircuitError(
                     f"exists and was not written by `circuit {self.command}`",
                     where=self.root / name,
                     fix="move it away or choose another output folder",
                 )
-        if new:
-            self._owned.update(dict.fromkeys(new))
-            self._write_manifest()
 
     def path(self, name: str) -> Path:
         """Where a claimed file stands."""

@@ -25,10 +25,12 @@ from circuit.errors import CircuitError
 Device = Literal["cpu", "cuda", "mps"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What NumPy's RandomState takes (circuit/training/data_order.py)."""
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def to_json(self) -> str:
         """The config as it is written to disk: indented, one trailing newline."""
@@ -179,7 +181,7 @@ class TrainConfig(_Config):
     name: str
     output_dir: str
     benchmark_dir: str
-    seed: NonNegativeInt
+    seed: RunSeed
     device: Device = "cpu"
     threads: PositiveInt | None = None
     """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
@@ -209,6 +211,19 @@ class TrainConfig(_Config):
                 f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds steps {self.steps}"
             )
         return self
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with other top-level values, validated like a file.
+
+        Raises:
+            CircuitError: a value is not allowed.
+        """
+        payload = self.model_dump(mode="json")
+        changed = {
+            key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            for key, value in changes.items()
+        }
+        return parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the weights of every step, given the benchmark.
@@ -265,12 +280,17 @@ def parse_config(payload: Any, kind: type[ConfigT], *, where: object) -> ConfigT
         raise CircuitError(shown + more, where=where) from None
 
 
-# pydantic puts the tried member of a union into the location; it is no key of the file.
-_UNION_TAGS = {"generated", "counterfactual", "adamw", "sgd"}
+# pydantic puts the tried member of a union into the location, behind the field (of `splits`, behind
+# the split's name); it is no key of the file.
+_UNION_TAG_AT = {"optimizer": 1, "splits": 2}
 
 
 def _describe(item: Any) -> str:
-    field = ".".join(str(part) for part in item["loc"] if part not in _UNION_TAGS) or "(top level)"
+    location = list(item["loc"])
+    tag_at = _UNION_TAG_AT.get(location[0]) if location else None
+    if tag_at is not None and tag_at < len(location):
+        del location[tag_at]
+    field = ".".join(map(str, location)) or "(top level)"
     if item["type"] == "extra_forbidden":
         return f"unknown field '{field}'; remove it or correct its name"
     if item["type"] == "missing":

@@ -106,7 +106,7 @@ class Run:
             CircuitError: there is no such split, or an index is out of range.
         """
         if split not in self._splits:
-            self._splits[split] = encode_split(self.benchmark, split)
+            self._splits[split] = encode_split(self.benchmark, split, self.config.model)
         return self._splits[split].batch(indices).to(self.config.device)
 
     def metrics(self) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import typer
 
 from circuit import CircuitError, __version__
 
-from . import data, quickstart, training
+from . import data, quickstart, trace, training
 from .output import print_error
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _root(
     """How training writes a circuit into a transformer, step by step and exactly."""
 
 
-for module in (quickstart, data, training):
+for module in (quickstart, data, training, trace):
     module.register(app)
 
 

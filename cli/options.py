@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,24 +23,24 @@ DEFAULT_SPLITS = (
 )
 
 
-def _complete_config(incomplete: str) -> list[str]:
+def complete_config(incomplete: str) -> list[str]:
+    """Configs under configs/ and of the runs under artifacts/runs/."""
     found = [*Path("configs").rglob("*.json"), *Path("artifacts/runs").rglob("run_config.json")]
     return sorted(str(path) for path in found if str(path).startswith(incomplete))
 
 
-def _complete_benchmark_config(incomplete: str) -> list[str]:
-    return [path for path in _complete_config(incomplete) if "benchmark" in Path(path).parts]
+def complete_benchmark_config(incomplete: str) -> list[str]:
+    """Configs of benchmarks."""
+    return [path for path in complete_config(incomplete) if "benchmark" in Path(path).parts]
 
 
-def _complete_train_config(incomplete: str) -> list[str]:
-    return [path for path in _complete_config(incomplete) if "benchmark" not in Path(path).parts]
+def complete_train_config(incomplete: str) -> list[str]:
+    """Configs of training runs."""
+    return [path for path in complete_config(incomplete) if "benchmark" not in Path(path).parts]
 
 
-def _complete_device(incomplete: str) -> list[str]:
-    return [device for device in DEVICES if device.startswith(incomplete)]
-
-
-def _complete_split(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_split(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Splits of the benchmark that the command line names so far."""
     return [name for name in _known_splits(ctx) if name.startswith(incomplete)]
 
 
@@ -58,7 +59,7 @@ def _known_splits(ctx: typer.Context) -> list[str]:
     return list(DEFAULT_SPLITS)
 
 
-def _complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
     """Checkpoints of the run whose config the command line names, else of every run."""
     config = ctx.params.get("config")
     folders: list[Path] = list(Path("artifacts/runs").rglob("checkpoints"))
@@ -69,14 +70,25 @@ def _complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
     return sorted(path for path in found if path.startswith(incomplete))
 
 
+def complete_trace(incomplete: str) -> list[str]:
+    """Folders of traces under artifacts/."""
+    found = [str(path.parent) for path in Path("artifacts").rglob("trace.json")]
+    return sorted(path for path in found if path.startswith(incomplete))
+
+
+def complete_from(*values: str) -> Callable[[str], list[str]]:
+    """A completer for a fixed set of values."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
 TrainConfigPath = Annotated[
     Path,
-    typer.Option("--config", help="Training config (JSON).", autocompletion=_complete_train_config),
+    typer.Option("--config", help="Training config (JSON).", autocompletion=complete_train_config),
 ]
 BenchmarkConfigPath = Annotated[
     Path,
     typer.Option(
-        "--config", help="Benchmark config (JSON).", autocompletion=_complete_benchmark_config
+        "--config", help="Benchmark config (JSON).", autocompletion=complete_benchmark_config
     ),
 ]
 Overwrite = Annotated[
@@ -93,7 +105,7 @@ Device = Annotated[
     str | None,
     typer.Option(
         help="cpu, cuda or mps; else CIRCUIT_DEVICE, else the config's.",
-        autocompletion=_complete_device,
+        autocompletion=complete_from(*DEVICES),
     ),
 ]
 Threads = Annotated[
@@ -102,11 +114,11 @@ Threads = Annotated[
 Splits = Annotated[
     list[str] | None,
     typer.Option(
-        "--split", help="Split of the benchmark; repeatable.", autocompletion=_complete_split
+        "--split", help="Split of the benchmark; repeatable.", autocompletion=complete_split
     ),
 ]
 Checkpoint = Annotated[
-    Path, typer.Option(help="Checkpoint file.", autocompletion=_complete_checkpoint)
+    Path, typer.Option(help="Checkpoint file.", autocompletion=complete_checkpoint)
 ]
 
 

@@ -57,6 +57,18 @@ def table(title: str | None, columns: Sequence[str]) -> Table:
     return made
 
 
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """A line of block characters, as wide as there are values up to `width`."""
+    count = min(width, len(values))
+    means = [
+        sum(chunk) / len(chunk)
+        for i in range(count)
+        if (chunk := values[i * len(values) // count : (i + 1) * len(values) // count])
+    ]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in means)
+
+
 class _Speed(ProgressColumn):
     """Finished units a second."""
 

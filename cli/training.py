@@ -93,7 +93,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a checkpoint: loss and accuracies, by token role, by slice, with q, r and w."""
-    from circuit.training.evaluation_report import evaluate_checkpoint
+    from circuit.reports.evaluation import evaluate_checkpoint
 
     settings = load_train_config(config, device, threads)
     with progress_bar(not as_json) as bar:
@@ -121,16 +121,21 @@ def evaluate(
 
 
 def load_train_config(
-    path: Path, device: str | None = None, threads: int | None = None
+    path: Path,
+    device: str | None = None,
+    threads: int | None = None,
+    train_split: str | None = None,
 ) -> TrainConfig:
-    """The config with the command line's device and threads in it."""
+    """The config with the command line's values in it."""
     from circuit.config import TrainConfig, load_config
 
     settings = load_config(path, TrainConfig)
     changes: dict[str, Any] = {"device": options.resolve_device(device, settings.device)}
     if threads is not None:
         changes["threads"] = threads
-    return settings.model_copy(update=changes)
+    if train_split is not None:
+        changes["train_split"] = train_split
+    return settings.replace(**changes)
 
 
 class TrainBar:

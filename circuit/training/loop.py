@@ -20,6 +20,7 @@ from circuit.config import TrainConfig
 from circuit.environment import changed_facts, environment_facts, prepare_process
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
 from circuit.training.checkpoints import (
     checkpoint_name,
@@ -103,10 +104,13 @@ def train(
         if resume and threads is None:
             threads = _recorded(folder).get("threads")
         prepare_process(threads=threads, device=config.device)
+        tracked = {
+            name: encode_split(benchmark, name, config.model) for name in config.tracked_splits
+        }
         session, notes = _session(config, benchmark, folder, resume, allow_drift)
         if session.step > last:
             raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
-        return _Loop(config, folder, session, notes, last, progress).run()
+        return _Loop(config, folder, session, tracked, notes, last, progress).run()
 
 
 def _session(
@@ -127,8 +131,7 @@ def _session(
         folder.claim(_planned(config))
         return session, state.notes
     session = TrainingSession.start(config, benchmark)
-    folder.clear()
-    folder.claim(_planned(config))
+    folder.clear(claiming=_planned(config))
     folder.write_text(RUN_CONFIG, config.to_json())
     folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
     return session, {}
@@ -156,6 +159,7 @@ class _Loop:
         config: TrainConfig,
         folder: OutputFolder,
         session: TrainingSession,
+        tracked: dict[str, EncodedSplit],
         notes: dict[str, Any],
         last: int,
         progress: Callable[[Progress], None] | None,
@@ -167,9 +171,7 @@ class _Loop:
         self.last = last
         self.progress = progress or (lambda _: None)
         self.evaluations: dict[str, Evaluation] = {}
-        self.tracked = {
-            name: encode_split(session.benchmark, name) for name in config.tracked_splits
-        }
+        self.tracked = tracked
 
     def run(self) -> TrainResult:
         config, session = self.config, self.session

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from circuit.config import TrainConfig
+from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model, load_tensors, named_tensors
 from circuit.tasks.benchmark import Benchmark
@@ -35,7 +35,7 @@ class TrainingSession:
     ) -> None:
         self.config = config
         self.benchmark = benchmark
-        self.data = encode_split(benchmark, config.train_split)
+        self.data = encode_split(benchmark, config.train_split, config.model)
         self.model: HookedTransformer = _model_for(config, benchmark)
         self.step = 0
         if state is not None:
@@ -107,13 +107,27 @@ class TrainingSession:
         )
 
 
-def encode_split(benchmark: Benchmark, split: str) -> EncodedSplit:
+def encode_split(
+    benchmark: Benchmark, split: str, model: ModelConfig | None = None
+) -> EncodedSplit:
     """A split of a benchmark as index tensors.
 
+    Args:
+        model: the model that is to read it.
+
     Raises:
-        CircuitError: there is no such split, or it was not loaded.
+        CircuitError: there is no such split, it was not loaded, or a record is longer than the
+            model's `max_sequence_length`.
     """
-    return EncodedSplit(benchmark.records(split), benchmark.vocabulary, benchmark.heldout_pairs)
+    records = benchmark.records(split)
+    longest = max(len(record.tokens) for record in records)
+    if model is not None and longest > model.max_sequence_length:
+        raise CircuitError(
+            f"a record of split {split!r} has {longest} tokens, more than the model's"
+            f" max_sequence_length {model.max_sequence_length}",
+            fix=f"set model.max_sequence_length to at least {longest}",
+        )
+    return EncodedSplit(records, benchmark.vocabulary, benchmark.heldout_pairs)
 
 
 def model_from_state(

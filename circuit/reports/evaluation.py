@@ -10,7 +10,7 @@ from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import TrainConfig
 from circuit.environment import environment_facts, prepare_process
 from circuit.tasks.benchmark import load_benchmark
-from circuit.training.checkpoints import load_checkpoint
+from circuit.trace.replay import load_state
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.session import encode_split, model_from_state
 
@@ -46,12 +46,12 @@ def evaluate_checkpoint(
     """
     checkpoint = Path(checkpoint)
     prepare_process(threads=config.threads, device=config.device)
-    state = load_checkpoint(checkpoint)
+    state = load_state(checkpoint)
     names = list(splits or config.tracked_splits)
     benchmark = load_benchmark(config.benchmark_dir, splits=list(dict.fromkeys(names)))
     model = model_from_state(state, config, benchmark)
     evaluations = [
-        evaluate(model, encode_split(benchmark, name), name, progress=progress)
+        evaluate(model, encode_split(benchmark, name, config.model), name, progress=progress)
         for name in dict.fromkeys(names)
     ]
     path = output or Path(config.output_dir) / "evaluation" / f"{checkpoint.stem}.json"

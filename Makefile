@@ -1,0 +1,61 @@
+# Two targets do everything on a machine that has Python 3.11-3.13 and make:
+#   make quickstart   create the environment, then train and explain a small lookup circuit
+#   make test         create the environment, then lint, type-check and test
+# Variables:
+#   PYTHON=python3.12   the interpreter that creates the environment
+#   TORCH=cpu           download PyTorch's CPU build (Linux; the default there carries CUDA)
+#   VENV=.venv          where the environment goes
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= default
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export MPLBACKEND ?= Agg
+
+.PHONY: help environment quickstart test test-system lint types layers unit bench
+
+help:
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+
+environment: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== environment in $(VENV): PyTorch, TransformerLens and tools, a few hundred MB to download"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "make: $(PYTHON) is Python %d.%d; set PYTHON to 3.11, 3.12 or 3.13" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),cpu)
+	@$(PIP) install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+endif
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+quickstart: $(READY)
+	@$(BIN)/circuit quickstart
+
+test: lint types layers unit
+	@echo "== all checks passed"
+
+lint: $(READY)
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+
+types: $(READY)
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+layers: $(READY)
+	@echo "== import layers"
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+unit: $(READY)
+	@echo "== pytest"
+	@$(BIN)/pytest -m "not system and not slow" -n 2
+
+test-system: $(READY)
+	@$(BIN)/pytest -m system
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/train_step.py

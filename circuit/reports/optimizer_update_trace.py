@@ -1,0 +1,168 @@
+"""optimizer-update-trace: record every step of a run, and say what the terms did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from circuit.artifacts import OutputFolder, dump_json
+from circuit.config import TrainConfig
+from circuit.figures.style import svg
+from circuit.figures.trace import terms_over_steps
+from circuit.trace.record import RecordOptions, RecordResult, record_trace
+from circuit.trace.step import TracedStep
+from circuit.trace.store import COMMAND, TraceStore
+
+NAME = "optimizer_update_trace"
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """A recorded trace and its report."""
+
+    record: RecordResult
+    summary: dict[str, Any]
+    law: str
+    """What was checked, in one sentence."""
+    paths: list[Path]
+
+
+def optimizer_update_trace(
+    config: TrainConfig,
+    output_dir: str | Path,
+    options: RecordOptions,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[TracedStep], None] | None = None,
+) -> TraceReport:
+    """Record a trace (see `record_trace`) and write its report, page and figure beside it.
+
+    Raises:
+        CircuitError: as `record_trace`.
+    """
+    began = time.time()
+    record = record_trace(
+        config, output_dir, options, overwrite=overwrite, resume=resume, progress=progress
+    )
+    store = record.store
+    summary = summarize(store, record.history)
+    law = closing_law(summary)
+    report = {
+        "schema_version": 1,
+        "command": COMMAND,
+        "parameters": _parameters(options),
+        "law": law,
+        "summary": summary,
+        "provenance": {
+            "environment": store.manifest.environment,
+            "config_digest": config.digest(),
+            "benchmark_digest": store.manifest.benchmark_digest,
+            "started_unix": began,
+            "seconds": time.time() - began,
+            "steps_of_this_call": record.steps,
+        },
+    }
+    with OutputFolder(store.root, COMMAND, resume=True) as folder:
+        paths = [
+            folder.write_text(f"{NAME}.svg", svg(terms_over_steps(store.rows))),
+            folder.write_text(f"{NAME}_report.md", _page(store, summary, law)),
+            folder.write_text(f"{NAME}_report.json", dump_json(report)),
+        ]
+    return TraceReport(record, summary, law, paths)
+
+
+def summarize(store: TraceStore, history: Sequence[int]) -> dict[str, Any]:
+    """Figures over all recorded steps."""
+    rows, manifest = store.rows, store.manifest
+    terms = list(rows[0]["term_norms"])
+    return {
+        "start_step": manifest.start_step,
+        "end_step": manifest.end_step,
+        "steps": len(rows),
+        "anchors": len(manifest.anchors()),
+        "optimizer": manifest.config.optimizer.name,
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+        "mean_clip_factor": fmean(row["clip_factor"] for row in rows),
+        "mean_update_norm": fmean(row["update_norm"] for row in rows),
+        "mean_term_norms": {t: fmean(row["term_norms"][t] for row in rows) for t in terms},
+        "max_rounding_ulps": max(row["rounding_ulps"] for row in rows),
+        "max_relative_rounding": max(
+            row["term_norms"]["rounding"] / row["update_norm"] for row in rows
+        ),
+        "most_moved_tensors": _most_moved(rows),
+        "historical_checkpoints_equal": list(history),
+        "bytes": folder_bytes(store.root),
+    }
+
+
+def closing_law(summary: Mapping[str, Any]) -> str:
+    """What the recording proved, in one sentence."""
+    law = (
+        f"recorded {summary['steps']} steps; the terms sum to every update with a residual of at"
+        f" most {summary['max_rounding_ulps']:.1f} units in the last place"
+    )
+    equal = len(summary["historical_checkpoints_equal"])
+    if equal:
+        law += f"; {equal} of {equal} checkpoints that the run saved are equal, 0 bits differ"
+    return law
+
+
+def folder_bytes(root: Path) -> int:
+    """Size of a trace's files on disk."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def _parameters(options: RecordOptions) -> dict[str, Any]:
+    payload = asdict(options)
+    if options.resume_checkpoint is not None:
+        payload["resume_checkpoint"] = str(options.resume_checkpoint)
+    return payload
+
+
+def _most_moved(rows: Sequence[Mapping[str, Any]], count: int = 10) -> dict[str, int]:
+    """How often each tensor was among a step's top parameters; the most frequent ones."""
+    times: dict[str, int] = {}
+    for row in rows:
+        for entry in row["top_parameters"][:1]:
+            times[entry["name"]] = times.get(entry["name"], 0) + 1
+    ranked = sorted(times.items(), key=lambda item: (-item[1], item[0]))
+    return dict(ranked[:count])
+
+
+def _page(store: TraceStore, summary: Mapping[str, Any], law: str) -> str:
+    config = store.manifest.config
+    lines = [
+        f"# Optimizer update trace of {config.name}",
+        "",
+        f"Steps {summary['start_step']} to {summary['end_step']} of {config.optimizer.name},"
+        f" {summary['anchors']} full states, {summary['bytes'] / 1e6:.1f} MB.",
+        "",
+        f"**{law[0].upper()}{law[1:]}.**",
+        "",
+        f"![loss and norms of the terms]({NAME}.svg)",
+        "",
+        "| term | mean norm over steps | share of the update's mean norm |",
+        "|---|---:|---:|",
+    ]
+    total = summary["mean_update_norm"]
+    for name, value in summary["mean_term_norms"].items():
+        lines.append(f"| `{name}` | {value:.4g} | {value / total:.3g} |")
+    lines += [
+        "",
+        "`raw_sgd` and `clipped_sgd` are not part of the update: they are what plain SGD would have"
+        " done with the same gradient. Norms do not add up; the vectors do.",
+        "",
+        f"Mean clip factor {summary['mean_clip_factor']:.4f}; loss {summary['first_loss']:.4f} at"
+        f" the first step, {summary['last_loss']:.4f} at the last.",
+        "",
+        "| tensor that moved most | in steps |",
+        "|---|---:|",
+    ]
+    lines += [f"| `{name}` | {times} |" for name, times in summary["most_moved_tensors"].items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,76 @@
+"""How two executions of a step differ: first stage, first tensor, how many elements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit.trace.step import MOMENT_STAGES, STAGES, TracedStep
+from circuit.training.checkpoints import TrainState
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two states part."""
+
+    stage: str
+    tensor: str
+    elements: int
+    """Elements of the tensor that are not equal."""
+    size: int
+    largest: float
+    """Largest absolute difference."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} {self.tensor}: {self.elements} of {self.size} elements differ, by at"
+            f" most {self.largest:.3g}"
+        )
+
+
+def state_difference(one: TrainState, other: TrainState) -> Difference | None:
+    """The first tensor in which two states are not equal bits, or None (`torch.equal` of all)."""
+    groups: list[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]] = [
+        ("parameters", one.parameters, other.parameters)
+    ]
+    groups += [
+        (MOMENT_STAGES[moment], one.moments[moment], other.moments[moment])
+        for moment in one.moments
+    ]
+    for stage, ours, theirs in groups:
+        for name, tensor in ours.items():
+            if not torch.equal(tensor, theirs[name]):
+                apart = tensor != theirs[name]
+                gap = (tensor.double() - theirs[name].double()).abs().max()
+                return Difference(stage, name, int(apart.sum()), tensor.numel(), float(gap))
+    return None
+
+
+def first_stage_that_differs(step: TracedStep, row: Mapping[str, Any]) -> str | None:
+    """The first of `STAGES` in which a replayed step is not the recorded one, or None.
+
+    The state after the step and the exact loss and gradient norm decide whether anything differs;
+    the other stages are digested only to say where it began.
+    """
+    recorded = {**row["digests"], "loss": row["loss"], "grad_norm": row["grad_norm"]}
+    decisive = [*step.final_stages, "loss", "grad_norm"]
+    if all(recorded.get(stage) == step.stage(stage) for stage in decisive):
+        return None
+    return next(stage for stage in STAGES if recorded.get(stage) != step.stage(stage))
+
+
+CAUSES = {
+    "batch": "the data: another benchmark, seed or batch size",
+    "logits": "the CPU, the attention kernel, compilation, precision or a shape",
+    "loss": "the CPU, the attention kernel, compilation, precision or a shape",
+    "gradient": "the thread count, or the order of rows or sums",
+    "grad_norm": "the order of sums in the norm",
+    "parameters": "the optimizer's flags or implementation",
+    "m": "the optimizer's flags or implementation",
+    "v": "the optimizer's flags or implementation",
+}
+"""What usually moves each stage first (docs/exactness.md)."""

@@ -1,0 +1,76 @@
+"""All parameters as one flat vector, in the order of `named_parameters()`.
+
+Inside trace and attribution a term of an update is a vector, a parameter group is a list of index
+ranges, and a projection is one dot product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Flat = Float[Tensor, " parameter"]
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Where every named tensor stands in the flat vector.
+
+    Attributes:
+        names: in order.
+        shapes: of each.
+        starts: first index of each, and the total size last.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> ParameterLayout:
+        """The layout of a model's parameters."""
+        return cls.of_shapes({name: tuple(p.shape) for name, p in model.named_parameters()})
+
+    @classmethod
+    def of_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> ParameterLayout:
+        """The layout of tensors with these shapes, in this order."""
+        starts = [0]
+        for shape in shapes.values():
+            starts.append(starts[-1] + torch.Size(shape).numel())
+        return cls(tuple(shapes), tuple(tuple(s) for s in shapes.values()), tuple(starts))
+
+    @property
+    def size(self) -> int:
+        """Number of scalar parameters."""
+        return self.starts[-1]
+
+    def range(self, name: str) -> tuple[int, int]:
+        """First index of a tensor and the index after its last."""
+        at = self.names.index(name)
+        return self.starts[at], self.starts[at + 1]
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Flat:
+        """Named tensors as one new vector on the CPU."""
+        return torch.cat([tensors[name].detach().reshape(-1).cpu() for name in self.names])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector, by name and in shape."""
+        parts = vector.split([b - a for a, b in zip(self.starts, self.starts[1:], strict=False)])
+        return {
+            name: part.view(shape)
+            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
+        }
+
+    def norms(self, vector: Tensor) -> dict[str, float]:
+        """Euclidean norm of each tensor's part of a vector, in float64."""
+        parts = self.unflatten(vector.double())
+        return {name: float(part.norm()) for name, part in parts.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Names and shapes, in order."""
+        return {name: list(shape) for name, shape in zip(self.names, self.shapes, strict=True)}

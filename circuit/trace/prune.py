@@ -1,0 +1,53 @@
+"""Thin a trace: keep fewer anchors. Every step stays addressable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from circuit.artifacts import OutputFolder
+from circuit.errors import CircuitError
+from circuit.trace.store import COMMAND, MANIFEST, TraceStore
+from circuit.training.checkpoints import checkpoint_name
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a pruning removed."""
+
+    removed: int
+    freed_bytes: int
+    anchors: int
+    """Anchors that are left."""
+
+
+def prune_trace(path: str | Path, anchor_every: int) -> PruneResult:
+    """Keep the anchors at multiples of `anchor_every`, the first and the last.
+
+    The manifest is rewritten before a file goes, so an interrupted pruning leaves a whole trace.
+
+    Raises:
+        CircuitError: the recording is not finished, or the new grid is not within the old one.
+    """
+    store = TraceStore(path)
+    manifest = store.manifest
+    if not store.complete:
+        raise CircuitError(
+            f"recording stopped at step {store.last_step} of {manifest.end_step}",
+            where=store.root,
+            fix="finish it with --resume before pruning",
+        )
+    if anchor_every % manifest.anchor_every:
+        raise CircuitError(
+            f"--anchor-every {anchor_every}",
+            where=store.root,
+            expected=f"a multiple of the trace's {manifest.anchor_every}",
+        )
+    thinned = manifest.model_copy(update={"anchor_every": anchor_every, "storage": "anchors"})
+    keep = {f"checkpoints/{checkpoint_name(step)}" for step in thinned.anchors()}
+    with OutputFolder(store.root, COMMAND, resume=True) as folder:
+        folder.write_text(MANIFEST, thinned.to_json())
+        going = [n for n in folder.owned if n.startswith("checkpoints/") and n not in keep]
+        freed = sum((store.root / n).stat().st_size for n in going if (store.root / n).exists())
+        folder.remove(going)
+    return PruneResult(len(going), freed, len(keep))

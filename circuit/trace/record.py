@@ -1,0 +1,292 @@
+"""Record a trace: every optimizer step of a run, again, with its terms and its digests.
+
+One row a step and a full state every `anchor_every` steps. A recording that was killed goes on from
+its last anchor and ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from circuit.artifacts import OutputFolder, RowLog
+from circuit.config import TrainConfig
+from circuit.environment import changed_facts, environment_facts, prepare_process
+from circuit.errors import CircuitError
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.trace.compare import state_difference
+from circuit.trace.decompose import norm
+from circuit.trace.step import STAGES, TracedStep, Tracer
+from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceManifest, TraceStore
+from circuit.training.checkpoints import (
+    checkpoint_name,
+    encode_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from circuit.training.loop import ENVIRONMENT
+from circuit.training.session import TrainingSession
+
+DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What to record."""
+
+    end_step: int | None = None
+    num_steps: int | None = None
+    resume_checkpoint: Path | None = None
+    """Start at this saved state instead of at the initial weights."""
+    anchor_every: int = 50
+    checkpoint_every: int = 1
+    checkpoint_start_step: int = 0
+    storage: Literal["anchors", "dense"] = "anchors"
+    top_k_parameters: int = 10
+    require_historical_replay: bool = False
+
+
+@dataclass(frozen=True)
+class RecordResult:
+    """A finished recording."""
+
+    store: TraceStore
+    steps: int
+    first_step: int
+    """Where this call started: `start_step`, or an anchor on resume."""
+    history: list[int]
+    """Steps whose saved checkpoint of the run equals the replayed state, bit for bit."""
+    files: list[str]
+
+
+def record_trace(
+    config: TrainConfig,
+    output_dir: str | Path,
+    options: RecordOptions,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[TracedStep], None] | None = None,
+) -> RecordResult:
+    """Record a trace of a run into a folder.
+
+    The thread count is the config's, else the one that the run recorded in its folder.
+
+    Args:
+        overwrite: replace an earlier trace there, and nothing else.
+        resume: go on with a recording that was stopped.
+        progress: called after every step.
+
+    Raises:
+        CircuitError: bad input, a folder that is not free, or, with
+            `require_historical_replay`, a past that is not this run's (step, stage and the changed
+            facts are named).
+    """
+    with OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume) as folder:
+        benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
+        run_facts = _run_facts(config)
+        threads = config.threads or run_facts.get("threads")
+        prepare_process(threads=threads, device=config.device)
+        session = _start(config, benchmark, options)
+        manifest = _manifest(session, options)
+        history = _History(config, manifest, options.require_historical_replay, run_facts)
+        if resume and (folder.root / MANIFEST).exists():
+            session = _resumed(folder, manifest, benchmark) or session
+        else:
+            folder.clear()
+        return _Recorder(folder, manifest, Tracer(session), history, progress).run()
+
+
+def _start(config: TrainConfig, benchmark: Benchmark, options: RecordOptions) -> TrainingSession:
+    if options.resume_checkpoint is None:
+        return TrainingSession.start(config, benchmark)
+    return TrainingSession.restore(load_checkpoint(options.resume_checkpoint), config, benchmark)
+
+
+def _manifest(session: TrainingSession, options: RecordOptions) -> TraceManifest:
+    config, start = session.config, session.step
+    if (options.end_step is None) == (options.num_steps is None):
+        raise CircuitError("give one of --end-step and --num-steps")
+    end = options.end_step if options.end_step is not None else start + (options.num_steps or 0)
+    if not start < end <= config.steps:
+        raise CircuitError(
+            f"cannot record steps {start} to {end}",
+            expected=f"an end after {start} and at most the config's {config.steps} steps",
+        )
+    return TraceManifest(
+        config=config,
+        benchmark_digest=session.benchmark.digest,
+        start_step=start,
+        end_step=end,
+        anchor_every=options.anchor_every,
+        checkpoint_every=options.checkpoint_every,
+        checkpoint_start_step=options.checkpoint_start_step,
+        storage=options.storage,
+        top_k_parameters=options.top_k_parameters,
+        parameters={name: list(p.shape) for name, p in session.model.named_parameters()},
+        digest_algorithm=DIGEST_ALGORITHM,
+        environment=environment_facts(config.device),
+    )
+
+
+def _resumed(
+    folder: OutputFolder, manifest: TraceManifest, benchmark: Benchmark
+) -> TrainingSession | None:
+    """The session at the last anchor of a stopped recording, or None if there is none yet."""
+    store = TraceStore(folder.root)
+    if store.manifest != manifest:
+        ours, theirs = manifest.model_dump(), store.manifest.model_dump()
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        facts = changed_facts(store.manifest.environment, manifest.environment)
+        raise CircuitError(
+            f"the recording was started with other settings: {', '.join(differing)}"
+            + (f" ({'; '.join(facts)})" if facts else ""),
+            where=folder.root / MANIFEST,
+            fix="resume with the same options on the same machine, or start anew with --overwrite",
+        )
+    stored = [s for s in manifest.anchors() if store.checkpoint_path(s).exists()]
+    stored = [s for s in stored if s <= store.last_step]
+    if not stored:
+        return None
+    return TrainingSession.restore(store.anchor(stored[-1]), manifest.config, benchmark)
+
+
+def _run_facts(config: TrainConfig) -> dict[str, Any]:
+    """What the run recorded of its environment; empty if it left nothing."""
+    path = Path(config.output_dir) / ENVIRONMENT
+    if not path.exists():
+        return {}
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+class _History:
+    """Proves that the replayed states are the run's own past, where it saved a checkpoint."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        manifest: TraceManifest,
+        required: bool,
+        run_facts: dict[str, Any],
+    ) -> None:
+        saved = list_checkpoints(Path(config.output_dir) / "checkpoints") if required else {}
+        self.saved = {
+            step: path
+            for step, path in saved.items()
+            if manifest.start_step <= step <= manifest.end_step
+        }
+        self.changed = changed_facts(run_facts, manifest.environment)
+        if required and not self.saved:
+            raise CircuitError(
+                "the run saved no checkpoint between steps"
+                f" {manifest.start_step} and {manifest.end_step}, so its history cannot be proved",
+                where=Path(config.output_dir) / "checkpoints",
+                fix="train the run first, or leave out --require-historical-replay",
+            )
+
+    def check(self, tracer: Tracer) -> None:
+        """Compare the present state with the run's checkpoint of this step, if there is one."""
+        step = tracer.session.step
+        if step not in self.saved:
+            return
+        difference = state_difference(load_checkpoint(self.saved[step]), tracer.train_state())
+        if difference is not None:
+            cause = "; ".join(self.changed) or "no recorded fact of the environment has changed"
+            raise CircuitError(
+                f"the replay is not the run's past: step {step} differs in {difference} ({cause})",
+                where=self.saved[step],
+                fix="trace it where it was trained, or leave out --require-historical-replay",
+            )
+
+
+class _Recorder:
+    """Writes rows and anchors while a tracer moves."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        manifest: TraceManifest,
+        tracer: Tracer,
+        history: _History,
+        progress: Callable[[TracedStep], None] | None,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.tracer = tracer
+        self.history = history
+        self.progress = progress or (lambda _: None)
+
+    def run(self) -> RecordResult:
+        manifest, tracer = self.manifest, self.tracer
+        anchors = [_anchor_name(step) for step in manifest.anchors()]
+        self.folder.claim([MANIFEST, ROWS, *anchors])
+        first = tracer.session.step
+        if first == manifest.start_step:
+            self.folder.write_text(MANIFEST, manifest.to_json())
+            self._save_anchor()
+        log = RowLog(self.folder.path(ROWS), last_step=first)
+        try:
+            self.history.check(tracer)
+            while tracer.session.step < manifest.end_step:
+                step = tracer.advance()
+                log.append(trace_row(step, manifest.top_k_parameters))
+                if manifest.is_anchor(step.step):
+                    log.sync()
+                    self._save_anchor()
+                self.history.check(tracer)
+                self.progress(step)
+        finally:
+            log.close()
+        return RecordResult(
+            TraceStore(self.folder.root),
+            manifest.end_step - first,
+            first,
+            sorted(self.history.saved),
+            self.folder.owned,
+        )
+
+    def _save_anchor(self) -> None:
+        state = self.tracer.train_state()
+        self.folder.write_bytes(_anchor_name(state.step), encode_checkpoint(state))
+
+
+def _anchor_name(step: int) -> str:
+    return f"checkpoints/{checkpoint_name(step)}"
+
+
+def trace_row(step: TracedStep, top_k: int) -> dict[str, Any]:
+    """The row of a step (definitions.md section 6, optimizer-update-trace)."""
+    update = step.update
+    moved = step.layout.norms(update.total)
+    weights = step.layout.norms(step.before.parameters)
+    top = sorted(moved, key=lambda name: (-moved[name], name))[:top_k]
+    return {
+        "step": step.step,
+        "loss": step.loss,
+        "token_accuracy": step.token_accuracy,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "clip_factor": step.clip,
+        "update_norm": norm(update.total),
+        "term_norms": {
+            name: norm(v) for name, v in {**update.named(), **update.references()}.items()
+        },
+        "rounding_ulps": update.rounding_ulps(),
+        "top_parameters": [
+            {
+                "name": name,
+                "update_norm": moved[name],
+                "relative": moved[name] / weights[name] if weights[name] else None,
+            }
+            for name in top
+        ],
+        "batch_shape": list(step.tokens.shape),
+        "batch_indices": step.indices.tolist(),
+        "digests": {
+            stage: found for stage in STAGES if isinstance(found := step.stage(stage), str)
+        },
+    }

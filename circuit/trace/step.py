@@ -1,0 +1,199 @@
+"""One traced step: the training step with everything that went in and came out of it.
+
+`Tracer` moves a `TrainingSession` and yields `TracedStep`s; record and replay both use it, so what
+is recorded and what is replayed is one piece of code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuit.config import TrainConfig
+from circuit.tasks.symbolic_kv import PAD
+from circuit.trace.decompose import UpdateTerms, decompose
+from circuit.trace.flat import Flat, ParameterLayout
+from circuit.training.checkpoints import TrainState, tensor_digest
+from circuit.training.data_order import Indices
+from circuit.training.optimizers import read_moments
+from circuit.training.session import TrainingSession
+from circuit.training.step import StepOutcome
+
+MOMENT_STAGES = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}
+"""The optimizer's moments under the names of definitions.md section 4."""
+
+STAGES = ("batch", "logits", "loss", "gradient", "grad_norm", "parameters", "m", "v")
+"""What is compared between two executions of a step, in the order in which it is computed."""
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """Weights and moments after a step; float32 vectors of `[parameter]`."""
+
+    step: int
+    parameters: Flat
+    moments: dict[str, Flat]
+
+    @classmethod
+    def of(cls, state: TrainState) -> FlatState:
+        """The vectors of a saved state."""
+        layout = ParameterLayout.of_shapes({n: t.shape for n, t in state.parameters.items()})
+        return cls(
+            state.step,
+            layout.flatten(state.parameters),
+            {name: layout.flatten(tensors) for name, tensors in state.moments.items()},
+        )
+
+    def stages(self) -> dict[str, str]:
+        """sha256 of the parameters and of each moment, by stage."""
+        return {"parameters": tensor_digest(self.parameters)} | {
+            MOMENT_STAGES[name]: tensor_digest(vector) for name, vector in self.moments.items()
+        }
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """Step `t`, which took `before` (`theta_{t-1}`) to `after` (`theta_t`)."""
+
+    step: int
+    config: TrainConfig
+    layout: ParameterLayout
+    indices: Indices
+    """Examples of the batch, Int64 `[batch]`."""
+    tokens: Int[Tensor, "batch pos"]
+    before: FlatState
+    after: FlatState
+    gradient: Flat
+    """`g`, before clipping."""
+    clipped: Flat
+    """`c g`, what the optimizer used."""
+    outcome: StepOutcome
+
+    @property
+    def lr(self) -> float:
+        """`lr_t`."""
+        return self.outcome.lr
+
+    @property
+    def clip(self) -> float:
+        """The clip factor `c`."""
+        return self.outcome.clip_factor
+
+    @property
+    def loss(self) -> float:
+        """Mean next-token loss of the batch in nats, before the update."""
+        return float(self.outcome.loss)
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return float(self.outcome.grad_norm)
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of the batch's targets that the logits' argmax hits."""
+        targets = self.tokens[:, 1:]
+        hits = self.outcome.logits.argmax(-1) == targets
+        return float(hits[targets != PAD].double().mean())
+
+    @cached_property
+    def update(self) -> UpdateTerms:
+        """The update and its terms; computed when first asked for."""
+        return decompose(
+            self.config,
+            step=self.step,
+            lr=self.lr,
+            before=self.before.parameters,
+            after=self.after.parameters,
+            gradient=self.gradient,
+            clipped=self.clipped,
+            moments_before=self.before.moments,
+            moments_after=self.after.moments,
+        )
+
+    def stage(self, name: str) -> str | float | None:
+        """The digest (or the exact number) of one of `STAGES`; None if there is none."""
+        if name == "loss":
+            return self.loss
+        if name == "grad_norm":
+            return self.grad_norm
+        tensors = {
+            "batch": self.tokens,
+            "logits": self.outcome.logits,
+            "gradient": self.gradient,
+        }
+        if name in tensors:
+            return tensor_digest(tensors[name])
+        return self.final_stages.get(name)
+
+    @cached_property
+    def final_stages(self) -> dict[str, str]:
+        """Digests of the state after the step, by stage."""
+        return self.after.stages()
+
+
+class Tracer:
+    """Moves a session step by step, keeping what each step did."""
+
+    def __init__(self, session: TrainingSession) -> None:
+        self.session = session
+        self.layout = ParameterLayout.of_model(session.model)
+        self._state = self._read()
+
+    @property
+    def state(self) -> FlatState:
+        """The present weights and moments."""
+        return self._state
+
+    def advance(self) -> TracedStep:
+        """Take the next step and say everything about it."""
+        session, before = self.session, self._state
+        gradient: dict[str, Flat] = {}
+
+        def keep_gradient() -> None:
+            gradient["raw"] = self._flatten_gradient()
+
+        step = session.step + 1
+        outcome = session.advance(on_gradient=keep_gradient)
+        self._state = self._read()
+        clipped = gradient["raw"]
+        if outcome.clip_factor != 1.0:
+            clipped = self._flatten_gradient()
+        return TracedStep(
+            step=step,
+            config=session.config,
+            layout=self.layout,
+            indices=session.indices(step),
+            tokens=session.batch(step).tokens,
+            before=before,
+            after=self._state,
+            gradient=gradient["raw"],
+            clipped=clipped,
+            outcome=outcome,
+        )
+
+    def train_state(self, notes: dict[str, Any] | None = None) -> TrainState:
+        """The present state by name, for a checkpoint."""
+        return self.session.state(notes)
+
+    def _read(self) -> FlatState:
+        session = self.session
+        moments = read_moments(session.model, session.optimizer, session.config.optimizer)
+        return FlatState(
+            session.step,
+            self.layout.flatten(dict(session.model.named_parameters())),
+            {name: self.layout.flatten(tensors) for name, tensors in moments.items()},
+        )
+
+    def _flatten_gradient(self) -> Flat:
+        return self.layout.flatten(
+            {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in self.session.model.named_parameters()
+            }
+        )

@@ -1,0 +1,300 @@
+"""circuit trace ...: record, look at, verify, check out and thin traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+from rich.progress import Progress as Bar
+
+from circuit import CircuitError
+
+from . import options
+from .output import print_json, print_written, progress_bar, sparkline, stderr, stdout, table
+from .training import load_train_config
+
+if TYPE_CHECKING:
+    from circuit.trace.step import TracedStep
+
+PANEL = "Trace"
+group = typer.Typer(
+    name="trace", help="Record, look at, verify and use traces.", no_args_is_help=True
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("optimizer-update-trace", rich_help_panel=PANEL)(record)
+    group.command("record")(record)
+    group.command("show")(show)
+    group.command("verify")(verify)
+    group.command("checkout")(checkout)
+    group.command("prune")(prune)
+    app.add_typer(group, rich_help_panel=PANEL)
+
+
+TraceFolder = Annotated[
+    Path,
+    typer.Argument(help="Folder of a trace.", autocompletion=options.complete_trace),
+]
+
+
+def record(
+    config: options.TrainConfigPath,
+    output_dir: Annotated[Path, typer.Option(help="Folder of the trace.")],
+    from_initialization: Annotated[
+        bool, typer.Option("--from-initialization", help="Start at the initial weights.")
+    ] = False,
+    resume_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start at this checkpoint of the run instead.",
+            autocompletion=options.complete_checkpoint,
+        ),
+    ] = None,
+    end_step: Annotated[int | None, typer.Option(min=1, help="Last step to record.")] = None,
+    num_steps: Annotated[
+        int | None, typer.Option(min=1, help="How many steps, instead of --end-step.")
+    ] = None,
+    train_split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split that the steps draw from; the config's.",
+            autocompletion=options.complete_split,
+        ),
+    ] = None,
+    anchor_every: Annotated[
+        int, typer.Option(min=1, help="Steps between stored full states.")
+    ] = 50,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between addressable checkpoints.")
+    ] = 1,
+    checkpoint_start_step: Annotated[int, typer.Option(min=0, help="First addressable step.")] = 0,
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="'anchors' replays the steps between; 'dense' stores every addressable step.",
+            autocompletion=options.complete_from("anchors", "dense"),
+        ),
+    ] = "anchors",
+    top_k_parameters: Annotated[
+        int, typer.Option(min=1, help="Tensors listed per step, by size of their update.")
+    ] = 10,
+    progress_every: Annotated[
+        int | None, typer.Option(min=1, help="Also print a line every so many steps.")
+    ] = None,
+    require_historical_replay: Annotated[
+        bool,
+        typer.Option(
+            "--require-historical-replay",
+            help="Prove that every checkpoint that the run saved is reached bit for bit, or fail.",
+        ),
+    ] = False,
+    overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a recording that was stopped.")
+    ] = False,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Record every optimizer step of a run: terms, digests, and full states at anchors."""
+    from circuit.reports.optimizer_update_trace import optimizer_update_trace
+    from circuit.trace.record import RecordOptions
+
+    if from_initialization == (resume_checkpoint is not None):
+        raise CircuitError("give one of --from-initialization and --resume-checkpoint")
+    if storage not in ("anchors", "dense"):
+        raise CircuitError(f"unknown --storage '{storage}'", expected="'anchors' or 'dense'")
+    settings = load_train_config(config, device, threads, train_split=train_split)
+    wanted = RecordOptions(
+        end_step=end_step,
+        num_steps=num_steps,
+        resume_checkpoint=resume_checkpoint,
+        anchor_every=anchor_every,
+        checkpoint_every=checkpoint_every,
+        checkpoint_start_step=checkpoint_start_step,
+        storage=cast(Literal["anchors", "dense"], storage),
+        top_k_parameters=top_k_parameters,
+        require_historical_replay=require_historical_replay,
+    )
+    with progress_bar(not as_json) as bar:
+        report = optimizer_update_trace(
+            settings,
+            output_dir,
+            wanted,
+            overwrite=overwrite,
+            resume=resume,
+            progress=StepBar(bar, "recording", end_step, progress_every),
+        )
+    store = report.record.store
+    if as_json:
+        files = [str(store.root / name) for name in report.record.files]
+        paths = files + [str(path) for path in report.paths]
+        print_json({"law": report.law, "summary": report.summary, "paths": paths})
+        return
+    made = table(None, ["term", "mean norm over steps"])
+    for name, value in report.summary["mean_term_norms"].items():
+        made.add_row(name, f"{value:.4g}")
+    stdout.print(made)
+    print_written([store.root, *report.paths])
+    stdout.print(f"{report.summary['bytes'] / 1e6:.1f} MB on disk")
+    stdout.print(report.law, soft_wrap=True)
+
+
+def show(folder: TraceFolder, as_json: options.Json = False) -> None:
+    """What is in a trace: steps, anchors, sizes, environment, the course of the loss."""
+    from circuit.reports.optimizer_update_trace import folder_bytes
+    from circuit.trace.store import TraceStore
+
+    store = TraceStore(folder)
+    manifest, environment = store.manifest, store.manifest.environment
+    shape = manifest.config.model
+    size = folder_bytes(store.root)
+    facts = {
+        "run": manifest.config.name,
+        "model": f"{shape.layers} layers, {shape.heads} heads, d_model {shape.d_model}",
+        "optimizer": manifest.config.optimizer.name,
+        "steps": f"{manifest.start_step} to {store.last_step}"
+        + ("" if store.complete else f" (stopped; planned to {manifest.end_step})"),
+        "anchors": f"{len(manifest.anchors())}, every {manifest.anchor_every} steps",
+        "addressable": f"every {manifest.checkpoint_every} steps"
+        f" from {max(manifest.checkpoint_start_step, manifest.start_step)}",
+        "size": f"{size / 1e6:.1f} MB",
+        "recorded on": f"torch {environment['torch']}, {environment['cpu_capability']},"
+        f" {environment['threads']} threads, {environment['device']}",
+    }
+    losses = [row["loss"] for row in store.rows]
+    if as_json:
+        print_json({**facts, "bytes": size, "last_step": store.last_step, "losses": losses})
+        return
+    made = table(str(store.root), ["", ""])
+    made.show_header = False
+    made.columns[1].justify = "left"
+    for name, value in facts.items():
+        made.add_row(name, value)
+    if losses:
+        made.add_row("loss", f"{losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}")
+    stdout.print(made)
+
+
+def verify(
+    folder: TraceFolder,
+    steps: Annotated[
+        str | None, typer.Option(help="Window a:b; takes state a to state b. All by default.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
+    from circuit.trace.replay import open_trace
+
+    trace = open_trace(folder)
+    start, end = parse_window(steps) if steps else (None, None)
+    with progress_bar(not as_json) as bar:
+        last = trace.store.last_step if end is None else end
+        found = trace.verify(start, end, progress=StepBar(bar, "replaying", last))
+    if as_json:
+        payload: dict[str, Any] = {
+            "law": found.law,
+            "steps": found.steps,
+            "equal": found.equal,
+            "drifts": [vars(drift) for drift in found.drifts],
+            "anchors": [{"step": step, "difference": str(d)} for step, d in found.anchors],
+            "changed_facts": trace.changed_facts(),
+            "paths": [],
+        }
+        print_json(payload)
+    else:
+        for step, difference in found.anchors[:1]:
+            stdout.print(f"anchor {step}: {difference}", soft_wrap=True)
+        if not found.equal:
+            facts = "; ".join(trace.changed_facts()) or "none that is recorded"
+            stdout.print(f"changed since the recording: {facts}", soft_wrap=True)
+        stdout.print(f"{found.compared_anchors} anchors compared; {found.law}")
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+def checkout(
+    folder: TraceFolder,
+    step: Annotated[int, typer.Option(min=0, help="Any addressable step.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; without it the state is kept inside the trace."),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write the state after any step as a checkpoint file, replayed and verified."""
+    from circuit.artifacts import OutputFolder
+    from circuit.trace.replay import open_trace
+    from circuit.training.checkpoints import encode_checkpoint
+
+    trace = open_trace(folder)
+    if output is None:
+        trace.state(step, cache=True)
+        path = trace.store.checkpoint_path(step)
+    else:
+        command = f"trace-checkout.{output.stem}"
+        with OutputFolder(output.parent, command, overwrite=overwrite) as outputs:
+            payload = encode_checkpoint(trace.state(step))
+            path = outputs.write_bytes(output.name, payload)
+    if as_json:
+        print_json({"step": step, "paths": [str(path)]})
+        return
+    print_written([path])
+    stdout.print(f"state of step {step}, equal to the recorded digests")
+
+
+def prune(
+    folder: TraceFolder,
+    anchor_every: Annotated[
+        int, typer.Option(min=1, help="New distance; a multiple of the present one.")
+    ],
+    as_json: options.Json = False,
+) -> None:
+    """Keep fewer anchors. Every step stays addressable; replay to it takes longer."""
+    from circuit.trace.prune import prune_trace
+
+    found = prune_trace(folder, anchor_every)
+    if as_json:
+        print_json({**vars(found), "paths": []})
+        return
+    stdout.print(
+        f"removed {found.removed} states ({found.freed_bytes / 1e6:.1f} MB);"
+        f" {found.anchors} anchors left"
+    )
+
+
+class StepBar:
+    """Shows traced steps on a bar, and a line every so many of them."""
+
+    def __init__(self, bar: Bar, what: str, last: int | None, every: int | None = None) -> None:
+        self.bar = bar
+        self.every = every
+        self.last = last
+        self.task = bar.add_task(what, total=None, note="")
+        self.first: int | None = None
+
+    def __call__(self, step: TracedStep) -> None:
+        """Move the bar."""
+        if self.first is None:
+            self.first = step.step - 1
+            total = None if self.last is None else self.last - self.first
+            self.bar.update(self.task, total=total)
+        self.bar.update(self.task, advance=1, note=f"step {step.step}  loss {step.loss:.3f}")
+        if self.every and step.step % self.every == 0:
+            stderr.print(f"step {step.step:>6}  loss {step.loss:.4f}", style="dim")
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """`a:b` as two steps.
+
+    Raises:
+        CircuitError: it is no window.
+    """
+    start, colon, end = text.partition(":")
+    if not colon or not start.isdigit() or not end.isdigit() or int(start) >= int(end):
+        raise CircuitError(f"window '{text}'", expected="a:b with a < b, such as 0:750")
+    return int(start), int(end)

@@ -1,0 +1,151 @@
+"""What all tests share: a tiny benchmark, tiny configs, and shapes checked at run time.
+
+The hook must stand before the modules that it checks are first imported, hence the order below.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+install_import_hook(["circuit.tasks.positions", "circuit.training.step"], "beartype.beartype")
+
+import torch  # noqa: E402
+
+from circuit.config import BenchmarkConfig, TrainConfig, parse_config  # noqa: E402
+from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
+from circuit.training.session import TrainingSession  # noqa: E402
+
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def tiny_benchmark_payload() -> dict[str, Any]:
+    split = {
+        "samples": 60,
+        "active_keys": {"min": 3, "max": 4},
+        "overwrite_count": {"min": 4, "max": 5},
+        "num_queries": {"min": 1, "max": 2},
+        "query_lag": {"min": 1, "max": 2},
+    }
+    return {
+        "name": "tiny",
+        "benchmark_type": "symbolic_kv_stream",
+        "output_dir": "data/tiny",
+        "seed": 5,
+        "num_keys": 4,
+        "num_values": 32,
+        "holdout_answer_pair_fraction": 0.3,
+        "heuristic_max_accuracy": 1.0,
+        "lag_sampling": "uniform",
+        "splits": {
+            "train": split,
+            "validation_iid": {**split, "samples": 24},
+            "heldout_pairs": {**split, "samples": 24, "answer_pairs": "heldout"},
+        },
+    }
+
+
+def tiny_train_payload(**changes: Any) -> dict[str, Any]:
+    payload: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": "runs/tiny",
+        "benchmark_dir": "data/tiny",
+        "seed": 11,
+        "threads": 1,
+        "model": {
+            "layers": 1,
+            "heads": 2,
+            "d_model": 16,
+            "d_ff": 32,
+            "max_sequence_length": 40,
+        },
+        "steps": 12,
+        "batch_size": 8,
+        "optimizer": {"name": "adamw", "learning_rate": 0.01},
+        "log_every": 1,
+        "eval_every": 4,
+        "checkpoint_every": 3,
+        "tracked_splits": ["validation_iid", "heldout_pairs"],
+        "best": {"split": "validation_iid", "metric": "token_accuracy"},
+    }
+    return {**payload, **changes}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """One thread and deterministic kernels, as training sets them."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.set_num_threads(before[0])
+    torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.fixture(scope="session")
+def benchmark_payload() -> Callable[[], dict[str, Any]]:
+    """A new copy of the tiny benchmark's config, as JSON."""
+    return tiny_benchmark_payload
+
+
+@pytest.fixture(scope="session")
+def train_payload() -> Callable[..., dict[str, Any]]:
+    """Builds the tiny run's config as JSON, with some top-level fields replaced."""
+    return tiny_train_payload
+
+
+@pytest.fixture(scope="session")
+def make_config() -> MakeConfig:
+    """Builds the tiny run's config, with some top-level fields replaced."""
+
+    def make(**changes: Any) -> TrainConfig:
+        return parse_config(tiny_train_payload(**changes), TrainConfig, where="test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny benchmark on disk; tests copy it, or leave it as it is."""
+    folder = tmp_path_factory.mktemp("tiny_benchmark")
+    config = parse_config(tiny_benchmark_payload(), BenchmarkConfig, where="test")
+    generate_benchmark(config).save(
+        lambda name, text: (folder / name).write_text(text, encoding="utf-8") and None
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Benchmark:
+    """The tiny benchmark in memory."""
+    return load_benchmark(tiny_folder)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds the tiny benchmark at `data/tiny` and nothing else."""
+    shutil.copytree(tiny_folder, tmp_path / "data" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def session_after(make_config: MakeConfig, tiny: Benchmark) -> Callable[..., TrainingSession]:
+    """A tiny run in memory after some steps; keywords replace fields of its config."""
+
+    def advance(steps: int, **changes: Any) -> TrainingSession:
+        session = TrainingSession.start(make_config(**changes), tiny)
+        for _ in range(steps):
+            session.advance()
+        return session
+
+    return advance

@@ -1,0 +1,244 @@
+"""The model against a plain re-implementation, its tied unembedding, its initialization."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ks_2samp
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from circuit.config import ModelConfig
+from circuit.errors import CircuitError
+from circuit.model.build import build_model, load_tensors, named_tensors
+
+VOCABULARY = 19
+
+
+def shape(layers: int = 2, heads: int = 2, width: int = 8, **others: object) -> ModelConfig:
+    fields = {"layers": layers, "heads": heads, "d_model": heads * width, "d_ff": 24}
+    return ModelConfig.model_validate({**fields, "max_sequence_length": 12, **others})
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> HookedTransformer:
+    """Float64, every parameter random, so that no bias or LayerNorm weight is at rest."""
+    model = build_model(config, vocabulary_size=VOCABULARY, seed=seed, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise)
+    return model
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def plain_forward(
+    p: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, W_U: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits and the unembedding's input: pre-LN, learned positions, exact GELU, causal."""
+    length = tokens.shape[1]
+    x = p["embed.W_E"][tokens] + p["pos_embed.W_pos"][:length]
+    future = torch.ones(length, length).triu(1).bool()
+    for layer in range(config.layers):
+        at = f"blocks.{layer}."
+        normed = layer_norm(x, p[f"{at}ln1.w"], p[f"{at}ln1.b"])
+        written = p[f"{at}attn.b_O"]
+        for head in range(config.heads):
+            q, k, v = (
+                normed @ p[f"{at}attn.W_{part}"][head] + p[f"{at}attn.b_{part}"][head]
+                for part in "QKV"
+            )
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(future, -math.inf).softmax(-1)
+            written = written + weights @ v @ p[f"{at}attn.W_O"][head]
+        x = x + written
+        normed = layer_norm(x, p[f"{at}ln2.w"], p[f"{at}ln2.b"])
+        hidden = gelu(normed @ p[f"{at}mlp.W_in"] + p[f"{at}mlp.b_in"])
+        x = x + hidden @ p[f"{at}mlp.W_out"] + p[f"{at}mlp.b_out"]
+    final = layer_norm(x, p["ln_final.w"], p["ln_final.b"])
+    return final @ W_U, final
+
+
+def some_tokens(length: int, rows: int = 3) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@settings(max_examples=12)
+@given(
+    layers=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 6),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_the_model_is_the_plain_transformer(
+    layers: int, heads: int, width: int, length: int, seed: int
+) -> None:
+    config = shape(layers, heads, width)
+    model = random_model(config, seed)
+    tokens = some_tokens(length)
+    parameters = named_tensors(model)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(tokens)
+    expected, final = plain_forward(parameters, config, tokens, parameters["embed.W_E"].T)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(cache["unembed.hook_in"], final, rtol=0, atol=1e-10)
+
+
+def test_the_final_hook_is_behind_the_weight_and_bias_of_the_last_norm() -> None:
+    model = random_model(shape())
+    with torch.no_grad():
+        _, cache = model.run_with_cache(some_tokens(6))
+    normalized, final = cache["ln_final.hook_normalized"], cache["unembed.hook_in"]
+    rebuilt = normalized * model.ln_final.w + model.ln_final.b
+    torch.testing.assert_close(final, rebuilt, rtol=0, atol=1e-12)
+    assert not torch.allclose(final, normalized, atol=0.1)
+
+
+def test_the_tied_gradient_is_the_sum_of_both_uses() -> None:
+    config = shape()
+    model = random_model(config)
+    tokens = some_tokens(9)
+    weights = torch.randn(3, 9, VOCABULARY, dtype=torch.float64, generator=torch.Generator())
+    (model(tokens) * weights).sum().backward()
+    leaves = {n: t.clone().requires_grad_() for n, t in named_tensors(model).items()}
+    W_U = leaves["embed.W_E"].detach().T.clone().requires_grad_()
+    (plain_forward(leaves, config, tokens, W_U)[0] * weights).sum().backward()
+    for name, parameter in model.named_parameters():
+        expected = leaves[name].grad
+        assert expected is not None
+        if name == "embed.W_E":
+            assert W_U.grad is not None
+            assert W_U.grad.abs().max() > 1
+            assert expected.abs().max() > 0.01
+            expected = expected + W_U.grad.T
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_embedding_is_one_parameter_and_the_unembedding_answers() -> None:
+    model = build_model(shape(), vocabulary_size=VOCABULARY, seed=0)
+    names = [name for name, _ in model.named_parameters()]
+    assert names.count("embed.W_E") == 1
+    assert not [name for name in names if "unembed" in name]
+    assert len({p.data_ptr() for p in model.parameters()}) == len(names)
+    assert model.W_U.data_ptr() == model.embed.W_E.data_ptr()
+    assert torch.equal(model.W_U, model.embed.W_E.T)
+    assert model.b_U.shape == (VOCABULARY,)
+    assert not model.b_U.any()
+    assert not model.b_U.requires_grad
+    with torch.no_grad():
+        model.embed.W_E[3] = 5.0
+    assert (model.unembed.W_U[:, 3] == 5.0).all()
+
+
+def test_a_copy_is_tied_to_its_own_embedding() -> None:
+    model = random_model(shape())
+    clone = copy.deepcopy(model)
+    assert clone.W_U.data_ptr() == clone.embed.W_E.data_ptr() != model.embed.W_E.data_ptr()
+    before = model(some_tokens(5))
+    with torch.no_grad():
+        clone.embed.W_E.mul_(2)
+    assert torch.equal(model(some_tokens(5)), before)
+    assert torch.equal(clone.W_U, 2 * model.W_U)
+
+
+def state_sizes(config: ModelConfig) -> int:
+    d, hidden = config.d_model, config.d_ff
+    layer = 4 * (d * d + d) + 2 * d * hidden + hidden + d + 4 * d
+    return VOCABULARY * d + config.max_sequence_length * d + config.layers * layer + 2 * d
+
+
+def test_the_number_of_parameters_is_that_of_the_architecture() -> None:
+    for config in (shape(1, 1, 3), shape(3, 2, 5)):
+        model = build_model(config, vocabulary_size=VOCABULARY, seed=0)
+        assert sum(p.numel() for p in model.parameters()) == state_sizes(config)
+
+
+def same_distribution(ours: Tensor, theirs: Tensor) -> bool:
+    return bool(ks_2samp(ours.flatten().numpy(), theirs.flatten().numpy()).pvalue > 1e-3)
+
+
+def test_initialization_is_torchs_own_for_embedding_and_linear() -> None:
+    config = shape(2, 4, 16, d_ff=160)
+    parameters = named_tensors(build_model(config, vocabulary_size=300, seed=3))
+    torch.manual_seed(0)
+    for name in ("embed.W_E", "pos_embed.W_pos"):
+        assert same_distribution(parameters[name], nn.Embedding(300, 64).weight.detach())
+    fan_ins = {"W_Q": 64, "W_K": 64, "W_V": 64, "W_O": 64, "W_in": 64, "W_out": 160}
+    for leaf, fan_in in fan_ins.items():
+        linear = nn.Linear(fan_in, 4000)
+        bias_leaf = leaf.replace("W_", "b_")
+        for wanted, theirs in ((leaf, linear.weight), (bias_leaf, linear.bias)):
+            ours = torch.cat([t.flatten() for n, t in parameters.items() if n.endswith(wanted)])
+            assert ours.abs().max() <= 1 / math.sqrt(fan_in)
+            assert ours.abs().max() > 0.95 / math.sqrt(fan_in)
+            assert same_distribution(ours, theirs.detach())
+    for name, tensor in parameters.items():
+        if ".ln" in name or name.startswith("ln"):
+            assert (tensor == (1.0 if name.endswith(".w") else 0.0)).all()
+
+
+def test_gpt2_initialization_is_narrow_with_biases_at_zero() -> None:
+    config = shape(2, 4, 16, initialization="gpt2")
+    for name, tensor in named_tensors(build_model(config, vocabulary_size=300, seed=3)).items():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf.startswith("W_"):
+            assert abs(tensor.std() - 0.02) < 0.002
+        else:
+            assert (tensor == (1.0 if leaf == "w" else 0.0)).all()
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    config = shape()
+    torch.manual_seed(1)
+    first = named_tensors(build_model(config, vocabulary_size=VOCABULARY, seed=4))
+    torch.manual_seed(2)  # the global generator plays no part
+    again = named_tensors(build_model(config, vocabulary_size=VOCABULARY, seed=4))
+    other = named_tensors(build_model(config, vocabulary_size=VOCABULARY, seed=5))
+    assert list(first) == list(again) == list(other)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name])
+        random = not name.startswith("ln") and ".ln" not in name
+        assert torch.equal(tensor, other[name]) is not random
+
+
+def test_building_a_model_draws_nothing_from_the_global_generator() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    build_model(shape(), vocabulary_size=VOCABULARY, seed=4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_weights_of_another_model_are_refused_by_name() -> None:
+    model = build_model(shape(), vocabulary_size=VOCABULARY, seed=0)
+    own = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    renamed = {name.replace("ln_final.w", "ln_last.w"): t for name, t in own.items()}
+    wider = {**own, "embed.W_E": torch.zeros(VOCABULARY + 1, 16)}
+    first, *rest = own
+    reordered = {name: own[name] for name in (*rest, first)}
+    for tensors, said in (
+        (renamed, "ln_final.w"),
+        ({n: t for n, t in own.items() if n != "embed.W_E"}, "embed.W_E"),
+        (wider, r"embed\.W_E has shape \[20, 16\]; expected \[19, 16\]"),
+        (reordered, "the order of the names"),
+    ):
+        with pytest.raises(CircuitError, match=said):
+            load_tensors(model, tensors)
+    other = build_model(shape(), vocabulary_size=VOCABULARY, seed=1)
+    load_tensors(other, own)
+    assert all(torch.equal(t, own[n]) for n, t in named_tensors(other).items())

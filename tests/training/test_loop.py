@@ -1,0 +1,470 @@
+"""Training: the same bits again, after any interruption, at any frequency of anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from circuit.artifacts import OutputFolder, read_jsonl
+from circuit.config import BenchmarkConfig, TrainConfig, parse_config
+from circuit.environment import BIT_FACTS
+from circuit.errors import CircuitError
+from circuit.reports.evaluation import evaluate_checkpoint
+from circuit.runs import open_run
+from circuit.tasks.benchmark import load_benchmark, write_benchmark
+from circuit.tasks.probes import draw_probe_set
+from circuit.training.checkpoints import (
+    checkpoint_name,
+    list_checkpoints,
+    load_checkpoint,
+    tensors_digest,
+)
+from circuit.training.loop import Progress, train
+
+MakeConfig = Callable[..., TrainConfig]
+
+RUN = Path("runs/tiny")
+ADAMW = {"name": "adamw", "learning_rate": 0.01}
+MOMENTUM = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the program catches it."""
+
+
+def outputs(root: Path = RUN) -> dict[str, bytes]:
+    """The bytes that equal runs share: weights, optimizer states, metrics, config."""
+    names = ["metrics.jsonl", "run_config.json", "checkpoints/best.pt"]
+    names += [
+        f"checkpoints/{path.name}" for path in list_checkpoints(root / "checkpoints").values()
+    ]
+    return {name: (root / name).read_bytes() for name in names}
+
+
+def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    return sorted(name for name, payload in expected.items() if found.get(name) != payload)
+
+
+def weights_and_moments(path: Path) -> str:
+    state = load_checkpoint(path)
+    return tensors_digest(
+        {
+            f"{group} {name}": tensor
+            for group, tensors in {"parameters": state.parameters, **state.moments}.items()
+            for name, tensor in tensors.items()
+        }
+    )
+
+
+@pytest.fixture
+def straight(workplace: Path, make_config: MakeConfig) -> dict[str, bytes]:
+    """What a run that was never interrupted leaves; its folder is gone again."""
+    train(make_config())
+    found = outputs()
+    shutil.rmtree(workplace / "runs")
+    return found
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM])
+def test_the_same_config_gives_the_same_bytes(
+    workplace: Path, make_config: MakeConfig, optimizer: dict[str, Any]
+) -> None:
+    train(make_config(optimizer=optimizer))
+    first = outputs()
+    assert set(first) == {
+        "metrics.jsonl",
+        "run_config.json",
+        "checkpoints/best.pt",
+        *(f"checkpoints/{checkpoint_name(step)}" for step in (3, 6, 9, 12)),
+    }
+    train(make_config(optimizer=optimizer), overwrite=True)
+    assert outputs() == first
+    train(make_config(optimizer=optimizer, seed=12), overwrite=True)
+    assert differing(outputs(), first) == sorted(first)
+
+
+def test_rows_say_what_the_steps_were(workplace: Path, make_config: MakeConfig) -> None:
+    """Whole steps in order, each once; evaluations at 0, every `eval_every` and the end."""
+    result = train(make_config(log_every=2, eval_every=5))
+    rows = read_jsonl(RUN / "metrics.jsonl")
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    evaluated = [(row["step"], row["split"]) for row in rows if row["kind"] == "evaluation"]
+    splits = ["validation_iid", "heldout_pairs"]
+    assert evaluated == [(step, split) for step in (0, 5, 10, 12) for split in splits]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["steps"] == result.step == 12
+    last = {row["split"]: row for row in rows if row.get("step") == 12 and "split" in row}
+    for split, evaluation in summary["evaluations"].items():
+        assert evaluation == {k: v for k, v in last[split].items() if k not in ("kind", "step")}
+
+
+def test_stopping_and_resuming_at_every_step_changes_nothing(
+    straight: dict[str, bytes], make_config: MakeConfig
+) -> None:
+    equal = 0
+    for stop in range(1, 12):
+        stopped = train(make_config(), stop_at=stop, overwrite=stop > 1)
+        assert (stopped.step, stopped.first_step) == (stop, 0)
+        assert not (RUN / "summary.json").exists()
+        resumed = train(make_config(), resume=True)
+        assert (resumed.step, resumed.first_step) == (12, stop)
+        equal += not differing(outputs(), straight)
+    print(f"stopped and resumed: equal {equal} of 11")
+    assert equal == 11
+
+
+def test_an_interruption_after_any_step_changes_nothing(
+    straight: dict[str, bytes], make_config: MakeConfig
+) -> None:
+    """Between a step and its rows: the rows beyond the checkpoint are written again, once."""
+    equal = 0
+    for at in range(1, 13):
+
+        def interrupt(progress: Progress, at: int = at) -> None:
+            if progress.step == at and progress.loss is not None:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(make_config(), overwrite=at > 1, progress=interrupt)
+        resumed = train(make_config(), resume=True)
+        assert resumed.first_step == (at - 1) // 3 * 3
+        equal += outputs() == straight
+    print(f"interrupted and resumed: equal {equal} of 12")
+    assert equal == 12
+
+
+def test_an_interruption_after_any_write_changes_nothing(
+    straight: dict[str, bytes], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = OutputFolder.write_bytes
+    total = equal = 0
+    while True:
+        left = total
+
+        def interrupted(folder: OutputFolder, name: str, payload: bytes) -> Path:
+            nonlocal left
+            path = write(folder, name, payload)
+            left -= 1
+            if left < 0:
+                raise Killed
+            return path
+
+        monkeypatch.setattr(OutputFolder, "write_bytes", interrupted)
+        try:
+            train(make_config(), overwrite=total > 0)
+        except Killed:
+            monkeypatch.setattr(OutputFolder, "write_bytes", write)
+        else:
+            break
+        train(make_config(), resume=True)
+        equal += outputs() == straight
+        total += 1
+    print(f"interrupted after a write and resumed: equal {equal} of {total}")
+    assert total >= 2 + 1 + 4 + 1  # config, facts, best, checkpoints, summary
+    assert equal == total
+
+
+KILLED = """
+import json, os, random, signal, sys, time
+from circuit.config import TrainConfig, parse_config
+from circuit.training.loop import train
+import circuit.training.evaluate, transformer_lens
+
+payload, kills = json.loads(sys.argv[1]), int(sys.argv[2])
+config = parse_config(payload, TrainConfig, where="argv")
+rng = random.Random(3)
+
+def start():
+    child = os.fork()
+    if not child:
+        train(config, resume=True)
+        os._exit(0)
+    return child
+
+began = time.perf_counter()
+assert os.waitpid(start(), 0)[1] == 0
+whole = time.perf_counter() - began
+os.rename(config.output_dir, "straight")
+died = 0
+for _ in range(kills):
+    child = start()
+    time.sleep(whole * rng.uniform(0.2, 0.6))
+    os.kill(child, signal.SIGKILL)
+    died += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+assert os.waitpid(start(), 0)[1] == 0
+print(died)
+"""
+
+
+def test_a_run_killed_again_and_again_is_the_straight_run(
+    workplace: Path, train_payload: Callable[..., dict[str, Any]]
+) -> None:
+    payload = train_payload(steps=40, checkpoint_every=2, eval_every=10)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(payload), "5"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    killed = int(done.stdout)
+    wrong = differing(outputs(), outputs(Path("straight")))
+    print(f"killed {killed} times while training: files that differ {len(wrong)}")
+    assert killed >= 1
+    assert wrong == []
+    assert len(outputs()) == len(outputs(Path("straight"))) == 23
+
+
+def test_frequencies_do_not_change_the_training(workplace: Path, make_config: MakeConfig) -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"log_every": 5},
+        {"eval_every": 1},
+        {"eval_every": 12, "log_every": 12},
+        {"checkpoint_every": 1},
+        {"checkpoint_every": 5, "tracked_splits": ["validation_iid"]},
+        {"checkpoint_every": 12, "best": {"split": "heldout_pairs"}, "name": "other"},
+    ]
+    digests = set()
+    for number, changes in enumerate(variants):
+        train(make_config(**changes), overwrite=number > 0)
+        digests.add(weights_and_moments(RUN / "checkpoints" / checkpoint_name(12)))
+    print(f"logging, evaluation, checkpoint frequencies: distinct digests {len(digests)}")
+    assert len(digests) == 1
+
+
+def test_best_is_the_best_by_the_configs_metric(workplace: Path, make_config: MakeConfig) -> None:
+    for best in (
+        {"split": "validation_iid", "metric": "token_accuracy"},
+        {"split": "heldout_pairs", "metric": "value_accuracy"},
+    ):
+        config = make_config(eval_every=2, checkpoint_every=2, best=best, steps=20)
+        result = train(config, overwrite=True)
+        values = {
+            row["step"]: row[best["metric"]]
+            for row in read_jsonl(RUN / "metrics.jsonl")
+            if row["kind"] == "evaluation" and row["split"] == best["split"] and row["step"]
+        }
+        assert len(values) == 10
+        assert len(set(values.values())) > 2
+        step = max(values, key=lambda s: (values[s], -s))  # the first of the largest
+        assert result.best == {**best, "step": step, "value": values[step]}
+        kept = RUN / "checkpoints" / "best.pt"
+        assert load_checkpoint(kept).step == step
+        assert weights_and_moments(kept) == weights_and_moments(
+            RUN / "checkpoints" / checkpoint_name(step)
+        )
+
+
+def test_overwrite_keeps_what_training_did_not_write(
+    workplace: Path, make_config: MakeConfig
+) -> None:
+    train(make_config(checkpoint_every=2))
+    analysis = RUN / "analysis"
+    analysis.mkdir()
+    probes = draw_probe_set(load_benchmark("data/tiny"), ["validation_iid"], 5)
+    probes.save("probe_set.jsonl", lambda name, text: (analysis / name).write_text(text) and None)
+    (RUN / "notes.txt").write_text("mine")
+    (RUN / "checkpoints" / "step_000001.pt").write_bytes(b"kept by hand")
+    evaluate_checkpoint(make_config(), RUN / "checkpoints" / "best.pt")
+    foreign = ["notes.txt", "checkpoints/step_000001.pt", "evaluation/best.json"]
+    foreign += ["analysis/probe_set.jsonl", "analysis/probe_set.metadata.json"]
+    before = {name: (RUN / name).read_bytes() for name in foreign}
+    with pytest.raises(CircuitError, match=r"holds .* files of an earlier `circuit train`"):
+        train(make_config())
+    train(make_config(checkpoint_every=6), overwrite=True)
+    lost = [name for name, payload in before.items() if (RUN / name).read_bytes() != payload]
+    print(f"files lost {len(lost)} of {len(before)}")
+    assert lost == []
+    assert list(list_checkpoints(RUN / "checkpoints")) == [1, 6, 12]
+
+
+@pytest.mark.parametrize("how", ["edited train", "edited tracked", "edited config", "regenerated"])
+def test_a_benchmark_changed_under_a_run_is_refused(
+    workplace: Path,
+    make_config: MakeConfig,
+    benchmark_payload: Callable[[], dict[str, Any]],
+    how: str,
+) -> None:
+    train(make_config(), stop_at=6)
+    before = outputs()
+    folder = Path("data/tiny")
+    if how == "regenerated":
+        shutil.rmtree(folder)
+        write_benchmark(
+            parse_config({**benchmark_payload(), "seed": 6}, BenchmarkConfig, where="test")
+        )
+        said = "trained on another benchmark: digest"
+    else:
+        name, old, new, said = {
+            "edited train": ("train.jsonl", "W K", "W  K", r"train\.jsonl:1"),
+            "edited tracked": (
+                "validation_iid.jsonl",
+                "validation_iid",
+                "validation_iie",
+                r"validation_iid\.jsonl:1",
+            ),
+            "edited config": (
+                "metadata.json",
+                '"seed": 5',
+                '"seed": 6',
+                r"metadata\.json: .*digest",
+            ),
+        }[how]
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+    checkpoint = RUN / "checkpoints" / checkpoint_name(6)
+    for use in (
+        lambda: train(make_config(), resume=True),
+        lambda: evaluate_checkpoint(make_config(), checkpoint, splits=["train", "validation_iid"]),
+        lambda: open_run(RUN).model(6),
+    ):
+        with pytest.raises(CircuitError, match=said):
+            use()
+    assert outputs() == before
+    assert not (RUN / "evaluation").exists()
+
+
+@pytest.mark.parametrize("fact", BIT_FACTS)
+def test_a_changed_environment_refuses_a_resume_and_names_the_fact(
+    workplace: Path, make_config: MakeConfig, fact: str
+) -> None:
+    train(make_config(), stop_at=3)
+    path = RUN / "environment.json"
+    facts = json.loads(path.read_text())
+    facts[fact] = "something else"
+    path.write_text(json.dumps(facts))
+    before = outputs()
+    with pytest.raises(
+        CircuitError, match=rf"environment has changed \({fact}: 'something else' -> [^;]*\), so"
+    ):
+        train(make_config(), resume=True)
+    assert outputs() == before
+    assert train(make_config(), resume=True, allow_drift=True, stop_at=4).step == 4
+
+
+def test_other_facts_may_change(workplace: Path, make_config: MakeConfig) -> None:
+    train(make_config(), stop_at=3)
+    path = RUN / "environment.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "python": "3.99", "platform": "elsewhere"}))
+    assert train(make_config(), resume=True).step == 12
+
+
+def test_a_resume_uses_the_recorded_number_of_threads(
+    workplace: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    train(make_config(threads=1), stop_at=3)
+    monkeypatch.setattr(torch, "get_num_threads", torch.get_num_threads)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(CircuitError, match="threads: 1 -> 2"):
+            train(make_config(threads=2), resume=True)
+        assert train(make_config(threads=None), resume=True).step == 12
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_resume_with_another_recipe_is_refused_by_the_field(
+    workplace: Path, make_config: MakeConfig
+) -> None:
+    train(make_config(), stop_at=3)
+    before = outputs()
+    with pytest.raises(CircuitError, match="belongs to another config: seed is 11 there and 12"):
+        train(make_config(seed=12), resume=True)
+    assert outputs() == before
+
+
+def test_a_resume_from_a_damaged_checkpoint_is_refused_by_file(
+    workplace: Path, make_config: MakeConfig
+) -> None:
+    train(make_config(), stop_at=6)
+    path = RUN / "checkpoints" / checkpoint_name(6)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CircuitError, match=r"step_000006\.pt: digest mismatch"):
+        train(make_config(), resume=True)
+
+
+def test_a_resume_of_nothing_starts_and_a_finished_run_stays(
+    straight: dict[str, bytes], make_config: MakeConfig
+) -> None:
+    assert train(make_config(), resume=True).first_step == 0
+    assert outputs() == straight
+    again = train(make_config(), resume=True)
+    assert (again.first_step, again.step) == (12, 12)
+    assert outputs() == straight
+    assert set(again.evaluations) == {"validation_iid", "heldout_pairs"}
+
+
+def test_impossible_requests_are_refused(workplace: Path, make_config: MakeConfig) -> None:
+    for stop in (0, 13):
+        with pytest.raises(CircuitError, match=f"cannot stop at step {stop}; expected 1 to 12"):
+            train(make_config(), stop_at=stop)
+    with pytest.raises(CircuitError, match="exclude each other"):
+        train(make_config(), overwrite=True, resume=True)
+    train(make_config(), stop_at=6)
+    with pytest.raises(CircuitError, match="already at step 6, beyond 3"):
+        train(make_config(), resume=True, stop_at=3)
+    with pytest.raises(CircuitError, match=r"unknown split 'nowhere'.*expected train, "):
+        train(make_config(train_split="nowhere", output_dir="runs/other"))
+    with pytest.raises(CircuitError, match="device 'cuda' is not available here"):
+        train(make_config(device="cuda", output_dir="runs/other"))
+
+
+def test_records_longer_than_the_model_are_refused(
+    workplace: Path, make_config: MakeConfig
+) -> None:
+    train(make_config(), stop_at=3)
+    before = outputs()
+    longest = max(len(r.tokens) for r in load_benchmark("data/tiny").records("train"))
+    shape = make_config().model.model_dump()
+    short = make_config(model={**shape, "max_sequence_length": longest - 1})
+    with pytest.raises(
+        CircuitError, match=f"split 'train' has {longest} tokens, .* max_sequence_length"
+    ):
+        train(short, overwrite=True)
+    assert outputs() == before
+
+
+def test_a_refused_overwrite_keeps_the_earlier_run(
+    workplace: Path, make_config: MakeConfig
+) -> None:
+    train(make_config(), stop_at=3)
+    before = outputs()
+    (RUN / "checkpoints" / checkpoint_name(10)).write_bytes(b"kept by hand")
+    with pytest.raises(CircuitError, match=r"step_000010\.pt: exists and was not written by"):
+        train(make_config(checkpoint_every=5), overwrite=True)
+    (RUN / "checkpoints" / checkpoint_name(10)).unlink()
+    assert outputs() == before
+
+
+def test_a_second_writer_of_a_run_is_refused(workplace: Path, make_config: MakeConfig) -> None:
+    refused = []
+
+    def start_another(progress: Progress) -> None:
+        if progress.step == 5 and progress.loss is not None:
+            for how in ("overwrite", "resume"):
+                with pytest.raises(CircuitError, match="another `circuit train` is writing here"):
+                    train(make_config(), **{how: True})
+                refused.append(how)
+
+    train(make_config(), progress=start_another)
+    assert refused == ["overwrite", "resume"]
+    assert [row["step"] for row in read_jsonl(RUN / "metrics.jsonl") if row["kind"] == "train"] == [
+        *range(1, 13)
+    ]
