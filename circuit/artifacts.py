@@ -246,10 +246,16 @@ class OutputFolder:
         """
         names = list(claiming)
         self._refuse_foreign(names)
-        for name in self.owned:
+        self.remove(self.owned)
+        self.claim(names)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove some of this command's files, and forget them."""
+        for name in names:
+            path = self.path(name)
             with contextlib.suppress(FileNotFoundError):
-                self._inside(name).unlink()
-        self._owned = dict.fromkeys(names)
+                path.unlink()
+            del self._owned[name]
         self._write_manifest()
 
     def claim(self, names: Iterable[str]) -> None:

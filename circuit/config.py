@@ -130,6 +130,8 @@ class ModelConfig(_Config):
     dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
     """Must be 0: a HookedTransformer has none."""
     initialization: Literal["pytorch_default", "gpt2"] = "pytorch_default"
+    embedding_std: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the initial embeddings; null is the scheme's (1, or 0.02 for gpt2)."""
 
     @model_validator(mode="after")
     def _head_width(self) -> ModelConfig:

@@ -7,6 +7,7 @@ so that the command line can read this module without it.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import sys
@@ -131,6 +132,23 @@ def environment_facts(device: str = "cpu") -> Facts:
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
         },
     }
+
+
+def recorded_facts(path: Path) -> Facts:
+    """The facts that a run or trace wrote down; empty if there is no such file.
+
+    Raises:
+        CircuitError: the file is damaged.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CircuitError(f"damaged ({error})", where=path) from None
+    if not isinstance(facts, dict):
+        raise CircuitError("damaged (not a JSON object)", where=path)
+    return facts
 
 
 def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

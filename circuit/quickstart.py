@@ -1,4 +1,4 @@
-"""The main job on a small task, in one call: make the data, train, look at one read.
+"""The main job on a small task, in one call: make the data, train, trace, look at one read.
 
 The two configs ship with the package (`configs/benchmark/quickstart.json`,
 `configs/train/quickstart.json`); docs/quickstart.md says how they were found.
@@ -15,8 +15,11 @@ import torch
 from transformer_lens import HookedTransformer
 
 from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.reports.optimizer_update_trace import TraceReport, optimizer_update_trace
 from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.trace.record import RecordOptions
+from circuit.trace.step import TracedStep
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
 from circuit.training.loop import BEST, Progress, TrainResult, train
@@ -49,6 +52,7 @@ class QuickstartResult:
     """What the quickstart made and measured."""
 
     training: TrainResult
+    trace: TraceReport
     evaluations: list[Evaluation]
     example: Example
     benchmark_folder: Path
@@ -63,8 +67,12 @@ def quickstart_configs() -> tuple[BenchmarkConfig, TrainConfig]:
     )
 
 
-def quickstart(*, progress: Callable[[Progress], None] | None = None) -> QuickstartResult:
-    """Generate, train, evaluate and explain, under `data/` and `artifacts/` of this folder.
+def quickstart(
+    *,
+    training_progress: Callable[[Progress], None] | None = None,
+    trace_progress: Callable[[TracedStep], None] | None = None,
+) -> QuickstartResult:
+    """Generate, train, trace, evaluate and explain, under `data/` and `artifacts/` of this folder.
 
     Files of an earlier quickstart are replaced, no others.
 
@@ -73,14 +81,23 @@ def quickstart(*, progress: Callable[[Progress], None] | None = None) -> Quickst
     """
     benchmark_config, config = quickstart_configs()
     write_benchmark(benchmark_config, overwrite=True)
-    training = train(config, overwrite=True, progress=progress)
+    training = train(config, overwrite=True, progress=training_progress)
+    trace = optimizer_update_trace(
+        config,
+        training.folder / "analysis" / "optimizer_update_trace",
+        RecordOptions(end_step=config.steps, require_historical_replay=True),
+        overwrite=True,
+        progress=trace_progress,
+    )
     benchmark = load_benchmark(config.benchmark_dir)
     state = load_checkpoint(training.folder / BEST)
     model = model_from_state(state, config, benchmark)
     splits = {name: encode_split(benchmark, name) for name in benchmark.splits}
     evaluations = [evaluate(model, split, name) for name, split in splits.items()]
     example = explain_read(model, benchmark, splits[EXAMPLE_SPLIT])
-    return QuickstartResult(training, evaluations, example, Path(benchmark_config.output_dir))
+    return QuickstartResult(
+        training, trace, evaluations, example, Path(benchmark_config.output_dir)
+    )
 
 
 def explain_read(model: HookedTransformer, benchmark: Benchmark, split: EncodedSplit) -> Example:

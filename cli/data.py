@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from . import options
-from .output import percent, print_json, print_written, progress_bar, stdout, table
+from .output import print_json, print_written, progress_bar, share, stdout, table
 
 if TYPE_CHECKING:
     from circuit.tasks.benchmark import Benchmark
@@ -60,14 +60,14 @@ def generate_probe_set(
     """Draw a fixed set of records that later reports look at."""
     from circuit.artifacts import OutputFolder
     from circuit.tasks.benchmark import load_benchmark
-    from circuit.tasks.probes import draw_probe_set
+    from circuit.tasks.probes import draw_probe_set, metadata_path
 
     splits = split or ["validation_iid"]
     command = f"generate-probe-set.{output.stem}"
     with OutputFolder(output.parent, command, overwrite=overwrite) as folder:
         benchmark = load_benchmark(benchmark_dir, splits=splits)
         made = draw_probe_set(benchmark, splits, examples_per_split, seed=seed)
-        folder.clear()
+        folder.clear(claiming=[output.name, metadata_path(output).name])
         paths: list[Path] = []
         made.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
     if as_json:
@@ -79,8 +79,8 @@ def generate_probe_set(
 
 def _print_benchmark(made: Benchmark) -> None:
     """Sizes and shortcut accuracies, a row a split; then the warnings."""
-    shortcuts = list(next(iter(made.figures.splits.values())).shortcuts)
-    columns = ["split", "records", "reads", "tokens", *shortcuts, "k-th last write"]
+    columns = ["split", "records", "reads", "tokens", "last %", "first %", "frequent %", "k"]
+    columns.append("k-th last %")
     shown = table(f"{made.config.name} (digest {made.digest[:12]})", columns)
     for name, figures in made.figures.splits.items():
         k = figures.strongest_positional
@@ -89,9 +89,16 @@ def _print_benchmark(made: Benchmark) -> None:
             str(figures.records),
             str(figures.reads),
             f"{figures.min_tokens}-{figures.max_tokens}",
-            *[percent(figures.shortcuts[shortcut]) for shortcut in shortcuts],
-            f"k={k}: {percent(figures.positional_shortcuts[k])}",
+            *[share(accuracy) for accuracy in figures.shortcuts.values()],
+            str(k),
+            share(figures.positional_shortcuts[k]),
         )
     stdout.print(shown)
+    stdout.print(
+        "shortcuts, in % of the reads that they answer: last value written, first value of the key,"
+        " most frequent value, value of the k-th last write",
+        style="dim",
+        soft_wrap=True,
+    )
     for warning in made.figures.warnings:
         stdout.print(Text("warning: ", style="yellow") + Text(warning), soft_wrap=True)

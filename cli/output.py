@@ -49,11 +49,16 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def share(value: float | None) -> str:
+    """A share under a heading that says %: `97.3`, or a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def table(title: str | None, columns: Sequence[str]) -> Table:
     """An empty table in the program's one style: first column left, the others right."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return made
 
 
@@ -87,5 +92,6 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", style="dim"),
     )
-    with Progress(*columns, console=stderr, disable=not enabled, transient=True) as bar:
+    shown = enabled and stderr.is_terminal  # else rich leaves an empty line
+    with Progress(*columns, console=stderr, disable=not shown, transient=True) as bar:
         yield bar

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from . import options
 from .output import percent, print_json, print_written, progress_bar, stdout
+from .trace import StepBar
 from .training import TrainBar, print_evaluations, print_slices
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(as_json: options.Json = False) -> None:
-    """Train a small transformer on latest-write lookup and show what it learned."""
+    """Train a small transformer on latest-write lookup, trace it, show what it learned."""
     began = time.perf_counter()
     if not as_json:
         stdout.print("Training a 2-layer transformer to look up the latest write to a key ...")
@@ -32,13 +33,17 @@ def quickstart(as_json: options.Json = False) -> None:
 
     config = library.quickstart_configs()[1]
     with progress_bar(not as_json) as bar:
-        result = library.quickstart(progress=TrainBar(bar, config.steps))
-    paths = [result.benchmark_folder, result.training.folder]
+        result = library.quickstart(
+            training_progress=TrainBar(bar, config.steps),
+            trace_progress=StepBar(bar, "tracing", config.steps),
+        )
+    paths = [result.benchmark_folder, result.training.folder, result.trace.record.store.root]
     if as_json:
         print_json(
             {
                 "evaluations": {e.split: e.to_row() for e in result.evaluations},
                 "example": vars(result.example),
+                "law": result.trace.law,
                 "paths": [str(path) for path in paths],
             }
         )
@@ -51,6 +56,7 @@ def quickstart(as_json: options.Json = False) -> None:
     _print_example(result.example)
     stdout.print()
     print_written(paths)
+    stdout.print(result.trace.law, soft_wrap=True)
     accuracy = next(
         e.answer_accuracy for e in result.evaluations if e.split == library.EXAMPLE_SPLIT
     )

@@ -211,7 +211,7 @@ def verify(
         if not found.equal:
             facts = "; ".join(trace.changed_facts()) or "none that is recorded"
             stdout.print(f"changed since the recording: {facts}", soft_wrap=True)
-        stdout.print(f"{found.compared_anchors} anchors compared; {found.law}")
+        stdout.print(f"{found.compared_anchors} anchors compared; {found.law}", soft_wrap=True)
     if not found.equal:
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress as Bar
 
 from . import options
-from .output import percent, print_json, print_written, progress_bar, stdout, table
+from .output import percent, print_json, print_written, progress_bar, share, stdout, table
 
 if TYPE_CHECKING:
     from circuit.config import TrainConfig
@@ -173,33 +173,43 @@ def train_payload(result: TrainResult) -> dict[str, Any]:
 
 def print_evaluations(evaluations: list[Evaluation]) -> None:
     """One row a split."""
-    columns = ["split", "loss", "token acc.", "answer acc.", "q", "r", "w", "shortcut"]
-    made = table(None, [*columns, "agreement"])
+    columns = ["split", "loss", "token %", "answer %", "q", "r", "w", "k", "k-th %"]
+    made = table(None, [*columns, "agree %"])
     for e in evaluations:
         made.add_row(
             e.split,
-            f"{e.loss:.4f}",
-            percent(e.token_accuracy),
-            percent(e.answer_accuracy),
-            f"{e.q:.3f}",
-            f"{e.r:.3f}",
+            f"{e.loss:.3f}",
+            share(e.token_accuracy),
+            share(e.answer_accuracy),
+            f"{e.q:.2f}",
+            f"{e.r:.2f}",
             f"{e.w:.2f}",
-            f"k={e.shortcut}: {percent(e.shortcut_accuracy)}",
-            percent(e.shortcut_agreement),
+            str(e.shortcut),
+            share(e.shortcut_accuracy),
+            share(e.shortcut_agreement),
         )
     stdout.print(made)
+    stdout.print(_LEGEND, style="dim", soft_wrap=True)
+
+
+_LEGEND = (
+    "q, r: mean over reads of the largest attention from the prediction position to the query key,"
+    " to the support value. w: mean value margin.\n"
+    "k-th %: reads that 'the value of the k-th last write' answers, for the best k."
+    " agree %: wrong answers that equal it."
+)
 
 
 def print_slices(evaluations: list[Evaluation]) -> None:
     """Answer accuracy by lag, with the shortcut agreement of the wrong answers."""
-    made = table("by lag", ["split", "lag", "reads", "answer acc.", "shortcut agreement"])
+    made = table(None, ["split", "lag", "reads", "answer %", "agree %"])
     for e in evaluations:
         for lag, found in e.by_slice["lag"].items():
             made.add_row(
                 e.split,
                 lag,
                 str(found.reads),
-                percent(found.answer_accuracy),
-                percent(found.shortcut_agreement),
+                share(found.answer_accuracy),
+                share(found.shortcut_agreement),
             )
     stdout.print(made)

@@ -36,6 +36,7 @@ FULL_TRAIN: dict[str, Any] = {
         "max_sequence_length": 40,
         "dropout": 0.0,
         "initialization": "pytorch_default",
+        "embedding_std": 0.5,
     },
     "steps": 10,
     "batch_size": 8,
@@ -89,6 +90,7 @@ OPTIONAL = {
     "compile",
     "model.dropout",
     "model.initialization",
+    "model.embedding_std",
     "train_split",
     "optimizer.beta1",
     "optimizer.beta2",
@@ -225,6 +227,7 @@ def test_a_list_item_is_named_by_its_place() -> None:
         ("model.max_sequence_length", 1),
         ("model.dropout", 0.1),
         ("model.initialization", "xavier"),
+        ("model.embedding_std", 0.0),
         ("optimizer.learning_rate", 0.0),
         ("optimizer.learning_rate", float("inf")),
         ("optimizer.learning_rate", float("nan")),
@@ -372,6 +375,7 @@ def test_formation_and_generalization_carry_the_contracts_values() -> None:
         "max_sequence_length": 96,
         "dropout": 0.0,
         "initialization": "pytorch_default",
+        "embedding_std": None,
     }
     optimizer = recipe["optimizer"]
     assert optimizer["name"] == "adamw"

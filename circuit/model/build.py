@@ -10,6 +10,8 @@ the order of `named_parameters()`:
 - `pytorch_default`: embeddings N(0, 1) as `torch.nn.Embedding`; weights and biases of linear maps
   U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as `torch.nn.Linear`; LayerNorm weight 1, bias 0.
 - `gpt2`: embeddings and weights N(0, 0.02); biases 0; LayerNorm as above.
+
+`embedding_std` replaces the standard deviation of the embeddings in either.
 """
 
 from __future__ import annotations
@@ -87,23 +89,22 @@ def build_model(
     model.unembed = TiedUnembed(model.cfg, model.embed)
     model.to(device, print_details=False)
     model.setup()
-    initialize(model, config.initialization, seed)
+    initialize(model, config, seed)
     return model
 
 
-def initialize(model: HookedTransformer, scheme: str, seed: int) -> None:
+def initialize(model: HookedTransformer, config: ModelConfig, seed: int) -> None:
     """Draw every parameter, in the order of `named_parameters()` (see the module's docstring)."""
     generator = torch.Generator().manual_seed(seed)
-    cfg = model.cfg
+    cfg, scheme = model.cfg, config.initialization
+    std = config.embedding_std or (1.0 if scheme == "pytorch_default" else 0.02)
     fan_in = {"W_out": cfg.d_mlp, "b_out": cfg.d_mlp, "W_O": cfg.d_model, "b_O": cfg.d_model}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
             drawn = torch.empty(parameter.shape, dtype=torch.float32)
             if leaf in ("W_E", "W_pos"):
-                drawn.normal_(
-                    0.0, 1.0 if scheme == "pytorch_default" else 0.02, generator=generator
-                )
+                drawn.normal_(0.0, std, generator=generator)
             elif leaf == "w":
                 drawn.fill_(1.0)
             elif leaf == "b" or (scheme == "gpt2" and leaf.startswith("b_")):

@@ -93,7 +93,8 @@ def summarize(store: TraceStore, history: Sequence[int]) -> dict[str, Any]:
         "mean_term_norms": {t: fmean(row["term_norms"][t] for row in rows) for t in terms},
         "max_rounding_ulps": max(row["rounding_ulps"] for row in rows),
         "max_relative_rounding": max(
-            row["term_norms"]["rounding"] / row["update_norm"] for row in rows
+            (row["term_norms"]["rounding"] / row["update_norm"] if row["update_norm"] else 0.0)
+            for row in rows
         ),
         "most_moved_tensors": _most_moved(rows),
         "historical_checkpoints_equal": list(history),
@@ -152,7 +153,8 @@ def _page(store: TraceStore, summary: Mapping[str, Any], law: str) -> str:
     ]
     total = summary["mean_update_norm"]
     for name, value in summary["mean_term_norms"].items():
-        lines.append(f"| `{name}` | {value:.4g} | {value / total:.3g} |")
+        share = f"{value / total:.3g}" if total else "-"
+        lines.append(f"| `{name}` | {value:.4g} | {share} |")
     lines += [
         "",
         "`raw_sgd` and `clipped_sgd` are not part of the update: they are what plain SGD would have"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 from circuit.artifacts import OutputFolder
@@ -44,6 +45,15 @@ def prune_trace(path: str | Path, anchor_every: int) -> PruneResult:
             expected=f"a multiple of the trace's {manifest.anchor_every}",
         )
     thinned = manifest.model_copy(update={"anchor_every": anchor_every, "storage": "anchors"})
+    steps = range(manifest.start_step, manifest.end_step + 1)
+    gone = [s for s in steps if manifest.is_addressable(s) and not thinned.is_addressable(s)]
+    if gone:  # the old anchors lay off the grid of addressable steps: widen it to hold them
+        thinned = thinned.model_copy(
+            update={
+                "checkpoint_every": gcd(manifest.checkpoint_every, manifest.anchor_every),
+                "checkpoint_start_step": min(manifest.checkpoint_start_step, gone[0]),
+            }
+        )
     keep = {f"checkpoints/{checkpoint_name(step)}" for step in thinned.anchors()}
     with OutputFolder(store.root, COMMAND, resume=True) as folder:
         folder.write_text(MANIFEST, thinned.to_json())

@@ -19,16 +19,18 @@ from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.trace.compare import state_difference
 from circuit.trace.decompose import norm
-from circuit.trace.step import STAGES, TracedStep, Tracer
+from circuit.trace.replay import load_state
+from circuit.trace.step import STAGES, FlatState, TracedStep, Tracer
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceManifest, TraceStore
 from circuit.training.checkpoints import (
+    TrainState,
     checkpoint_name,
     encode_checkpoint,
     list_checkpoints,
     load_checkpoint,
 )
 from circuit.training.loop import ENVIRONMENT
-from circuit.training.session import TrainingSession
+from circuit.training.session import TrainingSession, check_state
 
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
 
@@ -85,12 +87,17 @@ def record_trace(
             `require_historical_replay`, a past that is not this run's (step, stage and the changed
             facts are named).
     """
+    if overwrite and resume:
+        raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
     with OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume) as folder:
         benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
         run_facts = _run_facts(config)
+        start = options.resume_checkpoint
+        state = None if start is None else load_state(start)
+        # after load_state, which may have replayed with the threads of another trace
         threads = config.threads or run_facts.get("threads")
         prepare_process(threads=threads, device=config.device)
-        session = _start(config, benchmark, options)
+        session = TrainingSession(config, benchmark, state=state)
         manifest = _manifest(session, options)
         history = _History(config, manifest, options.require_historical_replay, run_facts)
         if resume and (folder.root / MANIFEST).exists():
@@ -98,12 +105,6 @@ def record_trace(
         else:
             folder.clear()
         return _Recorder(folder, manifest, Tracer(session), history, progress).run()
-
-
-def _start(config: TrainConfig, benchmark: Benchmark, options: RecordOptions) -> TrainingSession:
-    if options.resume_checkpoint is None:
-        return TrainingSession.start(config, benchmark)
-    return TrainingSession.restore(load_checkpoint(options.resume_checkpoint), config, benchmark)
 
 
 def _manifest(session: TrainingSession, options: RecordOptions) -> TraceManifest:
@@ -147,8 +148,10 @@ def _resumed(
             where=folder.root / MANIFEST,
             fix="resume with the same options on the same machine, or start anew with --overwrite",
         )
-    stored = [s for s in manifest.anchors() if store.checkpoint_path(s).exists()]
-    stored = [s for s in stored if s <= store.last_step]
+    # the first anchor stands before the row file does
+    rows = store.read_rows() if (store.root / ROWS).exists() else []
+    last = manifest.start_step + len(rows)
+    stored = [s for s in manifest.anchors() if s <= last and store.checkpoint_path(s).exists()]
     if not stored:
         return None
     return TrainingSession.restore(store.anchor(stored[-1]), manifest.config, benchmark)
@@ -179,6 +182,7 @@ class _History:
             for step, path in saved.items()
             if manifest.start_step <= step <= manifest.end_step
         }
+        self.manifest = manifest
         self.changed = changed_facts(run_facts, manifest.environment)
         if required and not self.saved:
             raise CircuitError(
@@ -193,14 +197,37 @@ class _History:
         step = tracer.session.step
         if step not in self.saved:
             return
-        difference = state_difference(load_checkpoint(self.saved[step]), tracer.train_state())
+        difference = state_difference(self._load(step), tracer.train_state())
         if difference is not None:
-            cause = "; ".join(self.changed) or "no recorded fact of the environment has changed"
-            raise CircuitError(
-                f"the replay is not the run's past: step {step} differs in {difference} ({cause})",
-                where=self.saved[step],
-                fix="trace it where it was trained, or leave out --require-historical-replay",
-            )
+            raise self._not_the_past(step, str(difference))
+
+    def check_recorded(self, store: TraceStore, first: int) -> None:
+        """Compare the run's checkpoints before `first` with what a resumed recording holds."""
+        start = self.manifest.start_step
+        earlier = [step for step in self.saved if step < first]
+        rows = store.read_rows() if earlier else []
+        for step in earlier:
+            found = FlatState.of(self._load(step)).stages()
+            if step == start:
+                recorded = FlatState.of(store.anchor(step)).stages()
+            else:
+                recorded = rows[step - start - 1]["digests"]
+            for stage, digest in found.items():
+                if recorded.get(stage) != digest:
+                    raise self._not_the_past(step, stage)
+
+    def _load(self, step: int) -> TrainState:
+        state = load_checkpoint(self.saved[step])
+        check_state(state, self.manifest.config, self.manifest.benchmark_digest)
+        return state
+
+    def _not_the_past(self, step: int, difference: str) -> CircuitError:
+        cause = "; ".join(self.changed) or "no recorded fact of the environment has changed"
+        return CircuitError(
+            f"the replay is not the run's past: step {step} differs in {difference} ({cause})",
+            where=self.saved[step],
+            fix="trace it where it was trained, or leave out --require-historical-replay",
+        )
 
 
 class _Recorder:
@@ -230,6 +257,7 @@ class _Recorder:
             self._save_anchor()
         log = RowLog(self.folder.path(ROWS), last_step=first)
         try:
+            self.history.check_recorded(TraceStore(self.folder.root), first)
             self.history.check(tracer)
             while tracer.session.step < manifest.end_step:
                 step = tracer.advance()

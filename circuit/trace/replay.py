@@ -152,10 +152,11 @@ class Trace:
         if self.manifest.is_anchor(step) or path.exists():
             return self._stored(step)
         tracer = self._tracer_at(self.store.anchor_before(step))
+        drifts = len(self.drifts)
         while tracer.session.step < step:
             self._check(tracer.advance())
         state = tracer.train_state()
-        if cache:
+        if cache and len(self.drifts) == drifts:  # only the recorded state is kept
             with OutputFolder(self.store.root, COMMAND, resume=True) as folder:
                 folder.write_bytes(
                     path.relative_to(self.store.root).as_posix(), encode_checkpoint(state)

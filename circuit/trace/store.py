@@ -101,6 +101,24 @@ class TraceStore:
         """The recorded rows, one a step, from `start_step + 1`.
 
         Raises:
+            CircuitError: a line is damaged, the steps do not follow each other, or the file ends
+                before a stored anchor.
+        """
+        rows = self.read_rows()
+        last = self.manifest.start_step + len(rows)
+        for step in self.manifest.anchors():
+            if step > last and self.checkpoint_path(step).exists():
+                raise CircuitError(
+                    f"ends at step {last}, but the state of step {step} is stored",
+                    where=self.root / ROWS,
+                    fix="the row file was truncated; --resume records the lost steps again",
+                )
+        return rows
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows on disk, also those of a recording that was stopped or lost some.
+
+        Raises:
             CircuitError: a line is damaged, or the steps do not follow each other.
         """
         path = self.root / ROWS
@@ -193,7 +211,7 @@ def _read_manifest(path: Path) -> TraceManifest:
             expected=f"a folder with {MANIFEST}",
             fix="record one with `circuit trace record`",
         ) from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CircuitError(f"damaged manifest ({error})", where=path) from None
     if _digest(payload) != stored:
         raise CircuitError(

@@ -2,9 +2,9 @@
 
 One file: the payload, a `torch.save` of plain tensors that `torch.load` can also read by itself,
 then a JSON description (step, config, and the sha256 of every tensor and of the payload), then a
-footer that holds the description's length and sha256. A reader checks the footer, the
-description, the payload's digest, and every shape against the model, before it unpickles anything
-(with `weights_only=True`), and the digest of every tensor after.
+footer that holds the description's length and sha256. A reader checks the footer, the description
+and the payload's digest before it unpickles anything (with `weights_only=True`), and the shape and
+digest of every tensor after; the session compares names and shapes with the model's.
 """
 
 from __future__ import annotations
@@ -132,10 +132,12 @@ def load_checkpoint(path: str | Path) -> TrainState:
         raise _damaged(path, f"digest mismatch{_locate_damage(payload, description)}")
     groups = _unpickle(path, payload)
     for group, tensors in description["tensors"].items():
-        stored = groups.get(group)
-        if stored is None or list(stored) != list(tensors):
+        stored = groups.get(group) if isinstance(groups, dict) else None
+        if not isinstance(stored, dict) or list(stored) != list(tensors):
             raise _damaged(path, f"{group} does not hold the tensors that it lists")
         for name, facts in tensors.items():
+            if not _is_as_described(stored[name], facts):
+                raise _damaged(path, f"{group} {name} is not the tensor that it lists")
             if tensor_digest(stored[name]) != facts["sha256"]:
                 raise _damaged(path, f"digest mismatch in {group} {name}")
     config = parse_config(description["config"], TrainConfig, where=path)
@@ -158,6 +160,15 @@ def _groups(
     parameters: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Mapping[str, Tensor]]:
     return {"parameters": parameters, **moments}
+
+
+def _is_as_described(tensor: Any, facts: dict[str, Any]) -> bool:
+    """Whether reading the tensor takes no more than the bytes that the file holds for its shape."""
+    return (
+        isinstance(tensor, Tensor)
+        and list(tensor.shape) == facts["shape"]
+        and tensor.is_contiguous()  # an expanded tensor claims more than it stores
+    )
 
 
 def _split(path: Path) -> tuple[bytes, dict[str, Any]]:

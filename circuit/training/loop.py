@@ -8,7 +8,6 @@ to its checkpoint and writes the others again.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,12 @@ from typing import Any
 
 from circuit.artifacts import OutputFolder, RowLog, dump_json
 from circuit.config import TrainConfig
-from circuit.environment import changed_facts, environment_facts, prepare_process
+from circuit.environment import (
+    changed_facts,
+    environment_facts,
+    prepare_process,
+    recorded_facts,
+)
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import EncodedSplit
@@ -102,7 +106,7 @@ def train(
         benchmark = load_benchmark(config.benchmark_dir, splits=splits)
         threads = config.threads
         if resume and threads is None:
-            threads = _recorded(folder).get("threads")
+            threads = recorded_facts(folder.root / ENVIRONMENT).get("threads")
         prepare_process(threads=threads, device=config.device)
         tracked = {
             name: encode_split(benchmark, name, config.model) for name in config.tracked_splits
@@ -119,7 +123,8 @@ def _session(
     """Start or restore, and lay out the folder."""
     saved = list_checkpoints(folder.root / "checkpoints") if resume else {}
     if saved:
-        changed = changed_facts(_recorded(folder), environment_facts(config.device))
+        before = recorded_facts(folder.root / ENVIRONMENT)
+        changed = changed_facts(before, environment_facts(config.device))
         if changed and not drift:
             raise CircuitError(
                 f"the environment has changed ({'; '.join(changed)}), so the bits would",
@@ -141,14 +146,6 @@ def _planned(config: TrainConfig) -> list[str]:
     steps = {*range(config.checkpoint_every, config.steps + 1, config.checkpoint_every)}
     names = [f"checkpoints/{checkpoint_name(step)}" for step in sorted(steps | {config.steps})]
     return [RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY, BEST, *names]
-
-
-def _recorded(folder: OutputFolder) -> dict[str, Any]:
-    path = folder.root / ENVIRONMENT
-    if not path.exists():
-        return {}
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
 
 
 class _Loop:

@@ -72,7 +72,7 @@ def training_step(
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
-    logits = (forward or model)(tokens[:, :-1])
+    logits = (model if forward is None else forward)(tokens[:, :-1])
     loss = next_token_loss(logits, tokens[:, 1:], pad)
     loss.backward()
     if on_gradient is not None:

@@ -202,6 +202,23 @@ def test_gpt2_initialization_is_narrow_with_biases_at_zero() -> None:
             assert (tensor == (1.0 if leaf == "w" else 0.0)).all()
 
 
+@pytest.mark.parametrize("scheme", ["pytorch_default", "gpt2"])
+def test_the_embeddings_scale_with_their_standard_deviation(scheme: str) -> None:
+    own = 1.0 if scheme == "pytorch_default" else 0.02
+    built = [
+        named_tensors(
+            build_model(
+                shape(initialization=scheme, embedding_std=std), vocabulary_size=VOCABULARY, seed=4
+            )
+        )
+        for std in (None, own, 2 * own)
+    ]
+    for name, tensor in built[0].items():
+        assert torch.equal(tensor, built[1][name])
+        factor = 2 if name in ("embed.W_E", "pos_embed.W_pos") else 1
+        assert torch.equal(tensor * factor, built[2][name])
+
+
 def test_initial_weights_are_a_function_of_the_seed() -> None:
     config = shape()
     torch.manual_seed(1)

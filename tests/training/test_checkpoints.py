@@ -251,16 +251,28 @@ def test_payloads_that_are_no_state_are_refused_behind_a_valid_footer(
     save_checkpoint(path, small_state)
     description = read_description(path)
     good = {"parameters": small_state.parameters, **small_state.moments}
+    huge = torch.zeros(1).expand(10**6, 10**6)  # 4 bytes in the file
     swapped = dict(reversed(small_state.parameters.items()))
     for content, said in (
         ({}, "parameters"),
         ({**good, "parameters": swapped}, "parameters"),
-        ({**good, "exp_avg": small_state.parameters}, "exp_avg W"),
+        ([small_state.parameters], "parameters"),
+        ({**good, "exp_avg": torch.zeros(2)}, "exp_avg"),
+        ({**good, "exp_avg": small_state.parameters}, "digest mismatch in exp_avg W"),
+        ({**good, "exp_avg": {**small_state.parameters, "W": 1}}, "exp_avg W is not the tensor"),
+        ({**good, "exp_avg": {**small_state.parameters, "W": huge}}, "exp_avg W is not the tensor"),
         ({**good, "parameters": {**small_state.parameters, "c": torch.zeros(1)}}, "parameters"),
     ):
         message = refused(path, with_footer(torch_saved(content), description))
         assert message is not None
         assert said in message
+    # a description that claims the same shape does not help
+    listed = json.loads(json.dumps(description))
+    listed["tensors"]["exp_avg"]["W"]["shape"] = [10**6, 10**6]
+    claimed = {**good, "exp_avg": {**small_state.moments["exp_avg"], "W": huge}}
+    message = refused(path, with_footer(torch_saved(claimed), listed))
+    assert message is not None
+    assert "exp_avg W is not the tensor" in message
 
 
 def broken(state: TrainState, how: str) -> TrainState:
