@@ -25,6 +25,7 @@ _VARIABLES = ("ATEN_", "MKL_", "ONEDNN_", "DNNL_", "OMP_", "CUBLAS_")
 
 BIT_FACTS = (
     "torch",
+    "transformer_lens",
     "cpu_capability",
     "device",
     "device_name",

@@ -79,8 +79,8 @@ def generate_probe_set(
 
 def _print_benchmark(made: Benchmark) -> None:
     """Sizes and shortcut accuracies, a row a split; then the warnings."""
-    columns = ["split", "records", "reads", "tokens", "last %", "first %", "frequent %", "k"]
-    columns.append("k-th last %")
+    columns = ["split", "records", "reads", "tokens", "last %", "first %", "freq. %", "k"]
+    columns.append("k-th %")
     shown = table(f"{made.config.name} (digest {made.digest[:12]})", columns)
     for name, figures in made.figures.splits.items():
         k = figures.strongest_positional

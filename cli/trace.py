@@ -145,13 +145,13 @@ def record(
 
 def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     """What is in a trace: steps, anchors, sizes, environment, the course of the loss."""
-    from circuit.reports.optimizer_update_trace import folder_bytes
+    from circuit.reports.optimizer_update_trace import trace_bytes
     from circuit.trace.store import TraceStore
 
     store = TraceStore(folder)
     manifest, environment = store.manifest, store.manifest.environment
     shape = manifest.config.model
-    size = folder_bytes(store.root)
+    size = trace_bytes(store)
     facts = {
         "run": manifest.config.name,
         "model": f"{shape.layers} layers, {shape.heads} heads, d_model {shape.d_model}",
@@ -223,6 +223,10 @@ def checkout(
         Path | None,
         typer.Option(help="File to write; without it the state is kept inside the trace."),
     ] = None,
+    allow_drift: Annotated[
+        bool,
+        typer.Option("--allow-drift", help="Go on where the replay differs, and say where."),
+    ] = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -231,7 +235,7 @@ def checkout(
     from circuit.trace.replay import open_trace
     from circuit.training.checkpoints import encode_checkpoint
 
-    trace = open_trace(folder)
+    trace = open_trace(folder, allow_drift=allow_drift)
     if output is None:
         trace.state(step, cache=True)
         path = trace.store.checkpoint_path(step)
@@ -241,10 +245,18 @@ def checkout(
             payload = encode_checkpoint(trace.state(step))
             path = outputs.write_bytes(output.name, payload)
     if as_json:
-        print_json({"step": step, "paths": [str(path)]})
+        drifts = [vars(drift) for drift in trace.drifts]
+        print_json({"step": step, "drifts": drifts, "paths": [str(path)]})
         return
     print_written([path])
-    stdout.print(f"state of step {step}, equal to the recorded digests")
+    if trace.drifts:
+        first = trace.drifts[0]
+        stdout.print(
+            f"state of step {step}, NOT the recorded one: {len(trace.drifts)} steps drifted, first"
+            f" step {first.step} in {first.stage}"
+        )
+    else:
+        stdout.print(f"state of step {step}, equal to the recorded digests")
 
 
 def prune(

@@ -45,8 +45,9 @@ def evaluate_checkpoint(
             exist, or the output file is not an evaluation of this command.
     """
     checkpoint = Path(checkpoint)
-    prepare_process(threads=config.threads, device=config.device)
     state = load_state(checkpoint)
+    # after load_state, which may have replayed with the threads of a trace
+    prepare_process(threads=config.threads, device=config.device)
     names = list(splits or config.tracked_splits)
     benchmark = load_benchmark(config.benchmark_dir, splits=list(dict.fromkeys(names)))
     model = model_from_state(state, config, benchmark)

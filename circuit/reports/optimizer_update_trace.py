@@ -15,7 +15,7 @@ from circuit.figures.style import svg
 from circuit.figures.trace import terms_over_steps
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
-from circuit.trace.store import COMMAND, TraceStore
+from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceStore
 
 NAME = "optimizer_update_trace"
 
@@ -98,7 +98,7 @@ def summarize(store: TraceStore, history: Sequence[int]) -> dict[str, Any]:
         ),
         "most_moved_tensors": _most_moved(rows),
         "historical_checkpoints_equal": list(history),
-        "bytes": folder_bytes(store.root),
+        "bytes": trace_bytes(store),
     }
 
 
@@ -114,9 +114,11 @@ def closing_law(summary: Mapping[str, Any]) -> str:
     return law
 
 
-def folder_bytes(root: Path) -> int:
-    """Size of a trace's files on disk."""
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+def trace_bytes(store: TraceStore) -> int:
+    """Size on disk of a trace: manifest, rows and anchors."""
+    paths = [store.root / MANIFEST, store.root / ROWS]
+    paths += [store.checkpoint_path(step) for step in store.manifest.anchors()]
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def _parameters(options: RecordOptions) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class UpdateTerms:
     raw_sgd: Flat
     clipped_sgd: Flat
     optimizer: str
-    scale: Flat
-    """The larger of `|theta_{t-1}|` and `|theta_t|`, float32, to which `rounding` is held."""
+    largest: Flat
+    """The largest magnitude that entered each sum, float32, to which `rounding` is held."""
 
     def named(self) -> dict[str, Flat]:
         """The three terms under their column names, then `rounding`; they sum to `total`."""
@@ -55,8 +55,12 @@ class UpdateTerms:
         return {"raw_sgd": self.raw_sgd, "clipped_sgd": self.clipped_sgd}
 
     def rounding_ulps(self) -> float:
-        """The largest residual, in units in the last place of the parameter that moved."""
-        spacing = torch.nextafter(self.scale, torch.tensor(torch.inf)) - self.scale
+        """The largest residual, in units in the last place of the largest number in its sum.
+
+        That is the largest of the old parameter, the new one, the current-gradient term and the
+        history term: where the last two cancel, their rounding outlives their sum.
+        """
+        spacing = torch.nextafter(self.largest, torch.tensor(torch.inf)) - self.largest
         return float((self.rounding.abs() / spacing.double()).max())
 
 
@@ -104,12 +108,16 @@ def decompose(
         weight_decay=decay,
         current=current,
         history=history,
-        rounding=total - decay - current - history,
+        rounding=(total - decay).sub_(current).sub_(history),
         raw_sgd=gradient.double() * -lr,
         clipped_sgd=g_hat * -lr,
         optimizer=optimizer.name,
-        scale=torch.maximum(before.abs(), after.abs()),
+        largest=_largest(before, after, current.float(), history.float()),
     )
+
+
+def _largest(*vectors: Tensor) -> Tensor:
+    return torch.stack([vector.abs() for vector in vectors]).amax(0)
 
 
 def norm(vector: Tensor) -> float:

@@ -66,10 +66,10 @@ class ParameterLayout:
             for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 
-    def norms(self, vector: Tensor) -> dict[str, float]:
-        """Euclidean norm of each tensor's part of a vector, in float64."""
-        parts = self.unflatten(vector.double())
-        return {name: float(part.norm()) for name, part in parts.items()}
+    def norms(self, vector: Tensor, names: Sequence[str] | None = None) -> dict[str, float]:
+        """Euclidean norm, in float64, of each tensor's part of a vector (of `names` only)."""
+        parts = self.unflatten(vector)
+        return {name: float(parts[name].double().norm()) for name in names or self.names}
 
     def to_json(self) -> dict[str, Any]:
         """Names and shapes, in order."""

@@ -6,7 +6,6 @@ its last anchor and ends with the same bytes as one that was not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,12 @@ from typing import Any, Literal
 
 from circuit.artifacts import OutputFolder, RowLog
 from circuit.config import TrainConfig
-from circuit.environment import changed_facts, environment_facts, prepare_process
+from circuit.environment import (
+    changed_facts,
+    environment_facts,
+    prepare_process,
+    recorded_facts,
+)
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.trace.compare import state_difference
@@ -91,7 +95,7 @@ def record_trace(
         raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
     with OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume) as folder:
         benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
-        run_facts = _run_facts(config)
+        run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
         state = None if start is None else load_state(start)
         # after load_state, which may have replayed with the threads of another trace
@@ -100,10 +104,10 @@ def record_trace(
         session = TrainingSession(config, benchmark, state=state)
         manifest = _manifest(session, options)
         history = _History(config, manifest, options.require_historical_replay, run_facts)
-        if resume and (folder.root / MANIFEST).exists():
+        if resume:
             session = _resumed(folder, manifest, benchmark) or session
         else:
-            folder.clear()
+            folder.clear(claiming=_planned(manifest))
         return _Recorder(folder, manifest, Tracer(session), history, progress).run()
 
 
@@ -128,6 +132,7 @@ def _manifest(session: TrainingSession, options: RecordOptions) -> TraceManifest
         storage=options.storage,
         top_k_parameters=options.top_k_parameters,
         parameters={name: list(p.shape) for name, p in session.model.named_parameters()},
+        start_digests=FlatState.of(session.state()).stages(),
         digest_algorithm=DIGEST_ALGORITHM,
         environment=environment_facts(config.device),
     )
@@ -137,17 +142,27 @@ def _resumed(
     folder: OutputFolder, manifest: TraceManifest, benchmark: Benchmark
 ) -> TrainingSession | None:
     """The session at the last anchor of a stopped recording, or None if there is none yet."""
+    if not (folder.root / MANIFEST).exists():
+        present = [name for name in folder.owned if (folder.root / name).exists()]
+        if present:
+            raise CircuitError(
+                f"{MANIFEST} is missing beside {len(present)} files of an earlier trace",
+                where=folder.root,
+                fix="bring it back, or start anew with --overwrite",
+            )
+        folder.claim(_planned(manifest))
+        return None
     store = TraceStore(folder.root)
-    if store.manifest != manifest:
-        ours, theirs = manifest.model_dump(), store.manifest.model_dump()
-        differing = [name for name in ours if ours[name] != theirs[name]]
-        facts = changed_facts(store.manifest.environment, manifest.environment)
+    ours, theirs = (m.model_dump(exclude={"environment"}) for m in (manifest, store.manifest))
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    differing += changed_facts(store.manifest.environment, manifest.environment)
+    if differing:
         raise CircuitError(
-            f"the recording was started with other settings: {', '.join(differing)}"
-            + (f" ({'; '.join(facts)})" if facts else ""),
+            f"the recording was started with other settings: {'; '.join(differing)}",
             where=folder.root / MANIFEST,
             fix="resume with the same options on the same machine, or start anew with --overwrite",
         )
+    folder.claim(_planned(manifest))
     # the first anchor stands before the row file does
     rows = store.read_rows() if (store.root / ROWS).exists() else []
     last = manifest.start_step + len(rows)
@@ -155,15 +170,6 @@ def _resumed(
     if not stored:
         return None
     return TrainingSession.restore(store.anchor(stored[-1]), manifest.config, benchmark)
-
-
-def _run_facts(config: TrainConfig) -> dict[str, Any]:
-    """What the run recorded of its environment; empty if it left nothing."""
-    path = Path(config.output_dir) / ENVIRONMENT
-    if not path.exists():
-        return {}
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
 
 
 class _History:
@@ -208,9 +214,8 @@ class _History:
         rows = store.read_rows() if earlier else []
         for step in earlier:
             found = FlatState.of(self._load(step)).stages()
-            if step == start:
-                recorded = FlatState.of(store.anchor(step)).stages()
-            else:
+            recorded = store.manifest.start_digests
+            if step > start:
                 recorded = rows[step - start - 1]["digests"]
             for stage, digest in found.items():
                 if recorded.get(stage) != digest:
@@ -249,11 +254,10 @@ class _Recorder:
 
     def run(self) -> RecordResult:
         manifest, tracer = self.manifest, self.tracer
-        anchors = [_anchor_name(step) for step in manifest.anchors()]
-        self.folder.claim([MANIFEST, ROWS, *anchors])
         first = tracer.session.step
-        if first == manifest.start_step:
+        if first == manifest.start_step and not (self.folder.root / MANIFEST).exists():
             self.folder.write_text(MANIFEST, manifest.to_json())
+        if first == manifest.start_step:
             self._save_anchor()
         log = RowLog(self.folder.path(ROWS), last_step=first)
         try:
@@ -286,12 +290,16 @@ def _anchor_name(step: int) -> str:
     return f"checkpoints/{checkpoint_name(step)}"
 
 
+def _planned(manifest: TraceManifest) -> list[str]:
+    return [MANIFEST, ROWS, *(_anchor_name(step) for step in manifest.anchors())]
+
+
 def trace_row(step: TracedStep, top_k: int) -> dict[str, Any]:
     """The row of a step (definitions.md section 6, optimizer-update-trace)."""
     update = step.update
     moved = step.layout.norms(update.total)
-    weights = step.layout.norms(step.before.parameters)
     top = sorted(moved, key=lambda name: (-moved[name], name))[:top_k]
+    weights = step.layout.norms(step.before.parameters, top)
     return {
         "step": step.step,
         "loss": step.loss,

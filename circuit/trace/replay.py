@@ -172,7 +172,8 @@ class Trace:
     ) -> Verification:
         """Replay a window (all by default) and compare every step and every anchor in it.
 
-        Unlike `steps`, it does not stop at a difference: it restarts at the next anchor.
+        Unlike `steps`, it does not stop at a difference: a replay that differs restarts at the
+        next anchor.
         """
         start = self.manifest.start_step if start is None else start
         end = self.store.last_step if end is None else end
@@ -181,21 +182,27 @@ class Trace:
         apart: list[tuple[int, Difference]] = []
         compared = 0
         tracer = self._tracer_at(self.store.anchor_before(start))
-        while tracer.session.step < end:
+        # a replay that differs is taken on to the next anchor, which tells tensor and elements
+        while tracer.session.step < (self._next_anchor(end) if drifts and not apart else end):
             step = tracer.advance()
-            if step.step > start:
-                drift = self._drift(step)
-                drifts += [drift] if drift else []
+            drift = self._drift(step) if start < step.step <= end else None
+            if drift is not None:
+                drifts.append(drift)
             if self.manifest.is_anchor(step.step):
                 stored = self.store.anchor(step.step)
                 difference = state_difference(stored, tracer.train_state())
                 compared += 1
                 if difference is not None:
                     apart.append((step.step, difference))
+                if drift is not None:
                     tracer = self._tracer_at(step.step)
             if progress is not None:
                 progress(step)
         return Verification(start, end, drifts, apart, compared)
+
+    def _next_anchor(self, step: int) -> int:
+        anchors = self.manifest.anchors()
+        return next((s for s in anchors if step <= s <= self.store.last_step), step)
 
     def changed_facts(self) -> list[str]:
         """Facts of the environment that differ from the recorded ones and can change bits."""
@@ -215,16 +222,14 @@ class Trace:
     def _stored(self, step: int) -> TrainState:
         """A stored state, checked against the digests of its row."""
         state = self.store.anchor(step)
-        if step > self.manifest.start_step:
-            recorded = self.store.row(step)["digests"]
-            found = FlatState.of(state).stages()
-            odd = [stage for stage, digest in found.items() if recorded.get(stage) != digest]
-            if odd:
-                raise CircuitError(
-                    f"the anchor of step {step} is not the recorded state: {odd[0]} differs",
-                    where=self.store.checkpoint_path(step),
-                    fix="record the trace again",
-                )
+        found, recorded = FlatState.of(state).stages(), self.store.state_digests(step)
+        odd = [stage for stage, digest in recorded.items() if found.get(stage) != digest]
+        if odd:
+            raise CircuitError(
+                f"the anchor of step {step} is not the recorded state: {odd[0]} differs",
+                where=self.store.checkpoint_path(step),
+                fix="record the trace again",
+            )
         return state
 
     def _drift(self, step: TracedStep) -> Drift | None:
@@ -241,7 +246,8 @@ class Trace:
                 f"step {drift.step} does not replay: it first differs in {drift.stage}"
                 f" ({CAUSES[drift.stage]}); changed since the recording: {facts}",
                 where=self.store.root,
-                fix="replay where it was recorded, or go on with --allow-drift",
+                fix="replay where it was recorded, or accept the drift: --allow-drift, or"
+                " open_trace(path, allow_drift=True)",
             )
         self.drifts.append(drift)
 
@@ -264,17 +270,21 @@ def open_trace(path: str | Path, *, allow_drift: bool = False) -> Trace:
     return Trace(TraceStore(path), allow_drift=allow_drift)
 
 
-def load_state(path: str | Path, *, cache: bool = False) -> TrainState:
+def load_state(path: str | Path) -> TrainState:
     """The state behind a checkpoint's name, replayed where it is an addressable step of a trace.
 
     Every command reads its checkpoints through this.
 
     Raises:
-        CircuitError: there is neither a file nor a trace that can make it.
+        CircuitError: there is neither a file nor a trace that can make it, or the file holds
+            another step than its name says.
     """
     path = Path(path)
     step = checkpoint_step(path)
     trace_root = path.parent.parent
-    if path.exists() or step is None or not (trace_root / MANIFEST).exists():
-        return load_checkpoint(path)
-    return open_trace(trace_root).state(step, cache=cache)
+    if step is not None and not path.exists() and (trace_root / MANIFEST).exists():
+        return open_trace(trace_root).state(step)
+    state = load_checkpoint(path)
+    if step is not None and state.step != step:
+        raise CircuitError(f"holds the state of step {state.step}", where=path)
+    return state

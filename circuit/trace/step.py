@@ -143,6 +143,7 @@ class Tracer:
     def __init__(self, session: TrainingSession) -> None:
         self.session = session
         self.layout = ParameterLayout.of_model(session.model)
+        self._parameters = dict(session.model.named_parameters())
         self._state = self._read()
 
     @property
@@ -169,7 +170,7 @@ class Tracer:
             config=session.config,
             layout=self.layout,
             indices=session.indices(step),
-            tokens=session.batch(step).tokens,
+            tokens=outcome.tokens,
             before=before,
             after=self._state,
             gradient=gradient["raw"],
@@ -186,7 +187,7 @@ class Tracer:
         moments = read_moments(session.model, session.optimizer, session.config.optimizer)
         return FlatState(
             session.step,
-            self.layout.flatten(dict(session.model.named_parameters())),
+            self.layout.flatten(self._parameters),
             {name: self.layout.flatten(tensors) for name, tensors in moments.items()},
         )
 
@@ -194,6 +195,6 @@ class Tracer:
         return self.layout.flatten(
             {
                 name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in self.session.model.named_parameters()
+                for name, p in self._parameters.items()
             }
         )

@@ -45,6 +45,8 @@ class TraceManifest(BaseModel):
     top_k_parameters: int
     parameters: dict[str, list[int]]
     """Shape of every parameter, in the order of the flat vector."""
+    start_digests: dict[str, str]
+    """Digests of the state at `start_step`, by stage; the rows hold those of the later steps."""
     digest_algorithm: str
     environment: dict[str, Any]
 
@@ -149,6 +151,13 @@ class TraceStore:
             )
         return self.rows[step - first]
 
+    def state_digests(self, step: int) -> dict[str, str]:
+        """The recorded digests of the state after a step, by stage."""
+        if step == self.manifest.start_step:
+            return self.manifest.start_digests
+        recorded = self.row(step)["digests"]
+        return {stage: recorded[stage] for stage in self.manifest.start_digests}
+
     def checkpoint_path(self, step: int) -> Path:
         """Where a step's state stands, or would stand."""
         return self.root / "checkpoints" / checkpoint_name(step)
@@ -164,7 +173,8 @@ class TraceStore:
             raise CircuitError(
                 f"the anchor of step {step} is missing",
                 where=path,
-                fix="record the trace again, or `circuit trace prune` to a coarser grid without it",
+                fix=self._hint()
+                or "record the trace again, or `circuit trace prune` to a coarser grid without it",
             )
         state = load_checkpoint(path)
         if state.step != step or state.benchmark_digest != self.manifest.benchmark_digest:

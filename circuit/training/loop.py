@@ -212,7 +212,7 @@ class _Loop:
             self._save(f"checkpoints/{checkpoint_name(step)}")
 
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
-        targets = self.session.tokens(outcome.step)[:, 1:]
+        targets = outcome.tokens[:, 1:]
         real = targets != PAD
         hits = (outcome.logits.argmax(-1) == targets)[real]
         return {

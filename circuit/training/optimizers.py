@@ -70,11 +70,14 @@ def read_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: AdamWConfig | SGDConfig
 ) -> Moments:
     """The optimizer's state by name; zeros before the first step (as torch starts from)."""
+    named = list(model.named_parameters())
+
+    def read(moment: str, parameter: nn.Parameter) -> Tensor:
+        found = optimizer.state[parameter].get(moment)
+        return torch.zeros_like(parameter).detach() if found is None else found.detach()
+
     return {
-        moment: {
-            name: optimizer.state[parameter].get(moment, torch.zeros_like(parameter)).detach()
-            for name, parameter in model.named_parameters()
-        }
+        moment: {name: read(moment, parameter) for name, parameter in named}
         for moment in moment_names(config)
     }
 

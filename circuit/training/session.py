@@ -77,7 +77,11 @@ class TrainingSession:
         return self.data.batch(self.indices(step))
 
     def advance(self, *, on_gradient: Callable[[], None] | None = None) -> StepOutcome:
-        """Take the next step."""
+        """Take the next step.
+
+        Raises:
+            CircuitError: the training has diverged: loss or gradient are not finite any more.
+        """
         outcome = training_step(
             self.model,
             self.optimizer,
@@ -89,6 +93,13 @@ class TrainingSession:
             on_gradient=on_gradient,
         )
         self.step += 1
+        if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):
+            raise CircuitError(
+                f"training diverged at step {self.step}: loss {float(outcome.loss)}, gradient norm"
+                f" {float(outcome.grad_norm)}",
+                where=f"config {self.config.name}",
+                fix="lower the learning rate or clip the gradient",
+            )
         return outcome
 
     def state(self, notes: dict[str, Any] | None = None) -> TrainState:

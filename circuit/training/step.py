@@ -25,6 +25,8 @@ class StepOutcome:
     """What one step measured; tensors stay on the device until they are read."""
 
     step: int
+    tokens: Int[Tensor, "batch pos"]
+    """The batch."""
     loss: Tensor
     """Mean next-token loss in nats, before the update; scalar."""
     grad_norm: Tensor
@@ -32,7 +34,7 @@ class StepOutcome:
     lr: float
     clip: float | None
     """The clipping threshold of the config."""
-    logits: Float[Tensor, "batch pos vocab"]
+    logits: Float[Tensor, "batch pos-1 vocab"]
     """Detached; position i predicts token i + 1."""
 
     @property
@@ -84,5 +86,11 @@ def training_step(
         group["lr"] = lr
     optimizer.step()
     return StepOutcome(
-        step, loss.detach(), grad_norm.detach(), lr, config.gradient_clip, logits.detach()
+        step=step,
+        tokens=tokens,
+        loss=loss.detach(),
+        grad_norm=grad_norm.detach(),
+        lr=lr,
+        clip=config.gradient_clip,
+        logits=logits.detach(),
     )

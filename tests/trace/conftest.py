@@ -1,0 +1,89 @@
+"""Traces that the tests of this folder share, and the ways to look at them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from circuit.config import TrainConfig
+from circuit.trace.record import RecordOptions, RecordResult, record_trace
+from circuit.trace.step import FlatState
+from circuit.training.checkpoints import TrainState
+
+MakeConfig = Callable[..., TrainConfig]
+Vectors = dict[str, Tensor]
+
+
+def record(config: TrainConfig, folder: str | Path = "trace", **wanted: Any) -> RecordResult:
+    """Records all steps of a config with an anchor every 4; keywords are `RecordOptions`' and the
+    switches of `record_trace`."""
+    switches = {name: wanted.pop(name) for name in ("overwrite", "resume") if name in wanted}
+    defaults: dict[str, Any] = {"end_step": config.steps, "anchor_every": 4}
+    if "num_steps" in wanted:
+        del defaults["end_step"]
+    return record_trace(config, folder, RecordOptions(**{**defaults, **wanted}), **switches)
+
+
+def trace_bytes(root: Path | str) -> dict[str, bytes]:
+    """The files that equal recordings share: manifest, rows, states."""
+    root = Path(root)
+    files = [root / "trace.json", root / "optimizer_update_trace_rows.jsonl"]
+    files += sorted((root / "checkpoints").glob("*.pt"))
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def vectors(state: TrainState | FlatState) -> Vectors:
+    """A state as flat vectors by name."""
+    flat = FlatState.of(state) if isinstance(state, TrainState) else state
+    return {"parameters": flat.parameters, **flat.moments}
+
+
+def equal(one: TrainState | FlatState, other: TrainState | FlatState) -> bool:
+    """Whether two states are the same step and the same bits."""
+    ours, theirs = vectors(one), vectors(other)
+    return (
+        one.step == other.step
+        and list(ours) == list(theirs)
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
+
+
+@pytest.fixture(scope="session")
+def recording() -> Callable[..., RecordResult]:
+    return record
+
+
+@pytest.fixture(scope="session")
+def bytes_of() -> Callable[[Path | str], dict[str, bytes]]:
+    return trace_bytes
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[Any, Any], bool]:
+    return equal
+
+
+@pytest.fixture(scope="session")
+def recorded_once(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_config: MakeConfig
+) -> Path:
+    """A trace of 12 steps with anchors at 0, 4, 8 and 12; tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("recorded")
+    shutil.copytree(tiny_folder, folder / "data" / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        record(make_config())
+    return folder / "trace"
+
+
+@pytest.fixture
+def trace_folder(workplace: Path, recorded_once: Path) -> Path:
+    """A copy of the trace at `trace`, relative to the working directory."""
+    shutil.copytree(recorded_once, workplace / "trace")
+    return Path("trace")
