@@ -7,6 +7,7 @@ its last anchor and ends with the same bytes as one that was not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.trace.compare import state_difference
 from circuit.trace.decompose import norm
 from circuit.trace.replay import load_state
-from circuit.trace.step import STAGES, FlatState, TracedStep, Tracer
+from circuit.trace.step import FlatState, TracedStep, Tracer
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceManifest, TraceStore
 from circuit.training.checkpoints import (
     TrainState,
@@ -35,6 +36,9 @@ from circuit.training.checkpoints import (
 )
 from circuit.training.loop import ENVIRONMENT
 from circuit.training.session import TrainingSession, check_state
+
+# sha256 leaves the interpreter's lock, so a step is digested while its terms are computed
+_DIGESTING = ThreadPoolExecutor(max_workers=1)
 
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
 
@@ -296,6 +300,7 @@ def _planned(manifest: TraceManifest) -> list[str]:
 
 def trace_row(step: TracedStep, top_k: int) -> dict[str, Any]:
     """The row of a step (definitions.md section 6, optimizer-update-trace)."""
+    digests = _DIGESTING.submit(step.digests)
     update = step.update
     moved = step.layout.norms(update.total)
     top = sorted(moved, key=lambda name: (-moved[name], name))[:top_k]
@@ -322,7 +327,5 @@ def trace_row(step: TracedStep, top_k: int) -> dict[str, Any]:
         ],
         "batch_shape": list(step.tokens.shape),
         "batch_indices": step.indices.tolist(),
-        "digests": {
-            stage: found for stage in STAGES if isinstance(found := step.stage(stage), str)
-        },
+        "digests": digests.result(),
     }

@@ -131,6 +131,11 @@ class TracedStep:
             return tensor_digest(tensors[name])
         return self.final_stages.get(name)
 
+    def digests(self) -> dict[str, str]:
+        """The digests of all stages that are tensors, in the order of `STAGES`."""
+        found = {stage: self.stage(stage) for stage in STAGES}
+        return {stage: digest for stage, digest in found.items() if isinstance(digest, str)}
+
     @cached_property
     def final_stages(self) -> dict[str, str]:
         """Digests of the state after the step, by stage."""
