@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 from cycler import cycler
@@ -30,15 +31,28 @@ _STYLE: Any = {
 }
 
 
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in the program's one style, whatever the caller's settings are."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
 def panels(rows: int, *, width: float = 6.4, height: float = 2.4) -> tuple[Figure, Sequence[Any]]:
     """A figure of panels above each other that share their x axis.
 
     Args:
         width, height: inches; the height is one panel's.
     """
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
     return figure, list(axes[:, 0])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from circuit.figures.style import panels
+from circuit.figures.style import panels, styled
 
 _NAMES = {
     "weight_decay": "weight decay",
@@ -19,8 +19,9 @@ _NAMES = {
 }
 
 
+@styled
 def terms_over_steps(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss above, the norms of the update and of its terms below (log scale), over steps.
+    """Loss above, the norms of the update and of its terms below, over steps; log scales.
 
     Args:
         rows: the trace's rows, one a step.
@@ -28,6 +29,7 @@ def terms_over_steps(rows: Sequence[Mapping[str, Any]]) -> Figure:
     steps = [row["step"] for row in rows]
     figure, (loss, terms) = panels(2)
     loss.plot(steps, [row["loss"] for row in rows], color="black", linewidth=0.8)
+    loss.set_yscale("log")
     loss.set_ylabel("batch loss (nats)")
     loss.set_title("Loss, and the size of each term of the update")
     _line(terms, steps, [row["update_norm"] for row in rows], "update", color="black")
