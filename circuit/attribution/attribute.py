@@ -1,0 +1,248 @@
+"""Attribution: scalars x traced steps -> what each term of each update did to each scalar.
+
+For each step: (1) bind every scalar to the model before the step; (2) evaluate all scalars, and
+their gradients with respect to all weights, at the nodes of the path rule, from one shared forward
+pass a node; (3) average the gradients to `G`; (4) take the dot products `G . u_k` with every term,
+by atom of the flat vector, in float64. A group's share is the sum of its atoms', so that every
+partition adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from circuit.attribution.groups import Atom, Partition, atoms
+from circuit.attribution.path import PathRule, path_rule
+from circuit.scalars.base import Batch, BoundScalar, Scalar
+from circuit.trace.flat import Flat, ParameterLayout
+from circuit.trace.step import TracedStep
+
+Shares = Float[Tensor, "scalar term atom"]
+
+
+@dataclass(frozen=True)
+class StepAttribution:
+    """What one step did to every scalar.
+
+    Attributes:
+        step: `t`.
+        scalars, terms: names, along the first two axes of the shares.
+        before, after: each scalar at `theta_{t-1}` and `theta_t`, both with this step's constants.
+        constant: whether each scalar's constants are those of every step.
+        first_order, path: contributions by scalar, term and atom, float64.
+        references: first-order contributions of the vectors that are not in the sum.
+        atom_list: the atoms.
+    """
+
+    step: int
+    scalars: tuple[str, ...]
+    terms: tuple[str, ...]
+    reference_terms: tuple[str, ...]
+    before: Float[Tensor, " scalar"]
+    after: Float[Tensor, " scalar"]
+    constant: tuple[bool, ...]
+    first_order: Shares
+    path: Shares
+    references: Shares
+    atom_list: list[Atom]
+
+    @property
+    def actual(self) -> Float[Tensor, " scalar"]:
+        """The actual change of each scalar."""
+        return self.after - self.before
+
+    def rows(self, partitions: Sequence[Partition] = ()) -> list[dict[str, Any]]:
+        """One JSON row a scalar."""
+        return [self._row(index, partitions) for index in range(len(self.scalars))]
+
+    def _row(self, index: int, partitions: Sequence[Partition]) -> dict[str, Any]:
+        first, path = self.first_order[index], self.path[index]
+        return {
+            "step": self.step,
+            "scalar": self.scalars[index],
+            "telescopes": self.constant[index],
+            "before": float(self.before[index]),
+            "after": float(self.after[index]),
+            "actual": float(self.actual[index]),
+            "first_order": self._named(first),
+            "path": self._named(path),
+            "references": {
+                name: float(share)
+                for name, share in zip(
+                    self.reference_terms, self.references[index].sum(1), strict=True
+                )
+            },
+            "groups": {
+                partition: self._grouped(first, path, partition) for partition in partitions
+            },
+        }
+
+    def _named(self, shares: Float[Tensor, "term atom"]) -> dict[str, float]:
+        by_term = zip(self.terms, shares.sum(1), strict=True)
+        return {name: float(share) for name, share in by_term}
+
+    def _grouped(
+        self, first: Tensor, path: Tensor, partition: Partition
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        members: dict[str, list[int]] = {}
+        for place, atom in enumerate(self.atom_list):
+            members.setdefault(atom.group(partition), []).append(place)
+        return {
+            group: {
+                "first_order": self._named(first[:, places]),
+                "path": self._named(path[:, places]),
+            }
+            for group, places in members.items()
+        }
+
+
+class Attributor:
+    """Attributes the changes of scalars, step by step."""
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        scalars: Sequence[Scalar],
+        *,
+        rule: str = "simpson",
+    ) -> None:
+        """Prepare the shared batch.
+
+        Args:
+            model: a model of the run's shape; its weights are overwritten at every node. In
+                float64 the values are limited by the path rule alone.
+            rule: `midpoint`, `simpson` or `gauss:N`.
+
+        Raises:
+            CircuitError: there is no such rule.
+        """
+        self.model = model
+        self.scalars = tuple(scalars)
+        self.rule: PathRule = path_rule(rule)
+        self.layout = ParameterLayout.of_model(model)
+        self.atoms = atoms(self.layout)
+        self.batch = Batch.merge(scalars, device=str(model.W_E.device))
+        self._parameters = list(model.parameters())
+        self._last: tuple[Flat, Tensor, Tensor] | None = None
+
+    def step(self, traced: TracedStep) -> StepAttribution:
+        """Attribute one step."""
+        theta, end = traced.before.parameters, traced.after.parameters
+        self._load(theta)
+        bound = [scalar.bind(self.model) for scalar in self.scalars]
+        constant = all(b.constant for b in bound)
+        delta, dtype = end.double() - theta.double(), self.model.W_E.dtype
+        values: dict[float, Tensor] = {}
+        gradients: dict[float, Tensor] = {}
+        if constant and self._last is not None and torch.equal(self._last[0], theta):
+            _, values[0.0], gradients[0.0] = self._last
+        for node in sorted({0.0, *self.rule.nodes}):
+            if node not in gradients:
+                exact = end if node == 1.0 else (theta.double() + node * delta).to(dtype)
+                values[node], gradients[node] = self._evaluate(exact, bound)
+        if 1.0 not in values:
+            values[1.0] = self._values(end, bound)
+        self._last = (end, values[1.0], gradients[1.0]) if 1.0 in gradients else None
+        averaged = sum(
+            weight * gradients[node].double()
+            for node, weight in zip(self.rule.nodes, self.rule.weights, strict=True)
+        )
+        assert isinstance(averaged, Tensor)
+        terms, references = traced.update.named(), traced.update.references()
+        return StepAttribution(
+            step=traced.step,
+            scalars=tuple(scalar.name for scalar in self.scalars),
+            terms=tuple(terms),
+            reference_terms=tuple(references),
+            before=values[0.0],
+            after=values[1.0],
+            constant=tuple(b.constant for b in bound),
+            first_order=self._shares(gradients[0.0].double(), terms.values()),
+            path=self._shares(averaged, terms.values()),
+            references=self._shares(gradients[0.0].double(), references.values()),
+            atom_list=self.atoms,
+        )
+
+    def _load(self, theta: Flat) -> None:
+        named = self.layout.unflatten(theta)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(named[name])
+
+    def _values(self, theta: Flat, bound: Sequence[BoundScalar]) -> Tensor:
+        self._load(theta)
+        with torch.no_grad():
+            return torch.stack(self.batch.means(self.model, bound)).double().cpu()
+
+    def _evaluate(self, theta: Flat, bound: Sequence[BoundScalar]) -> tuple[Tensor, Tensor]:
+        """Values `[scalar]` in float64 and gradients `[scalar, parameter]` at some weights."""
+        self._load(theta)
+        means = self.batch.means(self.model, bound)
+        gradients = []
+        for index, mean in enumerate(means):
+            parts = torch.autograd.grad(
+                mean,
+                self._parameters,
+                retain_graph=index + 1 < len(means),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            gradients.append(torch.cat([part.reshape(-1) for part in parts]).cpu())
+        return torch.stack(means).detach().double().cpu(), torch.stack(gradients)
+
+    def _shares(self, gradients: Tensor, vectors: Iterable[Tensor]) -> Shares:
+        stacked = torch.stack(list(vectors))
+        by_atom = [
+            gradients[:, atom.start : atom.stop] @ stacked[:, atom.start : atom.stop].T
+            for atom in self.atoms
+        ]
+        return torch.stack(by_atom, dim=-1)
+
+
+def attribute(
+    steps: Iterable[TracedStep],
+    attributor: Attributor,
+    *,
+    progress: Callable[[TracedStep], None] | None = None,
+) -> Iterator[StepAttribution]:
+    """Attribute every step of a replay (`trace.steps(a, b)`), in one pass."""
+    for traced in steps:
+        yield attributor.step(traced)
+        if progress is not None:
+            progress(traced)
+
+
+@dataclass(frozen=True)
+class Closure:
+    """How far contributions are from what happened over some steps; null where nothing moved."""
+
+    first_order: float | None
+    """`|sum predicted - sum actual| / |sum actual|`."""
+    path: float | None
+    first_order_absolute: float | None
+    """`sum |predicted - actual| / sum |actual|` over steps, which cancellation cannot flatter."""
+    path_absolute: float | None
+
+
+def closure(results: Sequence[StepAttribution], index: int) -> Closure:
+    """The closure errors of one scalar over some steps."""
+    actual = torch.stack([r.actual[index] for r in results])
+    first = torch.stack([r.first_order[index].sum() for r in results])
+    path = torch.stack([r.path[index].sum() for r in results])
+
+    def ratio(error: Tensor, scale: Tensor) -> float | None:
+        return float(error / scale) if float(scale) else None
+
+    return Closure(
+        first_order=ratio((first.sum() - actual.sum()).abs(), actual.sum().abs()),
+        path=ratio((path.sum() - actual.sum()).abs(), actual.sum().abs()),
+        first_order_absolute=ratio((first - actual).abs().sum(), actual.abs().sum()),
+        path_absolute=ratio((path - actual).abs().sum(), actual.abs().sum()),
+    )

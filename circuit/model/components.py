@@ -1,0 +1,96 @@
+"""Components by address: `L2H1` is head 1 of layer 2, `L0MLP` the MLP of layer 0.
+
+Ablation goes through TransformerLens's hook points: a head's `hook_z` is zeroed (`b_O` stays), an
+MLP's `hook_mlp_out` is zeroed (definitions.md section 3).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from circuit.errors import CircuitError
+
+_ADDRESS = re.compile(r"L(\d+)(?:H(\d+)|(MLP))")
+
+Hook = tuple[str | Callable[..., Any], Callable[..., Any]]
+"""A hook point's name and what replaces its value, as `run_with_hooks` takes them."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A head (`head` is its number) or an MLP (`head` is None) of a layer."""
+
+    layer: int
+    head: int | None
+
+    def __str__(self) -> str:
+        return f"L{self.layer}MLP" if self.head is None else f"L{self.layer}H{self.head}"
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point whose value is the component's output."""
+        if self.head is None:
+            return f"blocks.{self.layer}.hook_mlp_out"
+        return f"blocks.{self.layer}.attn.hook_z"
+
+    def ablation(self) -> Hook:
+        """The hook that sets the component's output to zero."""
+
+        def zero(value: Tensor, hook: HookPoint) -> Tensor:
+            if self.head is None:
+                return torch.zeros_like(value)
+            kept = torch.ones(value.shape[-2], 1, dtype=value.dtype, device=value.device)
+            kept[self.head] = 0
+            return value * kept
+
+        return self.hook_name, zero
+
+
+def parse_component(address: str, model: HookedTransformer | None = None) -> Component:
+    """A component from its address.
+
+    Args:
+        model: if given, the component must exist in it.
+
+    Raises:
+        CircuitError: the address is malformed, or there is no such layer or head.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise CircuitError(f"unknown component '{address}'", expected="such as L2H1 or L0MLP")
+    layer, head = int(match[1]), None if match[3] else int(match[2])
+    if model is not None and (
+        layer >= model.cfg.n_layers or (head is not None and head >= model.cfg.n_heads)
+    ):
+        raise CircuitError(
+            f"the model has no component '{address}'",
+            expected=f"layers 0-{model.cfg.n_layers - 1}, heads 0-{model.cfg.n_heads - 1}",
+        )
+    return Component(layer, head)
+
+
+def all_heads(model: HookedTransformer) -> list[Component]:
+    """Every head, layer by layer."""
+    cfg = model.cfg
+    return [Component(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+
+
+@contextmanager
+def ablate(model: HookedTransformer, *addresses: str) -> Iterator[HookedTransformer]:
+    """Within the block, the model runs without these components.
+
+    Raises:
+        CircuitError: an address is malformed or not in the model.
+    """
+    hooks = [parse_component(address, model).ablation() for address in addresses]
+    with model.hooks(fwd_hooks=hooks):
+        yield model

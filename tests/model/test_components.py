@@ -1,0 +1,75 @@
+"""Stages and components: what is named is what is read, patched and ablated."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+
+from circuit.config import ModelConfig
+from circuit.errors import CircuitError
+from circuit.model.build import build_model
+from circuit.model.components import ablate, all_heads, parse_component
+from circuit.model.stages import patch, stage_before, stage_hook, stage_names
+
+
+@pytest.fixture
+def model() -> HookedTransformer:
+    shape = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+    return build_model(shape, vocabulary_size=20, seed=1)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 20, (3, 10), generator=torch.Generator().manual_seed(2))
+
+
+def test_ablating_a_head_equals_a_model_without_its_output_weights(
+    model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    for component in all_heads(model):
+        without = copy.deepcopy(model)
+        with torch.no_grad():
+            without.blocks[component.layer].attn.W_O[component.head].zero_()
+        with ablate(model, str(component)):
+            ablated = model(tokens)
+        assert torch.allclose(ablated, without(tokens), atol=1e-6)
+        assert not torch.allclose(ablated, model(tokens), atol=1e-3)
+
+
+def test_ablating_an_mlp_takes_its_output_away(
+    model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    with ablate(model, "L0MLP"):
+        _, cache = model.run_with_cache(tokens)
+    assert torch.equal(cache["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_mid"])
+    _, cache = model.run_with_cache(tokens)  # the hooks are gone
+    assert not torch.equal(cache["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_mid"])
+
+
+@pytest.mark.parametrize("stage", stage_names(2))
+def test_patching_the_clean_activation_reproduces_the_clean_logits(
+    model: HookedTransformer, tokens: torch.Tensor, stage: str
+) -> None:
+    clean, cache = model.run_with_cache(tokens)
+    rows = torch.arange(3).repeat_interleave(10)
+    places = torch.arange(10).repeat(3)
+    own = cache[stage_hook(stage, 2)][rows, places]
+    with patch(model, stage, (rows, places), lambda _: own):
+        assert torch.equal(model(tokens), clean)
+        assert torch.equal(model(tokens.flip(0)), clean)  # whatever came in
+    with patch(model, stage, (rows, places), torch.zeros_like):
+        assert not torch.allclose(model(tokens), clean, atol=1e-3)
+
+
+def test_names_that_do_not_exist_are_refused(model: HookedTransformer) -> None:
+    assert stage_before(0) == "embedding"
+    assert stage_before(2) == "layer_1_post_mlp"
+    with pytest.raises(CircuitError, match="unknown stage 'layer_2_post_mlp'; expected one of emb"):
+        stage_hook("layer_2_post_mlp", 2)
+    with pytest.raises(CircuitError, match="unknown component 'H1L2'; expected such as L2H1"):
+        parse_component("H1L2")
+    with pytest.raises(CircuitError, match=r"no component 'L2H0'; expected layers 0-1, heads 0-1"):
+        parse_component("L2H0", model)
