@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
@@ -52,10 +52,17 @@ def dump_json(payload: Any) -> str:
     return json.dumps(payload, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def find_folder(folder: str | Path, near: Path) -> Path:
+    """A folder that a config names, relative to the current folder or to one above `near`.
+
+    Configs name folders from the project's root; a notebook may run elsewhere. Where the folder is
+    not found, it is returned as it was given, so that the reader's error names it.
+    """
+    folder = Path(folder)
+    if folder.is_absolute() or folder.exists():
+        return folder
+    roots = (root for root in near.resolve().parents if (root / folder).is_dir())
+    return next((root / folder for root in roots), folder)
 
 
 def atomic_write_bytes(path: Path, payload: bytes) -> None:
@@ -130,7 +137,13 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise CircuitError(f"not a JSON object ({type(row).__name__})", where=where, fix=fix)
     stored = row.pop(ROW_DIGEST, None)
-    if stored is None or stored != _row_digest(json.dumps(row, ensure_ascii=False)):
+    if stored is None:
+        raise CircuitError(
+            f"holds no {ROW_DIGEST}",
+            where=where,
+            expected="a row file of this program (a benchmark or probe set is none)",
+        )
+    if stored != _row_digest(json.dumps(row, ensure_ascii=False)):
         raise CircuitError("the row does not match its digest", where=where, fix=fix)
     return row
 
@@ -183,9 +196,25 @@ class OutputFolder:
     """
 
     def __init__(
-        self, path: str | Path, command: str, *, overwrite: bool = False, resume: bool = False
+        self,
+        path: str | Path,
+        command: str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        resumable: bool = False,
     ) -> None:
+        """Describe the share; entering it does the rest.
+
+        Args:
+            path: the folder; made if it does not exist.
+            command: whose share it is; a part after a dot tells shares of one command apart.
+            overwrite: earlier outputs may be replaced.
+            resume: earlier outputs may be continued.
+            resumable: the command has a --resume, for the message to name.
+        """
         self.root = Path(path)
+        self.resumable = resumable
         self.command = command
         self.overwrite = overwrite
         self.resume = resume
@@ -196,6 +225,10 @@ class OutputFolder:
     def manifest_name(self) -> str:
         """File name of this command's manifest in the folder."""
         return f"{self.command}.manifest.json"
+
+    @property
+    def _shown(self) -> str:
+        return self.command.partition(".")[0]
 
     @property
     def owned(self) -> list[str]:
@@ -217,7 +250,7 @@ class OutputFolder:
         except BlockingIOError:
             self._lock.close()
             raise CircuitError(
-                f"another `circuit {self.command}` is writing here",
+                f"another `circuit {self._shown}` is writing here",
                 where=self.root,
                 fix="wait for it to end, or choose another output folder",
             ) from None
@@ -238,22 +271,29 @@ class OutputFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def clear(self, claiming: Iterable[str] = ()) -> None:
-        """Remove this command's earlier files, exactly those, and claim the names of the new ones.
+    def clear(self, planned: Iterable[str] = ()) -> None:
+        """Remove this command's earlier files, exactly those.
+
+        Args:
+            planned: names that the command is going to write; they become its own when it does.
 
         Raises:
-            CircuitError: as `claim`, before anything is removed.
+            CircuitError: a planned name is taken by a file of somebody else, or an earlier file
+                has become a folder; before anything is removed.
         """
-        names = list(claiming)
-        self._refuse_foreign(names)
+        self.refuse_foreign(planned)
         self.remove(self.owned)
-        self.claim(names)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove some of this command's files, and forget them."""
-        for name in names:
-            path = self.path(name)
-            with contextlib.suppress(FileNotFoundError):
+        paths = {name: self.path(name) for name in names}
+        for path in paths.values():
+            if path.is_dir() and not path.is_symlink():
+                raise CircuitError(
+                    "was written as a file and is a folder now", where=path, fix="move it away"
+                )
+        for name, path in paths.items():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
             del self._owned[name]
         self._write_manifest()
@@ -265,16 +305,21 @@ class OutputFolder:
             CircuitError: a file of that name exists and this command did not write it.
         """
         new = [name for name in names if name not in self._owned]
-        self._refuse_foreign(new)
+        self.refuse_foreign(new)
         if new:
             self._owned.update(dict.fromkeys(new))
             self._write_manifest()
 
-    def _refuse_foreign(self, names: Iterable[str]) -> None:
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """Refuse names that are taken by files which this command did not write.
+
+        Raises:
+            CircuitError: names the first of them.
+        """
         for name in names:
             if name not in self._owned and os.path.lexists(self._inside(name)):
                 raise CircuitError(
-                    f"exists and was not written by `circuit {self.command}`",
+                    f"exists and was not written by `circuit {self._shown}`",
                     where=self.root / name,
                     fix="move it away or choose another output folder",
                 )
@@ -300,6 +345,10 @@ class OutputFolder:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or not relative.parts:
             raise CircuitError(f"'{name}' leaves the output folder", where=self.root)
+        if relative.name.endswith((".manifest.json", ".lock", _TEMPORARY_SUFFIX)):
+            raise CircuitError(
+                f"'{name}' is a name that this program keeps to itself", where=self.root
+            )
         path = self.root / relative
         root = self.root.resolve()
         if not path.parent.resolve().is_relative_to(root):
@@ -331,21 +380,13 @@ class OutputFolder:
         present = [name for name in self.owned if os.path.lexists(self._inside(name))]
         if present and not self.overwrite and not self.resume:
             raise CircuitError(
-                f"holds {len(present)} files of an earlier `circuit {self.command}`"
+                f"holds {len(present)} files of an earlier `circuit {self._shown}`"
                 f" ({present[0]}, ...)",
                 where=self.root,
-                fix="pass --overwrite to replace exactly those files, or choose another folder",
+                fix=("pass --resume to go on with it, " if self.resumable else "pass ")
+                + "--overwrite to replace exactly those files, or choose another folder",
             )
 
     def _write_manifest(self) -> None:
         payload = {"command": self.command, "files": self.owned}
         atomic_write_text(self.root / self.manifest_name, dump_json(payload))
-
-
-@contextlib.contextmanager
-def missing_is_error(path: Path, *, fix: str) -> Iterator[None]:
-    """Turn a missing file within the block into a CircuitError that says how to make it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise CircuitError("does not exist", where=path, fix=fix) from None

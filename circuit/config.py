@@ -23,6 +23,8 @@ from pydantic import (
 from circuit.errors import CircuitError
 
 Device = Literal["cpu", "cuda", "mps"]
+FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -92,14 +94,27 @@ class BenchmarkConfig(_Config):
 
     name: str
     benchmark_type: Literal["symbolic_kv_stream"]
-    output_dir: str
+    output_dir: FolderName
     seed: NonNegativeInt
     num_keys: Annotated[int, Field(ge=2)]
     num_values: Annotated[int, Field(ge=2)]
     holdout_answer_pair_fraction: Annotated[float, Field(gt=0, lt=1)]
     heuristic_max_accuracy: Annotated[float, Field(gt=0, le=1)]
     lag_sampling: Literal["eligible", "uniform"] = "eligible"
-    splits: dict[str, SplitConfig]
+    splits: dict[SplitName, SplitConfig]
+
+    @model_validator(mode="after")
+    def _split_names(self) -> BenchmarkConfig:
+        if len({name.casefold() for name in self.splits}) < len(self.splits):
+            raise ValueError("two splits whose names differ in case alone")
+        for name, split in self.splits.items():
+            heldout = isinstance(split, GeneratedSplit) and split.answer_pairs == "heldout"
+            if heldout != (name == "heldout_pairs") and isinstance(split, GeneratedSplit):
+                raise ValueError(
+                    f"splits.{name}.answer_pairs is {split.answer_pairs!r}: the split heldout_pairs"
+                    " holds held-out pairs, and no other does"
+                )
+        return self
 
     @model_validator(mode="after")
     def _counterfactual_sources(self) -> BenchmarkConfig:
@@ -181,11 +196,11 @@ class TrainConfig(_Config):
     """One training run."""
 
     name: str
-    output_dir: str
-    benchmark_dir: str
+    output_dir: FolderName
+    benchmark_dir: FolderName
     seed: RunSeed
     device: Device = "cpu"
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
     compile: bool = False
     """Run the forward and backward pass through torch.compile. Changes bits; part of the recipe."""
@@ -260,6 +275,8 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
         payload = json.loads(text)
+    except RecursionError:
+        raise CircuitError("not valid JSON (nested too deeply)", where=path) from None
     except json.JSONDecodeError as error:
         raise CircuitError(
             f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}:{error.colno}"
@@ -301,4 +318,14 @@ def _describe(item: Any) -> str:
     given = item.get("input")
     if isinstance(given, dict | list):
         return f"field '{field}': {message}"
-    return f"field '{field}': {message}, got {json.dumps(given)}"
+    shown = json.dumps(given)
+    return f"field '{field}': {message}, got {shown if len(shown) < 80 else shown[:77] + '...'}"
+
+
+def first_difference(field: str, theirs: Any, ours: Any) -> str:
+    """The innermost field that differs, with both values."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in [*ours, *theirs]:
+            if theirs.get(key) != ours.get(key):
+                return first_difference(f"{field}.{key}", theirs.get(key), ours.get(key))
+    return f"{field} is {theirs!r} there and {ours!r} here"

@@ -25,7 +25,9 @@ _VARIABLES = ("ATEN_", "MKL_", "ONEDNN_", "DNNL_", "OMP_", "CUBLAS_")
 
 BIT_FACTS = (
     "torch",
+    "torch_build",
     "transformer_lens",
+    "cpu_model",
     "cpu_capability",
     "device",
     "device_name",
@@ -145,7 +147,7 @@ def recorded_facts(path: Path) -> Facts:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CircuitError(f"damaged ({error})", where=path) from None
     if not isinstance(facts, dict):
         raise CircuitError("damaged (not a JSON object)", where=path)

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformer_lens import HookedTransformer
 
-from circuit.artifacts import read_jsonl
+from circuit.artifacts import find_folder, read_jsonl
 from circuit.config import TrainConfig, load_config
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
@@ -67,7 +67,7 @@ class Run:
     @cached_property
     def benchmark(self) -> Benchmark:
         """The run's benchmark with all of its splits."""
-        return load_benchmark(self.config.benchmark_dir)
+        return load_benchmark(find_folder(self.config.benchmark_dir, self.path))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -82,7 +82,8 @@ class Run:
         """
         if step == "best":
             return load_checkpoint(self.path / BEST)
-        found = list_checkpoints(self.path / "checkpoints").get(int(step))
+        saved = list_checkpoints(self.path / "checkpoints")
+        found = saved.get(step) if isinstance(step, int) else None
         if found is None:
             raise CircuitError(
                 f"no checkpoint of step {step}",

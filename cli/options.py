@@ -109,7 +109,8 @@ Device = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Intra-op threads; part of what decides the bits.")
+    int | None,
+    typer.Option(min=1, max=1024, help="Intra-op threads; they decide bits too."),
 ]
 Splits = Annotated[
     list[str] | None,

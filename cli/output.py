@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,9 @@ from rich.text import Text
 
 from circuit import CircuitError
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+# a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
+stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+stderr = Console(stderr=True, highlight=False, markup=False)
 
 
 def print_error(error: CircuitError) -> None:

@@ -28,7 +28,10 @@ def quickstart(as_json: options.Json = False) -> None:
     """Train a small transformer on latest-write lookup, trace it, show what it learned."""
     began = time.perf_counter()
     if not as_json:
-        stdout.print("Training a 2-layer transformer to look up the latest write to a key ...")
+        stdout.print(
+            "Training a 2-layer transformer to look up the latest write to a key"
+            " (an earlier quickstart is replaced) ..."
+        )
     from circuit import quickstart as library
 
     config = library.quickstart_configs()[1]
@@ -49,6 +52,8 @@ def quickstart(as_json: options.Json = False) -> None:
         )
         return
     stdout.print()
+    best = result.training.best or {}
+    stdout.print(f"best checkpoint (step {best['step']}, by {best['split']} {best['metric']}):")
     print_evaluations(result.evaluations)
     stdout.print()
     print_slices([e for e in result.evaluations if e.split == library.EXAMPLE_SPLIT])
@@ -61,8 +66,8 @@ def quickstart(as_json: options.Json = False) -> None:
         e.answer_accuracy for e in result.evaluations if e.split == library.EXAMPLE_SPLIT
     )
     stdout.print(
-        f"{library.EXAMPLE_SPLIT} answer accuracy {percent(accuracy)} after"
-        f" {result.training.step} steps, {time.perf_counter() - began:.0f} s in all"
+        f"{library.EXAMPLE_SPLIT} answer accuracy {percent(accuracy)} at step {best['step']} of"
+        f" {result.training.step}; {time.perf_counter() - began:.0f} s in all"
     )
 
 
@@ -82,7 +87,7 @@ def _print_example(example: Example) -> None:
     stdout.print(line)
     right = "right" if example.predicted == example.answer else f"wrong: it is {example.answer}"
     stdout.print(
-        f"the model says [bold]{example.predicted}[/bold]"
+        f"the model says {example.predicted}"
         f" (p = {example.probability:.3f}, {right});"
         f" {example.head} puts {percent(example.attention[example.support_position])} of its"
         f" attention on the support, {example.tokens[example.support_position]} at position"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -100,14 +101,14 @@ def record(
     as_json: options.Json = False,
 ) -> None:
     """Record every optimizer step of a run: terms, digests, and full states at anchors."""
-    from circuit.reports.optimizer_update_trace import optimizer_update_trace
-    from circuit.trace.record import RecordOptions
-
     if from_initialization == (resume_checkpoint is not None):
         raise CircuitError("give one of --from-initialization and --resume-checkpoint")
     if storage not in ("anchors", "dense"):
         raise CircuitError(f"unknown --storage '{storage}'", expected="'anchors' or 'dense'")
     settings = load_train_config(config, device, threads, train_split=train_split)
+    from circuit.reports.optimizer_update_trace import optimizer_update_trace
+    from circuit.trace.record import RecordOptions
+
     wanted = RecordOptions(
         end_step=end_step,
         num_steps=num_steps,
@@ -158,16 +159,23 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
         "optimizer": manifest.config.optimizer.name,
         "steps": f"{manifest.start_step} to {store.last_step}"
         + ("" if store.complete else f" (stopped; planned to {manifest.end_step})"),
-        "anchors": f"{len(manifest.anchors())}, every {manifest.anchor_every} steps",
-        "addressable": f"every {manifest.checkpoint_every} steps"
+        "anchors": f"{len(manifest.anchors())}, {_every(manifest.anchor_every)}",
+        "addressable": f"{_every(manifest.checkpoint_every)}"
         f" from {max(manifest.checkpoint_start_step, manifest.start_step)}",
         "size": f"{size / 1e6:.1f} MB",
         "recorded on": f"torch {environment['torch']}, {environment['cpu_capability']},"
-        f" {environment['threads']} threads, {environment['device']}",
+        f" threads {environment['threads']}, {environment['device']}",
     }
     losses = [row["loss"] for row in store.rows]
     if as_json:
-        print_json({**facts, "bytes": size, "last_step": store.last_step, "losses": losses})
+        wanted = {"config", "start_step", "end_step", "anchor_every", "checkpoint_every"}
+        wanted |= {"checkpoint_start_step", "storage", "environment", "benchmark_digest"}
+        payload = manifest.model_dump(mode="json", include=wanted)
+        anchors = manifest.anchors()
+        print_json(
+            {**payload, "last_step": store.last_step, "anchors": anchors, "bytes": size}
+            | {"losses": losses}
+        )
         return
     made = table(str(store.root), ["", ""])
     made.show_header = False
@@ -175,7 +183,10 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     for name, value in facts.items():
         made.add_row(name, value)
     if losses:
-        made.add_row("loss", f"{losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}")
+        made.add_row(
+            "loss (log)",
+            f"{losses[0]:.3f} {sparkline([math.log(x) for x in losses])} {losses[-1]:.3f}",
+        )
     stdout.print(made)
 
 
@@ -211,7 +222,8 @@ def verify(
         if not found.equal:
             facts = "; ".join(trace.changed_facts()) or "none that is recorded"
             stdout.print(f"changed since the recording: {facts}", soft_wrap=True)
-        stdout.print(f"{found.compared_anchors} anchors compared; {found.law}", soft_wrap=True)
+        compared = f"{found.compared_anchors} stored states compared; "
+        stdout.print((compared if found.compared_anchors else "") + found.law, soft_wrap=True)
     if not found.equal:
         raise typer.Exit(1)
 
@@ -238,6 +250,12 @@ def checkout(
     trace = open_trace(folder, allow_drift=allow_drift)
     if output is None:
         trace.state(step, cache=True)
+        if trace.drifts:
+            raise CircuitError(
+                f"the replayed state of step {step} is not the recorded one, so the trace does not"
+                " keep it",
+                fix="pass --output to write it elsewhere",
+            )
         path = trace.store.checkpoint_path(step)
     else:
         command = f"trace-checkout.{output.stem}"
@@ -266,17 +284,21 @@ def prune(
     ],
     as_json: options.Json = False,
 ) -> None:
-    """Keep fewer anchors. Every step stays addressable; replay to it takes longer."""
+    """Keep fewer anchors. Every step stays addressable; states checked out into it go too."""
     from circuit.trace.prune import prune_trace
 
     found = prune_trace(folder, anchor_every)
     if as_json:
-        print_json({**vars(found), "paths": []})
+        print_json({**vars(found), "paths": [str(folder / "trace.json")]})
         return
     stdout.print(
         f"removed {found.removed} states ({found.freed_bytes / 1e6:.1f} MB);"
         f" {found.anchors} anchors left"
     )
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 class StepBar:
@@ -307,6 +329,8 @@ def parse_window(text: str) -> tuple[int, int]:
         CircuitError: it is no window.
     """
     start, colon, end = text.partition(":")
-    if not colon or not start.isdigit() or not end.isdigit() or int(start) >= int(end):
-        raise CircuitError(f"window '{text}'", expected="a:b with a < b, such as 0:750")
+    if not colon or not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
+        raise CircuitError(
+            f"window '{text}'", where="--steps", expected="a:b with a < b, such as 0:750"
+        )
     return int(start), int(end)

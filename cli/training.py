@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +12,7 @@ import typer
 from rich.progress import Progress as Bar
 
 from . import options
-from .output import percent, print_json, print_written, progress_bar, share, stdout, table
+from .output import percent, print_json, print_written, progress_bar, share, stderr, stdout, table
 
 if TYPE_CHECKING:
     from circuit.config import TrainConfig
@@ -43,10 +46,10 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
+    settings = load_train_config(config, device, threads)
     from circuit.training import loop
 
-    settings = load_train_config(config, device, threads)
-    with progress_bar(not as_json) as bar:
+    with progress_bar(not as_json) as bar, stop_on_interrupt() as interrupted:
         try:
             result = loop.train(
                 settings,
@@ -54,20 +57,51 @@ def train(
                 resume=resume,
                 allow_drift=allow_drift,
                 stop_at=stop_at_step,
+                stop=interrupted,
                 progress=TrainBar(bar, settings.steps),
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the second one: no time for a checkpoint
             bar.stop()
-            stdout.print("interrupted; go on from the last checkpoint with --resume")
+            stderr.print("interrupted; go on from the last checkpoint with --resume")
             raise typer.Exit(130) from None
     if as_json:
         print_json(train_payload(result))
-        return
+    else:
+        _print_training(result)
+    if interrupted():
+        message = f"interrupted after step {result.step}, with a checkpoint; go on with --resume"
+        stderr.print(message, soft_wrap=True)
+        raise typer.Exit(130)
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only asks for a stop; the second one ends the program."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_training(result: TrainResult) -> None:
+    settings = result.config
     print_evaluations(list(result.evaluations.values()))
     steps = result.step - result.first_step
+    if result.first_step:
+        stdout.print(f"resumed from the checkpoint of step {result.first_step}")
     stdout.print(
         f"step {result.step} of {settings.steps}; {steps} steps in {result.seconds:.0f} s"
         f" ({steps / max(result.seconds, 1e-9):.1f} a second with evaluations)"
+        if steps
+        else f"step {result.step} of {settings.steps}: nothing was left to do"
     )
     if result.best:
         best = result.best
@@ -76,6 +110,11 @@ def train(
             f" {percent(best['value'])}"
         )
     print_written([result.folder])
+    if result.first_step == 0 and (result.folder / "analysis").is_dir():
+        stdout.print(
+            f"note: what stands in {result.folder / 'analysis'} was made from an earlier run",
+            soft_wrap=True,
+        )
 
 
 def evaluate(
@@ -93,9 +132,9 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a checkpoint: loss and accuracies, by token role, by slice, with q, r and w."""
+    settings = load_train_config(config, device, threads)
     from circuit.reports.evaluation import evaluate_checkpoint
 
-    settings = load_train_config(config, device, threads)
     with progress_bar(not as_json) as bar:
         task = bar.add_task("records", total=None, note="")
 
@@ -114,7 +153,7 @@ def evaluate(
             }
         )
         return
-    stdout.print(f"{checkpoint} (step {result.step})")
+    stdout.print(f"{checkpoint} (step {result.step})", soft_wrap=True)
     print_evaluations(result.evaluations)
     print_slices(result.evaluations)
     print_written([result.path])
@@ -129,6 +168,8 @@ def load_train_config(
     """The config with the command line's values in it."""
     from circuit.config import TrainConfig, load_config
 
+    if (path / "run_config.json").is_file():
+        path = path / "run_config.json"
     settings = load_config(path, TrainConfig)
     changes: dict[str, Any] = {"device": options.resolve_device(device, settings.device)}
     if threads is not None:

@@ -103,7 +103,7 @@ def test_a_foreign_file_of_a_wanted_name_is_refused_and_stays(own: set[str], wan
             with pytest.raises(CircuitError, match="was not written by"):
                 folder.claim(["fresh", wanted])
             with pytest.raises(CircuitError, match="was not written by"):
-                folder.clear(claiming=["fresh", wanted])
+                folder.clear(planned=["fresh", wanted])
         assert files_of(root) == before
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from circuit.artifacts import OutputFolder, dump_json
+from circuit.artifacts import OutputFolder, dump_json, find_folder
 from circuit.config import TrainConfig
 from circuit.environment import environment_facts, prepare_process
 from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.replay import load_state
+from circuit.training.checkpoints import tensors_digest
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.session import encode_split, model_from_state
 
@@ -36,8 +39,8 @@ def evaluate_checkpoint(
 
     Args:
         splits: None evaluates the config's tracked splits.
-        output: JSON file; by default `evaluation/<checkpoint>.json` in the config's output_dir. An
-            evaluation that stands there is replaced, since the inputs decide it.
+        output: JSON file; by default `evaluation/<checkpoint>.json` in the config's output_dir.
+            Splits of the same weights that stand there are kept, others are replaced.
         progress: called with split, records done and their number.
 
     Raises:
@@ -49,7 +52,9 @@ def evaluate_checkpoint(
     # after load_state, which may have replayed with the threads of a trace
     prepare_process(threads=config.threads, device=config.device)
     names = list(splits or config.tracked_splits)
-    benchmark = load_benchmark(config.benchmark_dir, splits=list(dict.fromkeys(names)))
+    benchmark = load_benchmark(
+        find_folder(config.benchmark_dir, checkpoint), splits=list(dict.fromkeys(names))
+    )
     model = model_from_state(state, config, benchmark)
     evaluations = [
         evaluate(model, encode_split(benchmark, name, config.model), name, progress=progress)
@@ -57,17 +62,28 @@ def evaluate_checkpoint(
     ]
     path = output or Path(config.output_dir) / "evaluation" / f"{checkpoint.stem}.json"
     with OutputFolder(path.parent, "evaluate", overwrite=True) as folder:
-        folder.write_text(
-            path.name,
-            dump_json(
-                {
-                    "schema_version": 1,
-                    "checkpoint": checkpoint.name,
-                    "step": state.step,
-                    "benchmark_digest": benchmark.digest,
-                    "evaluations": {e.split: e.to_row() for e in evaluations},
-                    "provenance": environment_facts(config.device),
-                }
-            ),
-        )
+        of = {
+            "step": state.step,
+            "parameters_sha256": tensors_digest(state.parameters),
+            "benchmark_digest": benchmark.digest,
+        }
+        earlier = _earlier(path, of) if path.name in folder.owned else {}
+        report = {
+            "schema_version": 1,
+            "checkpoint": checkpoint.name,
+            **of,
+            "evaluations": earlier | {e.split: e.to_row() for e in evaluations},
+            "provenance": environment_facts(config.device),
+        }
+        folder.write_text(path.name, dump_json(report))
     return EvaluationReport(state.step, evaluations, path)
+
+
+def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """The evaluations of the same weights that stand in the file."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        same = all(report[key] == value for key, value in of.items())
+        return dict(report["evaluations"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # ours, and about to be replaced

@@ -55,8 +55,9 @@ def optimizer_update_trace(
     report = {
         "schema_version": 1,
         "command": COMMAND,
-        "parameters": _parameters(options),
+        "parameters": _parameters(options) | {"config": config.model_dump(mode="json")},
         "law": law,
+        "paths": [MANIFEST, ROWS, f"{NAME}.svg", f"{NAME}_report.md", f"{NAME}_report.json"],
         "summary": summary,
         "provenance": {
             "environment": store.manifest.environment,

@@ -152,7 +152,7 @@ def write_benchmark(
     """
     with OutputFolder(config.output_dir, "generate-benchmark", overwrite=overwrite) as folder:
         made = generate_benchmark(config, progress=progress)
-        folder.clear(claiming=[*(f"{split}.jsonl" for split in made.splits), "metadata.json"])
+        folder.clear(planned=[*(f"{split}.jsonl" for split in made.splits), "metadata.json"])
         paths: list[Path] = []
         made.save(lambda name, text: paths.append(folder.write_text(name, text)))
     return made, paths

@@ -175,7 +175,15 @@ class EncodedSplit:
         Raises:
             CircuitError: an index is out of range, or there is none.
         """
-        rows = torch.arange(len(self)) if indices is None else torch.as_tensor(indices).long()
+        rows = torch.arange(len(self)) if indices is None else torch.as_tensor(indices)
+        if rows.dtype == torch.bool and rows.shape == (len(self),):
+            rows = rows.nonzero()[:, 0]
+        if rows.is_floating_point() or rows.dtype == torch.bool or rows.ndim != 1:
+            raise CircuitError(
+                f"record indices of {rows.dtype} {list(rows.shape)}",
+                expected=f"integers, or a mask of {len(self)}",
+            )
+        rows = rows.long()
         if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(self):
             raise CircuitError(
                 f"record indices {rows.tolist()[:5]}", expected=f"some of 0 .. {len(self) - 1}"

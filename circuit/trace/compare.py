@@ -33,7 +33,7 @@ class Difference:
 
 
 def state_difference(one: TrainState, other: TrainState) -> Difference | None:
-    """The first tensor in which two states are not equal bits, or None (`torch.equal` of all)."""
+    """The first tensor in which two states are not equal bits, or None (0.0 and -0.0 differ)."""
     groups: list[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]] = [
         ("parameters", one.parameters, other.parameters)
     ]
@@ -43,11 +43,15 @@ def state_difference(one: TrainState, other: TrainState) -> Difference | None:
     ]
     for stage, ours, theirs in groups:
         for name, tensor in ours.items():
-            if not torch.equal(tensor, theirs[name]):
-                apart = tensor != theirs[name]
+            apart = _bits(tensor) != _bits(theirs[name])
+            if apart.any():
                 gap = (tensor.double() - theirs[name].double()).abs().max()
                 return Difference(stage, name, int(apart.sum()), tensor.numel(), float(gap))
     return None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int64 if tensor.element_size() == 8 else torch.int32)
 
 
 def first_stage_that_differs(step: TracedStep, row: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ class PruneResult:
 
 
 def prune_trace(path: str | Path, anchor_every: int) -> PruneResult:
-    """Keep the anchors at multiples of `anchor_every`, the first and the last.
+    """Keep the anchors at multiples of `anchor_every`, the first and the last, and no other state.
 
     The manifest is rewritten before a file goes, so an interrupted pruning leaves a whole trace.
 
@@ -38,7 +38,7 @@ def prune_trace(path: str | Path, anchor_every: int) -> PruneResult:
             where=store.root,
             fix="finish it with --resume before pruning",
         )
-    if anchor_every % manifest.anchor_every:
+    if anchor_every < 1 or anchor_every % manifest.anchor_every:
         raise CircuitError(
             f"--anchor-every {anchor_every}",
             where=store.root,

@@ -6,9 +6,11 @@ its last anchor and ends with the same bytes as one that was not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +35,17 @@ from circuit.training.checkpoints import (
     encode_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_description,
 )
-from circuit.training.loop import ENVIRONMENT
+from circuit.training.loop import BEST, ENVIRONMENT
 from circuit.training.session import TrainingSession, check_state
 
-# sha256 leaves the interpreter's lock, so a step is digested while its terms are computed
-_DIGESTING = ThreadPoolExecutor(max_workers=1)
+
+@lru_cache(maxsize=1)
+def _digesting(process: int) -> ThreadPoolExecutor:
+    """Digests a step while its terms are computed: sha256 leaves the interpreter's lock."""
+    return ThreadPoolExecutor(max_workers=1)
+
 
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
 
@@ -57,6 +64,11 @@ class RecordOptions:
     storage: Literal["anchors", "dense"] = "anchors"
     top_k_parameters: int = 10
     require_historical_replay: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("anchor_every", "checkpoint_every", "top_k_parameters"):
+            if getattr(self, name) < 1:
+                raise CircuitError(f"{name} is {getattr(self, name)}", expected="at least 1")
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,8 @@ def record_trace(
     """
     if overwrite and resume:
         raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
-    with OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume) as folder:
+    outputs = OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
+    with outputs as folder:
         benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
@@ -111,7 +124,7 @@ def record_trace(
         if resume:
             session = _resumed(folder, manifest, benchmark) or session
         else:
-            folder.clear(claiming=_planned(manifest))
+            folder.clear(planned=_planned(manifest))
         return _Recorder(folder, manifest, Tracer(session), history, progress).run()
 
 
@@ -154,7 +167,7 @@ def _resumed(
                 where=folder.root,
                 fix="bring it back, or start anew with --overwrite",
             )
-        folder.claim(_planned(manifest))
+        folder.refuse_foreign(_planned(manifest))
         return None
     store = TraceStore(folder.root)
     ours, theirs = (m.model_dump(exclude={"environment"}) for m in (manifest, store.manifest))
@@ -166,7 +179,7 @@ def _resumed(
             where=folder.root / MANIFEST,
             fix="resume with the same options on the same machine, or start anew with --overwrite",
         )
-    folder.claim(_planned(manifest))
+    folder.refuse_foreign(_planned(manifest))
     # the first anchor stands before the row file does
     rows = store.read_rows() if (store.root / ROWS).exists() else []
     last = manifest.start_step + len(rows)
@@ -190,14 +203,19 @@ class _History:
         self.saved = {
             step: path
             for step, path in saved.items()
-            if manifest.start_step <= step <= manifest.end_step
+            if manifest.start_step < step <= manifest.end_step
         }
+        best = Path(config.output_dir) / BEST
+        if required and best.exists():
+            step = read_description(best)["step"]
+            if manifest.start_step < step <= manifest.end_step:
+                self.saved.setdefault(step, best)
         self.manifest = manifest
         self.changed = changed_facts(run_facts, manifest.environment)
         if required and not self.saved:
             raise CircuitError(
-                "the run saved no checkpoint between steps"
-                f" {manifest.start_step} and {manifest.end_step}, so its history cannot be proved",
+                f"the run saved no checkpoint after step {manifest.start_step} and up to step"
+                f" {manifest.end_step}, so its history cannot be proved",
                 where=Path(config.output_dir) / "checkpoints",
                 fix="train the run first, or leave out --require-historical-replay",
             )
@@ -263,6 +281,7 @@ class _Recorder:
             self.folder.write_text(MANIFEST, manifest.to_json())
         if first == manifest.start_step:
             self._save_anchor()
+        self.folder.claim([ROWS])
         log = RowLog(self.folder.path(ROWS), last_step=first)
         try:
             self.history.check_recorded(TraceStore(self.folder.root), first)
@@ -300,7 +319,7 @@ def _planned(manifest: TraceManifest) -> list[str]:
 
 def trace_row(step: TracedStep, top_k: int) -> dict[str, Any]:
     """The row of a step (definitions.md section 6, optimizer-update-trace)."""
-    digests = _DIGESTING.submit(step.digests)
+    digests = _digesting(os.getpid()).submit(step.digests)
     update = step.update
     moved = step.layout.norms(update.total)
     top = sorted(moved, key=lambda name: (-moved[name], name))[:top_k]

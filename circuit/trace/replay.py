@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from circuit.artifacts import OutputFolder
+from circuit.artifacts import OutputFolder, find_folder
 from circuit.environment import changed_facts, environment_facts, prepare_process
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.positions import EncodedSplit
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
 from circuit.trace.step import FlatState, TracedStep, Tracer
 from circuit.trace.store import COMMAND, MANIFEST, TraceManifest, TraceStore
@@ -25,7 +26,7 @@ from circuit.training.checkpoints import (
     encode_checkpoint,
     load_checkpoint,
 )
-from circuit.training.session import TrainingSession
+from circuit.training.session import TrainingSession, encode_split
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Trace:
         )
 
     @property
+    def path(self) -> Path:
+        """The trace's folder."""
+        return self.store.root
+
+    @property
     def manifest(self) -> TraceManifest:
         """What was recorded, from where, with what."""
         return self.store.manifest
@@ -102,7 +108,8 @@ class Trace:
             CircuitError: it is missing, damaged, or another one.
         """
         config = self.manifest.config
-        benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
+        folder = find_folder(config.benchmark_dir, self.store.root)
+        benchmark = load_benchmark(folder, splits=[config.train_split])
         if benchmark.digest != self.manifest.benchmark_digest:
             raise CircuitError(
                 f"the benchmark is not the one that was traced: digest"
@@ -126,6 +133,7 @@ class Trace:
         anchor = self.store.anchor_before(start)
         tracer = self._tracer_at(anchor)
         while tracer.session.step < end:
+            self._prepare()  # whoever looks at a step may change the thread count before the next
             step = tracer.advance()
             self._check(step)
             if step.step > start:
@@ -206,7 +214,7 @@ class Trace:
 
     def changed_facts(self) -> list[str]:
         """Facts of the environment that differ from the recorded ones and can change bits."""
-        self._prepare()
+        self._prepare()  # the thread count is never the cause: replay sets it before every step
         now = environment_facts(self.manifest.config.device)
         return changed_facts(self.manifest.environment, now)
 
@@ -217,7 +225,12 @@ class Trace:
     def _tracer_at(self, anchor: int) -> Tracer:
         self._prepare()
         state = self._stored(anchor)
-        return Tracer(TrainingSession.restore(state, self.manifest.config, self.benchmark))
+        config = self.manifest.config
+        return Tracer(TrainingSession(config, self.benchmark, state=state, data=self._data))
+
+    @cached_property
+    def _data(self) -> EncodedSplit:
+        return encode_split(self.benchmark, self.manifest.config.train_split)
 
     def _stored(self, step: int) -> TrainState:
         """A stored state, checked against the digests of its row."""

@@ -99,7 +99,7 @@ class TracedStep:
         """Share of the batch's targets that the logits' argmax hits."""
         targets = self.tokens[:, 1:]
         hits = self.outcome.logits.argmax(-1) == targets
-        return float(hits[targets != PAD].double().mean())
+        return float(hits[targets != PAD].cpu().double().mean())
 
     @cached_property
     def update(self) -> UpdateTerms:

@@ -214,14 +214,14 @@ def _read_manifest(path: Path) -> TraceManifest:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
         stored = payload.pop("digest")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CircuitError(
             "there is no trace here",
             where=path.parent,
             expected=f"a folder with {MANIFEST}",
             fix="record one with `circuit trace record`",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CircuitError(f"damaged manifest ({error})", where=path) from None
     if _digest(payload) != stored:
         raise CircuitError(

@@ -117,7 +117,7 @@ def _measure(model: HookedTransformer, batch: Batch, vocab: Vocabulary) -> dict[
         read[name] = torch.einsum("rhp,rp->rh", weights, mask.to(weights.dtype)).amax(1)
     shortcuts = [shortcut_values(batch, k) for k in SHORTCUTS]
     measured = {
-        "loss": losses[real].double(),
+        "loss": losses[real].cpu().double(),
         "correct": (logits.argmax(-1) == targets)[real],
         "role": _target_roles(batch, vocab)[real.cpu()],
         "answer": batch.reads.answer,
@@ -150,8 +150,8 @@ def _read_figures(logits: Tensor, batch: Batch, vocab: Vocabulary) -> dict[str, 
     competitor = values.scatter(1, own, -torch.inf).amax(1, keepdim=True)
     return {
         "prediction": at.argmax(-1),
-        "answer_loss": -at.double().log_softmax(-1).gather(1, answer)[:, 0],
-        "margin": (right - competitor)[:, 0].double(),
+        "answer_loss": -at.cpu().double().log_softmax(-1).gather(1, answer.cpu())[:, 0],
+        "margin": (right - competitor)[:, 0].cpu().double(),
     }
 
 

@@ -8,14 +8,15 @@ to its checkpoint and writes the others again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import OutputFolder, RowLog, dump_json
-from circuit.config import TrainConfig
+from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
+from circuit.config import TrainConfig, first_difference, load_config
 from circuit.environment import (
     changed_facts,
     environment_facts,
@@ -81,6 +82,7 @@ def train(
     resume: bool = False,
     allow_drift: bool = False,
     stop_at: int | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a run, or go on with it.
@@ -91,6 +93,7 @@ def train(
             never interrupted.
         allow_drift: resume also where the environment differs and bits may too.
         stop_at: stop after this step, with a checkpoint, ready to be resumed.
+        stop: asked after every step; True stops there, with a checkpoint.
         progress: called with a `Progress`.
 
     Raises:
@@ -101,7 +104,10 @@ def train(
     last = config.steps if stop_at is None else stop_at
     if not 1 <= last <= config.steps:
         raise CircuitError(f"cannot stop at step {last}", expected=f"1 to {config.steps}")
-    with OutputFolder(config.output_dir, COMMAND, overwrite=overwrite, resume=resume) as folder:
+    outputs = OutputFolder(
+        config.output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True
+    )
+    with outputs as folder:
         splits = list(dict.fromkeys([config.train_split, *config.tracked_splits]))
         benchmark = load_benchmark(config.benchmark_dir, splits=splits)
         threads = config.threads
@@ -114,7 +120,7 @@ def train(
         session, notes = _session(config, benchmark, folder, resume, allow_drift)
         if session.step > last:
             raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
-        return _Loop(config, folder, session, tracked, notes, last, progress).run()
+        return _Loop(config, folder, session, tracked, notes, last, stop, progress).run()
 
 
 def _session(
@@ -122,6 +128,8 @@ def _session(
 ) -> tuple[TrainingSession, dict[str, Any]]:
     """Start or restore, and lay out the folder."""
     saved = list_checkpoints(folder.root / "checkpoints") if resume else {}
+    if resume:
+        _refuse_another_run(config, folder, bool(saved))
     if saved:
         before = recorded_facts(folder.root / ENVIRONMENT)
         changed = changed_facts(before, environment_facts(config.device))
@@ -133,13 +141,34 @@ def _session(
             )
         state = load_checkpoint(saved[max(saved)])
         session = TrainingSession.restore(state, config, benchmark)
-        folder.claim(_planned(config))
+        folder.refuse_foreign(_planned(config))
         return session, state.notes
     session = TrainingSession.start(config, benchmark)
-    folder.clear(claiming=_planned(config))
+    folder.clear(planned=_planned(config))
     folder.write_text(RUN_CONFIG, config.to_json())
     folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
     return session, {}
+
+
+def _refuse_another_run(config: TrainConfig, folder: OutputFolder, has_states: bool) -> None:
+    """A resume must find the run that this config describes, with the states to go on from."""
+    path = folder.root / RUN_CONFIG
+    if not path.exists():
+        return
+    theirs = load_config(path, TrainConfig).model_dump(mode="json")
+    for name, ours in config.model_dump(mode="json").items():
+        if name not in ("device", "threads") and ours != theirs[name]:
+            raise CircuitError(
+                f"cannot resume with another config: {first_difference(name, theirs[name], ours)}",
+                where=path,
+                fix="resume with the run's own run_config.json, or start anew with --overwrite",
+            )
+    if not has_states and any((folder.root / name).exists() for name in (BEST, SUMMARY)):
+        raise CircuitError(
+            "the run's step checkpoints are gone, so it cannot be resumed",
+            where=folder.root / "checkpoints",
+            fix="bring one back, or start anew with --overwrite",
+        )
 
 
 def _planned(config: TrainConfig) -> list[str]:
@@ -159,6 +188,7 @@ class _Loop:
         tracked: dict[str, EncodedSplit],
         notes: dict[str, Any],
         last: int,
+        stop: Callable[[], bool] | None,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.config = config
@@ -166,22 +196,28 @@ class _Loop:
         self.session = session
         self.notes = notes
         self.last = last
+        self.stop = stop or (lambda: False)
         self.progress = progress or (lambda _: None)
         self.evaluations: dict[str, Evaluation] = {}
+        self.evaluated_at: int | None = None
         self.tracked = tracked
 
     def run(self) -> TrainResult:
         config, session = self.config, self.session
         first, began = session.step, time.perf_counter()
+        self.folder.claim([METRICS])
         log = RowLog(self.folder.path(METRICS), last_step=first if first else None)
+        self._refuse_lost_rows(first)
         try:
             if first == 0:
                 self._evaluate(log)
             while session.step < self.last:
                 outcome = session.advance()
                 self.progress(Progress(session.step, config.steps, float(outcome.loss)))
+                if self.stop():
+                    self.last = session.step
                 self._after_step(outcome, log)
-            if not self.evaluations:
+            if self.evaluated_at != session.step:
                 self._measure()
         finally:
             log.close()
@@ -198,7 +234,19 @@ class _Loop:
         )
         if session.step == config.steps:
             self.folder.write_text(SUMMARY, dump_json(_summary(result)))
-        return result
+        return replace(result, files=self.folder.owned)
+
+    def _refuse_lost_rows(self, first: int) -> None:
+        """A resumed run must still have the rows of its steps so far."""
+        rows = read_jsonl(self.folder.path(METRICS))
+        found = sum(row["kind"] == "train" for row in rows)
+        if found != first // self.config.log_every:
+            raise CircuitError(
+                f"holds {found} training rows up to step {first}",
+                where=self.folder.path(METRICS),
+                expected=f"{first // self.config.log_every}",
+                fix="rows were lost; start anew with --overwrite",
+            )
 
     def _after_step(self, outcome: StepOutcome, log: RowLog) -> None:
         config, step = self.config, outcome.step
@@ -214,7 +262,7 @@ class _Loop:
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
         targets = outcome.tokens[:, 1:]
         real = targets != PAD
-        hits = (outcome.logits.argmax(-1) == targets)[real]
+        hits = (outcome.logits.argmax(-1) == targets)[real].cpu()
         return {
             "kind": "train",
             "step": outcome.step,
@@ -226,6 +274,7 @@ class _Loop:
         }
 
     def _measure(self) -> None:
+        self.evaluated_at = self.session.step
         for name, split in self.tracked.items():
             self.evaluations[name] = evaluate(self.session.model, split, name)
 
@@ -233,6 +282,12 @@ class _Loop:
         self._measure()
         step = self.session.step
         for evaluation in self.evaluations.values():
+            if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
+                raise CircuitError(
+                    f"training diverged: {evaluation.split} loss {evaluation.loss} at step {step}",
+                    where=f"config {self.config.name}",
+                    fix="lower the learning rate or clip the gradient",
+                )
             log.append({"kind": "evaluation", "step": step, **evaluation.to_row()})
             self.progress(Progress(step, self.config.steps, evaluation=evaluation))
         best = self.config.best

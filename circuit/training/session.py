@@ -6,13 +6,13 @@ Train, trace and replay differ in what they do between steps; the session is wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from circuit.config import ModelConfig, TrainConfig
+from circuit.config import ModelConfig, TrainConfig, first_difference
 from circuit.errors import CircuitError
 from circuit.model.build import build_model, load_tensors, named_tensors
 from circuit.tasks.benchmark import Benchmark
@@ -31,11 +31,16 @@ class TrainingSession:
     """
 
     def __init__(
-        self, config: TrainConfig, benchmark: Benchmark, *, state: TrainState | None = None
+        self,
+        config: TrainConfig,
+        benchmark: Benchmark,
+        *,
+        state: TrainState | None = None,
+        data: EncodedSplit | None = None,
     ) -> None:
         self.config = config
         self.benchmark = benchmark
-        self.data = encode_split(benchmark, config.train_split, config.model)
+        self.data = data or encode_split(benchmark, config.train_split, config.model)
         self.model: HookedTransformer = _model_for(config, benchmark)
         self.step = 0
         if state is not None:
@@ -43,7 +48,7 @@ class TrainingSession:
             load_tensors(self.model, state.parameters)
             self.step = state.step
         # compiled beside the model, which stays eager for hooks and evaluation
-        self._forward = torch.compile(self.model, dynamic=False) if config.compile else None
+        self._forward = _compiled(self.model) if config.compile else None
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)
         if state is not None:
             write_moments(self.model, self.optimizer, config.optimizer, state.moments, state.step)
@@ -118,6 +123,13 @@ class TrainingSession:
         )
 
 
+def _compiled(model: HookedTransformer) -> Callable[[Tensor], Tensor]:
+    """One compilation per padded length; falling back to eager would change bits, so it fails."""
+    torch._dynamo.config.recompile_limit = 4096
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return cast(Callable[[Tensor], Tensor], torch.compile(model, dynamic=False))
+
+
 def encode_split(
     benchmark: Benchmark, split: str, model: ModelConfig | None = None
 ) -> EncodedSplit:
@@ -165,8 +177,8 @@ def check_state(state: TrainState, config: TrainConfig, benchmark_digest: str) -
     for field, value in ours.items():
         if theirs.get(field) != value:
             raise CircuitError(
-                f"the checkpoint of step {state.step} belongs to another config: {field} is"
-                f" {theirs.get(field)!r} there and {value!r} here",
+                f"the checkpoint of step {state.step} belongs to another config:"
+                f" {first_difference(field, theirs.get(field), value)}",
                 fix="pass the run_config.json that stands beside the checkpoint's folder",
             )
     if state.benchmark_digest != benchmark_digest:

@@ -74,9 +74,10 @@ def training_step(
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
-    logits = (model if forward is None else forward)(tokens[:, :-1])
-    loss = next_token_loss(logits, tokens[:, 1:], pad)
-    loss.backward()
+    with torch.enable_grad():  # a notebook may have switched gradients off
+        logits = (model if forward is None else forward)(tokens[:, :-1])
+        loss = next_token_loss(logits, tokens[:, 1:], pad)
+        loss.backward()
     if on_gradient is not None:
         on_gradient()
     threshold = float("inf") if config.gradient_clip is None else config.gradient_clip

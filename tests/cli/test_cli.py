@@ -179,7 +179,7 @@ def test_an_interrupt_says_how_to_go_on(circuit: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loop._Loop, "_after_step", interrupted)
     done = circuit(*TRAIN)
     assert done.code == 130
-    assert "--resume" in done.out
+    assert "--resume" in done.err
     assert "Traceback" not in done.err
 
 

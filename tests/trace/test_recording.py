@@ -288,7 +288,7 @@ def test_a_folder_in_use_is_refused_and_foreign_files_survive(
         path.write_bytes(payload)
     open_trace(trace_folder).state(7, cache=True)
     before = bytes_of(trace_folder)
-    with pytest.raises(CircuitError, match=r"holds .* files of an earlier .* pass --overwrite"):
+    with pytest.raises(CircuitError, match=r"holds .* files of an earlier .* --overwrite"):
         recording(make_config(), anchor_every=6)
     assert bytes_of(trace_folder) == before
     recording(make_config(), anchor_every=6, overwrite=True)
@@ -474,7 +474,7 @@ def test_a_run_that_was_only_trained_is_traced_afterwards(
     later = recording(
         make_config(), "later", resume_checkpoint=middle, require_historical_replay=True
     )
-    assert later.history == [6, 9, 12]
+    assert later.history == [9, 12]
     for folder, first in (("trace", 3), ("later", 6)):
         trace = open_trace(folder)
         saved = {step: run_folder / f"checkpoints/step_{step:06d}.pt" for step in (3, 6, 9, 12)}
@@ -529,10 +529,10 @@ def test_a_past_that_was_recorded_before_is_proved_on_resume_too(
 def test_a_history_without_checkpoints_cannot_be_proved(
     workplace: Path, make_config: MakeConfig, recording: Recording
 ) -> None:
-    with pytest.raises(CircuitError, match="saved no checkpoint between steps 0 and 12"):
+    with pytest.raises(CircuitError, match="saved no checkpoint after step 0 and up to step 12"):
         recording(make_config(), require_historical_replay=True)
     train(make_config())
-    with pytest.raises(CircuitError, match="saved no checkpoint between steps 0 and 2"):
+    with pytest.raises(CircuitError, match="saved no checkpoint after step 0 and up to step 2"):
         recording(make_config(), require_historical_replay=True, end_step=2)
 
 
@@ -540,7 +540,7 @@ def test_a_checkpoint_of_another_run_is_no_history(
     run_folder: Path, make_config: MakeConfig, recording: Recording
 ) -> None:
     other = {"layers": 1, "heads": 2, "d_model": 8, "d_ff": 32, "max_sequence_length": 40}
-    with pytest.raises(CircuitError, match="step 3 belongs to another config: model is"):
+    with pytest.raises(CircuitError, match=r"step 3 belongs to another config: model\.d_model is"):
         recording(make_config(model=other), require_historical_replay=True)
     with pytest.raises(CircuitError, match="step 6 belongs to another config: seed is 11"):
         recording(

@@ -328,7 +328,12 @@ def test_prune_thins_and_refuses(trace_folder: Path, run: Run, bytes_of: BytesOf
     found = json.loads(out)
     assert code == 0
     gone = len(before["checkpoints/step_000004.pt"]) + len(before["checkpoints/step_000008.pt"])
-    assert found == {"removed": 2, "freed_bytes": gone, "anchors": 2, "paths": []}
+    assert found == {
+        "removed": 2,
+        "freed_bytes": gone,
+        "anchors": 2,
+        "paths": [str(trace_folder / "trace.json")],
+    }
     assert run("trace", "verify", trace_folder)[0] == 0
 
 

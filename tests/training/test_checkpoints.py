@@ -361,7 +361,7 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_field(
     state = session_after(1).state()
     other = make_config(**{field: value})
     for use in (model_from_state, TrainingSession.restore):
-        with pytest.raises(CircuitError, match=f"belongs to another config: {field} is"):
+        with pytest.raises(CircuitError, match=f"belongs to another config: {field}"):
             use(state, other, tiny)
 
 

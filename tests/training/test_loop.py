@@ -381,7 +381,9 @@ def test_a_resume_with_another_recipe_is_refused_by_the_field(
 ) -> None:
     train(make_config(), stop_at=3)
     before = outputs()
-    with pytest.raises(CircuitError, match="belongs to another config: seed is 11 there and 12"):
+    with pytest.raises(
+        CircuitError, match="cannot resume with another config: seed is 11 there and 12"
+    ):
         train(make_config(seed=12), resume=True)
     assert outputs() == before
 
