@@ -178,7 +178,8 @@ class EncodedSplit:
         rows = torch.arange(len(self)) if indices is None else torch.as_tensor(indices)
         if rows.dtype == torch.bool and rows.shape == (len(self),):
             rows = rows.nonzero()[:, 0]
-        if rows.is_floating_point() or rows.dtype == torch.bool or rows.ndim != 1:
+        wrong = rows.is_floating_point() or rows.dtype == torch.bool or rows.ndim != 1
+        if wrong and rows.numel():
             raise CircuitError(
                 f"record indices of {rows.dtype} {list(rows.shape)}",
                 expected=f"integers, or a mask of {len(self)}",

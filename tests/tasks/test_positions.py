@@ -201,3 +201,12 @@ def test_bad_arguments_are_refused(small: Benchmark, encoded: EncodedSplit) -> N
             encoded.batch(wrong)
     with pytest.raises(CircuitError, match="no records"):
         make_batch([], small.vocabulary, small.heldout_pairs)
+
+
+def test_a_mask_of_records_chooses_them(encoded: EncodedSplit) -> None:
+    mask = torch.zeros(len(encoded), dtype=torch.bool)
+    mask[[3, 7]] = True
+    assert encoded.batch(mask).sample_ids == encoded.batch([3, 7]).sample_ids
+    for wrong in (mask[:5], torch.tensor([0.5, 1.2])):
+        with pytest.raises(CircuitError, match="expected integers, or a mask of 90"):
+            encoded.batch(wrong)
