@@ -220,6 +220,7 @@ class OutputFolder:
         self.resume = resume
         self._lock: IO[str] | None = None
         self._owned: dict[str, None] = {}
+        self._claimed_now: set[str] = set()
 
     @property
     def manifest_name(self) -> str:
@@ -298,14 +299,20 @@ class OutputFolder:
             del self._owned[name]
         self._write_manifest()
 
+    def remove_stale(self) -> None:
+        """Remove this command's earlier files that it has not claimed again since it entered."""
+        self.remove([name for name in self.owned if name not in self._claimed_now])
+
     def claim(self, names: Iterable[str]) -> None:
         """Reserve file names (relative, posix) for this command.
 
         Raises:
             CircuitError: a file of that name exists and this command did not write it.
         """
+        names = list(names)
         new = [name for name in names if name not in self._owned]
         self.refuse_foreign(new)
+        self._claimed_now.update(names)
         if new:
             self._owned.update(dict.fromkeys(new))
             self._write_manifest()

@@ -76,6 +76,42 @@ def complete_trace(incomplete: str) -> list[str]:
     return sorted(path for path in found if path.startswith(incomplete))
 
 
+def complete_probe_set(incomplete: str) -> list[str]:
+    """Probe sets under artifacts/."""
+    found = [str(path) for path in Path("artifacts").rglob("probe_set*.jsonl")]
+    return sorted(path for path in found if path.startswith(incomplete))
+
+
+def _model_shape(ctx: typer.Context) -> tuple[int, int]:
+    """Layers and heads of the config that the command line names so far, else the reference's."""
+    try:
+        model = json.loads(Path(ctx.params["config"]).read_text(encoding="utf-8"))["model"]
+        return int(model["layers"]), int(model["heads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 3, 4
+
+
+def complete_stage(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Stages of the residual stream."""
+    layers = range(_model_shape(ctx)[0])
+    between = [f"layer_{layer}_post_{part}" for layer in layers for part in ("attn", "mlp")]
+    names = ["embedding", *between, "final_norm"]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_head(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Heads by address, such as L2H1."""
+    layers, heads = _model_shape(ctx)
+    names = [f"L{layer}H{head}" for layer in range(layers) for head in range(heads)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_component(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Heads and MLPs by address."""
+    mlps = [f"L{layer}MLP" for layer in range(_model_shape(ctx)[0])]
+    return complete_head(ctx, incomplete) + [name for name in mlps if name.startswith(incomplete)]
+
+
 def complete_from(*values: str) -> Callable[[str], list[str]]:
     """A completer for a fixed set of values."""
     return lambda incomplete: [value for value in values if value.startswith(incomplete)]
@@ -120,6 +156,94 @@ Splits = Annotated[
 ]
 Checkpoint = Annotated[
     Path, typer.Option(help="Checkpoint file.", autocompletion=complete_checkpoint)
+]
+
+
+ROLES = (
+    "prediction",
+    "query_key",
+    "support_op",
+    "support_key",
+    "support_value",
+    "support_write",
+    "key_distractors",
+    "value_distractors",
+    "causal_prefix",
+)
+PAIR_TYPES = ("support_value", "query_key", "recency", "distractor")
+complete_role = complete_from(*ROLES)
+complete_pair_type = complete_from(*PAIR_TYPES)
+
+OutputDir = Annotated[Path, typer.Option(help="Folder of the report.")]
+ProbeSet = Annotated[
+    Path, typer.Option(help="Probe set (JSONL).", autocompletion=complete_probe_set)
+]
+TraceDir = Annotated[
+    Path,
+    typer.Option("--optimizer-trace-dir", help="Folder of a trace.", autocompletion=complete_trace),
+]
+CheckpointDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of checkpoints; all of them unless --checkpoint names some."),
+]
+Checkpoints = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--checkpoint",
+        help="Checkpoint, also any addressable step of a trace; repeatable.",
+        autocompletion=complete_checkpoint,
+    ),
+]
+Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--head",
+        help="Head, such as L2H1; repeatable. All by default.",
+        autocompletion=complete_head,
+    ),
+]
+ContextStage = Annotated[
+    str | None,
+    typer.Option(
+        help="Stage at which a head's input is read; the one before it by default.",
+        autocompletion=complete_stage,
+    ),
+]
+LayernormMode = Annotated[
+    str,
+    typer.Option(
+        help="head_ln1 (through the head's LayerNorm) or none.",
+        autocompletion=complete_from("head_ln1", "none"),
+    ),
+]
+ScoreQueryRole = Annotated[
+    str, typer.Option(help="Role of the query position.", autocompletion=complete_role)
+]
+SupportKeyRole = Annotated[
+    str, typer.Option(help="Role of the matched positions.", autocompletion=complete_role)
+]
+DistractorKeyRole = Annotated[
+    str, typer.Option(help="Role of the compared positions.", autocompletion=complete_role)
+]
+RecordSide = Annotated[
+    str,
+    typer.Option(
+        help="Side of the pairs: clean or corrupted.",
+        autocompletion=complete_from("clean", "corrupted"),
+    ),
+]
+PairTypes = Annotated[
+    list[str] | None,
+    typer.Option("--pair-type", help="Pair type; repeatable.", autocompletion=complete_pair_type),
+]
+MaxPairs = Annotated[
+    int, typer.Option("--max-pairs-per-type", min=1, help="Pairs built of each type, at most.")
+]
+MinPairs = Annotated[
+    int, typer.Option("--min-pairs-per-type", min=0, help="Fewer pairs of a type are an error.")
+]
+MaxRecords = Annotated[
+    int | None, typer.Option(min=1, help="That many reads, in file order; all by default.")
 ]
 
 

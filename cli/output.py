@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from circuit import CircuitError
+
+if TYPE_CHECKING:
+    from circuit.reports.base import ReportResult
 
 # a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
 stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -44,6 +47,17 @@ def print_written(paths: Sequence[Path | str]) -> None:
     """The closing line of a command: where its outputs stand."""
     for path in paths:
         stdout.print(Text("wrote ", style="dim") + Text(str(path)), soft_wrap=True)
+
+
+def print_report(result: ReportResult, as_json: bool) -> None:
+    """The end of every report: `--json`, or where the files stand and the law."""
+    if as_json:
+        paths = [str(path) for path in result.paths]
+        print_json({"law": result.law, "summary": result.summary, "paths": paths})
+        return
+    print_written(result.paths)
+    if result.law:
+        stdout.print(result.law, soft_wrap=True)
 
 
 def percent(value: float | None) -> str:

@@ -94,7 +94,8 @@ def record(
     ] = False,
     overwrite: options.Overwrite = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a recording that was stopped.")
+        bool,
+        typer.Option("--resume", help="Go on with a recording that was stopped, or extend one."),
     ] = False,
     device: options.Device = None,
     threads: options.Threads = None,

@@ -17,7 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from circuit.errors import CircuitError
+from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.symbolic_kv import Program, Read, Record, Vocabulary, Write
 
 
@@ -229,6 +232,35 @@ def build_pairs(
     return PairSet(tuple(pair for kind in types for pair in found[kind]), skipped)
 
 
+def pair_batch(
+    pairs: Sequence[Pair],
+    side: str,
+    vocab: Vocabulary,
+    heldout_pairs: Collection[tuple[int, int]],
+) -> Batch:
+    """One side of some pairs: each distinct record is one row, and read `i` is that of pair `i`.
+
+    Raises:
+        CircuitError: there is no pair, or no such side.
+    """
+    if not pairs:
+        raise CircuitError("no pairs", expected="at least one")
+    rows: dict[str, int] = {}
+    records: list[Record] = []
+    through: list[int | None] = []
+    for pair in pairs:
+        record = pair.side(side)
+        if record.sample_id not in rows:
+            rows[record.sample_id] = len(records)
+            records.append(record)
+            through.append(None if side == "clean" else pair.read_index)
+    batch = EncodedSplit(records, vocab, heldout_pairs, through_reads=through).batch()
+    places = zip(batch.reads.row.tolist(), batch.reads.index.tolist(), strict=True)
+    place = {key: number for number, key in enumerate(places)}
+    chosen = [place[rows[p.side(side).sample_id], p.read_index] for p in pairs]
+    return batch.with_reads(torch.tensor(chosen))
+
+
 def _pair(kind: str, record: Record, site: _Site) -> Pair:
     change = _TYPES[kind](site)
     tokens = list(record.tokens)
@@ -264,5 +296,5 @@ def _too_few(
         f"{built} pairs of type {kind} from {num_records} records; reads skipped:"
         f" {reasons or 'none'}",
         expected=f"at least {needed}",
-        fix="give more records or lower --min-route-pairs-per-type",
+        fix="give more records or lower the least number of pairs",
     )

@@ -99,7 +99,7 @@ def record_trace(
 
     Args:
         overwrite: replace an earlier trace there, and nothing else.
-        resume: go on with a recording that was stopped.
+        resume: go on with a recording that was stopped, or extend a finished one to a later end.
         progress: called after every step.
 
     Raises:
@@ -172,6 +172,9 @@ def _resumed(
     store = TraceStore(folder.root)
     ours, theirs = (m.model_dump(exclude={"environment"}) for m in (manifest, store.manifest))
     differing = [name for name in ours if ours[name] != theirs[name]]
+    extended = manifest.end_step > store.manifest.end_step
+    if extended:
+        differing.remove("end_step")
     differing += changed_facts(store.manifest.environment, manifest.environment)
     if differing:
         raise CircuitError(
@@ -180,6 +183,10 @@ def _resumed(
             fix="resume with the same options on the same machine, or start anew with --overwrite",
         )
     folder.refuse_foreign(_planned(manifest))
+    if extended:
+        folder.write_text(MANIFEST, manifest.to_json())
+        _remove_old_end(folder, manifest, store.manifest.end_step)
+        store = TraceStore(folder.root)
     # the first anchor stands before the row file does
     rows = store.read_rows() if (store.root / ROWS).exists() else []
     last = manifest.start_step + len(rows)
@@ -187,6 +194,12 @@ def _resumed(
     if not stored:
         return None
     return TrainingSession.restore(store.anchor(stored[-1]), manifest.config, benchmark)
+
+
+def _remove_old_end(folder: OutputFolder, manifest: TraceManifest, step: int) -> None:
+    """The state at the end of a shorter recording, unless the longer one stores it too."""
+    if not manifest.is_anchor(step) and _anchor_name(step) in folder.owned:
+        folder.remove([_anchor_name(step)])
 
 
 class _History:

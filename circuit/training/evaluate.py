@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens import HookedTransformer
 
+from circuit.model.readout import read_answers
 from circuit.tasks.positions import Batch, EncodedSplit, role_mask, shortcut_values
 from circuit.tasks.symbolic_kv import Vocabulary
 
@@ -142,16 +143,12 @@ def logits_and_attention(model: HookedTransformer, tokens: Tensor) -> tuple[Tens
 
 
 def _read_figures(logits: Tensor, batch: Batch, vocab: Vocabulary) -> dict[str, Tensor]:
-    at = logits[batch.reads.row, batch.reads.key_pos]  # [read, vocab]
-    answer = batch.reads.answer.to(at.device)[:, None]
-    values = at[:, vocab.value_ids.start : vocab.value_ids.stop]
-    own = answer - vocab.value_ids.start
-    right = values.gather(1, own)
-    competitor = values.scatter(1, own, -torch.inf).amax(1, keepdim=True)
+    at = logits[batch.reads.row, batch.reads.key_pos].cpu().double()  # [read, vocab]
+    found = read_answers(at, batch.reads.answer.cpu(), vocab.value_ids)
     return {
-        "prediction": at.argmax(-1),
-        "answer_loss": -at.cpu().double().log_softmax(-1).gather(1, answer.cpu())[:, 0],
-        "margin": (right - competitor)[:, 0].cpu().double(),
+        "prediction": found.prediction,
+        "answer_loss": -found.log_probability,
+        "margin": found.margin,
     }
 
 

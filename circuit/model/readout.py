@@ -1,0 +1,81 @@
+"""What logits say about right answers: margin, competitor, log-probability (definitions 3, 5).
+
+Everything here takes logits that were read at the prediction positions, and token ids; it knows of
+no task. The *competitor* of a read is the best of the other value tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The logits of some reads, compared with the right answers.
+
+    Attributes:
+        correct: logit of the right value.
+        competitor: token id of the best other value.
+        best_wrong: its logit.
+        log_probability: of the right value over the whole vocabulary (minus the answer loss).
+        prediction: argmax over the whole vocabulary.
+        answer: the right values' token ids.
+    """
+
+    correct: Float[Tensor, "*read"]
+    competitor: Int[Tensor, "*read"]
+    best_wrong: Float[Tensor, "*read"]
+    log_probability: Float[Tensor, "*read"]
+    prediction: Int[Tensor, "*read"]
+    answer: Int[Tensor, "*read"]
+
+    @property
+    def margin(self) -> Float[Tensor, "*read"]:
+        """The value margin: logit of the right value minus the competitor's."""
+        return self.correct - self.best_wrong
+
+    @property
+    def is_answer(self) -> Bool[Tensor, "*read"]:
+        """Whether the argmax over the whole vocabulary is the answer."""
+        return self.prediction == self.answer
+
+    @property
+    def is_value(self) -> Bool[Tensor, "*read"]:
+        """Whether the argmax over the value tokens is the answer."""
+        return self.margin > 0
+
+
+def read_answers(
+    logits: Float[Tensor, "*read vocab"], answer: Int[Tensor, "*read"], values: range
+) -> Answers:
+    """Compare logits with the right answers; differentiable in `correct`, `best_wrong`, ...
+
+    Args:
+        answer: token ids of the right values, one a read.
+        values: the value tokens, a contiguous range of ids.
+    """
+    answer = answer.to(logits.device)
+    among = logits[..., values.start : values.stop]
+    own = (answer - values.start)[..., None]
+    best_wrong, competitor = among.scatter(-1, own, -torch.inf).max(-1)
+    return Answers(
+        correct=among.gather(-1, own)[..., 0],
+        competitor=competitor + values.start,
+        best_wrong=best_wrong,
+        log_probability=logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0],
+        prediction=logits.argmax(-1),
+        answer=answer,
+    )
+
+
+def lens(
+    model: HookedTransformer, stage: str, vectors: Float[Tensor, "*place d_model"]
+) -> Float[Tensor, "*place vocab"]:
+    """The stage lens: unembedding of `ln_final(x)`, of `x` itself at `final_norm`."""
+    x = vectors if stage == "final_norm" else model.ln_final(vectors)
+    return x @ model.W_U + model.b_U

@@ -1,0 +1,155 @@
+"""The one shape of every report: parameters in, `ReportResult` out, the same files for all.
+
+    <name>_report.json   schema version, every parameter, law, summary, paths, provenance
+    <name>_report.md     the same to read
+    <name>_rows.jsonl    one object a row (and further row files that the report names)
+    *.svg                figures
+
+`<name>` is the command with underscores and without a trailing `-report`. A report opens its folder
+before it computes anything, so that a folder that is not free is refused at once, and writes
+everything at the end, so that nothing partial stands there. Clock times, host and versions stand
+in `provenance` of the JSON alone: equal inputs give equal bytes everywhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from circuit.artifacts import OutputFolder, Row, dump_json, dump_rows
+from circuit.environment import environment_facts
+from circuit.figures.style import svg
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A written report.
+
+    Attributes:
+        command: that made it.
+        report, page: the JSON and the Markdown.
+        rows: the row files, `<name>_rows.jsonl` first.
+        figures: the SVGs.
+        summary: the main numbers.
+        law: what was checked, in one sentence; empty where there is nothing to check.
+    """
+
+    command: str
+    report: Path
+    page: Path
+    rows: tuple[Path, ...]
+    figures: tuple[Path, ...]
+    summary: dict[str, Any]
+    law: str = ""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every file, the report first."""
+        return [self.report, self.page, *self.rows, *self.figures]
+
+
+def report_name(command: str) -> str:
+    """`ov-write-progress-report` -> `ov_write_progress`."""
+    return command.removesuffix("-report").replace("-", "_")
+
+
+@dataclass
+class ReportWriter:
+    """Collects what a report says and writes it; see `open_report`."""
+
+    command: str
+    folder: OutputFolder
+    began: float = field(default_factory=time.time)
+
+    @property
+    def name(self) -> str:
+        """Stem of the file names."""
+        return report_name(self.command)
+
+    def write(
+        self,
+        *,
+        parameters: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        rows: Iterable[Row] | None,
+        page: Sequence[str],
+        figures: Mapping[str, Figure] | None = None,
+        further: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        law: str = "",
+        device: str = "cpu",
+    ) -> ReportResult:
+        """Write every file of the report.
+
+        Args:
+            parameters: every parameter, JSON; paths as they were given.
+            summary: the main numbers, JSON.
+            rows: of `<name>_rows.jsonl`; None if the rows stand there already.
+            page: lines of the Markdown after its title and law; `![...](stem.svg)` shows a figure.
+            figures: stem of each SVG and the figure.
+            further: text of further files by name.
+            provenance: digests of what was read, beside the environment and the times.
+        """
+        further, figures = dict(further or {}), dict(figures or {})
+        row_file, report_file = f"{self.name}_rows.jsonl", f"{self.name}_report.json"
+        if report_file in self.folder.owned:  # no report stands beside rows that it does not mean
+            self.folder.remove([report_file])
+        if rows is not None:
+            further = {row_file: dump_rows(rows)} | further
+        written = [self.folder.write_text(name, text) for name, text in further.items()]
+        if rows is None:
+            written.insert(0, self.folder.path(row_file))
+        drawn = [
+            self.folder.write_text(f"{stem}.svg", svg(figure)) for stem, figure in figures.items()
+        ]
+        title = [f"# {self.command}", ""] + ([f"**{_sentence(law)}**", ""] if law else [])
+        markdown = self.folder.write_text(
+            f"{self.name}_report.md", "\n".join([*title, *page]).rstrip("\n") + "\n"
+        )
+        names = [path.name for path in [*written, *drawn, markdown]]
+        payload = {
+            "schema_version": 1,
+            "command": self.command,
+            "parameters": dict(parameters),
+            "law": law,
+            "summary": dict(summary),
+            "paths": names,
+            "provenance": {
+                **(provenance or {}),
+                "environment": environment_facts(device),
+                "started_unix": self.began,
+                "seconds": time.time() - self.began,
+            },
+        }
+        report = self.folder.write_text(report_file, dump_json(payload))
+        return ReportResult(
+            self.command, report, markdown, tuple(written), tuple(drawn), dict(summary), law
+        )
+
+
+@contextmanager
+def open_report(
+    command: str, output_dir: str | Path, *, overwrite: bool = False
+) -> Iterator[ReportWriter]:
+    """Lock the output folder of a report; earlier files of the command are replaced on writing.
+
+    Files that the earlier report wrote and the new one does not are removed when the block ends
+    without an error.
+
+    Raises:
+        CircuitError: the folder holds a report of this command and `overwrite` was not given, or
+            somebody else's file under a name that is needed.
+    """
+    with OutputFolder(output_dir, command, overwrite=overwrite) as folder:
+        yield ReportWriter(command, folder)
+        folder.remove_stale()
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")

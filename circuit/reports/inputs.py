@@ -1,0 +1,185 @@
+"""What most reports read: a config, a probe set of its benchmark, checkpoints, pairs.
+
+study = open_study(config, probe_set, splits=["validation_iid"])
+for point in study.models([folder / "step_000250.pt", ...]):
+    point.step, point.model, point.digest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformer_lens import HookedTransformer
+
+from circuit.artifacts import find_folder
+from circuit.config import TrainConfig
+from circuit.environment import prepare_process
+from circuit.errors import CircuitError
+from circuit.model.build import load_tensors
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.pairs import Pair, build_pairs, pair_batch
+from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.tasks.probes import ProbeSet, read_probe_set
+from circuit.tasks.symbolic_kv import Record, Vocabulary
+from circuit.trace.replay import load_state
+from circuit.training.checkpoints import checkpoint_step, list_checkpoints, tensors_digest
+from circuit.training.session import check_state, model_from_state
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A model at one checkpoint."""
+
+    step: int
+    path: Path
+    digest: str
+    """sha256 of the weights."""
+    model: HookedTransformer
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Which pairs a command builds."""
+
+    types: tuple[str, ...] = ("support_value",)
+    max_per_type: int = 64
+    min_per_type: int = 16
+
+
+@dataclass(frozen=True)
+class Study:
+    """A run's config, its benchmark, and probe records of that benchmark.
+
+    Attributes:
+        records: the probe records of the chosen splits, in file order.
+    """
+
+    config: TrainConfig
+    benchmark: Benchmark
+    probe: ProbeSet
+    records: list[Record]
+    splits: tuple[str, ...] | None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Tokens of the benchmark."""
+        return self.benchmark.vocabulary
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Every read of the records, on the config's device."""
+        return self.reads()
+
+    def reads(self, max_records: int | None = None) -> Batch:
+        """The first `max_records` reads (all by default) in file order, and the rows they need."""
+        encoded = EncodedSplit(self.records, self.vocabulary, self.benchmark.heldout_pairs)
+        batch = encoded.batch()
+        if max_records is not None and max_records < len(batch.reads):
+            rows = int(batch.reads.row[max_records - 1]) + 1
+            batch = encoded.batch(range(rows))
+            batch = batch.with_reads(
+                batch.reads.index.new_ones(len(batch.reads)).cumsum(0) <= max_records
+            )
+        return batch.to(self.config.device)
+
+    def pairs(self, options: PairOptions) -> list[Pair]:
+        """Pairs of the records (definitions.md section 2).
+
+        Raises:
+            CircuitError: too few of a type, with the reasons.
+        """
+        built = build_pairs(
+            self.records,
+            self.vocabulary,
+            self.benchmark.heldout_pairs,
+            types=options.types,
+            max_per_type=options.max_per_type,
+            min_per_type=options.min_per_type,
+        )
+        return list(built.pairs)
+
+    def side(self, pairs: Sequence[Pair], side: str) -> Batch:
+        """One side of pairs: read `i` of the batch is that of pair `i`."""
+        batch = pair_batch(pairs, side, self.vocabulary, self.benchmark.heldout_pairs)
+        return batch.to(self.config.device)
+
+    def models(self, checkpoints: Sequence[Path]) -> Iterator[Checkpointed]:
+        """The model at each checkpoint, in the order given.
+
+        One model is loaded again and again: use it before asking for the next.
+
+        Raises:
+            CircuitError: a checkpoint is missing, damaged, or of another config or benchmark.
+        """
+        model: HookedTransformer | None = None
+        for path in checkpoints:
+            state = load_state(path)
+            prepare_process(threads=self.config.threads, device=self.config.device)
+            if model is None:
+                model = model_from_state(state, self.config, self.benchmark)
+            else:
+                check_state(state, self.config, self.benchmark.digest)
+                load_tensors(model, state.parameters)
+            yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
+
+    def provenance(self) -> dict[str, Any]:
+        """Digests of what was read."""
+        return {
+            "config_digest": self.config.digest(),
+            "benchmark_digest": self.benchmark.digest,
+            "probe_set_sha256": self.probe.metadata.sha256,
+        }
+
+
+def open_study(
+    config: TrainConfig, probe_set: str | Path, *, splits: Sequence[str] | None = None
+) -> Study:
+    """Read what a report needs besides checkpoints.
+
+    Args:
+        splits: of the probe records; None takes all.
+
+    Raises:
+        CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
+            no record of a split.
+    """
+    prepare_process(threads=config.threads, device=config.device)
+    benchmark = load_benchmark(find_folder(config.benchmark_dir, Path(probe_set)), splits=[])
+    probe = read_probe_set(probe_set, benchmark.digest)
+    held = list(probe.metadata.counts)
+    for split in splits or ():
+        if split not in held:
+            raise CircuitError(
+                f"the probe set holds no record of split '{split}'",
+                where=probe_set,
+                expected=f"one of {', '.join(held)}",
+            )
+    records = [r for r in probe.records if splits is None or r.split in splits]
+    return Study(config, benchmark, probe, records, None if splits is None else tuple(splits))
+
+
+def choose_checkpoints(
+    checkpoints: Sequence[Path] | None, checkpoint_dir: Path | None, *, least: int = 1
+) -> list[Path]:
+    """The checkpoints that a command line names, or all of a folder; ascending by step, unique.
+
+    Raises:
+        CircuitError: there are fewer than `least`, or one is named twice.
+    """
+    chosen = list(checkpoints or ())
+    if not chosen and checkpoint_dir is not None:
+        chosen = list(list_checkpoints(checkpoint_dir).values())
+    if len({path.resolve() for path in chosen}) < len(chosen):
+        raise CircuitError("a checkpoint is named twice", fix="name each once")
+    if len(chosen) < least:
+        raise CircuitError(
+            f"{len(chosen)} checkpoints",
+            where=checkpoint_dir,
+            expected=f"at least {least}",
+            fix="name them with --checkpoint, or give a --checkpoint-dir that holds some",
+        )
+    return sorted(chosen, key=lambda path: (checkpoint_step(path) or 0, str(path)))
