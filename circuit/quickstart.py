@@ -1,4 +1,4 @@
-"""The main job on a small task, in one call: make the data, train, trace, look at one read.
+"""The main job on a small task, in one call: make the data, train, trace, attribute, look.
 
 The two configs ship with the package (`configs/benchmark/quickstart.json`,
 `configs/train/quickstart.json`); docs/quickstart.md says how they were found.
@@ -14,10 +14,22 @@ from pathlib import Path
 import torch
 from transformer_lens import HookedTransformer
 
+from circuit.artifacts import read_jsonl
 from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.reports.attribution_report import WindowOptions
+from circuit.reports.base import ReportResult
+from circuit.reports.bilinear_qk_match_separation import (
+    SeparationOptions,
+    bilinear_qk_match_separation,
+)
+from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
+    QKOptions,
+    bilinear_qk_rank_adam_state_attribution,
+)
 from circuit.reports.optimizer_update_trace import TraceReport, optimizer_update_trace
 from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
 from circuit.trace.step import TracedStep
 from circuit.training.checkpoints import load_checkpoint
@@ -26,6 +38,10 @@ from circuit.training.loop import BEST, Progress, TrainResult, train
 from circuit.training.session import encode_split, model_from_state
 
 EXAMPLE_SPLIT = "validation_iid"
+PROBES = 48
+"""Records of the probe set."""
+RANK = 8
+"""Of the QK match that is attributed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,9 @@ class QuickstartResult:
 
     training: TrainResult
     trace: TraceReport
+    separation: ReportResult
+    attribution: ReportResult
+    """Of the QK match of the head whose match grew most, over the steps in which it grew."""
     evaluations: list[Evaluation]
     example: Example
     benchmark_folder: Path
@@ -71,8 +90,9 @@ def quickstart(
     *,
     training_progress: Callable[[Progress], None] | None = None,
     trace_progress: Callable[[TracedStep], None] | None = None,
+    attribution_progress: Callable[[int, int, int], None] | None = None,
 ) -> QuickstartResult:
-    """Generate, train, trace, evaluate and explain, under `data/` and `artifacts/` of this folder.
+    """Generate, train, trace, attribute, evaluate, explain: under `data/` and `artifacts/` here.
 
     Files of an earlier quickstart are replaced, no others.
 
@@ -95,9 +115,63 @@ def quickstart(
     splits = {name: encode_split(benchmark, name) for name in benchmark.splits}
     evaluations = [evaluate(model, split, name) for name, split in splits.items()]
     example = explain_read(model, benchmark, splits[EXAMPLE_SPLIT])
+    separation, attribution = _attribute(config, trace, attribution_progress)
     return QuickstartResult(
-        training, trace, evaluations, example, Path(benchmark_config.output_dir)
+        training,
+        trace,
+        separation,
+        attribution,
+        evaluations,
+        example,
+        Path(benchmark_config.output_dir),
     )
+
+
+def _attribute(
+    config: TrainConfig,
+    trace: TraceReport,
+    progress: Callable[[int, int, int], None] | None,
+) -> tuple[ReportResult, ReportResult]:
+    """Find the head whose QK match grew most, and attribute it while it grew."""
+    analysis = Path(config.output_dir) / "analysis"
+    probe_set = analysis / "probe_set.jsonl"
+    write_probe_set(config.benchmark_dir, probe_set, [EXAMPLE_SPLIT], PROBES, overwrite=True)
+    separation = bilinear_qk_match_separation(
+        config,
+        probe_set,
+        analysis / "bilinear_qk_match_separation",
+        SeparationOptions(ranks=(RANK,)),
+        checkpoint_dir=Path(config.output_dir) / "checkpoints",
+        overwrite=True,
+    )
+    head = separation.summary["winner"]["head"]
+    start, end = growth_window(separation.rows[0], head)
+    attribution = bilinear_qk_rank_adam_state_attribution(
+        config,
+        probe_set,
+        trace.record.store.root,
+        analysis / "bilinear_qk_rank_adam_state_attribution",
+        QKOptions(heads=(head,), ranks=(RANK,), bases=(f"step:{end}",)),
+        window=WindowOptions(start, end),
+        overwrite=True,
+        progress=progress,
+    )
+    return separation, attribution
+
+
+def growth_window(rows: Path, head: str) -> tuple[int, int]:
+    """The steps between which a head's separation went through the middle of its growth.
+
+    From the last checkpoint below a fifth of the way from the smallest to the largest separation
+    to the first one above four fifths after it.
+    """
+    found = [r for r in read_jsonl(rows) if r["head"] == head and r["lag"] == "all"]
+    course = {r["step"]: r["separation"] for r in found if r["score"] == f"rank{RANK}"}
+    low, high = min(course.values()), max(course.values())
+    steps = sorted(course)
+    peak = next(s for s in steps if course[s] >= low + 0.8 * (high - low))
+    below = [s for s in steps if s < peak and course[s] <= low + 0.2 * (high - low)]
+    return (below[-1] if below else steps[0]), peak
 
 
 def explain_read(model: HookedTransformer, benchmark: Benchmark, split: EncodedSplit) -> Example:

@@ -9,7 +9,19 @@ import typer
 
 from circuit import CircuitError, __version__
 
-from . import data, quickstart, trace, training
+from . import (
+    answers,
+    attribution,
+    data,
+    interventions,
+    progress,
+    quickstart,
+    routes,
+    trace,
+    training,
+    value_code,
+    weights,
+)
 from .output import print_error
 
 app = typer.Typer(
@@ -37,7 +49,19 @@ def _root(
     """How training writes a circuit into a transformer, step by step and exactly."""
 
 
-for module in (quickstart, data, training, trace):
+for module in (
+    quickstart,
+    data,
+    training,
+    trace,
+    attribution,
+    weights,
+    interventions,
+    progress,
+    answers,
+    routes,
+    value_code,
+):
     module.register(app)
 
 

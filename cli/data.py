@@ -58,18 +58,12 @@ def generate_probe_set(
     as_json: options.Json = False,
 ) -> None:
     """Draw a fixed set of records that later reports look at."""
-    from circuit.artifacts import OutputFolder
-    from circuit.tasks.benchmark import load_benchmark
-    from circuit.tasks.probes import draw_probe_set, metadata_path
+    from circuit.tasks.probes import write_probe_set
 
     splits = split or ["validation_iid"]
-    command = f"generate-probe-set.{output.stem}"
-    with OutputFolder(output.parent, command, overwrite=overwrite) as folder:
-        benchmark = load_benchmark(benchmark_dir, splits=splits)
-        made = draw_probe_set(benchmark, splits, examples_per_split, seed=seed)
-        folder.clear(planned=[output.name, metadata_path(output).name])
-        paths: list[Path] = []
-        made.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
+    made, paths = write_probe_set(
+        benchmark_dir, output, splits, examples_per_split, seed=seed, overwrite=overwrite
+    )
     if as_json:
         print_json({"records": len(made.records), "paths": [str(p) for p in paths]})
         return

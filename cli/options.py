@@ -171,6 +171,16 @@ ROLES = (
     "causal_prefix",
 )
 PAIR_TYPES = ("support_value", "query_key", "recency", "distractor")
+ANSWER_SCALARS = (
+    "moving_answer_margin",
+    "correct_value_logit",
+    "negative_answer_loss",
+    "fixed_source_competitor_margin",
+    "fixed_target_competitor_margin",
+    "source_best_wrong_logit",
+    "target_best_wrong_logit",
+)
+complete_answer_scalar = complete_from(*ANSWER_SCALARS)
 complete_role = complete_from(*ROLES)
 complete_pair_type = complete_from(*PAIR_TYPES)
 

@@ -9,12 +9,13 @@ import typer
 from rich.text import Text
 
 from . import options
+from .attribution import TERM_NAMES, AttributionBar
 from .output import percent, print_json, print_written, progress_bar, stdout
 from .trace import StepBar
 from .training import TrainBar, print_evaluations, print_slices
 
 if TYPE_CHECKING:
-    from circuit.quickstart import Example
+    from circuit.quickstart import Example, QuickstartResult
 
 PANEL = "Start here"
 
@@ -39,14 +40,19 @@ def quickstart(as_json: options.Json = False) -> None:
         result = library.quickstart(
             training_progress=TrainBar(bar, config.steps),
             trace_progress=StepBar(bar, "tracing", config.steps),
+            attribution_progress=AttributionBar(bar),
         )
     paths = [result.benchmark_folder, result.training.folder, result.trace.record.store.root]
+    paths += [result.separation.page, result.attribution.page]
     if as_json:
         print_json(
             {
                 "evaluations": {e.split: e.to_row() for e in result.evaluations},
                 "example": vars(result.example),
                 "law": result.trace.law,
+                "winner": result.separation.summary["winner"],
+                "attribution": result.attribution.summary["windows"][0],
+                "attribution_law": result.attribution.law,
                 "paths": [str(path) for path in paths],
             }
         )
@@ -60,14 +66,41 @@ def quickstart(as_json: options.Json = False) -> None:
     stdout.print()
     _print_example(result.example)
     stdout.print()
+    _print_attribution(result)
+    stdout.print()
     print_written(paths)
     stdout.print(result.trace.law, soft_wrap=True)
+    stdout.print(result.attribution.law, soft_wrap=True)
     accuracy = next(
         e.answer_accuracy for e in result.evaluations if e.split == library.EXAMPLE_SPLIT
     )
     stdout.print(
         f"{library.EXAMPLE_SPLIT} answer accuracy {percent(accuracy)} at step {best['step']} of"
         f" {result.training.step}; {time.perf_counter() - began:.0f} s in all"
+    )
+
+
+def _print_attribution(result: QuickstartResult) -> None:
+    """The head that learned to look up, how much its match grew, and which terms carried it."""
+    winner, found = result.separation.summary["winner"], result.attribution.summary["windows"][0]
+    stdout.print(
+        f"{winner['head']} learned to match the query to the support: its QK match"
+        f" ({winner['score']}) grew from {winner['separation_at_first']:.2f} to"
+        f" {winner['separation_at_last']:.2f}, and the support beats every distractor in {percent(winner['support_wins_at_last'])} of the"
+        " probed reads",
+        soft_wrap=True,
+    )
+    actual = found["actual"]
+    carried = ", ".join(
+        f"{TERM_NAMES.get(name, name)} {100 * share / actual:+.1f} %"
+        for name, share in found["path"].items()
+        if name != "rounding"
+    )
+    stdout.print(
+        f"in the basis of step {found['end_step']} it went from {found['value_at_start']:.2f} to"
+        f" {found['value_at_end']:.2f} in steps {found['start_step']} to {found['end_step']};"
+        f" of these {actual:+.2f}: {carried}",
+        soft_wrap=True,
     )
 
 

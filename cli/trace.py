@@ -323,7 +323,7 @@ class StepBar:
             stderr.print(f"step {step.step:>6}  loss {step.loss:.4f}", style="dim")
 
 
-def parse_window(text: str) -> tuple[int, int]:
+def parse_window(text: str, option: str = "--steps") -> tuple[int, int]:
     """`a:b` as two steps.
 
     Raises:
@@ -332,6 +332,6 @@ def parse_window(text: str) -> tuple[int, int]:
     start, colon, end = text.partition(":")
     if not colon or not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
         raise CircuitError(
-            f"window '{text}'", where="--steps", expected="a:b with a < b, such as 0:750"
+            f"window '{text}'", where=option, expected="a:b with a < b, such as 0:750"
         )
     return int(start), int(end)

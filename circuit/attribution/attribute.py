@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,14 @@ from transformer_lens import HookedTransformer
 
 from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.attribution.path import PathRule, path_rule
-from circuit.scalars.base import Batch, BoundScalar, Scalar
+from circuit.errors import CircuitError
+from circuit.scalars.base import BoundScalar, Scalar, SharedBatch
+from circuit.tasks.positions import answer_mask
 from circuit.trace.flat import Flat, ParameterLayout
 from circuit.trace.step import TracedStep
 
+LossScope = Literal["full_lm", "answer"]
+LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
 Shares = Float[Tensor, "scalar term atom"]
 
 
@@ -33,6 +37,7 @@ class StepAttribution:
 
     Attributes:
         step: `t`.
+        lr, clip: of the step.
         scalars, terms: names, along the first two axes of the shares.
         before, after: each scalar at `theta_{t-1}` and `theta_t`, both with this step's constants.
         constant: whether each scalar's constants are those of every step.
@@ -42,6 +47,8 @@ class StepAttribution:
     """
 
     step: int
+    lr: float
+    clip: float
     scalars: tuple[str, ...]
     terms: tuple[str, ...]
     reference_terms: tuple[str, ...]
@@ -67,6 +74,8 @@ class StepAttribution:
         return {
             "step": self.step,
             "scalar": self.scalars[index],
+            "lr": self.lr,
+            "clip_factor": self.clip,
             "telescopes": self.constant[index],
             "before": float(self.before[index]),
             "after": float(self.after[index]),
@@ -103,6 +112,22 @@ class StepAttribution:
         }
 
 
+@dataclass(frozen=True)
+class Way:
+    """Some scalars along the straight way of a step.
+
+    Attributes:
+        before, after: values at its ends, float64.
+        first: gradients at its start, float64.
+        averaged: gradients averaged along it by the path rule, float64.
+    """
+
+    before: Float[Tensor, " scalar"]
+    after: Float[Tensor, " scalar"]
+    first: Float[Tensor, "scalar parameter"]
+    averaged: Float[Tensor, "scalar parameter"]
+
+
 class Attributor:
     """Attributes the changes of scalars, step by step."""
 
@@ -112,6 +137,7 @@ class Attributor:
         scalars: Sequence[Scalar],
         *,
         rule: str = "simpson",
+        loss_scope: LossScope = "full_lm",
     ) -> None:
         """Prepare the shared batch.
 
@@ -119,28 +145,56 @@ class Attributor:
             model: a model of the run's shape; its weights are overwritten at every node. In
                 float64 the values are limited by the path rule alone.
             rule: `midpoint`, `simpson` or `gauss:N`.
+            loss_scope: `answer` adds the reference `answer_raw_sgd`: what plain SGD on the loss
+                at the answers alone would have done. The terms are always those of the update.
 
         Raises:
-            CircuitError: there is no such rule.
+            CircuitError: there is no such rule or scope.
         """
+        if loss_scope not in LOSS_SCOPES:
+            raise CircuitError(
+                f"unknown loss scope '{loss_scope}'", expected=" or ".join(LOSS_SCOPES)
+            )
         self.model = model
         self.scalars = tuple(scalars)
         self.rule: PathRule = path_rule(rule)
+        self.loss_scope = loss_scope
         self.layout = ParameterLayout.of_model(model)
         self.atoms = atoms(self.layout)
-        self.batch = Batch.merge(scalars, device=str(model.W_E.device))
+        self.batch = SharedBatch.merge(scalars, device=str(model.W_E.device))
         self._parameters = list(model.parameters())
         self._last: tuple[Flat, Tensor, Tensor] | None = None
 
     def step(self, traced: TracedStep) -> StepAttribution:
         """Attribute one step."""
         theta, end = traced.before.parameters, traced.after.parameters
-        self._load(theta)
-        bound = [scalar.bind(self.model) for scalar in self.scalars]
-        constant = all(b.constant for b in bound)
+        bound = self.bind(theta)
+        terms, references = traced.update.named(), traced.update.references()
+        if self.loss_scope == "answer":
+            references["answer_raw_sgd"] = self._answer_gradient(traced).double() * -traced.lr
+        way = self.along(theta, end, bound)
+        return StepAttribution(
+            step=traced.step,
+            lr=traced.lr,
+            clip=traced.clip,
+            scalars=tuple(scalar.name for scalar in self.scalars),
+            terms=tuple(terms),
+            reference_terms=tuple(references),
+            before=way.before,
+            after=way.after,
+            constant=tuple(b.constant for b in bound),
+            first_order=self._shares(way.first, terms.values()),
+            path=self._shares(way.averaged, terms.values()),
+            references=self._shares(way.first, references.values()),
+            atom_list=self.atoms,
+        )
+
+    def along(self, theta: Flat, end: Flat, bound: Sequence[BoundScalar]) -> Way:
+        """Values at the ends, first and averaged gradient of bound scalars on a straight way."""
         delta, dtype = end.double() - theta.double(), self.model.W_E.dtype
         values: dict[float, Tensor] = {}
         gradients: dict[float, Tensor] = {}
+        constant = all(b.constant for b in bound)
         if constant and self._last is not None and torch.equal(self._last[0], theta):
             _, values[0.0], gradients[0.0] = self._last
         for node in sorted({0.0, *self.rule.nodes}):
@@ -148,27 +202,31 @@ class Attributor:
                 exact = end if node == 1.0 else (theta.double() + node * delta).to(dtype)
                 values[node], gradients[node] = self._evaluate(exact, bound)
         if 1.0 not in values:
-            values[1.0] = self._values(end, bound)
+            values[1.0] = self.values(end, bound)
         self._last = (end, values[1.0], gradients[1.0]) if 1.0 in gradients else None
         averaged = sum(
             weight * gradients[node].double()
             for node, weight in zip(self.rule.nodes, self.rule.weights, strict=True)
         )
         assert isinstance(averaged, Tensor)
-        terms, references = traced.update.named(), traced.update.references()
-        return StepAttribution(
-            step=traced.step,
-            scalars=tuple(scalar.name for scalar in self.scalars),
-            terms=tuple(terms),
-            reference_terms=tuple(references),
-            before=values[0.0],
-            after=values[1.0],
-            constant=tuple(b.constant for b in bound),
-            first_order=self._shares(gradients[0.0].double(), terms.values()),
-            path=self._shares(averaged, terms.values()),
-            references=self._shares(gradients[0.0].double(), references.values()),
-            atom_list=self.atoms,
-        )
+        return Way(values[0.0], values[1.0], gradients[0.0].double(), averaged)
+
+    def bind(self, theta: Flat) -> list[BoundScalar]:
+        """The scalars, bound to the model with these weights."""
+        self._load(theta)
+        return [scalar.bind(self.model) for scalar in self.scalars]
+
+    def _answer_gradient(self, traced: TracedStep) -> Flat:
+        """Gradient of the mean loss at the answers of the step's batch, at the loaded weights."""
+        tokens = traced.tokens.to(self.model.W_E.device)
+        logits = self.model(tokens[:, :-1])
+        at = answer_mask(tokens)[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[at], tokens[:, 1:][at])
+        return self._flat(torch.autograd.grad(loss, self._parameters))
+
+    @staticmethod
+    def _flat(parts: Iterable[Tensor]) -> Flat:
+        return torch.cat([part.reshape(-1) for part in parts]).cpu()
 
     def _load(self, theta: Flat) -> None:
         named = self.layout.unflatten(theta)
@@ -176,7 +234,8 @@ class Attributor:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(named[name])
 
-    def _values(self, theta: Flat, bound: Sequence[BoundScalar]) -> Tensor:
+    def values(self, theta: Flat, bound: Sequence[BoundScalar]) -> Float[Tensor, " scalar"]:
+        """Values of bound scalars at some weights, in float64."""
         self._load(theta)
         with torch.no_grad():
             return torch.stack(self.batch.means(self.model, bound)).double().cpu()
@@ -194,7 +253,7 @@ class Attributor:
                 allow_unused=True,
                 materialize_grads=True,
             )
-            gradients.append(torch.cat([part.reshape(-1) for part in parts]).cpu())
+            gradients.append(self._flat(parts))
         return torch.stack(means).detach().double().cpu(), torch.stack(gradients)
 
     def _shares(self, gradients: Tensor, vectors: Iterable[Tensor]) -> Shares:
@@ -217,32 +276,3 @@ def attribute(
         yield attributor.step(traced)
         if progress is not None:
             progress(traced)
-
-
-@dataclass(frozen=True)
-class Closure:
-    """How far contributions are from what happened over some steps; null where nothing moved."""
-
-    first_order: float | None
-    """`|sum predicted - sum actual| / |sum actual|`."""
-    path: float | None
-    first_order_absolute: float | None
-    """`sum |predicted - actual| / sum |actual|` over steps, which cancellation cannot flatter."""
-    path_absolute: float | None
-
-
-def closure(results: Sequence[StepAttribution], index: int) -> Closure:
-    """The closure errors of one scalar over some steps."""
-    actual = torch.stack([r.actual[index] for r in results])
-    first = torch.stack([r.first_order[index].sum() for r in results])
-    path = torch.stack([r.path[index].sum() for r in results])
-
-    def ratio(error: Tensor, scale: Tensor) -> float | None:
-        return float(error / scale) if float(scale) else None
-
-    return Closure(
-        first_order=ratio((first.sum() - actual.sum()).abs(), actual.sum().abs()),
-        path=ratio((path.sum() - actual.sum()).abs(), actual.sum().abs()),
-        first_order_absolute=ratio((first - actual).abs().sum(), actual.abs().sum()),
-        path_absolute=ratio((path - actual).abs().sum(), actual.abs().sum()),
-    )

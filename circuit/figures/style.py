@@ -14,6 +14,16 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
+TERM_NAMES = {
+    "weight_decay": "weight decay",
+    "adam_current_gradient": "current gradient",
+    "adam_historical_momentum": "momentum history",
+    "current_gradient": "current gradient",
+    "historical_momentum": "momentum history",
+    "rounding": "rounding residual",
+}
+"""Terms of an update as legends call them."""
+
 _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,

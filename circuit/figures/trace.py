@@ -7,16 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from circuit.figures.style import panels, styled
-
-_NAMES = {
-    "weight_decay": "weight decay",
-    "adam_current_gradient": "current gradient",
-    "adam_historical_momentum": "momentum history",
-    "current_gradient": "current gradient",
-    "historical_momentum": "momentum history",
-    "rounding": "rounding residual",
-}
+from circuit.figures.style import TERM_NAMES, panels, styled
 
 
 @styled
@@ -34,8 +25,8 @@ def terms_over_steps(rows: Sequence[Mapping[str, Any]]) -> Figure:
     loss.set_title("Loss, and the size of each term of the update")
     _line(terms, steps, [row["update_norm"] for row in rows], "update", color="black")
     for name in rows[0]["term_norms"]:
-        if name in _NAMES:
-            _line(terms, steps, [row["term_norms"][name] for row in rows], _NAMES[name])
+        if name in TERM_NAMES:
+            _line(terms, steps, [row["term_norms"][name] for row in rows], TERM_NAMES[name])
     terms.set_yscale("log")
     terms.set_ylabel("Euclidean norm")
     terms.set_xlabel("optimizer step")

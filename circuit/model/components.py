@@ -55,11 +55,17 @@ class Component:
         return self.hook_name, zero
 
 
-def parse_component(address: str, model: HookedTransformer | None = None) -> Component:
+def parse_component(
+    address: str,
+    model: HookedTransformer | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+) -> Component:
     """A component from its address.
 
     Args:
         model: if given, the component must exist in it.
+        shape: the same where no model is at hand: its layers and heads.
 
     Raises:
         CircuitError: the address is malformed, or there is no such layer or head.
@@ -68,12 +74,12 @@ def parse_component(address: str, model: HookedTransformer | None = None) -> Com
     if match is None:
         raise CircuitError(f"unknown component '{address}'", expected="such as L2H1 or L0MLP")
     layer, head = int(match[1]), None if match[3] else int(match[2])
-    if model is not None and (
-        layer >= model.cfg.n_layers or (head is not None and head >= model.cfg.n_heads)
-    ):
+    if model is not None:
+        shape = model.cfg.n_layers, model.cfg.n_heads
+    if shape is not None and (layer >= shape[0] or (head is not None and head >= shape[1])):
         raise CircuitError(
             f"the model has no component '{address}'",
-            expected=f"layers 0-{model.cfg.n_layers - 1}, heads 0-{model.cfg.n_heads - 1}",
+            expected=f"layers 0-{shape[0] - 1}, heads 0-{shape[1] - 1}",
         )
     return Component(layer, head)
 

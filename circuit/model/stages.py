@@ -1,4 +1,4 @@
-"""Stages of the residual stream, by name: read one, patch one (definitions.md section 3).
+"""Stages of the residual stream, by name: read, patch, run on from one (definitions.md section 3).
 
 In order: `embedding`, then for each layer `layer_l_post_attn` and `layer_l_post_mlp`, then
 `final_norm`, the unembedding's input.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from circuit.errors import CircuitError
+from circuit.model.components import Hook
 
 _LAYER_STAGE = re.compile(r"layer_(\d+)_post_(attn|mlp)")
 
@@ -48,6 +50,49 @@ def stage_hook(stage: str, layers: int) -> str:
 def stage_before(layer: int) -> str:
     """The stage that a layer's heads read."""
     return "embedding" if layer == 0 else f"layer_{layer - 1}_post_mlp"
+
+
+def read_stages(
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], *stages: str
+) -> tuple[Float[Tensor, "batch pos vocab"], dict[str, Float[Tensor, "batch pos d_model"]]]:
+    """The logits, and the residual stream at each stage.
+
+    Raises:
+        CircuitError: there is no such stage.
+    """
+    hooks = {stage: stage_hook(stage, model.cfg.n_layers) for stage in stages}
+    logits, cache = model.run_with_cache(
+        tokens, names_filter=list(hooks.values()), return_cache_object=False
+    )
+    return cast(Tensor, logits), {stage: cache[hook] for stage, hook in hooks.items()}
+
+
+def run_from(
+    model: HookedTransformer, stage: str, residual: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos vocab"]:
+    """The logits of the network downstream of a stage, given the residual stream there.
+
+    Only the layers from that stage on are run (at `layer_l_post_attn` all of layer `l`, whose
+    attention is thrown away).
+
+    Raises:
+        CircuitError: there is no such stage.
+    """
+    hook_name = stage_hook(stage, model.cfg.n_layers)
+    match = _LAYER_STAGE.fullmatch(stage)
+    if stage == "embedding":
+        layer = 0
+    elif match is None:
+        layer = model.cfg.n_layers
+    else:
+        layer = int(match[1]) + (match[2] == "mlp")
+    inside = stage == "final_norm" or (match is not None and match[2] == "attn")
+
+    def replace(value: Tensor, hook: HookPoint) -> Tensor:
+        return residual
+
+    hooks: list[Hook] = [(hook_name, replace)] if inside else []
+    return cast(Tensor, model.run_with_hooks(residual, start_at_layer=layer, fwd_hooks=hooks))
 
 
 @contextmanager

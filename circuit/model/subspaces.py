@@ -1,12 +1,14 @@
 """Subspaces of the residual stream as orthonormal bases `B: [d_model, rank]` (definitions.md 3).
 
 A basis comes from the weights (`embedding_identity`, `head_basis`) or from activations
-(`identity_basis`, `vector_basis`); all by float64 SVD, cast back to the input's type. `remove` and
-`keep` split a vector in two: `remove(x, B) + keep(x, B)` is `x`.
+(`identity_basis`, `vector_basis`); all by float64 SVD on the CPU, cast back to the input's type and
+device, so that every device gets the same bases. `remove` and `keep` split a vector in two:
+`remove(x, B) + keep(x, B)` is `x`. The basis None is the whole residual stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -27,14 +29,18 @@ SUBSPACES = (*EMBEDDING_SUBSPACES, *HEAD_SUBSPACES, FULL_RESIDUAL)
 """The names that options take."""
 
 
-def remove(x: Float[Tensor, "*place d_model"], basis: Basis) -> Float[Tensor, "*place d_model"]:
-    """`x - B B^T x`."""
+def remove(
+    x: Float[Tensor, "*place d_model"], basis: Basis | None
+) -> Float[Tensor, "*place d_model"]:
+    """`x - B B^T x`; zero for the whole residual."""
     return x - keep(x, basis)
 
 
-def keep(x: Float[Tensor, "*place d_model"], basis: Basis) -> Float[Tensor, "*place d_model"]:
-    """`B B^T x`."""
-    return (x @ basis) @ basis.T
+def keep(
+    x: Float[Tensor, "*place d_model"], basis: Basis | None
+) -> Float[Tensor, "*place d_model"]:
+    """`B B^T x`; `x` itself for the whole residual."""
+    return x if basis is None else (x @ basis) @ basis.T
 
 
 def svd_of_product(
@@ -45,10 +51,11 @@ def svd_of_product(
     With `left = Q1 R1` and `right^T = Q2 R2` the product is `Q1 (R1 R2^T) Q2^T`, so that only a
     `k x k` matrix meets the SVD.
     """
-    q1, r1 = torch.linalg.qr(left.detach().double())
-    q2, r2 = torch.linalg.qr(right.detach().double().mT)
+    q1, r1 = torch.linalg.qr(left.detach().cpu().double())
+    q2, r2 = torch.linalg.qr(right.detach().cpu().double().mT)
     u, s, vh = torch.linalg.svd(r1 @ r2.mT)
-    return q1 @ u, s, q2 @ vh.mT
+    device = left.device
+    return (q1 @ u).to(device), s.to(device), (q2 @ vh.mT).to(device)
 
 
 def head_factors(
@@ -76,9 +83,9 @@ def head_basis(model: HookedTransformer, head: Component, name: str, rank: int) 
         raise CircuitError(f"unknown subspace '{name}'", expected=", ".join(HEAD_SUBSPACES))
     left, right = head_factors(model, head, "qk" if "_qk_" in name else "ov")
     check_rank(name, rank, left.shape[1])
-    u, _, v = svd_of_product(left, right)
+    u, _, v = svd_of_product(left.cpu(), right.cpu())
     chosen = u if name in ("head_qk_query", "head_ov_input") else v
-    return chosen[:, :rank].to(left.dtype)
+    return chosen[:, :rank].to(left)
 
 
 def embedding_identity(
@@ -89,9 +96,9 @@ def embedding_identity(
     Raises:
         CircuitError: the rank exceeds the number of tokens minus one (or d_model).
     """
-    rows = model.W_E.detach()[tokens].double()
+    rows = model.W_E.detach()[tokens]
     check_rank(name, rank, min(len(tokens) - 1, rows.shape[1]))
-    return _top_right(rows - rows.mean(0), rank).to(model.W_E.dtype)
+    return _top_right(rows, rank)
 
 
 def identity_basis(
@@ -102,9 +109,9 @@ def identity_basis(
     Raises:
         CircuitError: the rank exceeds the number of groups minus one (or d_model).
     """
-    means = group_means(vectors, groups)[0]
+    means = group_means(vectors.cpu(), groups.cpu())[0]
     check_rank("the identity basis", rank, min(len(means) - 1, means.shape[1]))
-    return _top_right(means - means.mean(0), rank).to(vectors.dtype)
+    return _top_right(means, rank).to(vectors)
 
 
 def vector_basis(vectors: Float[Tensor, "place d_model"], rank: int) -> Basis:
@@ -114,8 +121,7 @@ def vector_basis(vectors: Float[Tensor, "place d_model"], rank: int) -> Basis:
         CircuitError: the rank exceeds the number of vectors minus one (or d_model).
     """
     check_rank("the basis of all vectors", rank, min(len(vectors) - 1, vectors.shape[1]))
-    rows = vectors.detach().double()
-    return _top_right(rows - rows.mean(0), rank).to(vectors.dtype)
+    return _top_right(vectors.detach(), rank)
 
 
 def group_means(
@@ -140,25 +146,57 @@ def subspace_basis(
     """The basis that a command's `--subspace` and `--rank` name; None for `full_residual`.
 
     Raises:
-        CircuitError: there is no such subspace, a rank is missing, superfluous or too large, or a
-            head subspace is asked for without a head.
+        CircuitError: as `check_subspace`.
+    """
+    check_subspace(
+        name,
+        rank,
+        head,
+        d_model=model.cfg.d_model,
+        d_head=model.cfg.d_head,
+        tokens={EMBEDDING_SUBSPACES[0]: len(key_tokens), EMBEDDING_SUBSPACES[1]: len(value_tokens)},
+    )
+    if rank is None:
+        return None
+    if head is not None:
+        return head_basis(model, head, name, rank)
+    tokens = key_tokens if name == "embedding_key_identity" else value_tokens
+    return embedding_identity(model, torch.tensor(list(tokens)), rank, name)
+
+
+def check_subspace(
+    name: str,
+    rank: int | None,
+    head: Component | None,
+    *,
+    d_model: int,
+    d_head: int,
+    tokens: Mapping[str, int],
+) -> None:
+    """Refuse what `subspace_basis` cannot give, before there is a model.
+
+    Args:
+        tokens: number of tokens of each embedding subspace.
+
+    Raises:
+        CircuitError: there is no such subspace; a rank or a head is missing, superfluous or wrong;
+            the rank is too large.
     """
     if name not in SUBSPACES:
         raise CircuitError(f"unknown subspace '{name}'", expected=f"one of {', '.join(SUBSPACES)}")
+    if name in HEAD_SUBSPACES and (head is None or head.head is None):
+        raise CircuitError(f"subspace '{name}' needs a head", fix="name one, such as L2H1")
+    if name not in HEAD_SUBSPACES and head is not None:
+        raise CircuitError(f"subspace '{name}' is no head's and takes none", fix="leave it out")
     if name == FULL_RESIDUAL:
         if rank is not None:
             raise CircuitError(
                 f"{FULL_RESIDUAL} is everything and takes no rank", fix="leave it out"
             )
-        return None
+        return
     if rank is None:
         raise CircuitError(f"subspace '{name}' needs a rank", fix="pass --rank")
-    if name in EMBEDDING_SUBSPACES:
-        tokens = key_tokens if name == "embedding_key_identity" else value_tokens
-        return embedding_identity(model, torch.tensor(list(tokens)), rank, name)
-    if head is None:
-        raise CircuitError(f"subspace '{name}' needs a head", fix="name one, such as L2H1")
-    return head_basis(model, head, name, rank)
+    check_rank(name, rank, d_head if name in HEAD_SUBSPACES else min(tokens[name] - 1, d_model))
 
 
 def check_rank(name: str, rank: int, most: int) -> None:
@@ -171,6 +209,8 @@ def check_rank(name: str, rank: int, most: int) -> None:
         raise CircuitError(f"rank {rank} of {name}", expected=f"1 to {most}")
 
 
-def _top_right(matrix: Tensor, rank: int) -> Tensor:
-    right: Tensor = torch.linalg.svd(matrix, full_matrices=False).Vh
-    return right[:rank].T
+def _top_right(rows: Tensor, rank: int) -> Tensor:
+    """Top right singular vectors of the centred rows."""
+    matrix = rows.cpu().double()
+    right: Tensor = torch.linalg.svd(matrix - matrix.mean(0), full_matrices=False).Vh
+    return right[:rank].T.to(rows)

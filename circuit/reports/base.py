@@ -77,7 +77,7 @@ class ReportWriter:
         *,
         parameters: Mapping[str, Any],
         summary: Mapping[str, Any],
-        rows: Iterable[Row] | None,
+        rows: Iterable[Row] | str,
         page: Sequence[str],
         figures: Mapping[str, Figure] | None = None,
         further: Mapping[str, str] | None = None,
@@ -90,7 +90,7 @@ class ReportWriter:
         Args:
             parameters: every parameter, JSON; paths as they were given.
             summary: the main numbers, JSON.
-            rows: of `<name>_rows.jsonl`; None if the rows stand there already.
+            rows: of `<name>_rows.jsonl`, or its text.
             page: lines of the Markdown after its title and law; `![...](stem.svg)` shows a figure.
             figures: stem of each SVG and the figure.
             further: text of further files by name.
@@ -100,11 +100,8 @@ class ReportWriter:
         row_file, report_file = f"{self.name}_rows.jsonl", f"{self.name}_report.json"
         if report_file in self.folder.owned:  # no report stands beside rows that it does not mean
             self.folder.remove([report_file])
-        if rows is not None:
-            further = {row_file: dump_rows(rows)} | further
+        further = {row_file: rows if isinstance(rows, str) else dump_rows(rows)} | further
         written = [self.folder.write_text(name, text) for name, text in further.items()]
-        if rows is None:
-            written.insert(0, self.folder.path(row_file))
         drawn = [
             self.folder.write_text(f"{stem}.svg", svg(figure)) for stem, figure in figures.items()
         ]

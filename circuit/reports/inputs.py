@@ -108,23 +108,8 @@ class Study:
         return batch.to(self.config.device)
 
     def models(self, checkpoints: Sequence[Path]) -> Iterator[Checkpointed]:
-        """The model at each checkpoint, in the order given.
-
-        One model is loaded again and again: use it before asking for the next.
-
-        Raises:
-            CircuitError: a checkpoint is missing, damaged, or of another config or benchmark.
-        """
-        model: HookedTransformer | None = None
-        for path in checkpoints:
-            state = load_state(path)
-            prepare_process(threads=self.config.threads, device=self.config.device)
-            if model is None:
-                model = model_from_state(state, self.config, self.benchmark)
-            else:
-                check_state(state, self.config, self.benchmark.digest)
-                load_tensors(model, state.parameters)
-            yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
+        """The model at each checkpoint, in the order given; see `models_at`."""
+        return models_at(self.config, self.benchmark, checkpoints)
 
     def provenance(self) -> dict[str, Any]:
         """Digests of what was read."""
@@ -133,6 +118,28 @@ class Study:
             "benchmark_digest": self.benchmark.digest,
             "probe_set_sha256": self.probe.metadata.sha256,
         }
+
+
+def models_at(
+    config: TrainConfig, benchmark: Benchmark, checkpoints: Sequence[Path]
+) -> Iterator[Checkpointed]:
+    """The model at each checkpoint, in the order given.
+
+    One model is loaded again and again: use it before asking for the next.
+
+    Raises:
+        CircuitError: a checkpoint is missing, damaged, or of another config or benchmark.
+    """
+    model: HookedTransformer | None = None
+    for path in checkpoints:
+        state = load_state(path)
+        prepare_process(threads=config.threads, device=config.device)
+        if model is None:
+            model = model_from_state(state, config, benchmark)
+        else:
+            check_state(state, config, benchmark.digest)
+            load_tensors(model, state.parameters)
+        yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
 
 
 def open_study(

@@ -1,14 +1,15 @@
 """The Scalar protocol: a differentiable number of the weights, averaged over fixed examples.
 
-A scalar says what it *needs* (token sequences, hook points), is *bound* once per step to the model
-before the step (bases and other constants), and then maps weights and activations to one *value*
-per example. It runs no forward pass of its own: whoever evaluates scalars merges their needs and
-runs each distinct sequence once.
+A scalar says what it *needs* (token sequences, hook points, ablations), is *bound* once per step to
+the model before the step (bases and other constants), and then maps weights and activations to one
+*value* per example. It runs no forward pass of its own: whoever evaluates scalars merges their
+needs and runs each distinct sequence once, and once more for every ablated component.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +19,14 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from circuit.model.components import Hook, parse_component
 from circuit.tasks.symbolic_kv import PAD
 
 Sequences = tuple[tuple[int, ...], ...]
+Activations = dict[str, Tensor]
+"""Hook point -> activations `[sequence, pos, ...]`."""
+
+_BLOCK = re.compile(r"blocks\.(\d+)\..*")
 
 
 @dataclass(frozen=True)
@@ -30,21 +36,53 @@ class Needs:
     Attributes:
         sequences: distinct token sequences.
         hooks: names of hook points.
+        ablations: components; the hook points are also read with each of them ablated.
     """
 
     sequences: Sequences
     hooks: tuple[str, ...]
+    ablations: tuple[str, ...] = ()
 
 
-Cache = Mapping[str, Tensor]
-"""Hook point -> activations `[sequence, pos, ...]` of the scalar's own sequences, in order."""
+class Cache(Mapping[str, Tensor]):
+    """Activations of a scalar's own sequences: `cache[hook]` is `[sequence, pos, ...]`.
+
+    `cache.without("L1H3")[hook]` is the same with that component ablated.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str | None, Activations],
+        rows: Int[Tensor, " own"] | None = None,
+        ablated: str | None = None,
+    ) -> None:
+        """Look at some rows (all by default) of runs, which stand under the component ablated."""
+        self._runs, self._rows, self._ablated = runs, rows, ablated
+
+    def __getitem__(self, hook: str) -> Tensor:
+        """The activations at a hook point that the scalar's needs name."""
+        found = self._runs[self._ablated][hook]
+        return found if self._rows is None else found[self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        """The hook points."""
+        return iter(self._runs[self._ablated])
+
+    def __len__(self) -> int:
+        """Number of hook points."""
+        return len(self._runs[self._ablated])
+
+    def without(self, component: str) -> Cache:
+        """The same activations with a component ablated that the scalar's needs name."""
+        return Cache(self._runs, self._rows, component)
 
 
 class BoundScalar(Protocol):
     """A scalar whose constants are set."""
 
-    constant: bool
-    """Whether every step binds it to the same constants, so that its changes telescope."""
+    @property
+    def constant(self) -> bool:
+        """Whether every step binds it to the same constants, so that its changes telescope."""
 
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         """One differentiable number per example; the scalar is their mean."""
@@ -53,58 +91,101 @@ class BoundScalar(Protocol):
 class Scalar(Protocol):
     """A number of the weights that can be followed through training."""
 
-    name: str
-    needs: Needs
+    @property
+    def name(self) -> str:
+        """What rows and figures call it."""
+
+    @property
+    def needs(self) -> Needs:
+        """What it has to see of a model."""
 
     def bind(self, model: HookedTransformer) -> BoundScalar:
         """Set the constants from the model before a step."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The merged sequences of several scalars.
+class SharedBatch:
+    """The merged needs of several scalars.
 
     Attributes:
-        tokens: padded on the right.
-        hooks: every hook point that any of them needs.
-        rows: for each scalar, the rows of its own sequences in `tokens`.
+        tokens: their distinct sequences, padded on the right.
+        hooks: for no ablation (None) and for each ablated component, the hook points to read.
+        rows: for each scalar, the rows of its own sequences in `tokens`; None if it is all of them
+            in their order.
     """
 
     tokens: Int[Tensor, "sequence pos"]
-    hooks: frozenset[str]
-    rows: tuple[Int[Tensor, " own"], ...]
+    hooks: Mapping[str | None, frozenset[str]]
+    rows: tuple[Int[Tensor, " own"] | None, ...]
 
     @classmethod
-    def merge(cls, scalars: Sequence[Scalar], device: str = "cpu") -> Batch:
-        """Each distinct sequence once."""
+    def merge(cls, scalars: Sequence[Scalar], device: str = "cpu") -> SharedBatch:
+        """Each distinct sequence, hook point and ablation once."""
         places: dict[tuple[int, ...], int] = {}
-        rows = []
-        for scalar in scalars:
-            own = [places.setdefault(s, len(places)) for s in scalar.needs.sequences]
-            rows.append(torch.tensor(own, device=device))
-        tokens = torch.full((len(places), max(map(len, places))), PAD, device=device)
+        owned = [
+            [places.setdefault(s, len(places)) for s in scalar.needs.sequences]
+            for scalar in scalars
+        ]
+        longest = max(map(len, places), default=0)
+        tokens = torch.full((len(places), longest), PAD, device=device)
         for sequence, row in places.items():
             tokens[row, : len(sequence)] = torch.tensor(sequence, device=device)
-        hooks = frozenset(hook for scalar in scalars for hook in scalar.needs.hooks)
+        hooks: dict[str | None, frozenset[str]] = {None: frozenset()}
+        for scalar in scalars:
+            for condition in (None, *scalar.needs.ablations):
+                hooks[condition] = hooks.get(condition, frozenset()) | set(scalar.needs.hooks)
+        everything = list(range(len(places)))
+        rows = [None if own == everything else torch.tensor(own, device=device) for own in owned]
         return cls(tokens, hooks, tuple(rows))
+
+    def run(self, model: HookedTransformer) -> dict[str | None, Activations]:
+        """One forward pass for no ablation and one for each ablated component."""
+        return {
+            condition: forward_activations(model, self.tokens, hooks, ablated=condition)
+            for condition, hooks in self.hooks.items()
+        }
 
     def means(
         self, model: HookedTransformer, bound: Sequence[BoundScalar]
     ) -> list[Float[Tensor, ""]]:
-        """The scalars' means over their examples, from one shared forward pass."""
-        cache: dict[str, Tensor] = {}
+        """The scalars' means over their examples, from shared forward passes."""
+        runs = self.run(model)
+        return [
+            scalar.values(model, Cache(runs, rows)).mean()
+            for scalar, rows in zip(bound, self.rows, strict=True)
+        ]
 
-        def keep(value: Tensor, hook: HookPoint) -> None:  # run_with_cache would detach
-            cache[str(hook.name)] = value
 
-        needs_logits = any(hook.startswith("unembed.") for hook in self.hooks)
-        model.run_with_hooks(
-            self.tokens,
-            return_type="logits" if needs_logits else None,
-            fwd_hooks=[(hook, keep) for hook in sorted(self.hooks)],
-        )
-        means = []
-        for scalar, rows in zip(bound, self.rows, strict=True):
-            own = {name: activations[rows] for name, activations in cache.items()}
-            means.append(scalar.values(model, own).mean())
-        return means
+def forward_activations(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "sequence pos"],
+    hooks: frozenset[str],
+    *,
+    ablated: str | None = None,
+) -> Activations:
+    """Differentiable activations at some hook points; layers after the last of them do not run."""
+    kept: Activations = {}
+    if not hooks:  # a scalar of the weights alone
+        return kept
+
+    def keep(value: Tensor, hook: HookPoint) -> None:  # run_with_cache would detach
+        kept[str(hook.name)] = value
+
+    layers = [_BLOCK.fullmatch(hook) for hook in hooks]
+    last = None if None in layers else max(int(m[1]) for m in layers if m)
+    wanted: list[Hook] = [(hook, keep) for hook in sorted(hooks)]
+    if ablated is not None:
+        wanted = [parse_component(ablated, model).ablation(), *wanted]
+    model.run_with_hooks(
+        tokens,
+        return_type="logits" if last is None else None,
+        stop_at_layer=None if last is None else last + 1,
+        fwd_hooks=wanted,
+    )
+    return kept
+
+
+def evaluate_scalar(scalar: Scalar, model: HookedTransformer) -> Float[Tensor, " example"]:
+    """A scalar's values on one model, bound to it; for notebooks and checks."""
+    shared = SharedBatch.merge([scalar], device=str(model.W_E.device))
+    return scalar.bind(model).values(model, Cache(shared.run(model), shared.rows[0]))

@@ -3,7 +3,7 @@
 With `M = U_r U_r^T W_QK V_r V_r^T`, `s(q, p) = x_q M x_p^T / sqrt(d_h)` and `x` the context stage
 through the head's own ln1 (or raw), the scalar is, averaged over reads,
 `mean_{p in support} s - mean_{p in distractors} s` (definitions.md section 5). Weights only: biases
-are left out, so that it speaks of the matching alone.
+are left out, so that it speaks of the matching alone; `biases=True` gives the head's real scores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,12 @@ from transformer_lens import HookedTransformer
 from circuit.errors import CircuitError
 from circuit.model.components import Component, parse_component
 from circuit.model.stages import stage_before, stage_hook
+from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.scalars.base import Cache, Needs
 from circuit.tasks.positions import Batch, role_mask
 
 LayerNormMode = Literal["head_ln1", "none"]
+LAYERNORM_MODES: tuple[LayerNormMode, ...] = get_args(LayerNormMode)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ReadMasks:
         row: sequence of each read.
         query: its query position.
         support, distractors: masks over positions.
+        chosen: which reads of the batch these are; those without a distractor are left out.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -43,34 +46,66 @@ class ReadMasks:
     query: Int[Tensor, " read"]
     support: Bool[Tensor, "read pos"]
     distractors: Bool[Tensor, "read pos"]
+    chosen: Bool[Tensor, " all"]
 
     @classmethod
     def of(
         cls,
         batch: Batch,
         *,
+        query_role: str = "prediction",
         support_role: str = "support_value",
         distractor_role: str = "value_distractors",
     ) -> ReadMasks:
         """The reads of a batch that have at least one distractor.
 
         Raises:
-            CircuitError: there is no such role, or no read has a distractor.
+            CircuitError: there is no such role, the query role has several positions, or no read
+                has a distractor.
         """
+        query = role_mask(batch, query_role)
+        if not bool((query.sum(1) == 1).all()):
+            raise CircuitError(
+                f"role '{query_role}' has several positions", expected="one query position a read"
+            )
         support = role_mask(batch, support_role)
         distractors = role_mask(batch, distractor_role)
         chosen = distractors.any(1) & support.any(1)
         if not chosen.any():
             raise CircuitError(f"no read has positions of role '{distractor_role}'")
         return cls(
-            tuple(
-                tuple(row[:length].tolist())
-                for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
-            ),
+            batch.sequences(),
             batch.reads.row[chosen],
-            batch.reads.key_pos[chosen],
+            query.int().argmax(1)[chosen],
             support[chosen],
             distractors[chosen],
+            chosen,
+        )
+
+    def __len__(self) -> int:
+        """Number of reads."""
+        return len(self.row)
+
+    def where(self, mask: Bool[Tensor, " read"]) -> ReadMasks:
+        """The reads that a mask chooses, on the same sequences."""
+        chosen = self.chosen.clone()
+        chosen[self.chosen] = mask
+        return ReadMasks(
+            self.sequences,
+            self.row[mask],
+            self.query[mask],
+            self.support[mask],
+            self.distractors[mask],
+            chosen,
+        )
+
+    def difference(self, scores: Float[Tensor, "read pos"]) -> Float[Tensor, " read"]:
+        """Mean over the support minus mean over the distractors."""
+        # padding beyond these reads' own sequences depends on who shares the forward pass
+        width = min(scores.shape[1], self.support.shape[1])
+        scores = scores[:, :width]
+        return masked_mean(scores, self.support[:, :width]) - masked_mean(
+            scores, self.distractors[:, :width]
         )
 
 
@@ -87,6 +122,8 @@ class QKMatch:
         basis: HookedTransformer | None = None,
         layernorm_mode: LayerNormMode = "head_ln1",
         context_stage: str | None = None,
+        biases: bool = False,
+        suffix: str = "",
     ) -> None:
         """Describe the scalar.
 
@@ -97,20 +134,30 @@ class QKMatch:
             basis: a model whose head gives the basis once and for all (`--basis step:N`); None
                 takes the basis anew from the model before each step (`--basis source`).
             context_stage: where `x` is read; None is the stage that the head reads.
+            biases: add `b_Q` and `b_K`, which gives the head's real scores (whole matrix only).
+            suffix: of the name, such as `.lag2` for reads of that lag.
 
         Raises:
-            CircuitError: the component is no head.
+            CircuitError: the component is no head, or biases are asked for with a rank.
         """
         self.component: Component = parse_component(head)
         if self.component.head is None:
             raise CircuitError(f"'{head}' has no QK circuit", expected="a head, such as L2H1")
+        if layernorm_mode not in LAYERNORM_MODES:
+            raise CircuitError(
+                f"unknown layernorm mode '{layernorm_mode}'", expected=" or ".join(LAYERNORM_MODES)
+            )
+        if biases and rank is not None:
+            raise CircuitError("biases belong to the whole matrix", fix="leave out the rank")
         stage = context_stage or stage_before(self.component.layer)
         self.hook = stage_hook(stage, layers)
-        self.name = f"qk_match.{head}." + ("full" if rank is None else f"rank{rank}")
+        kind = "full" if rank is None else f"rank{rank}"
+        self.name = f"qk_match.{head}.{kind}" + ("_with_biases" if biases else "") + suffix
         self.needs = Needs(reads.sequences, (self.hook,))
         self.reads = reads
         self.rank = rank
         self.layernorm_mode = layernorm_mode
+        self.biases = biases
         self._fixed = None if basis is None or rank is None else self._basis(basis)
 
     def bind(self, model: HookedTransformer) -> BoundQKMatch:
@@ -121,22 +168,13 @@ class QKMatch:
             return BoundQKMatch(self, self._fixed, constant=True)
         return BoundQKMatch(self, self._basis(model), constant=False)
 
-    def weights(self, model: HookedTransformer) -> tuple[Tensor, Tensor]:
-        """The head's `W_Q` and `W_K`, `[d_model, d_head]`."""
-        attention = model.blocks[self.component.layer].attn
-        return attention.W_Q[self.component.head], attention.W_K[self.component.head]
-
     def _basis(self, model: HookedTransformer) -> tuple[Tensor, Tensor]:
         """Top left and right singular vectors of `W_QK`, `[d_model, rank]` (float64 SVD)."""
         assert self.rank is not None
-        w_q, w_k = (weight.detach().double() for weight in self.weights(model))
-        if self.rank > w_q.shape[1]:
-            raise CircuitError(
-                f"rank {self.rank} of {self.component}", expected=f"at most {w_q.shape[1]} (d_head)"
-            )
-        left, _, right = torch.linalg.svd(w_q @ w_k.T, full_matrices=False)
-        dtype = model.W_E.dtype
-        return left[:, : self.rank].to(dtype), right[: self.rank].T.to(dtype)
+        left, right = head_factors(model, self.component, "qk")
+        check_rank(str(self.component), self.rank, left.shape[1])
+        u, _, v = svd_of_product(left, right)
+        return u[:, : self.rank].to(left.dtype), v[:, : self.rank].to(left.dtype)
 
 
 @dataclass(frozen=True)
@@ -147,31 +185,64 @@ class BoundQKMatch:
     basis: tuple[Float[Tensor, "d_model rank"], Float[Tensor, "d_model rank"]] | None
     constant: bool
 
-    def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
-        """Support mean minus distractor mean of the scores, one per read."""
-        scalar, reads = self.scalar, self.scalar.reads
+    def scores(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, "read pos"]:
+        """`s(q, p)` of every read's query with every position."""
+        scalar, reads, layer = self.scalar, self.scalar.reads, self.scalar.component.layer
         x = cache[scalar.hook]
         if scalar.layernorm_mode == "head_ln1":
-            x = model.blocks[scalar.component.layer].ln1(x)
-        w_q, w_k = scalar.weights(model)
+            x = model.blocks[layer].ln1(x)
+        w_q, w_k_t = head_factors(model, scalar.component, "qk")
+        w_k = w_k_t.T
         if self.basis is not None:
             left, right = self.basis
             w_q, w_k = left @ (left.T @ w_q), right @ (right.T @ w_k)
-        query = x[reads.row, reads.query] @ w_q
-        keys = (x @ w_k)[reads.row]
-        scores = torch.einsum("rh,rph->rp", query, keys) / math.sqrt(w_q.shape[1])
-        width = scores.shape[1]
-        return _masked_mean(scores, reads.support[:, :width]) - _masked_mean(
-            scores, reads.distractors[:, :width]
-        )
+        query, keys = x[reads.row, reads.query] @ w_q, x @ w_k
+        if scalar.biases:
+            attention = model.blocks[layer].attn
+            query = query + attention.b_Q[scalar.component.head]
+            keys = keys + attention.b_K[scalar.component.head]
+        return torch.einsum("rh,rph->rp", query, keys[reads.row]) / math.sqrt(w_q.shape[1])
+
+    def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
+        """Support mean minus distractor mean of the scores, one per read."""
+        return self.scalar.reads.difference(self.scores(model, cache))
 
 
-def _masked_mean(scores: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(
+    scores: Float[Tensor, "read pos"], mask: Bool[Tensor, "read pos"]
+) -> Float[Tensor, " read"]:
+    """Mean of the scores where the mask is set, one per read."""
     return (scores * mask).sum(1) / mask.sum(1)
 
 
 def qk_matches(
-    heads: Sequence[str], reads: ReadMasks, *, layers: int, ranks: Sequence[int | None]
+    heads: Sequence[str],
+    reads: ReadMasks,
+    *,
+    layers: int,
+    ranks: Sequence[int | None],
+    basis: HookedTransformer | None = None,
+    layernorm_mode: LayerNormMode = "head_ln1",
+    context_stage: str | None = None,
+    suffix: str = "",
 ) -> list[QKMatch]:
-    """One scalar a head and rank, with the basis of each step's source."""
-    return [QKMatch(head, reads, layers=layers, rank=rank) for head in heads for rank in ranks]
+    """One scalar a head and rank; None among the ranks gives the whole matrix, and its real scores.
+
+    See `QKMatch` for the arguments.
+    """
+    return [
+        QKMatch(
+            head,
+            reads,
+            layers=layers,
+            rank=rank,
+            basis=basis,
+            layernorm_mode=layernorm_mode,
+            context_stage=context_stage,
+            biases=biases,
+            suffix=suffix,
+        )
+        for head in heads
+        for rank in ranks
+        for biases in ((False, True) if rank is None else (False,))
+    ]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuit.errors import CircuitError
-from circuit.tasks.symbolic_kv import PAD, Program, Record, Vocabulary
+from circuit.tasks.symbolic_kv import PAD, READ, Program, Record, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,13 @@ class Batch:
             lengths=self.lengths.to(device),
             reads=_map_tensors(self.reads, lambda tensor: tensor.to(device)),
             writes=_map_tensors(self.writes, lambda tensor: tensor.to(device)),
+        )
+
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each row, without padding."""
+        return tuple(
+            tuple(row[:length])
+            for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         )
 
     def with_reads(self, chosen: Tensor) -> Batch:
@@ -334,6 +341,13 @@ def role_positions(
     positions = torch.zeros_like(real, dtype=torch.int64)
     positions[real] = mask.nonzero()[:, 1]
     return positions, real
+
+
+def answer_mask(tokens: Int64[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Where the answers stand: two tokens after an `R`."""
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, 2:] = tokens[:, :-2] == READ
+    return mask
 
 
 def shortcut_values(batch: Batch, k: int) -> Int64[Tensor, " read"]:

@@ -16,11 +16,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from circuit.artifacts import OutputFolder
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import (
     Benchmark,
     Sha256,
     WriteFile,
+    load_benchmark,
     records_from_jsonl,
     records_to_jsonl,
 )
@@ -126,6 +128,39 @@ def draw_probe_set(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
     return ProbeSet(records, metadata)
+
+
+def write_probe_set(
+    benchmark_dir: str | Path,
+    output: str | Path,
+    splits: Sequence[str],
+    examples_per_split: int,
+    *,
+    seed: int = DEFAULT_SEED,
+    overwrite: bool = False,
+) -> tuple[ProbeSet, list[Path]]:
+    """Draw a probe set of a benchmark on disk and write it.
+
+    Args:
+        output: the JSONL file; its metadata goes beside it.
+        overwrite: replace an earlier probe set of that name, and nothing else.
+
+    Returns:
+        The probe set and the files written.
+
+    Raises:
+        CircuitError: as `load_benchmark` and `draw_probe_set`; or the names are not free.
+    """
+    output = Path(output)
+    command = f"generate-probe-set.{output.stem}"
+    with OutputFolder(output.parent, command, overwrite=overwrite) as folder:
+        made = draw_probe_set(
+            load_benchmark(benchmark_dir, splits=splits), splits, examples_per_split, seed=seed
+        )
+        folder.clear(planned=[output.name, metadata_path(output).name])
+        paths: list[Path] = []
+        made.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
+    return made, paths
 
 
 def load_probe_set(path: str | Path, benchmark_digest: str | None = None) -> list[Record]:

@@ -184,8 +184,9 @@ def _resumed(
         )
     folder.refuse_foreign(_planned(manifest))
     if extended:
-        folder.write_text(MANIFEST, manifest.to_json())
+        # in this order: killed in between, a resumption to either end still makes it whole
         _remove_old_end(folder, manifest, store.manifest.end_step)
+        folder.write_text(MANIFEST, manifest.to_json())
         store = TraceStore(folder.root)
     # the first anchor stands before the row file does
     rows = store.read_rows() if (store.root / ROWS).exists() else []

@@ -133,7 +133,7 @@ class Trace:
         anchor = self.store.anchor_before(start)
         tracer = self._tracer_at(anchor)
         while tracer.session.step < end:
-            self._prepare()  # whoever looks at a step may change the thread count before the next
+            self.prepare()  # whoever looks at a step may change the thread count before the next
             step = tracer.advance()
             self._check(step)
             if step.step > start:
@@ -214,16 +214,17 @@ class Trace:
 
     def changed_facts(self) -> list[str]:
         """Facts of the environment that differ from the recorded ones and can change bits."""
-        self._prepare()  # the thread count is never the cause: replay sets it before every step
+        self.prepare()  # the thread count is never the cause: replay sets it before every step
         now = environment_facts(self.manifest.config.device)
         return changed_facts(self.manifest.environment, now)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Give this process the thread count of the recording, and deterministic kernels."""
         threads = self.manifest.environment["threads"]
         prepare_process(threads=threads, device=self.manifest.config.device)
 
     def _tracer_at(self, anchor: int) -> Tracer:
-        self._prepare()
+        self.prepare()
         state = self._stored(anchor)
         config = self.manifest.config
         return Tracer(TrainingSession(config, self.benchmark, state=state, data=self._data))

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from circuit.attribution.attribute import Attributor, StepAttribution, attribute, closure
+from circuit.attribution.attribute import Attributor, StepAttribution, attribute
 from circuit.attribution.groups import PARTITIONS, atoms, check_partition
 from circuit.attribution.path import path_rule
+from circuit.attribution.series import Closure, Series
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
-from circuit.scalars.base import Batch, Cache, Needs
+from circuit.scalars.base import Cache, Needs, SharedBatch
 from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import make_batch
@@ -81,13 +82,18 @@ def results(
     return list(attribute(steps, Attributor(model, scalars, rule=rule)))
 
 
+def closures(found: list[StepAttribution]) -> list[Closure]:
+    series = Series.collect(row for result in found for row in result.rows())
+    return [one.closure() for one in series.values()]
+
+
 def test_contributions_close_where_first_order_does_not(
     config: TrainConfig, tiny: Benchmark, steps: list[TracedStep], reads: ReadMasks
 ) -> None:
     model = model_of(config, tiny, torch.float64)
     scalars = qk_matches(["L0H1", "L1H0"], reads, layers=2, ranks=[4, None])
     errors = {
-        rule: [closure(results(model, steps, scalars, rule), i) for i in range(len(scalars))]
+        rule: closures(results(model, steps, scalars, rule))
         for rule in ("midpoint", "simpson", "gauss:3")
     }
     for index, scalar in enumerate(scalars):
@@ -140,8 +146,8 @@ def test_the_gradient_is_the_difference_quotient(
         for _ in range(5):
             way = torch.randn(len(theta), generator=generator, dtype=torch.float64)
             step = 1e-6
-            ahead = attributor._values(theta + step * way, bound)
-            behind = attributor._values(theta - step * way, bound)
+            ahead = attributor.values(theta + step * way, bound)
+            behind = attributor.values(theta - step * way, bound)
             slope = float((ahead - behind) / (2 * step))
             assert float(gradients[0] @ way) == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
@@ -217,7 +223,7 @@ def test_the_full_match_is_the_heads_own_score(
             block.attn.b_Q.zero_()
             block.attn.b_K.zero_()
     scalar = QKMatch("L1H1", reads, layers=2)
-    batch = Batch.merge([scalar])
+    batch = SharedBatch.merge([scalar])
     _, cache = model.run_with_cache(batch.tokens)
     scores = cache["blocks.1.attn.hook_attn_scores"][:, 1]
     expected = []
@@ -235,7 +241,7 @@ def test_bad_requests_are_named(reads: ReadMasks, model: HookedTransformer) -> N
         path_rule("euler")
     with pytest.raises(CircuitError, match="'L0MLP' has no QK circuit"):
         QKMatch("L0MLP", reads, layers=2)
-    with pytest.raises(CircuitError, match=r"rank 9 of L1H0; expected at most 8 \(d_head\)"):
+    with pytest.raises(CircuitError, match=r"rank 9 of L1H0; expected 1 to 8"):
         QKMatch("L1H0", reads, layers=2, rank=9).bind(model)
     with pytest.raises(CircuitError, match="unknown partition 'heads'"):
         check_partition("heads")

@@ -1,4 +1,4 @@
-"""Stages and components: what is named is what is read, patched and ablated."""
+"""Components: what is named is what is ablated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import ablate, all_heads, parse_component
-from circuit.model.stages import patch, stage_before, stage_hook, stage_names
 
 
 @pytest.fixture
@@ -49,27 +48,10 @@ def test_ablating_an_mlp_takes_its_output_away(
     assert not torch.equal(cache["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_mid"])
 
 
-@pytest.mark.parametrize("stage", stage_names(2))
-def test_patching_the_clean_activation_reproduces_the_clean_logits(
-    model: HookedTransformer, tokens: torch.Tensor, stage: str
-) -> None:
-    clean, cache = model.run_with_cache(tokens)
-    rows = torch.arange(3).repeat_interleave(10)
-    places = torch.arange(10).repeat(3)
-    own = cache[stage_hook(stage, 2)][rows, places]
-    with patch(model, stage, (rows, places), lambda _: own):
-        assert torch.equal(model(tokens), clean)
-        assert torch.equal(model(tokens.flip(0)), clean)  # whatever came in
-    with patch(model, stage, (rows, places), torch.zeros_like):
-        assert not torch.allclose(model(tokens), clean, atol=1e-3)
-
-
 def test_names_that_do_not_exist_are_refused(model: HookedTransformer) -> None:
-    assert stage_before(0) == "embedding"
-    assert stage_before(2) == "layer_1_post_mlp"
-    with pytest.raises(CircuitError, match="unknown stage 'layer_2_post_mlp'; expected one of emb"):
-        stage_hook("layer_2_post_mlp", 2)
     with pytest.raises(CircuitError, match="unknown component 'H1L2'; expected such as L2H1"):
         parse_component("H1L2")
     with pytest.raises(CircuitError, match=r"no component 'L2H0'; expected layers 0-1, heads 0-1"):
         parse_component("L2H0", model)
+    with pytest.raises(CircuitError, match=r"no component 'L0H2'; expected layers 0-1, heads 0-1"):
+        parse_component("L0H2", shape=(2, 2))

@@ -1,0 +1,171 @@
+"""The straight line between two checkpoints, and what scalars of the logits do along it.
+
+For smooth `C`, `C(target) - C(source)` is the integral over `s` in [0, 1] of
+`d/ds C(source + s (target - source))`: first order is the integrand at `s = 0`, curvature is the
+rest (definitions.md section 5). The integrand is a directional derivative, which one forward pass
+in forward mode gives for every example and every scalar at once; the nodes are Gauss and
+Legendre's, as many as closing the integral needs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from transformer_lens import HookedTransformer
+
+from circuit.attribution.path import path_rule
+
+Values = dict[str, Float[Tensor, " example"]]
+ScalarsOfLogits = Callable[[Float[Tensor, "example vocab"]], Values]
+"""Scalars by name from the logits `[example, vocab]` at the examples' positions, in float64."""
+
+TOLERANCE = 0.01
+"""The integral closes when its mean absolute gap is at most this share of the mean change."""
+FIRST_NODES, MOST_NODES = 2, 64
+CHUNK = 32
+"""Rows of one forward pass."""
+
+
+@dataclass(frozen=True)
+class LineIntegral:
+    """What the scalars did along the line, example by example.
+
+    Attributes:
+        actual: target minus source.
+        first_order: derivative along the line at the source.
+        integral: of the derivative over the line.
+        nodes: that the integral took.
+        gap: by scalar, `mean |integral - actual| / mean |actual|`; null where nothing changed.
+        closed: whether every gap is within `TOLERANCE`; with `MOST_NODES` it may not be.
+    """
+
+    actual: Values
+    first_order: Values
+    integral: Values
+    nodes: int
+    gap: dict[str, float | None]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the integral agrees with what happened."""
+        return all(gap is None or gap <= TOLERANCE for gap in self.gap.values())
+
+    @property
+    def curvature(self) -> Values:
+        """Integral minus first order."""
+        return {name: value - self.first_order[name] for name, value in self.integral.items()}
+
+
+class Line:
+    """The weights `source + s (target - source)`, seen at some positions of some sequences."""
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        source: Mapping[str, Tensor],
+        target: Mapping[str, Tensor],
+        tokens: Int[Tensor, "sequence pos"],
+        places: tuple[Int[Tensor, " example"], Int[Tensor, " example"]],
+    ) -> None:
+        """Describe the line.
+
+        Args:
+            model: gives the function; its own weights play no part and stay as they are.
+            source, target: parameters by name.
+            places: row and position of each example; no token behind a row's last position is
+                read, which causality allows.
+        """
+        self.model = model
+        self.source, self.target = dict(source), dict(target)
+        self.delta = {name: target[name] - value for name, value in source.items()}
+        self._chunks = list(_chunks(tokens, *places))
+        self._order = torch.cat([chunk.examples for chunk in self._chunks]).argsort()
+
+    @torch.no_grad()
+    def logits(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "example vocab"]:
+        """Logits at the examples' positions under some weights."""
+        parts = [
+            functional_call(self.model, dict(parameters), (chunk.tokens,))[chunk.row, chunk.pos]
+            for chunk in self._chunks
+        ]
+        return torch.cat(parts)[self._order]
+
+    @cached_property
+    def ends(self) -> tuple[Float[Tensor, "example vocab"], Float[Tensor, "example vocab"]]:
+        """Logits at the source and at the target, in float64."""
+        return self.logits(self.source).double(), self.logits(self.target).double()
+
+    def derivatives(self, scalars: ScalarsOfLogits, s: float) -> Values:
+        """Derivatives of the scalars with respect to `s`, by one pass in forward mode."""
+        with forward_ad.dual_level():
+            with warnings.catch_warnings():  # the first dual number makes torch script its rules
+                warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
+                dual = {
+                    name: forward_ad.make_dual(value + s * self.delta[name], self.delta[name])
+                    for name, value in self.source.items()
+                }
+            found = scalars(self.logits(dual).double())
+            return {name: _tangent(value) for name, value in found.items()}
+
+    def integrate(self, scalars: ScalarsOfLogits) -> LineIntegral:
+        """Follow the scalars along the line, doubling the nodes until the integral closes."""
+        start, end = map(scalars, self.ends)
+        actual = {name: end[name] - value for name, value in start.items()}
+        first_order = self.derivatives(scalars, 0.0)
+        nodes = FIRST_NODES
+        while True:
+            integral = self._quadrature(scalars, nodes)
+            gap = {name: _gap(integral[name], value) for name, value in actual.items()}
+            found = LineIntegral(actual, first_order, integral, nodes, gap)
+            if found.closed or nodes == MOST_NODES:
+                return found
+            nodes *= 2
+
+    def _quadrature(self, scalars: ScalarsOfLogits, nodes: int) -> Values:
+        rule = path_rule(f"gauss:{nodes}")
+        total: Values = {}
+        for s, weight in zip(rule.nodes, rule.weights, strict=True):
+            for name, value in self.derivatives(scalars, s).items():
+                total[name] = total.get(name, torch.zeros_like(value)) + weight * value
+        return total
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of about equal length, with the examples that stand in them."""
+
+    tokens: Int[Tensor, "row pos"]
+    examples: Int[Tensor, " own"]
+    row: Int[Tensor, " own"]
+    pos: Int[Tensor, " own"]
+
+
+def _chunks(tokens: Tensor, row: Tensor, pos: Tensor) -> Iterator[_Chunk]:
+    """Rows by the length that their examples need, `CHUNK` at a time, with little padding."""
+    needed = torch.zeros(len(tokens), dtype=pos.dtype, device=pos.device)
+    needed = needed.scatter_reduce(0, row, pos + 1, "amax")
+    used = needed.argsort(stable=True)[int((needed == 0).sum()) :]
+    for rows in used.split(CHUNK):
+        place = torch.full_like(needed, -1)
+        place[rows] = torch.arange(len(rows), device=pos.device)
+        own = (place[row] >= 0).nonzero()[:, 0]
+        width = int(needed[rows].max())
+        yield _Chunk(tokens[rows, :width], own, place[row[own]], pos[own])
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(dual).tangent
+    return torch.zeros_like(dual) if tangent is None else tangent.clone()
+
+
+def _gap(integral: Tensor, actual: Tensor) -> float | None:
+    size = float(actual.abs().mean())
+    return float((integral - actual).abs().mean()) / size if size else None

@@ -1,0 +1,179 @@
+"""What may stand in for a removed code, and how much of it that brings back (definitions.md 6).
+
+Pure arithmetic on vectors `[read, d_model]` and scalars `[read, scalar]` in float64; which stage
+and role they come from, and what a read is, the caller knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuit.errors import CircuitError
+from circuit.model.codes import RidgeMap, Vectors
+from circuit.model.subspaces import Basis, identity_basis
+
+CONTROLS = ("shuffled_answer_value", "wrong_support_value", "random_subspace", "key_identity")
+DRAWS = 1000
+"""Bootstrap draws of an interval."""
+
+Code = Float[Tensor, "read rank"]
+
+
+def condition_codes(
+    vectors: Mapping[str, Vectors],
+    *,
+    groups: Int[Tensor, " read"],
+    fit: Int[Tensor, " fit"],
+    held_out: Int[Tensor, " held_out"],
+    shuffled: Int[Tensor, " held_out"],
+    controls: Sequence[str],
+    rank: int,
+    context_rank: int,
+    ridge: float,
+    seed: int,
+) -> tuple[Basis, dict[str, Code | None]]:
+    """The target's basis, and the code that each condition writes on the reads held out.
+
+    A control replaces the source: alone (`<control>`), and beside the read's own context
+    (`<control>_plus_context`). `random_subspace` and `key_identity` refit bases and maps;
+    `shuffled_answer_value` and `wrong_support_value` use those of the true source.
+
+    Args:
+        vectors: `source`, `target`, `context` and, for those controls, `wrong_support_value` and
+            `key_identity`, of all reads.
+        groups: token of each read, by which identity bases are taken.
+        fit, held_out: indices of the reads for fitting and for evaluation.
+        shuffled: the read whose source stands in for that of each read held out.
+        seed: of the random subspace.
+
+    Returns:
+        `[d_model, rank]`, and codes by condition; None leaves the activation as it is.
+    """
+
+    def coordinates(name: str, count: int) -> tuple[Basis, Code]:
+        basis = identity_basis(vectors[name][fit], groups[fit], count)
+        return basis, vectors[name] @ basis
+
+    target_basis, target = coordinates("target", rank)
+    source_basis, source = coordinates("source", rank)
+    _, context = coordinates("context", context_rank)
+
+    def alone(x: Code, asked: Code) -> Code:
+        """The map fitted on coordinates `x`, at the coordinates `asked`."""
+        return RidgeMap.fit(x[fit], target[fit], ridge)(asked)
+
+    def beside(x: Code, asked: Code) -> Code:
+        """The same with the context's coordinates beside them."""
+        return alone(torch.cat([x, context], 1), torch.cat([asked, context[held_out]], 1))
+
+    codes: dict[str, Code | None] = {
+        "clean": None,
+        "removed": torch.zeros_like(target[held_out]),
+        "oracle": target[held_out],
+        "true_transfer": alone(source, source[held_out]),
+        "context_only": alone(context, context[held_out]),
+        "source_plus_context": beside(source, source[held_out]),
+    }
+    for control in controls:
+        x, asked = source, source[shuffled]
+        if control == "wrong_support_value":
+            asked = vectors[control][held_out] @ source_basis
+        elif control == "random_subspace":
+            x = vectors["source"] @ random_basis(len(source_basis), rank, seed)
+            asked = x[held_out]
+        elif control == "key_identity":
+            _, x = coordinates(control, rank)
+            asked = x[held_out]
+        codes[control] = alone(x, asked)
+        codes[f"{control}_plus_context"] = beside(x, asked)
+    return target_basis, codes
+
+
+def removed_share(
+    vectors: Vectors, basis: Basis, keys: Int[Tensor, " read"]
+) -> tuple[float, float | None]:
+    """How much of the vectors a basis takes, and how much of it is the query's key.
+
+    Returns:
+        Mean of `|B^T x|² / |x|²`; and the mean squared cosine with which the basis holds the
+        directions of an identity basis by `keys` of full rank (None with one key): 1 if removing
+        the basis removes all that tells the keys' means apart.
+    """
+    share = (vectors @ basis).square().sum(1) / vectors.square().sum(1)
+    count = len(torch.unique(keys))
+    if count < 2:
+        return float(share.mean()), None
+    own = identity_basis(vectors, keys, min(count - 1, *vectors.shape))
+    return float(share.mean()), float((own.T @ basis).square().sum() / own.shape[1])
+
+
+def random_basis(d_model: int, rank: int, seed: int) -> Basis:
+    """An orthonormal basis of a uniformly random subspace, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(d_model, rank, dtype=torch.float64, generator=generator)
+    basis: Tensor = torch.linalg.qr(drawn).Q
+    return basis
+
+
+def next_other(answers: Int[Tensor, " read"]) -> Int[Tensor, " read"]:
+    """For each read, the index of the next one (cyclic) with another answer.
+
+    Raises:
+        CircuitError: all answers are one.
+    """
+    twice = torch.cat([answers, answers])
+    changes = (twice[1:] != twice[:-1]).nonzero()[:, 0] + 1  # all before the next one are equal
+    if not len(changes):
+        raise CircuitError("all evaluation reads have one answer", expected="at least two answers")
+    after = torch.searchsorted(changes, torch.arange(len(answers)), right=True)
+    return changes[after] % len(answers)
+
+
+def explained(code: Code | None, true: Code | None) -> float | None:
+    """R²: the share of the true code's variance over reads that a code explains, 1 at most.
+
+    None where nothing was written, or the true code does not vary.
+    """
+    if code is None or true is None:
+        return None
+    total = (true - true.mean(0)).square().sum()
+    return _finite(1 - (code - true).square().sum() / total)
+
+
+def rescue_fractions(
+    values: Mapping[str, Float[Tensor, "read scalar"]],
+    records: Int[Tensor, " read"],
+    condition: str,
+    seed: int,
+) -> list[tuple[float | None, float | None, float | None]]:
+    """`(patched - removed) / (clean - removed)` of means, with a 95 % bootstrap interval.
+
+    Each of `DRAWS` draws takes as many records as there are, with replacement, and all their reads.
+
+    Args:
+        values: float64, by condition.
+        records: the record of each read.
+
+    Returns:
+        Fraction, low and high for each scalar; None where removal changes nothing (low and high:
+        in some draw).
+    """
+    gained, lost = (values[name] - values["removed"] for name in (condition, "clean"))
+    _, record = torch.unique(records, return_inverse=True)
+    count = int(record.max()) + 1
+    none = torch.zeros(count, gained.shape[1], dtype=torch.float64)
+    drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(DRAWS, count, dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(times))
+    draws = (times @ none.index_add(0, record, gained)) / (times @ none.index_add(0, record, lost))
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    whole = gained.mean(0) / lost.mean(0)
+    return [(_finite(a), _finite(b), _finite(c)) for a, b, c in zip(whole, low, high, strict=True)]
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if bool(torch.isfinite(value)) else None

@@ -1,0 +1,175 @@
+"""bilinear-qk-rank-adam-state-attribution: which optimizer term moved a head's QK match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from circuit.attribution.attribute import LossScope
+from circuit.attribution.groups import Partition
+from circuit.attribution.window import Job
+from circuit.config import TrainConfig
+from circuit.errors import CircuitError
+from circuit.model.components import parse_component
+from circuit.model.subspaces import check_rank
+from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
+from circuit.reports.base import ReportResult
+from circuit.reports.inputs import PairOptions, Study
+from circuit.scalars.qk_match import LayerNormMode, QKMatch, ReadMasks, qk_matches
+from circuit.tasks.positions import Batch
+from circuit.trace.replay import Trace, open_trace
+from circuit.training.session import model_from_state
+
+COMMAND = "bilinear-qk-rank-adam-state-attribution"
+_STEP_BASIS = re.compile(r"step:(\d+)")
+
+
+@dataclass(frozen=True)
+class QKOptions:
+    """Whose match is followed, and on which reads (definitions.md section 5).
+
+    Attributes:
+        heads: addresses; empty takes every head of the model.
+        ranks: of the bases `source` and `step:N`.
+        bases: `source` (anew before each step), `step:N`, `full` (the whole matrix); one scalar
+            each.
+        by_lag: also one scalar for the reads of each lag.
+        context_stage: where `x` is read; None is the stage that each head reads.
+        layernorm_mode: `head_ln1` or `none`.
+        query_role, support_role, distractor_role: positions that are scored and compared.
+        side: of the pairs.
+        pairs: which pairs are built.
+        scored_type: the type that is scored; None takes all that are built.
+    """
+
+    heads: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = (8,)
+    bases: tuple[str, ...] = ("source",)
+    by_lag: bool = False
+    context_stage: str | None = None
+    layernorm_mode: LayerNormMode = "head_ln1"
+    query_role: str = "prediction"
+    support_role: str = "support_value"
+    distractor_role: str = "value_distractors"
+    side: str = "clean"
+    pairs: PairOptions = field(default_factory=PairOptions)
+    scored_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for basis in self.bases:
+            if basis not in ("source", "full") and not _STEP_BASIS.fullmatch(basis):
+                raise CircuitError(
+                    f"unknown basis '{basis}'",
+                    expected="source, full, or step:N such as step:3000",
+                )
+            if not self.ranks and basis != "full":
+                raise CircuitError(f"basis '{basis}' needs a rank", fix="pass --rank")
+        if self.scored_type is not None and self.scored_type not in self.pairs.types:
+            raise CircuitError(
+                f"pairs of type {self.scored_type} are scored but not built",
+                expected=f"one of {', '.join(self.pairs.types)}",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The parameters as JSON."""
+        return asdict(self)
+
+    def batch(self, study: Study) -> Batch:
+        """The scored side of the scored pairs."""
+        pairs = [
+            pair
+            for pair in study.pairs(self.pairs)
+            if self.scored_type is None or pair.type == self.scored_type
+        ]
+        return study.side(pairs, self.side)
+
+    def reads(self, batch: Batch) -> dict[str, ReadMasks]:
+        """The scored reads by suffix of their scalars' names: all, and those of each lag."""
+        reads = ReadMasks.of(
+            batch,
+            query_role=self.query_role,
+            support_role=self.support_role,
+            distractor_role=self.distractor_role,
+        )
+        if not self.by_lag:
+            return {"": reads}
+        lags = batch.reads.lag[reads.chosen]
+        by_lag = {f".lag{lag}": reads.where(lags == lag) for lag in sorted(set(lags.tolist()))}
+        return {"": reads, **by_lag}
+
+
+@dataclass(frozen=True)
+class QKScalars:
+    """Makes the scalars of an attribution of QK matches (a `ScalarSource`)."""
+
+    config: TrainConfig
+    probe_set: Path
+    options: QKOptions
+
+    def __call__(self, trace: Trace) -> list[QKMatch]:
+        """The scalars on a trace."""
+        options = self.options
+        study = traced_study(self.config, self.probe_set, trace)
+        layers, heads = study.config.model.layers, study.config.model.heads
+        chosen = list(options.heads) or [f"L{n}H{h}" for n in range(layers) for h in range(heads)]
+        for address in chosen:
+            parse_component(address, shape=(layers, heads))
+        for rank in options.ranks if set(options.bases) != {"full"} else ():
+            check_rank("a head", rank, study.config.model.d_model // heads)
+        found: list[QKMatch] = []
+        for basis in options.bases:
+            step = _STEP_BASIS.fullmatch(basis)
+            model = None
+            if step is not None:
+                state = trace.state(int(step[1]))
+                model = model_from_state(state, study.config, study.benchmark)
+            for suffix, reads in options.reads(options.batch(study)).items():
+                found += qk_matches(
+                    chosen,
+                    reads,
+                    layers=layers,
+                    ranks=[None] if basis == "full" else options.ranks,
+                    basis=model,
+                    layernorm_mode=options.layernorm_mode,
+                    context_stage=options.context_stage,
+                    suffix=(f"_of_step{step[1]}" if step else "") + suffix,
+                )
+        return found
+
+
+def bilinear_qk_rank_adam_state_attribution(
+    config: TrainConfig,
+    probe_set: Path,
+    trace: Path,
+    output_dir: str | Path,
+    options: QKOptions,
+    *,
+    window: WindowOptions = WindowOptions(),  # noqa: B008  frozen
+    path: str = "simpson",
+    partitions: tuple[Partition, ...] = ("circuit",),
+    loss_scope: LossScope = "full_lm",
+    overwrite: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> ReportResult:
+    """Attribute the QK match of heads over a window of a trace.
+
+    Raises:
+        CircuitError: as `report_attribution`.
+    """
+    job = Job(trace, QKScalars(config, probe_set, options), path, partitions, loss_scope)
+    study = traced_study(config, probe_set, open_trace(trace))
+    reads = options.reads(options.batch(study))[""]
+    return report_attribution(
+        COMMAND,
+        job,
+        window,
+        output_dir,
+        parameters={"probe_set": str(probe_set), "optimizer_trace_dir": str(trace)}
+        | options.to_json(),
+        provenance=study.provenance() | {"scored_reads": len(reads)},
+        overwrite=overwrite,
+        progress=progress,
+    )

@@ -1,0 +1,227 @@
+"""mlp-functional-write-adam-state-attribution: which optimizer term moved a functional write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from circuit.attribution.attribute import LossScope
+from circuit.attribution.groups import Partition
+from circuit.attribution.window import Job
+from circuit.config import TrainConfig
+from circuit.errors import CircuitError
+from circuit.model.readout import read_answers
+from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
+from circuit.reports.base import ReportResult
+from circuit.reports.inputs import PairOptions
+from circuit.scalars.answers import Competitors, answer_scalars, check_scalar_names
+from circuit.scalars.functional_write import (
+    REFERENCES,
+    TARGETS,
+    FunctionalWrite,
+    Reference,
+    Target,
+    WritePath,
+    WriteReads,
+    readout_gradient,
+)
+from circuit.schemas import ScalarPairRow, read_typed_rows
+from circuit.tasks.pairs import Pair
+from circuit.tasks.positions import Batch
+from circuit.trace.replay import Trace, open_trace
+from circuit.training.session import model_from_state
+
+COMMAND = "mlp-functional-write-adam-state-attribution"
+ENDPOINTS = ("source", "target")
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Which write is followed, and through which readout (definitions.md section 5).
+
+    Attributes:
+        source, mlp: the write path, such as `L1H3` and `L1MLP`.
+        reference_step: step at which the readout gradients are frozen.
+        role: positions that are summed over.
+        scalars: answer scalars that are read out.
+        endpoints: with scalar rows, the end of an interval that the reference step is.
+        reference_vector, target_vector: the gradient, and the delta that it is multiplied with.
+        side: of the pairs.
+        pairs: which pairs are built.
+    """
+
+    source: str
+    mlp: str
+    reference_step: int
+    role: str = "prediction"
+    scalars: tuple[str, ...] = ("fixed_source_competitor_margin",)
+    endpoints: tuple[str, ...] = ("source",)
+    reference_vector: Reference = "post_mlp_gradient"
+    target_vector: Target = "post_mlp_total_delta"
+    side: str = "clean"
+    pairs: PairOptions = field(default_factory=PairOptions)
+
+    def __post_init__(self) -> None:
+        WritePath.parse(self.source, self.mlp)
+        check_scalar_names(self.scalars)
+        for name, given, valid in (
+            ("reference vector", [self.reference_vector], REFERENCES),
+            ("target vector", [self.target_vector], TARGETS),
+            ("endpoint role", self.endpoints, ENDPOINTS),
+        ):
+            for value in given:
+                if value not in valid:
+                    raise CircuitError(f"unknown {name} '{value}'", expected=", ".join(valid))
+
+    def to_json(self) -> dict[str, Any]:
+        """The parameters as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class WriteScalars:
+    """Makes the scalars of an attribution of functional writes (a `ScalarSource`)."""
+
+    config: TrainConfig
+    probe_set: Path
+    options: WriteOptions
+    scalar_pair_rows: Path | None = None
+
+    def __call__(self, trace: Trace) -> list[FunctionalWrite]:
+        """The scalars on a trace: readout gradients at the reference step, then frozen."""
+        options = self.options
+        study = traced_study(self.config, self.probe_set, trace)
+        state = trace.state(options.reference_step)
+        model = model_from_state(state, study.config, study.benchmark)
+        path = WritePath.parse(options.source, options.mlp, model)
+        pairs = study.pairs(options.pairs)
+        batch = study.side(pairs, options.side)
+        reads = WriteReads.of(batch, options.role)
+        values = study.vocabulary.value_ids
+        output = options.reference_vector == "post_mlp_gradient"
+        stage = path.output_stage if output else path.input_stage
+        found = []
+        for endpoint in options.endpoints:
+            competitors = self._competitors(model, batch, pairs, endpoint, values)
+            for name in options.scalars:
+                readout = partial(
+                    _scalar,
+                    answer=batch.reads.answer,
+                    competitors=competitors,
+                    values=values,
+                    name=name,
+                )
+                reference = readout_gradient(model, reads, path, stage, readout)
+                found.append(
+                    FunctionalWrite(
+                        path,
+                        reads,
+                        reference,
+                        layers=study.config.model.layers,
+                        target=options.target_vector,
+                        name=f"functional_write.{path}.{name}.{endpoint}",
+                    )
+                )
+        return found
+
+    def _competitors(
+        self,
+        model: HookedTransformer,
+        batch: Batch,
+        pairs: Sequence[Pair],
+        endpoint: str,
+        values: range,
+    ) -> Competitors:
+        """Of each pair: from the scalar rows if given, else the model's at the reference step."""
+        if self.scalar_pair_rows is None:
+            with torch.no_grad():
+                logits = model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+            own = read_answers(logits, batch.reads.answer, values).competitor
+            return Competitors(own, own)
+        step, side = self.options.reference_step, self.options.side
+        rows = {
+            row.pair_id: row
+            for row in read_typed_rows(self.scalar_pair_rows, ScalarPairRow)
+            if row.margin_side == side
+            and (row.source_step if endpoint == "source" else row.target_step) == step
+        }
+        for pair in pairs:
+            if pair.pair_id not in rows:
+                raise CircuitError(
+                    f"no row of pair {pair.pair_id}, side {side}, whose {endpoint} is step {step}",
+                    where=self.scalar_pair_rows,
+                    fix="diagnose an interval with that end, on the same pairs",
+                )
+
+        def tokens(name: str) -> Int[Tensor, " read"]:
+            chosen = [getattr(rows[pair.pair_id], f"{name}_competitor") for pair in pairs]
+            return torch.tensor(chosen, device=batch.tokens.device)
+
+        return Competitors(tokens("source"), tokens("target"))
+
+
+def _scalar(
+    logits: Tensor, *, answer: Tensor, competitors: Competitors, values: range, name: str
+) -> Tensor:
+    return answer_scalars(logits, answer, competitors, values)[name]
+
+
+def _digest(scalar_pair_rows: Path) -> str:
+    read_typed_rows(scalar_pair_rows, ScalarPairRow)  # says what is wrong with the file
+    return hashlib.sha256(scalar_pair_rows.read_bytes()).hexdigest()
+
+
+def mlp_functional_write_adam_state_attribution(
+    config: TrainConfig,
+    probe_set: Path,
+    trace: Path,
+    output_dir: str | Path,
+    options: WriteOptions,
+    *,
+    scalar_pair_rows: Path | None = None,
+    window: WindowOptions = WindowOptions(),  # noqa: B008  frozen
+    path: str = "simpson",
+    partitions: tuple[Partition, ...] = ("circuit",),
+    loss_scope: LossScope = "full_lm",
+    overwrite: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> ReportResult:
+    """Attribute a functional write over a window of a trace.
+
+    Args:
+        scalar_pair_rows: rows of `answer-scalar-residual-diagnosis`, for the competitors; None
+            computes them at the reference step.
+
+    Raises:
+        CircuitError: as `report_attribution`.
+    """
+    source = WriteScalars(config, probe_set, options, scalar_pair_rows)
+    study = traced_study(config, probe_set, open_trace(trace))
+    rows = None if scalar_pair_rows is None else str(scalar_pair_rows)
+    found = study.provenance() | {"pairs": len(study.pairs(options.pairs))}
+    if scalar_pair_rows is not None:  # shards that took their competitors from others do not merge
+        found["scalar_pair_rows_sha256"] = _digest(scalar_pair_rows)
+    return report_attribution(
+        COMMAND,
+        Job(trace, source, path, partitions, loss_scope),
+        window,
+        output_dir,
+        parameters={
+            "probe_set": str(probe_set),
+            "optimizer_trace_dir": str(trace),
+            "scalar_pair_rows": rows,
+            **options.to_json(),
+        },
+        provenance=found,
+        overwrite=overwrite,
+        progress=progress,
+    )

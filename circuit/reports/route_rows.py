@@ -1,0 +1,181 @@
+"""Routes scored at checkpoints, and the changes of scores and of a target scalar between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from circuit.model.readout import read_answers
+from circuit.reports.inputs import Checkpointed
+from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
+from circuit.scalars.routes import Route
+from circuit.scalars.transfer import (
+    PairRuns,
+    PairSides,
+    contrast_margin,
+    route_bases,
+    route_scores,
+)
+from circuit.schemas import RouteRow, Side
+from circuit.tasks.pairs import SIDES, Pair
+from circuit.tasks.symbolic_kv import Vocabulary
+
+CONTRAST = "contrast_margin"
+TARGET_SCALARS = (*ANSWER_SCALARS, CONTRAST)
+"""What routes may be held against: an answer scalar, or `logit(a) - logit(b)` of the side."""
+
+WHOLE = (
+    Route("whole input", "embedding", "causal_prefix"),
+    Route("whole output", "final_norm", "prediction"),
+)
+"""Routes through which the contrast margin transfers completely, whatever the weights."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Everything of one checkpoint.
+
+    Attributes:
+        scores: of each route and pair.
+        gap: clean minus corrupted contrast margin of each pair.
+        incompleteness: largest |score - gap| over pairs and `WHOLE`.
+        logits: at the prediction positions, by side.
+    """
+
+    step: int
+    digest: str
+    scores: Tensor
+    gap: Tensor
+    incompleteness: float
+    logits: dict[str, Tensor]
+
+
+def score_checkpoint(
+    point: Checkpointed, sides: PairSides, routes: Sequence[Route], vocabulary: Vocabulary
+) -> Scored:
+    """Run both sides once and each route once.
+
+    Raises:
+        CircuitError: a role has unequal counts on the two sides of a pair.
+    """
+    model, tested = point.model, [*routes, *WHOLE]
+    runs = PairRuns.of(model, sides, tested)
+    bases = route_bases(model, tested, vocabulary)
+    scores = route_scores(model, sides, runs, tested, bases).cpu()
+    clean, corrupted = (
+        contrast_margin(logits, sides.transfer).cpu()
+        for logits in (runs.clean_logits, runs.corrupted_logits)
+    )
+    return Scored(
+        point.step,
+        point.digest,
+        scores[: len(routes)],
+        clean - corrupted,
+        float((scores[len(routes) :] - (clean - corrupted)).abs().max()),
+        {"clean": runs.clean_logits.cpu(), "corrupted": runs.corrupted_logits.cpu()},
+    )
+
+
+def route_rows(
+    scored: Sequence[Scored],
+    pairs: Sequence[Pair],
+    sides: PairSides,
+    routes: Sequence[Route],
+    values: range,
+    *,
+    margin_sides: Sequence[str],
+    target_scalar: str,
+) -> list[RouteRow]:
+    """One row an interval, pair and side, in this order.
+
+    Args:
+        scored: checkpoints of ascending steps.
+        values: the value tokens, a contiguous range of ids.
+        target_scalar: one of `TARGET_SCALARS`.
+    """
+    labels = [route.label for route in routes]
+
+    def by_label(scores: Tensor) -> list[dict[str, float]]:
+        return [dict(zip(labels, column, strict=True)) for column in scores.T.tolist()]
+
+    rows = []
+    for source, target in pairwise(scored):
+        ends = {s: _target(source, target, sides, s, target_scalar, values) for s in SIDES}
+        before, after = source.scores.double(), target.scores.double()
+        tables = [by_label(scores) for scores in (before, after, after - before)]
+        for index, pair in enumerate(pairs):
+            for side in margin_sides:
+                first, last = ends[side]
+                rows.append(
+                    RouteRow(
+                        source_step=source.step,
+                        target_step=target.step,
+                        source_digest=source.digest,
+                        target_digest=target.digest,
+                        pair_id=pair.pair_id,
+                        pair_type=pair.type,
+                        margin_side=cast(Side, side),
+                        source_route_scores=tables[0][index],
+                        target_route_scores=tables[1][index],
+                        route_score_deltas=tables[2][index],
+                        target_scalar=target_scalar,
+                        source_value=first[index],
+                        target_value=last[index],
+                        delta=last[index] - first[index],
+                    )
+                )
+    return rows
+
+
+def _target(
+    source: Scored,
+    target: Scored,
+    sides: PairSides,
+    side: str,
+    target_scalar: str,
+    values: range,
+) -> tuple[list[float], list[float]]:
+    """The target scalar of one side at both ends of an interval, one value a pair."""
+    ends = [end.logits[side] for end in (source, target)]
+    if target_scalar == CONTRAST:
+        transfer = sides.transfer.cpu()
+        found = [contrast_margin(logits, transfer) for logits in ends]
+    else:
+        batch = sides.clean if side == "clean" else sides.corrupted
+        answer = batch.reads.answer.cpu()
+        chosen = [read_answers(logits, answer, values).competitor for logits in ends]
+        competitors = Competitors(*chosen)
+        found = [
+            answer_scalars(logits, answer, competitors, values)[target_scalar] for logits in ends
+        ]
+    return found[0].double().tolist(), found[1].double().tolist()
+
+
+def mean_scores(
+    scored: Sequence[Scored], pairs: Sequence[Pair], routes: Sequence[Route]
+) -> list[dict[str, Any]]:
+    """Mean score of each route by checkpoint and pair type, and its share of the mean gap."""
+    rows = []
+    for kind in dict.fromkeys(pair.type for pair in pairs):
+        own = torch.tensor([pair.type == kind for pair in pairs])
+        for point in scored:
+            gap = float(point.gap[own].double().mean())
+            for route, score in zip(routes, point.scores, strict=True):
+                mean = float(score[own].double().mean())
+                rows.append(
+                    {
+                        "step": point.step,
+                        "pair_type": kind,
+                        "route": route.label,
+                        "pairs": int(own.sum()),
+                        "mean_score": mean,
+                        "mean_gap": gap,
+                        "share": mean / gap if gap else None,
+                    }
+                )
+    return rows

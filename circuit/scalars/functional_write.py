@@ -1,0 +1,195 @@
+"""Functional write: how much of what a component writes is read by the answer (definitions.md 5).
+
+`δ` is a stage of the residual stream with a source component minus the same with it ablated. A
+*readout gradient* `g` says how an answer scalar depends on that stage: the gradient with respect to
+the stage, held at its ablated value at all positions, with the rest of the network running on from
+it. Frozen at a reference step it gives the scalar `mean over pairs of g_ref . δ(theta)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from circuit.errors import CircuitError
+from circuit.model.components import Component, parse_component
+from circuit.model.stages import stage_hook
+from circuit.scalars.base import Cache, Needs, forward_activations
+from circuit.tasks.positions import Batch, role_positions
+
+Target = Literal["post_mlp_total_delta", "mlp_output_delta", "input_delta"]
+Reference = Literal["post_mlp_gradient", "input_gradient"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+REFERENCES: tuple[Reference, ...] = get_args(Reference)
+
+ReadScalar = Callable[[Float[Tensor, "read vocab"]], Float[Tensor, " read"]]
+"""An answer scalar of the logits at the prediction positions."""
+
+
+@dataclass(frozen=True)
+class WritePath:
+    """A source component and an MLP of the same or a later layer."""
+
+    source: Component
+    mlp: Component
+
+    @classmethod
+    def parse(cls, source: str, mlp: str, model: HookedTransformer | None = None) -> WritePath:
+        """A path from two addresses, such as `L1H3` and `L1MLP`.
+
+        Raises:
+            CircuitError: an address is malformed or not in the model, the second is no MLP, or the
+                source does not write before it.
+        """
+        found = cls(parse_component(source, model), parse_component(mlp, model))
+        if found.mlp.head is not None:
+            raise CircuitError(f"component '{mlp}' is a head", expected="an MLP, such as L1MLP")
+        before = found.source.layer < found.mlp.layer or (
+            found.source.layer == found.mlp.layer and found.source.head is not None
+        )
+        if not before:
+            raise CircuitError(
+                f"'{source}' does not write before '{mlp}'",
+                expected="a head of the same or an earlier layer, or an earlier MLP",
+            )
+        return found
+
+    @property
+    def input_stage(self) -> str:
+        """The stage that the MLP reads."""
+        return f"layer_{self.mlp.layer}_post_attn"
+
+    @property
+    def output_stage(self) -> str:
+        """The stage behind the MLP."""
+        return f"layer_{self.mlp.layer}_post_mlp"
+
+    def __str__(self) -> str:
+        return f"{self.source}_to_{self.mlp}"
+
+
+@dataclass(frozen=True)
+class WriteReads:
+    """Reads whose writes are followed, and the positions of a role.
+
+    Attributes:
+        sequences: distinct token sequences.
+        row: sequence of each read.
+        prediction: its prediction position.
+        positions, real: positions of the role, padded with 0, and which of them are real.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    tokens: Int[Tensor, "sequence pos"]
+    row: Int[Tensor, " read"]
+    prediction: Int[Tensor, " read"]
+    positions: Int[Tensor, "read slot"]
+    real: Bool[Tensor, "read slot"]
+
+    @classmethod
+    def of(cls, batch: Batch, role: str) -> WriteReads:
+        """The reads of a batch.
+
+        Raises:
+            CircuitError: there is no such role.
+        """
+        positions, real = role_positions(batch, role)
+        reads = batch.reads
+        return cls(batch.sequences(), batch.tokens, reads.row, reads.key_pos, positions, real)
+
+    def gather(
+        self, activations: Float[Tensor, "sequence pos d_model"]
+    ) -> Float[Tensor, "read slot d_model"]:
+        """The vectors at the role's positions, zero where a slot is not real."""
+        return activations[self.row[:, None], self.positions] * self.real[..., None]
+
+
+def deltas(cache: Cache, path: WritePath, layers: int) -> dict[Target, Tensor]:
+    """`δ_in`, `δ_mlp` and `δ_total` `[sequence, pos, d_model]` at every position."""
+    ablated = cache.without(str(path.source))
+    entering, leaving = (stage_hook(s, layers) for s in (path.input_stage, path.output_stage))
+    total = cache[leaving] - ablated[leaving]
+    into = cache[entering] - ablated[entering]
+    return {
+        "post_mlp_total_delta": total,
+        "mlp_output_delta": total - into,
+        "input_delta": into,
+    }
+
+
+def readout_gradient(
+    model: HookedTransformer,
+    reads: WriteReads,
+    path: WritePath,
+    stage: str,
+    scalar: ReadScalar,
+) -> Float[Tensor, "read slot d_model"]:
+    """Gradient of an answer scalar with respect to a stage, at the role's positions of each read.
+
+    The stage is held at its value with the source ablated; each read runs in its own row, so that
+    reads of one sequence do not mix.
+    """
+    hook, tokens = stage_hook(stage, model.cfg.n_layers), reads.tokens[reads.row]
+    with torch.no_grad():
+        held = forward_activations(
+            model, reads.tokens, frozenset([hook]), ablated=str(path.source)
+        )[hook]
+    leaf = held[reads.row].detach().requires_grad_()
+
+    def replace(value: Tensor, hook: HookPoint) -> Tensor:
+        return leaf
+
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, replace)])
+    every = torch.arange(len(reads.row), device=tokens.device)
+    (gradient,) = torch.autograd.grad(scalar(logits[every, reads.prediction]).sum(), leaf)
+    return gradient[every[:, None], reads.positions] * reads.real[..., None]
+
+
+class FunctionalWrite:
+    """`g_ref . δ(theta)` of one write path, a number for each read; it telescopes."""
+
+    constant = True
+
+    def __init__(
+        self,
+        path: WritePath,
+        reads: WriteReads,
+        reference: Float[Tensor, "read slot d_model"],
+        *,
+        layers: int,
+        target: Target = "post_mlp_total_delta",
+        name: str | None = None,
+    ) -> None:
+        """Describe the scalar.
+
+        Args:
+            reference: frozen readout gradient at the role's positions.
+            layers: of the model.
+            target: which delta it is multiplied with.
+
+        Raises:
+            CircuitError: there is no such target.
+        """
+        if target not in TARGETS:
+            raise CircuitError(f"unknown target vector '{target}'", expected=", ".join(TARGETS))
+        self.path, self.reads, self.reference = path, reads, reference.detach()
+        self.layers, self.target = layers, target
+        self.name = name or f"functional_write.{path}.{target}"
+        hooks = tuple(stage_hook(s, layers) for s in (path.input_stage, path.output_stage))
+        self.needs = Needs(reads.sequences, hooks, ablations=(str(path.source),))
+
+    def bind(self, model: HookedTransformer) -> FunctionalWrite:
+        """Nothing depends on the step: the reference is frozen."""
+        return self
+
+    def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
+        """`sum over the role's positions of g_ref . δ`, one per read."""
+        delta = self.reads.gather(deltas(cache, self.path, self.layers)[self.target])
+        return (self.reference.to(delta.dtype) * delta).sum((1, 2))

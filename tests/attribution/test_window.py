@@ -1,0 +1,262 @@
+"""Rows of a window do not depend on how it was cut, nor on who worked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from circuit.artifacts import dump_rows
+from circuit.attribution.series import Series
+from circuit.attribution.window import Job, Worker, attribute_window, cut_at_anchors
+from circuit.config import TrainConfig
+from circuit.errors import CircuitError
+from circuit.scalars.base import Scalar
+from circuit.scalars.qk_match import ReadMasks, qk_matches
+from circuit.tasks.positions import make_batch
+from circuit.trace.decompose import TERMS
+from circuit.trace.record import RecordOptions, record_trace
+from circuit.trace.replay import Trace, open_trace
+
+SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
+
+
+@dataclass(frozen=True)
+class Matches:
+    """QK matches of one head on records of the training split (a `ScalarSource`)."""
+
+    basis: int | None = None
+    """Step of a fixed basis."""
+    repeated: int = 1
+
+    def __call__(self, trace: Trace) -> Sequence[Scalar]:
+        from circuit.training.session import model_from_state
+
+        benchmark = trace.benchmark
+        records = benchmark.records("train")[:5]
+        reads = ReadMasks.of(make_batch(records, benchmark.vocabulary, benchmark.heldout_pairs))
+        model = None
+        if self.basis is not None:
+            model = model_from_state(trace.state(self.basis), trace.manifest.config, benchmark)
+        return qk_matches(["L1H1"] * self.repeated, reads, layers=2, ranks=[2], basis=model)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A source of no scalar."""
+
+    def __call__(self, trace: Trace) -> Sequence[Scalar]:
+        return ()
+
+
+@pytest.fixture(scope="module")
+def config(
+    make_config: Callable[..., TrainConfig],
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TrainConfig:
+    run = tmp_path_factory.mktemp("run")
+    return make_config(
+        model=SHAPE, benchmark_dir=str(tiny_folder), output_dir=str(run), gradient_clip=0.5
+    )
+
+
+@pytest.fixture(scope="module")
+def trace(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps with anchors at 0, 4, 8 and 12."""
+    return recorded(config, tmp_path_factory.mktemp("trace"))
+
+
+def recorded(config: TrainConfig, folder: Path, **options: Any) -> Path:
+    record_trace(config, folder, RecordOptions(**{"end_step": 12, "anchor_every": 4, **options}))
+    return folder
+
+
+def text(job: Job, *windows: tuple[int, int], workers: int = 1, anew: bool = True) -> str:
+    """The rows of some windows, one after the other, each by a worker of its own if `anew`."""
+    worker = None if anew else job.prepare()
+    found = (attribute_window(job, *window, worker=worker, workers=workers) for window in windows)
+    return "".join(dump_rows(rows) for window in found for rows in window)
+
+
+@pytest.fixture(scope="module")
+def jobs(trace: Path) -> dict[str, Job]:
+    return {
+        "source": Job(trace, Matches(), partitions=("layer", "circuit")),
+        "fixed": Job(trace, Matches(basis=6), path="midpoint"),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(jobs: dict[str, Job]) -> dict[str, str]:
+    return {name: text(job, (0, 12)) for name, job in jobs.items()}
+
+
+CUTS = {
+    "at anchors": [(0, 4), (4, 8), (8, 12)],
+    "between anchors": [(0, 3), (3, 5), (5, 12)],
+    "step by step": [(step, step + 1) for step in range(12)],
+}
+
+
+@pytest.mark.parametrize("anew", [True, False], ids=["own workers", "one worker"])
+@pytest.mark.parametrize("windows", CUTS.values(), ids=list(CUTS))
+@pytest.mark.parametrize("kind", ["source", "fixed"])
+def test_rows_do_not_depend_on_the_cuts(
+    jobs: dict[str, Job],
+    whole: dict[str, str],
+    kind: str,
+    windows: list[tuple[int, int]],
+    anew: bool,
+) -> None:
+    if anew and len(windows) > 3:
+        windows = [(0, 7), *((step, step + 1) for step in range(7, 10)), (10, 12)]
+    assert whole[kind].count("\n") == 12
+    assert text(jobs[kind], *windows, anew=anew) == whole[kind]
+
+
+def test_one_worker_may_go_backwards(jobs: dict[str, Job], whole: dict[str, str]) -> None:
+    """Nothing of an earlier window is left in it."""
+    worker = jobs["fixed"].prepare()
+    pieces = [
+        "".join(dump_rows(rows) for rows in worker.steps(*window))
+        for window in ((8, 12), (4, 8), (0, 4))
+    ]
+    assert "".join(reversed(pieces)) == whole["fixed"]
+
+
+def test_two_processes_make_the_rows_of_one(jobs: dict[str, Job], whole: dict[str, str]) -> None:
+    done: list[int] = []
+    found = attribute_window(jobs["source"], 2, 12, workers=2, progress=done.append)
+    rows = "".join(dump_rows(rows) for rows in found)
+    assert rows.splitlines() == whole["source"].splitlines()[2:]
+    assert done == [4, 8, 12]
+
+
+def test_progress_names_every_step(jobs: dict[str, Job]) -> None:
+    done: list[int] = []
+    worker = jobs["source"].prepare()
+    list(attribute_window(jobs["source"], 5, 9, worker=worker, progress=done.append))
+    assert done == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("at_least", [1, 2, 3, 8])
+@pytest.mark.parametrize("window", [(0, 12), (1, 11), (4, 8), (5, 7), (3, 9)], ids=str)
+def test_pieces_are_the_window_cut_at_anchors(
+    trace: Path, window: tuple[int, int], at_least: int
+) -> None:
+    pieces = cut_at_anchors(open_trace(trace), *window, at_least=at_least)
+    assert (pieces[0][0], pieces[-1][1]) == window
+    assert all(start < stop for start, stop in pieces)
+    for (_, stop), (start, _) in itertools.pairwise(pieces):
+        assert stop == start
+        assert start % 4 == 0
+    inside = [step for step in (4, 8) if window[0] < step < window[1]]
+    assert len(pieces) <= len(inside) + 1
+    if at_least > len(inside):
+        assert len(pieces) == len(inside) + 1
+
+
+def test_a_trace_from_the_middle_is_attributed(
+    config: TrainConfig, trace: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    """With the rows of the trace from the start, for the states are the same."""
+    start = trace / "checkpoints" / "step_000008.pt"
+    folder = recorded(config, tmp_path / "later", resume_checkpoint=start, anchor_every=3)
+    job = Job(folder, Matches(), partitions=("layer", "circuit"))
+    assert text(job, (8, 12)).splitlines() == whole["source"].splitlines()[8:]
+    with pytest.raises(CircuitError, match=r"window 4:12; expected start < end within 8:12"):
+        text(job, (4, 12))
+
+
+def test_how_a_trace_is_stored_changes_no_row(
+    config: TrainConfig, whole: dict[str, str], tmp_path: Path
+) -> None:
+    folder = recorded(config, tmp_path / "dense", storage="dense", end_step=6)
+    job = Job(folder, Matches(), partitions=("layer", "circuit"))
+    pieces = cut_at_anchors(open_trace(folder), 0, 6, at_least=8)
+    assert len(pieces) == 6
+    assert text(job, *pieces, anew=False).splitlines() == whole["source"].splitlines()[:6]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_terms_of_sgd_have_their_own_names(
+    config: TrainConfig, tmp_path: Path, momentum: float
+) -> None:
+    optimizer = {"name": "sgd", "learning_rate": 0.5, "momentum": momentum, "weight_decay": 0.01}
+    sgd = TrainConfig.model_validate(
+        {**config.model_dump(), "optimizer": optimizer, "gradient_clip": None}
+    )
+    folder = recorded(sgd, tmp_path / "sgd", end_step=5)
+    found = [row for (row,) in attribute_window(Job(folder, Matches()), 0, 5)]
+    for row in found:
+        assert tuple(row["path"]) == (*TERMS["sgd"], "rounding")
+        assert row["clip_factor"] == 1.0
+        still = row["step"] == 1 or momentum == 0
+        assert (row["path"]["historical_momentum"] == 0.0) == still
+        # nothing is clipped: both references are the current gradient's term
+        for name in ("raw_sgd", "clipped_sgd"):
+            share = row["first_order"]["current_gradient"]
+            assert row["references"][name] == pytest.approx(share, rel=1e-6)
+    closure = Series.collect(found)["qk_match.L1H1.rank2"].closure()
+    assert closure.path_absolute is not None
+    assert closure.first_order_absolute is not None
+    assert closure.path_absolute < 0.1 * closure.first_order_absolute
+
+
+def test_a_scope_of_answers_adds_one_reference_and_changes_no_term(
+    jobs: dict[str, Job], trace: Path
+) -> None:
+    plain = list(attribute_window(jobs["source"], 3, 6))
+    scoped = dataclasses.replace(jobs["source"], loss_scope="answer")
+    for (one,), (other,) in zip(plain, attribute_window(scoped, 3, 6), strict=True):
+        added = set(other["references"]) - set(one["references"])
+        assert added == {"answer_raw_sgd"}
+        assert other["references"].pop("answer_raw_sgd") != one["references"]["raw_sgd"]
+        assert one == other
+
+
+def test_bad_jobs_are_refused_before_a_step_is_replayed(
+    trace: Path, jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trace, "steps", None)
+    with pytest.raises(CircuitError, match="unknown path rule 'gauss:0'"):
+        Job(trace, Matches(), path="gauss:0")
+    with pytest.raises(CircuitError, match="unknown partition 'head'"):
+        Job(trace, Matches(), partitions=("head",))  # type: ignore[arg-type]
+    with pytest.raises(CircuitError, match="unknown loss scope 'lm'"):
+        Job(trace, Matches(), loss_scope="lm").prepare()  # type: ignore[arg-type]
+    with pytest.raises(CircuitError, match=r"scalars \(none\); expected each once"):
+        Job(trace, Nothing()).prepare()
+    with pytest.raises(CircuitError, match=r"rank2, qk_match.L1H1.rank2; expected each once"):
+        Job(trace, Matches(repeated=2)).prepare()
+    with pytest.raises(CircuitError, match="there is no trace here"):
+        Job(trace / "nowhere", Matches()).prepare()
+    with pytest.raises(CircuitError, match="0 workers; expected at least 1"):
+        list(attribute_window(jobs["source"], 0, 4, workers=0))
+    for window in ((0, 13), (4, 4), (6, 5), (-1, 3)):
+        with pytest.raises(CircuitError, match=r"expected start < end within 0:12"):
+            list(attribute_window(jobs["source"], *window, workers=2))
+
+
+def test_a_step_that_does_not_replay_ends_the_attribution(
+    jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker: Worker = jobs["source"].prepare()
+    real = worker.trace.store.row
+
+    def other(step: int) -> dict[str, Any]:
+        row = real(step)
+        return {**row, "loss": 0.0} if step == 3 else row
+
+    monkeypatch.setattr(worker.trace.store, "row", other)
+    done: list[int] = []
+    with pytest.raises(CircuitError, match="step 3 does not replay: it first differs in loss"):
+        for _ in attribute_window(jobs["source"], 0, 6, worker=worker, progress=done.append):
+            pass
+    assert done == [1, 2]

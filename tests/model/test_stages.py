@@ -1,0 +1,103 @@
+"""Stages: what is named is what is read, patched, and run on from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+
+from circuit.config import ModelConfig
+from circuit.errors import CircuitError
+from circuit.model.build import build_model
+from circuit.model.components import ablate
+from circuit.model.readout import lens
+from circuit.model.stages import (
+    patch,
+    read_stages,
+    run_from,
+    stage_before,
+    stage_hook,
+    stage_names,
+)
+
+
+@pytest.fixture
+def model() -> HookedTransformer:
+    shape = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+    return build_model(shape, vocabulary_size=20, seed=1)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 20, (3, 10), generator=torch.Generator().manual_seed(2))
+
+
+def test_stages_are_the_running_sum_of_the_stream(
+    model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    _, cache = model.run_with_cache(tokens)
+    logits, found = read_stages(model, tokens, *stage_names(2))
+    assert list(found) == stage_names(2)
+    total = cache["hook_embed"] + cache["hook_pos_embed"]
+    assert torch.equal(found["embedding"], total)
+    for layer in range(2):
+        for part in ("attn", "mlp"):
+            total = total + cache[f"blocks.{layer}.hook_{part}_out"]
+            assert torch.equal(found[f"layer_{layer}_post_{part}"], total)
+    assert torch.equal(found["final_norm"], model.ln_final(total))
+    assert torch.equal(logits, model(tokens))
+    assert torch.allclose(lens(model, "final_norm", found["final_norm"]), logits, atol=1e-5)
+
+
+def test_every_stage_is_what_the_stage_before_a_layer_names(model: HookedTransformer) -> None:
+    hooks = [stage_hook(stage_before(layer), 2) for layer in (0, 1)]
+    assert hooks == ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
+
+
+@pytest.mark.parametrize("stage", stage_names(2))
+def test_patching_the_clean_activation_reproduces_the_clean_logits(
+    model: HookedTransformer, tokens: torch.Tensor, stage: str
+) -> None:
+    clean, cache = read_stages(model, tokens, stage)
+    rows = torch.arange(3).repeat_interleave(10)
+    places = torch.arange(10).repeat(3)
+    own = cache[stage][rows, places]
+    with patch(model, stage, (rows, places), lambda _: own):
+        assert torch.equal(model(tokens), clean)
+        assert torch.equal(model(tokens.flip(0)), clean)  # whatever came in
+    with patch(model, stage, (rows, places), torch.zeros_like):
+        assert not torch.allclose(model(tokens), clean, atol=1e-3)
+    assert torch.equal(model(tokens), clean)  # the hook is gone
+
+
+@pytest.mark.parametrize("stage", stage_names(2))
+def test_running_on_from_a_stage_is_patching_it(
+    model: HookedTransformer, tokens: torch.Tensor, stage: str
+) -> None:
+    clean, cache = read_stages(model, tokens, stage)
+    assert torch.equal(run_from(model, stage, cache[stage]), clean)
+    changed = cache[stage].clone()
+    changed[1, 4] = changed[0, 2]
+    with patch(model, stage, (torch.tensor([1]), torch.tensor([4])), lambda _: changed[1, 4][None]):
+        patched = model(tokens)
+    assert torch.equal(run_from(model, stage, changed), patched)
+    assert torch.equal(patched[1, :4], clean[1, :4])  # causality
+    assert not torch.allclose(patched[1, 4:], clean[1, 4:], atol=1e-3)
+    assert torch.equal(model(tokens), clean)
+
+
+def test_running_on_sees_what_is_ablated_downstream(
+    model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    _, cache = read_stages(model, tokens, "layer_0_post_mlp")
+    with ablate(model, "L1H0"):
+        assert torch.equal(
+            run_from(model, "layer_0_post_mlp", cache["layer_0_post_mlp"]), model(tokens)
+        )
+
+
+def test_a_stage_that_does_not_exist_is_refused_with_the_list(model: HookedTransformer) -> None:
+    with pytest.raises(CircuitError, match="unknown stage 'layer_2_post_mlp'; expected one of emb"):
+        stage_hook("layer_2_post_mlp", 2)
+    with pytest.raises(CircuitError, match="layer_1_post_mlp, final_norm"):
+        run_from(model, "final", torch.zeros(1, 1, 16))

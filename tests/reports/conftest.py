@@ -1,0 +1,91 @@
+"""A tiny trained run with a probe set, and the command line, for the tests of reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from circuit.cli import main
+
+RUN = Path("runs/tiny")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        (line,) = self.out.splitlines()
+        found = json.loads(line)
+        assert isinstance(found, dict)
+        return found
+
+
+def type_in(words: tuple[str, ...]) -> int:
+    """Types `circuit ...`; the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["circuit", *words])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def trained_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    train_payload: Callable[..., dict[str, Any]],
+) -> Path:
+    """A folder with a run of two layers (checkpoints 3, 6, 9, 12) and a probe set of two splits."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(tiny_folder, folder / "data" / "tiny")
+    payload = train_payload()
+    payload["model"]["layers"] = 2
+    (folder / "tiny.json").write_text(json.dumps(payload))
+    probes = (
+        *("--split", "validation_iid", "--split", "heldout_pairs", "--examples-per-split", "8"),
+        *("--output", str(RUN / "analysis" / "probe_set.jsonl")),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert type_in(("train", "--config", "tiny.json")) == 0
+        assert type_in(("generate-probe-set", "--benchmark-dir", "data/tiny", *probes)) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run's folder, relative to the working directory, which is a copy of its own."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+@pytest.fixture
+def circuit(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Types `circuit ...` in that working directory."""
+    monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
+
+    def run(*words: str) -> Done:
+        capsys.readouterr()
+        code = type_in(words)
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,259 @@
+"""value-code-subspace-report: vectorised readouts give what a loop over reads gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from circuit.artifacts import read_jsonl
+from circuit.errors import CircuitError
+from circuit.model.codes import mean_at, nearest_centroid
+from circuit.model.stages import stage_hook
+from circuit.reports.value_code_subspace import first_to_stay
+from circuit.runs import open_run
+from circuit.tasks.groups import GROUPS, group_tokens, nonempty_mask
+from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
+from circuit.tasks.probes import load_probe_set
+from circuit.tasks.symbolic_kv import Vocabulary
+
+CHECKPOINTS = [f"runs/tiny/checkpoints/step_{step:06d}.pt" for step in (3, 12)]
+WORDS = (
+    *("value-code-subspace-report", "--config", "runs/tiny/run_config.json"),
+    *("--probe-set", "runs/tiny/analysis/probe_set.jsonl", "--output-dir", "out"),
+    *("--checkpoint", CHECKPOINTS[0], "--checkpoint", CHECKPOINTS[1]),
+    *("--stage", "layer_0_post_mlp", "--stage", "final_norm"),
+    *("--position-role", "prediction", "--position-role", "value_distractors"),
+    *("--group-by", "answer_value", "--group-by", "query_key", "--pca-rank", "2"),
+)
+NAME = "value_code_subspace"
+
+
+def drawn(seed: int, reads: int, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors with a signal, their groups, and units of up to four reads."""
+    draw = torch.Generator().manual_seed(seed)
+    groups = torch.randint(0, max(2, reads // 3), (reads,), generator=draw) + 40
+    units = torch.randint(0, max(2, reads // 2), (reads,), generator=draw)
+    means = torch.randn(100, width, generator=draw, dtype=torch.float64)
+    noise = torch.randn(reads, width, generator=draw, dtype=torch.float64)
+    return means[groups] + 0.7 * noise, groups, units
+
+
+def naive_centroids(vectors: Tensor, groups: Tensor, units: Tensor) -> tuple[list[int], list[bool]]:
+    found, scored = [], []
+    for i in range(len(vectors)):
+        cosines = {}
+        for group in sorted(set(groups.tolist())):
+            rest = [
+                vectors[j]
+                for j in range(len(vectors))
+                if groups[j] == group and units[j] != units[i]
+            ]
+            if rest:
+                centroid = torch.stack(rest).mean(0)
+                cosines[group] = float(torch.cosine_similarity(vectors[i], centroid, dim=0))
+        found.append(max(cosines, key=lambda group: cosines[group]))
+        scored.append(int(groups[i]) in cosines)
+    return found, scored
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("alone", [True, False])
+def test_leaving_out_equals_a_loop_over_reads(seed: int, alone: bool) -> None:
+    vectors, groups, units = drawn(seed, reads=9 + 7 * seed)
+    units = torch.arange(len(vectors)) if alone else units
+    found, scored = nearest_centroid(vectors, groups, units)
+    want, want_scored = naive_centroids(vectors, groups, units)
+    assert scored.tolist() == want_scored
+    assert found.tolist() == want
+    assert not all(want_scored) or len(set(want)) > 1
+
+
+def test_a_group_without_others_is_no_candidate() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [-1.0, 0.0]])
+    found, scored = nearest_centroid(vectors, torch.tensor([1, 2, 2]), torch.arange(3))
+    assert found.tolist() == [2, 2, 2]
+    assert scored.tolist() == [False, True, True]
+
+
+def test_a_code_is_read_and_noise_is_not() -> None:
+    groups = torch.arange(8).repeat(40)
+    noise = torch.randn(320, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    code = 6 * torch.eye(64, dtype=torch.float64)[groups]
+    for vectors, low, high in ((code + noise, 0.99, 1.0), (noise, 0.02, 0.25)):
+        found, scored = nearest_centroid(vectors, groups, torch.arange(320))
+        assert bool(scored.all())
+        assert low <= float((found == groups).double().mean()) <= high
+
+
+def test_means_of_roles_equal_a_loop(probes: tuple[Batch, Vocabulary]) -> None:
+    batch, _ = probes
+    draw = torch.Generator().manual_seed(3)
+    activations = torch.randn(*batch.tokens.shape, 5, generator=draw)
+    for role in ROLES:
+        mask = role_mask(batch, role)
+        found = mean_at(activations, batch.reads.row, mask)
+        for i in range(len(batch.reads)):
+            row = activations[batch.reads.row[i]].double()
+            assert torch.allclose(found[i], row[mask[i]].mean(0), atol=1e-12)
+
+
+def test_groups_are_the_tokens_at_their_positions(probes: tuple[Batch, Vocabulary]) -> None:
+    batch, _ = probes
+    reads = batch.reads
+    at = {"answer_value": reads.answer_pos, "query_key": reads.key_pos}
+    at |= {"support_value": reads.support_value_pos, "support_key": reads.support_key_pos}
+    for name in GROUPS:
+        positions = at.get(name, reads.support_op_pos)
+        want = [int(batch.tokens[r, p]) for r, p in zip(reads.row, positions, strict=True)]
+        assert group_tokens(batch, name, "support_op").tolist() == want
+    assert torch.equal(
+        group_tokens(batch, "support_value", "prediction"),
+        group_tokens(batch, "answer_value", "prediction"),
+    )
+    with pytest.raises(CircuitError, match="role 'value_distractors' has several positions"):
+        group_tokens(batch, "position_token", "value_distractors")
+    with pytest.raises(CircuitError, match="unknown role 'nowhere'"):
+        group_tokens(batch, "position_token", "nowhere")
+
+
+def test_a_read_without_the_role_is_named(probes: tuple[Batch, Vocabulary]) -> None:
+    batch, _ = probes
+    nobody = batch.writes.index.new_zeros(0)
+    empty = type(batch.writes)(*[nobody] * 7)
+    bare = Batch(batch.tokens, batch.lengths, batch.reads, empty, batch.sample_ids)
+    with pytest.raises(CircuitError, match=f"first in {batch.sample_ids[0]}: .* no position of ro"):
+        nonempty_mask(bare, "key_distractors")
+
+
+def test_readable_means_from_there_on() -> None:
+    rows = [{"step": s, "accuracy": a} for s, a in ((1, 0.9), (2, 0.1), (3, 0.5), (4, 0.8))]
+    assert first_to_stay(rows, "accuracy") == 3
+    assert first_to_stay(rows[:2], "accuracy") is None
+    assert first_to_stay([*rows, {"step": 5, "accuracy": None}], "accuracy") is None
+
+
+@pytest.fixture
+def probes(trained: Path) -> tuple[Batch, Vocabulary]:
+    """All probe records of the tiny run."""
+    benchmark = open_run(trained).benchmark
+    records = load_probe_set(trained / "analysis" / "probe_set.jsonl")
+    split = EncodedSplit(records, benchmark.vocabulary, benchmark.heldout_pairs)
+    return split.batch(), benchmark.vocabulary
+
+
+def top_right(rows: Tensor, rank: int) -> Tensor:
+    return torch.linalg.svd(rows - rows.mean(0)).Vh[:rank].T
+
+
+def test_every_number_equals_a_loop_over_reads(
+    circuit: Callable[..., Any], trained: Path, probes: tuple[Batch, Vocabulary]
+) -> None:
+    assert circuit(*WORDS).code == 0
+    rows = read_jsonl(Path("out") / f"{NAME}_rows.jsonl")
+    assert len(rows) == 2 * 2 * 2 * 2
+    (row,) = [
+        r
+        for r in rows
+        if (r["step"], r["stage"], r["position_role"], r["group_by"])
+        == (12, "layer_0_post_mlp", "value_distractors", "answer_value")
+    ]
+    batch, vocabulary = probes
+    reads, model = batch.reads, open_run(trained).model(12).requires_grad_(False)
+    logits, cache = model.run_with_cache(batch.tokens)
+    mask = role_mask(batch, "value_distractors")
+    states = cache[stage_hook("layer_0_post_mlp", 2)].double()
+    vectors = torch.stack([states[reads.row[i]][mask[i]].mean(0) for i in range(len(reads))])
+    tokens = reads.answer.tolist()
+    of = {t: vectors[[x == t for x in tokens]].mean(0) for t in sorted(set(tokens))}
+    identity, everything = top_right(torch.stack(list(of.values())), 2), top_right(vectors, 2)
+    want: dict[str, list[float]] = {}
+    for i, vector in enumerate(vectors):
+        unit, answer = vector / vector.norm(), tokens[i]
+        want.setdefault("identity_projection", []).append(float((unit @ identity).norm()))
+        want.setdefault("vector_projection", []).append(float((unit @ everything).norm()))
+        cosine = torch.cosine_similarity(vector, vectors.mean(0), dim=0)
+        want.setdefault("mean_cosine", []).append(abs(float(cosine)))
+        seen = model.unembed(model.ln_final(vector.float()[None, None]))[0, 0]
+        final = logits[reads.row[i], reads.key_pos[i]]
+        for name, scores in (("lens", seen), ("final", final)):
+            others = [float(scores[v]) for v in vocabulary.value_ids if v != answer]
+            margin = float(scores[answer]) - max(others)
+            want.setdefault(f"{name}_value_margin", []).append(margin)
+            want.setdefault(f"{name}_value_accuracy", []).append(margin > 0)
+        want.setdefault("final_answer_accuracy", []).append(int(final.argmax()) == answer)
+    for column, values in want.items():
+        assert row[column] == pytest.approx(sum(values) / len(values), abs=2e-6), column
+    keys = reads.key.tolist()
+    means = {k: vectors[[x == k for x in keys]].mean(0) for k in set(keys)}
+    without = torch.stack([v - means[k] for v, k in zip(vectors, keys, strict=True)])
+    for column, points, units in (
+        ("centroid_accuracy", vectors, torch.arange(len(vectors))),
+        ("centroid_accuracy_other_records", vectors, reads.row),
+        ("centroid_accuracy_key_removed", without, torch.arange(len(vectors))),
+    ):
+        found, scored = naive_centroids(points, reads.answer, units)
+        hits = [f == t for f, t, s in zip(found, tokens, scored, strict=True) if s]
+        assert row[column] == pytest.approx(sum(hits) / len(hits)), column
+    assert sum(of_lag["reads"] for of_lag in row["by_lag"].values()) == row["reads"] == len(reads)
+    by_key = [r for r in rows if r["group_by"] == "query_key"]
+    assert {r["centroid_accuracy_key_removed"] for r in by_key} == {None}
+
+
+def compared() -> dict[str, bytes]:
+    """The files that equal inputs make equal: all but the JSON, which tells times."""
+    paths = sorted(
+        path for path in Path("out").iterdir() if path.suffix in (".jsonl", ".svg", ".md")
+    )
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def test_the_same_command_gives_the_same_bytes(circuit: Callable[..., Any]) -> None:
+    payload = circuit(*WORDS, "--json").payload
+    assert [path for path in payload["paths"] if not Path(path).is_file()] == []
+    assert "value margins; they differ by at most" in payload["law"]
+    before = compared()
+    refused = circuit(*WORDS)
+    assert (refused.code, "--overwrite" in refused.err) == (2, True)
+    done = circuit(*WORDS, "--overwrite")
+    assert "readable: accuracy at least 0.5" in done.out
+    assert compared() == before
+    assert [name.rsplit(".")[-1] for name in before] == ["svg", "svg", "md", "jsonl"]
+    report = json.loads((Path("out") / f"{NAME}_report.json").read_text())
+    assert report["parameters"]["stages"] == ["layer_0_post_mlp", "final_norm"]
+    assert len(report["summary"]["readout"]) == 8
+    steps = {row["step"] for row in read_jsonl(Path("out") / f"{NAME}_rows.jsonl")}
+    assert steps == {3, 12}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stage", "layer_9_post_mlp"], "unknown stage 'layer_9_post_mlp'; expected one of embe"),
+        (["--stage", "final_norm"], "--stage: layer_0_post_mlp, final_norm, final_norm; expected"),
+        (["--position-role", "here"], "unknown role 'here'; expected prediction, query_key"),
+        (
+            ["--group-by", "value"],
+            "unknown group-by 'value'; expected one of answer_value, support",
+        ),
+        (["--group-by", "position_token"], "role 'value_distractors' has several positions"),
+        (["--pca-rank", "4"], "rank 4 of the identity basis by query_key (4 tokens in"),
+        (["--split", "none"], "holds no record of split 'none'"),
+        (["--checkpoint", "runs/tiny/checkpoints/step_000099.pt"], "no such checkpoint"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_leaves_no_report(
+    circuit: Callable[..., Any], words: list[str], said: str
+) -> None:
+    done = circuit(*WORDS, *words)
+    assert done.code == 2
+    assert done.out == ""
+    (line,) = done.err.splitlines()
+    assert said in line
+    assert not list(Path("out").glob("*.json*"))
