@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
@@ -126,6 +126,27 @@ def read_jsonl(path: Path, *, tolerate_torn_tail: bool = False) -> list[dict[str
     if tail and not tolerate_torn_tail:
         lines.append(tail)
     return [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def iter_jsonl(path: Path, *, holding: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of a large JSON Lines file, one by one.
+
+    Args:
+        holding: only lines that hold this text are parsed.
+
+    Raises:
+        CircuitError: as `read_jsonl`.
+    """
+    text = holding.encode()
+    try:
+        with path.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                if text in line:
+                    yield _parse_row(line.rstrip(b"\n"), f"{path}:{number}")
+    except FileNotFoundError:
+        raise CircuitError("no such file", where=path) from None
+    except OSError as error:
+        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
 
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from . import (
     answers,
     attribution,
     data,
+    functional,
     interventions,
     progress,
     quickstart,
@@ -60,6 +61,7 @@ for module in (
     progress,
     answers,
     routes,
+    functional,
     value_code,
 ):
     module.register(app)

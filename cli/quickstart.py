@@ -86,8 +86,8 @@ def _print_attribution(result: QuickstartResult) -> None:
     stdout.print(
         f"{winner['head']} learned to match the query to the support: its QK match"
         f" ({winner['score']}) grew from {winner['separation_at_first']:.2f} to"
-        f" {winner['separation_at_last']:.2f}, and the support beats every distractor in {percent(winner['support_wins_at_last'])} of the"
-        " probed reads",
+        f" {winner['separation_at_last']:.2f}, and the support beats every distractor in"
+        f" {percent(winner['support_wins_at_last'])} of the probed reads",
         soft_wrap=True,
     )
     actual = found["actual"]

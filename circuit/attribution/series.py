@@ -8,6 +8,7 @@ report prints comes from rows, so that merged shards and an unsharded run print 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -181,7 +182,7 @@ class _Columns:
     telescopes: bool = True
     steps: list[int] = field(default_factory=list)
     scalars: list[tuple[float, ...]] = field(default_factory=list)
-    numbers: list[list[float]] = field(default_factory=list)
+    numbers: array[float] = field(default_factory=lambda: array("d"))
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -194,10 +195,10 @@ class _Columns:
         self.telescopes = row["telescopes"]
         self.scalars.append((row["before"], row["after"], row["clip_factor"]))
         self.template = {key: row[key] for key in ("first_order", "path", "references", "groups")}
-        self.numbers.append(list(_leaves(self.template)))
+        self.numbers.extend(_leaves(self.template))
 
     def series(self, scalar: str) -> Series:
-        numbers = iter(np.array(self.numbers, dtype=np.float64).T.copy())
+        numbers = iter(np.array(self.numbers).reshape(len(self.steps), -1).T.copy())
         before, after, clip = np.array(self.scalars, dtype=np.float64).T.copy()
 
         def shaped(template: Mapping[str, Any]) -> dict[str, Any]:

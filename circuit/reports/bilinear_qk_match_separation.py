@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuit.config import TrainConfig
+from circuit.errors import CircuitError
 from circuit.figures.separation import separation_over_steps
 from circuit.model.components import all_heads, parse_component
 from circuit.model.readout import read_answers
@@ -48,6 +49,11 @@ class SeparationOptions:
     distractor_role: str = "value_distractors"
     splits: tuple[str, ...] | None = None
     max_records: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in (("heads", self.heads), ("ranks", self.ranks)):
+            if len(set(given)) < len(given):
+                raise CircuitError(f"{name} {', '.join(map(str, given))}", expected="each once")
 
 
 def bilinear_qk_match_separation(

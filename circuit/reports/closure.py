@@ -110,7 +110,7 @@ def fit_lines(fits: Sequence[Row], names: Mapping[str, str]) -> list[str]:
 
 
 def warnings_of(fits: Sequence[Row], name: str) -> list[str]:
-    """One line for each fit whose design does not determine every coefficient.
+    """One line for each fit whose design does not determine every coefficient, and a blank one.
 
     Args:
         name: key of a fit's name.
@@ -123,7 +123,7 @@ def warnings_of(fits: Sequence[Row], name: str) -> list[str]:
                 f"- {fit[name]}: rank {fit['rank']} of {fit['columns']}. The rows do not determine"
                 f" the coefficients of {routes}; the solution of least norm is shown."
             )
-    return found
+    return [*found, ""] if found else []
 
 
 NOTE = (

@@ -258,7 +258,6 @@ def _page(
         *fit_lines(fits, {"group": "group"}),
         "",
         *warnings_of(fits, "group"),
-        "",
         NOTE,
         "",
         f"![actual against predicted]({name}_fit.svg)",

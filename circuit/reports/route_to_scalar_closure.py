@@ -333,7 +333,6 @@ def _page(
         *fit_lines(fits, {"scalar": "scalar", "switch_bucket": "bucket"}),
         "",
         *warnings_of(named, "fit"),
-        "",
         NOTE,
         "",
         f"![R² by scalar and bucket]({name}_r_squared.svg)",

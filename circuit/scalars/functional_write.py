@@ -8,7 +8,7 @@ it. Frozen at a reference step it gives the scalar `mean over pairs of g_ref . �
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from circuit.errors import CircuitError
 from circuit.model.components import Component, parse_component
-from circuit.model.stages import stage_hook
+from circuit.model.stages import run_from, stage_hook
 from circuit.scalars.base import Cache, Needs, forward_activations
 from circuit.tasks.positions import Batch, role_positions
 
@@ -110,6 +110,18 @@ class WriteReads:
         """The vectors at the role's positions, zero where a slot is not real."""
         return activations[self.row[:, None], self.positions] * self.real[..., None]
 
+    def gather_own(
+        self, vectors: Float[Tensor, "read pos d_model"]
+    ) -> Float[Tensor, "read slot d_model"]:
+        """The same of vectors that stand in one row a read."""
+        every = torch.arange(len(self.row), device=vectors.device)
+        return vectors[every[:, None], self.positions] * self.real[..., None]
+
+    def to(self, device: torch.device | str) -> WriteReads:
+        """The same reads with every tensor on `device`."""
+        tensors = (self.tokens, self.row, self.prediction, self.positions, self.real)
+        return WriteReads(self.sequences, *(tensor.to(device) for tensor in tensors))
+
 
 def deltas(cache: Cache, path: WritePath, layers: int) -> dict[Target, Tensor]:
     """`δ_in`, `δ_mlp` and `δ_total` `[sequence, pos, d_model]` at every position."""
@@ -150,6 +162,55 @@ def readout_gradient(
     every = torch.arange(len(reads.row), device=tokens.device)
     (gradient,) = torch.autograd.grad(scalar(logits[every, reads.prediction]).sum(), leaf)
     return gradient[every[:, None], reads.positions] * reads.real[..., None]
+
+
+@dataclass(frozen=True)
+class ReadoutGradients:
+    """One answer scalar with the source ablated, and its gradients at every position of each read.
+
+    Attributes:
+        value: of the scalar, one a read.
+        into: `g_in`, with respect to the MLP's input stage.
+        out: `g_out`, with respect to its output stage.
+    """
+
+    value: Float[Tensor, " read"]
+    into: Float[Tensor, "read pos d_model"]
+    out: Float[Tensor, "read pos d_model"]
+
+
+def readout_gradients(
+    model: HookedTransformer,
+    reads: WriteReads,
+    path: WritePath,
+    held: Float[Tensor, "sequence pos d_model"],
+    scalars: Sequence[ReadScalar],
+) -> list[ReadoutGradients]:
+    """`readout_gradient` at both stages for several scalars, from one forward pass.
+
+    An input stage that is held at its ablated value at all positions makes the output stage take
+    its ablated value, so that one run on from it has both gradients.
+
+    Args:
+        reads: of any role; all positions are returned.
+        held: the input stage with the source ablated.
+    """
+    outs: list[Tensor] = []
+
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        outs.append(value)
+
+    leaf = held[reads.row].detach().requires_grad_()
+    leaving = stage_hook(path.output_stage, model.cfg.n_layers)
+    with model.hooks(fwd_hooks=[(leaving, keep)]):
+        logits = run_from(model, path.input_stage, leaf)
+    at_prediction = logits[torch.arange(len(leaf), device=leaf.device), reads.prediction]
+    found = []
+    for scalar in scalars:
+        value = scalar(at_prediction)
+        into, out = torch.autograd.grad(value.sum(), (leaf, outs[0]), retain_graph=True)
+        found.append(ReadoutGradients(value.detach(), into, out))
+    return found
 
 
 class FunctionalWrite:

@@ -88,7 +88,7 @@ def text(job: Job, *windows: tuple[int, int], workers: int = 1, anew: bool = Tru
 def jobs(trace: Path) -> dict[str, Job]:
     return {
         "source": Job(trace, Matches(), partitions=("layer", "circuit")),
-        "fixed": Job(trace, Matches(basis=6), path="midpoint"),
+        "fixed": Job(trace, Matches(basis=6)),  # reuses the end of a step as the next one's start
     }
 
 

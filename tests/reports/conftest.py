@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from circuit.cli import main
 
+from circuit.config import TrainConfig, load_config
+from circuit.trace.record import RecordOptions, record_trace
+
 RUN = Path("runs/tiny")
 
 
@@ -89,3 +92,21 @@ def circuit(
         return Done(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def traced_once(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace of that run, all of its 12 steps, with anchors at 0, 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("traced") / "trace"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained_once)
+        config = load_config(RUN / "run_config.json", TrainConfig)
+        record_trace(config, folder, RecordOptions(end_step=12, anchor_every=4))
+    return folder
+
+
+@pytest.fixture
+def traced(trained: Path, traced_once: Path) -> Path:
+    """A copy of the trace, relative to the working directory."""
+    shutil.copytree(traced_once, "trace")
+    return Path("trace")

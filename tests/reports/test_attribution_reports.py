@@ -5,29 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from circuit.artifacts import dump_row, dump_rows, read_jsonl
-from circuit.attribution.window import Job
+from circuit.artifacts import read_jsonl
 from circuit.config import TrainConfig, load_config
-from circuit.errors import CircuitError
-from circuit.model.readout import read_answers
-from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
+from circuit.reports.attribution_report import traced_study
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
 from circuit.reports.inputs import PairOptions
-from circuit.reports.mlp_functional_write_adam_state_attribution import WriteOptions, WriteScalars
-from circuit.scalars.answers import Competitors, answer_scalars
-from circuit.scalars.functional_write import WritePath, WriteReads, readout_gradient
+from circuit.scalars.base import evaluate_scalar
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import open_trace
+from circuit.training.session import model_from_state
 
 QK = "bilinear_qk_rank_adam_state_attribution"
-WRITE = "mlp_functional_write_adam_state_attribution"
 RUN = Path("runs/tiny")
 PROBES = RUN / "analysis/probe_set.jsonl"
 CONFIG = RUN / "run_config.json"
@@ -43,40 +37,15 @@ CONTRACT = (
     *("--max-route-pairs-per-type", "64", "--min-route-pairs-per-type", "4"),
     *("--loss-scope", "full_lm", "--overwrite"),
 )
-WRITTEN = ("trace", "write", *BASE[:6], "--min-pairs-per-type", "4")
-PATH = ("--source-component", "L0H1", "--component", "L0MLP", "--reference-step", "6")
 Circuit = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def traced_once(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trace of the run, anchors at 0, 4, 8 and 12."""
-    folder = tmp_path_factory.mktemp("traced") / "trace"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(trained_once)
-        config = load_config(CONFIG, TrainConfig)
-        record_trace(config, folder, RecordOptions(end_step=12, anchor_every=4))
-    return folder
-
-
 @pytest.fixture
-def qk(circuit: Circuit, traced_once: Path) -> Circuit:
+def qk(circuit: Circuit, traced: Path) -> Circuit:
     """Types `circuit trace qk`, with the folder that it writes to and further words."""
-    shutil.copytree(traced_once, "trace")
 
     def run(folder: str, *words: str, base: tuple[str, ...] = BASE) -> Any:
         return circuit("trace", "qk", *base, "--output-dir", folder, *words)
-
-    return run
-
-
-@pytest.fixture
-def write(circuit: Circuit, traced_once: Path) -> Circuit:
-    """The same of `circuit trace write`."""
-    shutil.copytree(traced_once, "trace")
-
-    def run(folder: str, *words: str) -> Any:
-        return circuit(*WRITTEN, *PATH, "--output-dir", folder, *words)
 
     return run
 
@@ -137,15 +106,11 @@ def test_an_earlier_report_is_kept_unless_told(qk: Circuit) -> None:
     assert len(rows_of("out")) == 3
 
 
-def test_json_is_one_object_whose_paths_exist(qk: Circuit, write: Callable[..., Any]) -> None:
-    for done, name in (
-        (qk("qk", *HEAD, "--end-step", "2", "--json"), QK),
-        (write("write", "--end-step", "2", "--json"), WRITE),
-    ):
-        assert (done.code, done.err) == (0, "")
-        found = done.payload
-        assert found["law"] == report_of(Path(found["paths"][0]).parent, name)["law"]
-        assert all(Path(path).is_file() for path in found["paths"])
+def test_json_is_one_object_whose_paths_exist(qk: Circuit) -> None:
+    done = qk("out", *HEAD, "--end-step", "2", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.payload["law"] == report_of("out")["law"]
+    assert all(Path(path).is_file() for path in done.payload["paths"])
 
 
 def test_every_window_is_the_sum_of_its_rows(qk: Circuit) -> None:
@@ -198,35 +163,61 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Circuit) -> None:
                 assert parts / len(reads[""]) == pytest.approx(share, rel=1e-4, abs=1e-8)
 
 
-def test_options_choose_the_reads(qk: Circuit) -> None:
-    """Side, roles, pair types, stage and norm each make another scalar of the same name."""
-    values = set()
-    for number, words in enumerate(
-        (
-            (),
-            ("--record-side", "corrupted"),
-            ("--support-key-role", "support_key", "--distractor-key-role", "key_distractors"),
-            ("--route-pair-type", "query_key"),
-            ("--layernorm-mode", "none"),
-            ("--context-stage", "embedding"),
-        )
-    ):
-        assert qk(f"out{number}", *HEAD, "--end-step", "1", *words).code == 0
-        values.add(rows_of(f"out{number}")[0]["before"])
-    assert len(values) == 5 + 1 - 1  # another value at the support does not change what asks for it
+def test_options_choose_what_is_scored(qk: Circuit, traced: Path) -> None:
+    """Each of them moves the value, and all of them together give the library's."""
+    changes: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "side": (("--record-side", "corrupted"), {"side": "corrupted"}),
+        "support": (("--support-key-role", "support_key"), {"support_role": "support_key"}),
+        "far": (
+            ("--distractor-key-role", "key_distractors"),
+            {"distractor_role": "key_distractors"},
+        ),
+        "query": (("--score-query-role", "support_op"), {"query_role": "support_op"}),
+        "norm": (("--layernorm-mode", "none"), {"layernorm_mode": "none"}),
+        "stage": (("--context-stage", "embedding"), {"context_stage": "embedding"}),
+        "type": (("--route-pair-type", "query_key"), {"scored_type": "query_key"}),
+    }
+    config, trace = load_config(CONFIG, TrainConfig), open_trace(traced)
+    study = traced_study(config, PROBES, trace)
+    model = model_from_state(trace.state(4), study.config, study.benchmark)
+
+    def value(**changed: Any) -> float:
+        types = ("query_key", "support_value")
+        pairs = PairOptions(types, max_per_type=9, min_per_type=4)
+        options = QKOptions(**{"heads": ("L1H1",), "ranks": (3,), "pairs": pairs, **changed})
+        (scalar,) = QKScalars(config, PROBES, options)(trace)
+        with torch.no_grad():
+            return float(evaluate_scalar(scalar, model).mean())
+
+    assert len({value(), *(value(**changed) for _, changed in changes.values())}) == 8
+    words = [word for typed, _ in changes.values() for word in typed]
+    words += ["--route-pair-source-type", "query_key", "--route-pair-source-type", "support_value"]
+    words += ["--max-route-pairs-per-type", "9", "--start-step", "4", "--end-step", "5"]
+    assert qk("out", *HEAD, *words).code == 0
+    everything = {name: one for _, changed in changes.values() for name, one in changed.items()}
+    assert rows_of("out")[0]["before"] == pytest.approx(value(**everything), rel=1e-6)
 
 
 SHARDS = {"one": (0, 5), "two": (5, 8), "three": (8, 12)}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shards are kept for the next test."""
+    return tmp_path_factory.mktemp("shards")
+
+
 @pytest.fixture
-def shards(qk: Circuit) -> Circuit:
+def shards(qk: Circuit, kept: Path) -> Circuit:
     """Three shards, and the unsharded report, of two scalars."""
-    words = ("--head", "L1H1", "--basis", "full", "--window")
-    for name, (start, end) in SHARDS.items():
-        window = ("--start-step", str(start), "--end-step", str(end))
-        assert qk(name, *words, f"{start}:{end}", *window).code == 0
-    assert qk("whole", *words, "2:9").code == 0
+    for name, (start, end) in {**SHARDS, "whole": (0, 12)}.items():
+        if not (kept / name).exists():
+            window = ("--window", "2:9" if name == "whole" else f"{start}:{end}")
+            steps = ("--start-step", str(start), "--end-step", str(end))
+            assert qk(name, "--head", "L1H1", "--basis", "full", *window, *steps).code == 0
+            shutil.copytree(name, kept / name)
+        else:
+            shutil.copytree(kept / name, name)
     return qk
 
 

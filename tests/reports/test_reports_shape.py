@@ -52,6 +52,9 @@ WORDS = {
     + ROWS_OF.format("route-to-margin-closure", "route_to_margin_closure")
     + " --scalar-pair-rows "
     + ROWS_OF.format("answer-scalar-residual-diagnosis", "answer_scalar_residual_diagnosis_pair"),
+    "mlp-input-functional-subspace-report": f"{PROBE} --source-component L0H0 --component L0MLP"
+    " --subspace-rank 2 --scalar-pair-rows "
+    + ROWS_OF.format("answer-scalar-residual-diagnosis", "answer_scalar_residual_diagnosis_pair"),
     "value-code-subspace-report": f"{PROBE} {POINTS} --stage layer_1_post_mlp --pca-rank 2",
     "value-code-transfer-rescue": f"{PROBE} {POINTS} --source-stage layer_0_post_mlp --target-stage"
     " layer_1_post_mlp --basis-rank 2 --split validation_iid",

@@ -6,13 +6,20 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from circuit.cli import main
+from circuit.cli import routes as cli_routes
 
 from circuit.artifacts import dump_rows, read_jsonl
+from circuit.model.subspaces import SUBSPACES
+from circuit.scalars.routes import parse_route
+from circuit.schemas import SWITCH_BUCKETS
+from circuit.tasks.pairs import SIDES
 
 RUN = Path("runs/tiny")
 SCALARS, ROUTES, CLOSURE = (RUN / "analysis" / name for name in ("scalars", "routes", "closure"))
@@ -300,3 +307,18 @@ def test_the_report_holds_its_parameters_and_its_law() -> None:
     assert report["parameters"]["routes"][2]["head"] == "L1H1"
     assert report["summary"]["largest_incomplete_transfer"] < 1e-5
     assert "transfer the contrast margin completely" in report["law"]
+
+
+def test_completion_offers_what_the_library_knows() -> None:
+    assert cli_routes.SUBSPACES == SUBSPACES
+    assert cli_routes.BUCKETS == SWITCH_BUCKETS
+    assert cli_routes.SIDES == SIDES
+    context = SimpleNamespace(params={})
+    complete = partial(cli_routes.complete_route, context)
+    assert complete("label=a,st") == ["label=a,stage="]
+    assert complete("label=a,stage=fin") == ["label=a,stage=final_norm"]
+    assert complete("subspace=full") == ["subspace=full_residual"]
+    keys = [word.removesuffix("=") for word in complete("")]
+    words = {"label": "a", "stage": "b", "position_role": "prediction", "rank": "1"}
+    words |= {"subspace": "head_qk_key", "head": "1", "head_layer": "0"}
+    assert parse_route(",".join(f"{key}={words[key]}" for key in keys)).label == "a"
