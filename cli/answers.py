@@ -11,17 +11,7 @@ from .output import print_report, progress_bar, stdout, table
 from .training import load_train_config
 
 PANEL = "Circuits"
-ANSWER_SCALARS = (
-    "moving_answer_margin",
-    "correct_value_logit",
-    "negative_answer_loss",
-    "fixed_source_competitor_margin",
-    "fixed_target_competitor_margin",
-    "source_best_wrong_logit",
-    "target_best_wrong_logit",
-)
 SWITCH_BUCKETS = ("all", "same_competitor", "competitor_switch")
-SIDES = ("clean", "corrupted")
 
 
 def register(app: typer.Typer) -> None:
@@ -40,14 +30,14 @@ def diagnose(
         list[str] | None,
         typer.Option(
             help="Side whose logits are read; repeatable. Both by default.",
-            autocompletion=options.complete_from(*SIDES),
+            autocompletion=options.complete_from(*options.SIDES),
         ),
     ] = None,
     scalar: Annotated[
         list[str] | None,
         typer.Option(
             help="Answer scalar; repeatable. All by default.",
-            autocompletion=options.complete_from(*ANSWER_SCALARS),
+            autocompletion=options.complete_answer_scalar,
         ),
     ] = None,
     switch_bucket: Annotated[
@@ -84,8 +74,8 @@ def diagnose(
                 PairOptions(
                     tuple(pair_type or ("support_value",)), max_pairs_per_type, min_pairs_per_type
                 ),
-                tuple(margin_side or SIDES),
-                tuple(scalar or ANSWER_SCALARS),
+                tuple(margin_side or options.SIDES),
+                tuple(scalar or options.ANSWER_SCALARS),
                 tuple(switch_bucket or SWITCH_BUCKETS),
                 tuple(split) if split else None,
                 top_k_wrong,

@@ -170,6 +170,7 @@ ROLES = (
     "value_distractors",
     "causal_prefix",
 )
+SIDES = ("clean", "corrupted")
 PAIR_TYPES = ("support_value", "query_key", "recency", "distractor")
 ANSWER_SCALARS = (
     "moving_answer_margin",
@@ -239,7 +240,7 @@ RecordSide = Annotated[
     str,
     typer.Option(
         help="Side of the pairs: clean or corrupted.",
-        autocompletion=complete_from("clean", "corrupted"),
+        autocompletion=complete_from(*SIDES),
     ),
 ]
 PairTypes = Annotated[

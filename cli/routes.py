@@ -13,7 +13,6 @@ from .output import print_report, progress_bar, stdout, table
 from .training import load_train_config
 
 PANEL = "Circuits"
-SIDES = ("clean", "corrupted")
 BUCKETS = ("all", "same_competitor", "competitor_switch")
 SUBSPACES = (
     "embedding_key_identity",
@@ -54,7 +53,7 @@ MarginSides = Annotated[
     typer.Option(
         "--margin-side",
         help="Side of the pairs; repeatable. Both by default.",
-        autocompletion=options.complete_from(*SIDES),
+        autocompletion=options.complete_from(*options.SIDES),
     ),
 ]
 FitIntercept = Annotated[
@@ -104,7 +103,7 @@ def margin_closure(
     wanted = report.RouteClosure(
         tuple(parse_route(spec) for spec in route),
         PairOptions(tuple(pair_type or ("support_value",)), max_pairs_per_type, min_pairs_per_type),
-        tuple(margin_side or SIDES),
+        tuple(margin_side or options.SIDES),
         target_scalar,
         fit_intercept,
         tuple(split) if split else None,

@@ -45,11 +45,11 @@ def terms_and_closure(series: Series, windows: Sequence[tuple[int, int]] = ()) -
     error.set_yscale("log")
     error.set_ylabel("|predicted - actual|")
     error.set_xlabel("optimizer step")
-    error.legend(loc="upper right", ncols=2)
+    error.legend(loc="best", ncols=2)
     for border in sorted({step for window in windows for step in window}):
         for axes in (change, error):
             axes.axvline(border, color="grey", linewidth=0.6, linestyle="--")
-    figure.legend(*change.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*change.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -64,7 +64,7 @@ def groups_of_terms(series: Series, partition: str, count: int = 14) -> Figure:
     ranked = sorted(totals, key=lambda group: -abs(sum(totals[group].values())))[:count]
     return _bars(
         [(group, totals[group]) for group in ranked],
-        f"{series.scalar}, steps {series.start} to {series.end}: which parameters moved it",
+        f"{series.scalar}, steps {series.start} to {series.end}: by parameters",
     )
 
 
