@@ -16,6 +16,7 @@ from transformer_lens import HookedTransformer
 
 from circuit.artifacts import read_jsonl
 from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.page import formation_page
 from circuit.reports.attribution_report import WindowOptions
 from circuit.reports.base import ReportResult
 from circuit.reports.bilinear_qk_match_separation import (
@@ -75,6 +76,8 @@ class QuickstartResult:
     evaluations: list[Evaluation]
     example: Example
     benchmark_folder: Path
+    page: Path
+    """The formation page: the run's story as one HTML file."""
 
 
 def quickstart_configs() -> tuple[BenchmarkConfig, TrainConfig]:
@@ -124,6 +127,7 @@ def quickstart(
         evaluations,
         example,
         Path(benchmark_config.output_dir),
+        formation_page(training.folder, overwrite=True).path,
     )
 
 

@@ -15,9 +15,13 @@ from . import (
     data,
     functional,
     interventions,
+    page,
     progress,
     quickstart,
+    reproduce,
     routes,
+    separation,
+    study,
     trace,
     training,
     value_code,
@@ -52,6 +56,7 @@ def _root(
 
 for module in (
     quickstart,
+    page,
     data,
     training,
     trace,
@@ -61,8 +66,11 @@ for module in (
     progress,
     answers,
     routes,
+    separation,
     functional,
     value_code,
+    reproduce,
+    study,
 ):
     module.register(app)
 

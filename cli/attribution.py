@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -27,7 +28,6 @@ def register(app: typer.Typer) -> None:
     app.command("mlp-functional-write-adam-state-attribution", rich_help_panel=PANEL)(
         attribute_write
     )
-    app.command("bilinear-qk-match-separation", rich_help_panel=PANEL)(separation)
     group.command("qk")(attribute_qk)
     group.command("write")(attribute_write)
     group.command("merge")(merge)
@@ -345,10 +345,12 @@ def _print_attribution(result: ReportResult, as_json: bool) -> None:
         summaries = result.summary["windows"]
         terms = list(summaries[0]["path"])
         short = [TERM_NAMES.get(term, term) for term in terms]
-        made = table(None, ["scalar", "steps", "actual", *short, "closure %", "1st order %"])
+        shared = _shared_prefix([s["scalar"] for s in summaries])
+        columns = ["scalar", "steps", "actual", *short, "closure %", "1st order %"]
+        made = table(shared, columns)
         for s in summaries:
             made.add_row(
-                s["scalar"],
+                s["scalar"].removeprefix(shared) or "all",
                 f"{s['start_step']}:{s['end_step']}",
                 f"{s['actual']:+.4g}",
                 *(f"{s['path'][t]:+.{1 if t == 'rounding' else 3}g}" for t in terms),
@@ -368,6 +370,15 @@ TERM_NAMES = {
 """The terms of an update in few words."""
 
 
+def _shared_prefix(names: list[str]) -> str:
+    """The dotted parts that all names begin with; the whole name if there is one only."""
+    if len(set(names)) == 1:
+        return names[0]
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    same = takewhile(lambda column: len(set(column)) == 1, parts)
+    return ".".join(column[0] for column in same)
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2g}"
 
@@ -382,69 +393,3 @@ class AttributionBar:
     def __call__(self, step: int, start: int, end: int) -> None:
         """Move the bar."""
         self.bar.update(self.task, total=end - start, completed=step - start, note=f"step {step}")
-
-
-def separation(
-    config: options.TrainConfigPath,
-    probe_set: options.ProbeSet,
-    output_dir: options.OutputDir,
-    checkpoint_dir: options.CheckpointDir = None,
-    checkpoint: options.Checkpoints = None,
-    head: options.Heads = None,
-    rank: Annotated[
-        list[int] | None,
-        typer.Option("--rank", min=1, help="Rank beside the whole matrix; repeatable; 8."),
-    ] = None,
-    context_stage: options.ContextStage = None,
-    layernorm_mode: options.LayernormMode = "head_ln1",
-    score_query_role: options.ScoreQueryRole = "prediction",
-    support_key_role: options.SupportKeyRole = "support_value",
-    distractor_key_role: options.DistractorKeyRole = "value_distractors",
-    split: options.Splits = None,
-    max_records: options.MaxRecords = None,
-    overwrite: options.Overwrite = False,
-    device: options.Device = None,
-    as_json: options.Json = False,
-) -> None:
-    """Which head matches queries to the support, at every checkpoint: finds whom to attribute."""
-    settings = load_train_config(config, device)
-    from circuit.reports import bilinear_qk_match_separation as report
-
-    wanted = report.SeparationOptions(
-        heads=tuple(head or ()),
-        ranks=tuple(rank or [8]),
-        context_stage=context_stage,
-        layernorm_mode=cast(Any, layernorm_mode),
-        query_role=score_query_role,
-        support_role=support_key_role,
-        distractor_role=distractor_key_role,
-        splits=tuple(split) if split else None,
-        max_records=max_records,
-    )
-    with progress_bar(not as_json) as bar:
-        task = bar.add_task("checkpoints", total=None, note="")
-        result = report.bilinear_qk_match_separation(
-            settings,
-            probe_set,
-            output_dir,
-            wanted,
-            checkpoints=checkpoint,
-            checkpoint_dir=checkpoint_dir,
-            overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    if not as_json:
-        winner = result.summary["winner"]
-        made = table(None, ["head", "score", "first", "last", "growth", "support wins %"])
-        rows = [h for h in result.summary["heads"] if h["score"] == winner["score"]]
-        for h in sorted(rows, key=lambda h: -h["growth"]):
-            made.add_row(
-                h["head"],
-                h["score"],
-                f"{h['separation_at_first']:.3f}",
-                f"{h['separation_at_last']:.3f}",
-                f"{h['growth']:+.3f}",
-                f"{100 * h['support_wins_at_last']:.1f}",
-            )
-        stdout.print(made)
-    print_report(result, as_json)

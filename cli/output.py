@@ -71,10 +71,16 @@ def share(value: float | None) -> str:
 
 
 def table(title: str | None, columns: Sequence[str]) -> Table:
-    """An empty table in the program's one style: first column left, the others right."""
+    """An empty table in the program's one style: first column left, the others right.
+
+    In a narrow terminal the first column folds; numbers are never cut.
+    """
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        if index == 0:
+            made.add_column(column, justify="left", overflow="fold")
+        else:
+            made.add_column(column, justify="right", no_wrap=True)
     return made
 
 

@@ -43,7 +43,7 @@ def quickstart(as_json: options.Json = False) -> None:
             attribution_progress=AttributionBar(bar),
         )
     paths = [result.benchmark_folder, result.training.folder, result.trace.record.store.root]
-    paths += [result.separation.page, result.attribution.page]
+    paths += [result.separation.page, result.attribution.page, result.page]
     if as_json:
         print_json(
             {
@@ -71,6 +71,7 @@ def quickstart(as_json: options.Json = False) -> None:
     print_written(paths)
     stdout.print(result.trace.law, soft_wrap=True)
     stdout.print(result.attribution.law, soft_wrap=True)
+    stdout.print(f"open {result.page} in a browser to see it", soft_wrap=True)
     accuracy = next(
         e.answer_accuracy for e in result.evaluations if e.split == library.EXAMPLE_SPLIT
     )

@@ -1,8 +1,8 @@
 """The share of a term by intervention: apply it alone, and apply all but it.
 
-For two terms and a quadratic scalar the path share of a term is its Aumann-Shapley value
-`½ [C(θ+u) - C(θ) + C(θ+Δ) - C(θ+Δ-u)]`, which asks for values only (definitions.md section 5). For
-any other scalar the two differ by third order in the size of the step.
+For a quadratic scalar, and any number of terms, the path share of a term is its Aumann-Shapley
+value `½ [C(θ+u) - C(θ) + C(θ+Δ) - C(θ+Δ-u)]`, which asks for values only (definitions.md section
+5). For any other smooth scalar the two differ by third order in the size of the step.
 """
 
 from __future__ import annotations

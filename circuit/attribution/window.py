@@ -128,14 +128,14 @@ def attribute_window(
 
 
 def cut_at_anchors(trace: Trace, start: int, end: int, *, at_least: int) -> list[tuple[int, int]]:
-    """Consecutive pieces of a window, cut at anchors, about equal; fewer if there are few anchors.
+    """At least so many consecutive pieces of a window, cut at anchors, if there are so many.
 
     Raises:
         CircuitError: the window is not recorded.
     """
     trace.store.check_window(start, end)
     inner = [step for step in trace.manifest.anchors() if start < step < end]
-    stride = max(1, -(-len(inner) // at_least))
+    stride = max(1, (len(inner) + 1) // at_least)
     cuts = [start, *inner[stride - 1 :: stride], end]
     return list(itertools.pairwise(cuts))
 

@@ -14,6 +14,8 @@ from circuit.figures.style import COLOURS, panels, styled
 def separation_over_steps(rows: Sequence[Mapping[str, Any]], score: str) -> Figure:
     """Separation of every head over steps; below, how often the winner's support wins, by lag.
 
+    Heads are ranked by growth; by the separation itself where there is one step only.
+
     Args:
         rows: of `bilinear-qk-match-separation`.
         score: which of the scores is drawn, such as `rank8`.
@@ -25,7 +27,8 @@ def separation_over_steps(rows: Sequence[Mapping[str, Any]], score: str) -> Figu
         found = [row for row in rows if row["head"] == head and row["lag"] == lag]
         return [row["step"] for row in found], [row[column] for row in found]
 
-    grown = {h: (c := course(h, "all", "separation")[1])[-1] - c[0] for h in heads}
+    courses = {head: course(head, "all", "separation")[1] for head in heads}
+    grown = {h: c[-1] - c[0] if len(c) > 1 else c[-1] for h, c in courses.items()}
     ranked = sorted(heads, key=lambda head: -grown[head])
     figure, (separation, wins) = panels(2, height=2.5)
     for place, head in enumerate(ranked):

@@ -15,9 +15,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from circuit.model.stages import run_from
-from circuit.model.subspaces import Basis, remove
+from circuit.model.subspaces import Basis, group_means, remove
 
 Vectors = Float[Tensor, "read d_model"]
+
+_ROUNDING = 1e-12
+"""A centroid shorter than this share of the longest vector has no direction."""
 
 
 def mean_at(
@@ -47,7 +50,8 @@ def nearest_centroid(
 
     Returns:
         The group id found for each read, and whether its own group has a vector outside its unit
-        (else it cannot be scored). Groups with none are no candidates.
+        (else it cannot be scored). Groups with none, and those whose vectors cancel, are no
+        candidates.
     """
     vectors = vectors.double()
     ids, group = torch.unique(groups, return_inverse=True)
@@ -62,14 +66,26 @@ def nearest_centroid(
     pair_unit, pair_group = pairs // len(ids), pairs % len(ids)
     left = counts[pair_group] - torch.bincount(pair)
     rest = sums[pair_group] - shares
-    rest_norm = torch.where(left > 0, rest.norm(dim=1), torch.inf)
-
-    cosines = vectors @ sums.T / sums.norm(dim=1)
+    least = _ROUNDING * vectors.norm(dim=1).amax()
+    norm, rest_norm = sums.norm(dim=1), rest.norm(dim=1)
+    cosines = torch.where(norm > least, vectors @ sums.T / norm, -torch.inf)
     read, own = (unit[:, None] == pair_unit).nonzero(as_tuple=True)
     found = (vectors[read] * rest[own]).sum(1) / rest_norm[own]
-    found = torch.where(left[own] > 0, found, -torch.inf)
-    cosines[read, pair_group[own]] = found
+    is_there = (left[own] > 0) & (rest_norm[own] > least)
+    cosines[read, pair_group[own]] = torch.where(is_there, found, -torch.inf)
     return ids[cosines.argmax(1)], left[pair] > 0
+
+
+def nearest_centroid_without(
+    vectors: Vectors, groups: Int[Tensor, " read"], other: Int[Tensor, " read"]
+) -> tuple[Int[Tensor, " read"], Bool[Tensor, " read"]]:
+    """`nearest_centroid`, leaving one out, after the mean of each `other` group is subtracted.
+
+    Nothing is left of a read that is alone in its `other` group: it cannot be scored.
+    """
+    means, place, sizes = group_means(vectors, other)
+    found, scored = nearest_centroid(vectors - means[place], groups, torch.arange(len(groups)))
+    return found, scored & (sizes[place] > 1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from circuit.attribution.line import Line, LineIntegral, Values
-from circuit.errors import CircuitError
 from circuit.model.build import named_tensors
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed, PairOptions, Study
@@ -149,12 +148,6 @@ def interval_changes(
     for done, point in enumerate(study.models(checkpoints), start=1):
         weights = {name: tensor.clone() for name, tensor in named_tensors(point.model).items()}
         if source is not None:
-            if point.step <= source.step:
-                raise CircuitError(
-                    f"holds step {point.step} and follows step {source.step}",
-                    where=point.path,
-                    expected="checkpoints of ascending steps, each step once",
-                )
             for side, batch in sides.items():
                 line = Line(point.model, before, weights, batch.tokens, _places(batch))
                 yield _change(line, batch, study, options, source, point, side)

@@ -66,6 +66,12 @@ def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
             where=trace.path,
             fix="pass the run_config.json of the traced run",
         )
+    if config.device != manifest.config.device:
+        raise CircuitError(
+            f"device '{config.device}', but the trace was recorded on '{manifest.config.device}'",
+            where=trace.path,
+            fix="replay is exact on the recording's device only; leave --device out",
+        )
     threads = manifest.environment["threads"]
     study = open_study(manifest.config.replace(threads=threads), probe_set)
     if study.benchmark.digest != manifest.benchmark_digest:
@@ -317,6 +323,7 @@ def _write(
         figures=figures,
         provenance=provenance,
         law=closing_law(summaries[: len(series)], lead.scalar),
+        device=provenance["trace"]["environment"]["device"],
     )
 
 

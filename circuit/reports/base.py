@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from circuit.artifacts import OutputFolder, Row, dump_json, dump_rows
 from circuit.environment import environment_facts
+from circuit.errors import CircuitError
 from circuit.figures.style import svg
 
 
@@ -72,6 +73,10 @@ class ReportWriter:
         """Stem of the file names."""
         return report_name(self.command)
 
+    def fixed_names(self) -> tuple[str, str, str]:
+        """Names of rows, page and report."""
+        return f"{self.name}_rows.jsonl", f"{self.name}_report.md", f"{self.name}_report.json"
+
     def write(
         self,
         *,
@@ -95,28 +100,24 @@ class ReportWriter:
             figures: stem of each SVG and the figure.
             further: text of further files by name.
             provenance: digests of what was read, beside the environment and the times.
+            device: that was computed on.
         """
-        further, figures = dict(further or {}), dict(figures or {})
-        row_file, report_file = f"{self.name}_rows.jsonl", f"{self.name}_report.json"
-        if report_file in self.folder.owned:  # no report stands beside rows that it does not mean
-            self.folder.remove([report_file])
-        further = {row_file: rows if isinstance(rows, str) else dump_rows(rows)} | further
-        written = [self.folder.write_text(name, text) for name, text in further.items()]
-        drawn = [
-            self.folder.write_text(f"{stem}.svg", svg(figure)) for stem, figure in figures.items()
-        ]
+        row_file, page_file, report_file = self.fixed_names()
+        tables = {row_file: rows if isinstance(rows, str) else dump_rows(rows), **(further or {})}
+        drawn = {f"{stem}.svg": svg(figure) for stem, figure in (figures or {}).items()}
         title = [f"# {self.command}", ""] + ([f"**{_sentence(law)}**", ""] if law else [])
-        markdown = self.folder.write_text(
-            f"{self.name}_report.md", "\n".join([*title, *page]).rstrip("\n") + "\n"
-        )
-        names = [path.name for path in [*written, *drawn, markdown]]
+        texts = {
+            **tables,
+            **drawn,
+            page_file: "\n".join([*title, *page]).rstrip("\n") + "\n",
+        }
         payload = {
             "schema_version": 1,
             "command": self.command,
             "parameters": dict(parameters),
             "law": law,
             "summary": dict(summary),
-            "paths": names,
+            "paths": list(texts),
             "provenance": {
                 **(provenance or {}),
                 "environment": environment_facts(device),
@@ -124,9 +125,19 @@ class ReportWriter:
                 "seconds": time.time() - self.began,
             },
         }
-        report = self.folder.write_text(report_file, dump_json(payload))
+        texts[report_file] = dump_json(payload)
+        # everything is ready and every name is free before the earlier report goes
+        self.folder.claim(texts)
+        self.folder.remove([report_file])
+        paths = {name: self.folder.write_text(name, text) for name, text in texts.items()}
         return ReportResult(
-            self.command, report, markdown, tuple(written), tuple(drawn), dict(summary), law
+            self.command,
+            paths[report_file],
+            paths[page_file],
+            tuple(paths[name] for name in tables),
+            tuple(paths[name] for name in drawn),
+            dict(summary),
+            law,
         )
 
 
@@ -140,11 +151,20 @@ def open_report(
     without an error.
 
     Raises:
-        CircuitError: the folder holds a report of this command and `overwrite` was not given, or
-            somebody else's file under a name that is needed.
+        CircuitError: the folder holds a report of this command and `overwrite` was not given, a
+            report of another command, or somebody else's file under a name that is needed.
     """
     with OutputFolder(output_dir, command, overwrite=overwrite) as folder:
-        yield ReportWriter(command, folder)
+        writer = ReportWriter(command, folder)
+        folder.refuse_foreign(writer.fixed_names())
+        for other in sorted(folder.root.glob("*_report.json")):
+            if other.name not in folder.owned:
+                raise CircuitError(
+                    f"the folder holds another report, {other.name}",
+                    where=folder.root,
+                    fix="give each report a folder of its own",
+                )
+        yield writer
         folder.remove_stale()
 
 

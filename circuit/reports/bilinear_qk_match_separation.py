@@ -168,6 +168,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Growth of every head's separation over the checkpoints, and the head with the largest.
 
     The winner is taken on the smallest rank that was asked for, on the whole matrix without one.
+    At a single checkpoint nothing has grown: growth is null, and the separation itself decides.
     """
     steps = sorted({row["step"] for row in rows})
     table: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -183,7 +184,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "score": score,
                 "separation_at_first": course[0]["separation"],
                 "separation_at_last": course[-1]["separation"],
-                "growth": course[-1]["separation"] - course[0]["separation"],
+                "growth": (
+                    course[-1]["separation"] - course[0]["separation"] if len(steps) > 1 else None
+                ),
                 "support_wins_at_last": course[-1]["support_wins"],
                 "correlation_with_margin": _correlation(course, "separation", "answer_margin"),
                 "correlation_with_singular_value": _correlation(
@@ -193,8 +196,15 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
     ranks = sorted((s["score"] for s in heads if s["score"].startswith("rank")), key=_rank)
     score = ranks[0] if ranks else "full"
-    winner = max((h for h in heads if h["score"] == score), key=lambda h: h["growth"])
-    return {"first_step": steps[0], "last_step": steps[-1], "winner": winner, "heads": heads}
+    by = "growth" if len(steps) > 1 else "separation_at_last"
+    winner = max((h for h in heads if h["score"] == score), key=lambda h: h[by])
+    return {
+        "first_step": steps[0],
+        "last_step": steps[-1],
+        "ranked_by": by,
+        "winner": winner,
+        "heads": heads,
+    }
 
 
 def _rank(score: str) -> int:
@@ -210,10 +220,13 @@ def _correlation(course: Sequence[dict[str, Any]], one: str, other: str) -> floa
 
 
 def _page(summary: dict[str, Any], reads: int) -> list[str]:
-    winner = summary["winner"]
+    winner, by = summary["winner"], summary["ranked_by"]
+    grown = by == "growth"
+    steps = f"steps {summary['first_step']} to" if grown else "step"
+    most = f"grew most: by {winner['growth']:+.4g} to" if grown else "is the largest:"
     lines = [
-        f"{reads} reads, steps {summary['first_step']} to {summary['last_step']}. The separation of"
-        f" **{winner['head']}** ({winner['score']}) grew most: by {winner['growth']:+.4g} to"
+        f"{reads} reads, {steps} {summary['last_step']}. The separation of"
+        f" **{winner['head']}** ({winner['score']}) {most}"
         f" {winner['separation_at_last']:.4g}; there the support beats every distractor in"
         f" {100 * winner['support_wins_at_last']:.1f} % of the reads.",
         "",
@@ -223,14 +236,15 @@ def _page(summary: dict[str, Any], reads: int) -> list[str]:
         " corr. with top singular value |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for h in sorted(summary["heads"], key=lambda h: (h["score"], -h["growth"])):
+    for h in sorted(summary["heads"], key=lambda h: (h["score"], -h[by])):
         correlations = " | ".join(
             "-" if h[name] is None else f"{h[name]:.2f}"
             for name in ("correlation_with_margin", "correlation_with_singular_value")
         )
+        growth = f"{h['growth']:+.4g}" if grown else "-"
         lines.append(
             f"| {h['head']} | {h['score']} | {h['separation_at_first']:.4g}"
-            f" | {h['separation_at_last']:.4g} | {h['growth']:+.4g}"
+            f" | {h['separation_at_last']:.4g} | {growth}"
             f" | {100 * h['support_wins_at_last']:.1f} % | {correlations} |"
         )
     return lines

@@ -11,6 +11,7 @@ from typing import Any
 from circuit.artifacts import OutputFolder, dump_json, find_folder
 from circuit.config import TrainConfig
 from circuit.environment import environment_facts, prepare_process
+from circuit.reports.inputs import check_finite
 from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.replay import load_state
 from circuit.training.checkpoints import tensors_digest
@@ -44,11 +45,12 @@ def evaluate_checkpoint(
         progress: called with split, records done and their number.
 
     Raises:
-        CircuitError: the checkpoint is damaged or of another config or benchmark, a split does not
-            exist, or the output file is not an evaluation of this command.
+        CircuitError: the checkpoint is damaged, of another config or benchmark, or not finite, a
+            split does not exist, or the output file is not an evaluation of this command.
     """
     checkpoint = Path(checkpoint)
     state = load_state(checkpoint)
+    check_finite(state, checkpoint)
     # after load_state, which may have replayed with the threads of a trace
     prepare_process(threads=config.threads, device=config.device)
     names = list(splits or config.tracked_splits)

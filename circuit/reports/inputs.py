@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformer_lens import HookedTransformer
 
 from circuit.artifacts import find_folder
@@ -26,7 +27,13 @@ from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import ProbeSet, read_probe_set
 from circuit.tasks.symbolic_kv import Record, Vocabulary
 from circuit.trace.replay import load_state
-from circuit.training.checkpoints import checkpoint_step, list_checkpoints, tensors_digest
+from circuit.training.checkpoints import (
+    TrainState,
+    checkpoint_step,
+    list_checkpoints,
+    read_description,
+    tensors_digest,
+)
 from circuit.training.session import check_state, model_from_state
 
 
@@ -107,9 +114,9 @@ class Study:
         batch = pair_batch(pairs, side, self.vocabulary, self.benchmark.heldout_pairs)
         return batch.to(self.config.device)
 
-    def models(self, checkpoints: Sequence[Path]) -> Iterator[Checkpointed]:
-        """The model at each checkpoint, in the order given; see `models_at`."""
-        return models_at(self.config, self.benchmark, checkpoints)
+    def models(self, checkpoints: Sequence[Path], *, finite: bool = True) -> Iterator[Checkpointed]:
+        """The model at each checkpoint, ascending by step; see `models_at`."""
+        return models_at(self.config, self.benchmark, checkpoints, finite=finite)
 
     def provenance(self) -> dict[str, Any]:
         """Digests of what was read."""
@@ -121,18 +128,28 @@ class Study:
 
 
 def models_at(
-    config: TrainConfig, benchmark: Benchmark, checkpoints: Sequence[Path]
+    config: TrainConfig,
+    benchmark: Benchmark,
+    checkpoints: Sequence[Path],
+    *,
+    finite: bool = True,
 ) -> Iterator[Checkpointed]:
-    """The model at each checkpoint, in the order given.
+    """The model at each checkpoint, ascending by step.
 
     One model is loaded again and again: use it before asking for the next.
 
+    Args:
+        finite: refuse weights that are not finite, of which most numbers cannot be taken.
+
     Raises:
-        CircuitError: a checkpoint is missing, damaged, or of another config or benchmark.
+        CircuitError: a checkpoint is missing, damaged, of another config or benchmark, or of the
+            step of another; or it holds weights that are not finite.
     """
     model: HookedTransformer | None = None
-    for path in checkpoints:
+    for path in _by_step(checkpoints):
         state = load_state(path)
+        if finite:
+            check_finite(state, path)
         prepare_process(threads=config.threads, device=config.device)
         if model is None:
             model = model_from_state(state, config, benchmark)
@@ -172,16 +189,15 @@ def open_study(
 def choose_checkpoints(
     checkpoints: Sequence[Path] | None, checkpoint_dir: Path | None, *, least: int = 1
 ) -> list[Path]:
-    """The checkpoints that a command line names, or all of a folder; ascending by step, unique.
+    """The checkpoints that a command line names, or all of a folder; ascending by step.
 
     Raises:
-        CircuitError: there are fewer than `least`, or one is named twice.
+        CircuitError: there are fewer than `least`, two are of one step, or one whose name does not
+            tell its step is missing or damaged.
     """
     chosen = list(checkpoints or ())
     if not chosen and checkpoint_dir is not None:
         chosen = list(list_checkpoints(checkpoint_dir).values())
-    if len({path.resolve() for path in chosen}) < len(chosen):
-        raise CircuitError("a checkpoint is named twice", fix="name each once")
     if len(chosen) < least:
         raise CircuitError(
             f"{len(chosen)} checkpoints",
@@ -189,4 +205,36 @@ def choose_checkpoints(
             expected=f"at least {least}",
             fix="name them with --checkpoint, or give a --checkpoint-dir that holds some",
         )
-    return sorted(chosen, key=lambda path: (checkpoint_step(path) or 0, str(path)))
+    return _by_step(chosen)
+
+
+def _by_step(checkpoints: Sequence[Path]) -> list[Path]:
+    """Checkpoints ascending by the step that their name tells, or else the file."""
+    found: dict[int, Path] = {}
+    for path in checkpoints:
+        step = checkpoint_step(path)
+        if step is None:
+            step = int(read_description(path)["step"])
+        if step in found:
+            raise CircuitError(
+                f"is of step {step}, as is {found[step]}",
+                where=path,
+                expected="one checkpoint a step, named once",
+            )
+        found[step] = path
+    return [found[step] for step in sorted(found)]
+
+
+def check_finite(state: TrainState, path: Path) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        CircuitError: the checkpoint and the first such tensor are named.
+    """
+    for name, tensor in state.parameters.items():
+        if not torch.isfinite(tensor).all():
+            raise CircuitError(
+                f"weights of {name} are not finite at step {state.step}: the run diverged",
+                where=path,
+                fix="choose checkpoints before it did",
+            )

@@ -221,6 +221,39 @@ def read_intervals(
     return Intervals(path, _aligned(found, path, side))
 
 
+def read_interval_at(
+    path: Path, pairs: Sequence[Pair], *, side: str, endpoint: str, step: int
+) -> Intervals:
+    """The one interval that has an end at a step, its rows in the order of some pairs.
+
+    Raises:
+        CircuitError: the file is missing, damaged or of another kind, it holds several such
+            intervals, or none of a pair (the pair is named).
+    """
+    own = [
+        row
+        for row in read_typed_rows(path, ScalarPairRow)
+        if row.margin_side == side and getattr(row, f"{endpoint}_step") == step
+    ]
+    steps = sorted({(row.source_step, row.target_step) for row in own})
+    if len(steps) > 1:
+        raise CircuitError(
+            f"holds several intervals whose {endpoint} is step {step}:"
+            f" {', '.join(f'{s} -> {t}' for s, t in steps)}",
+            where=path,
+            expected="one, whose competitors are taken",
+        )
+    rows = {row.pair_id: row for row in own}
+    for pair in pairs:
+        if pair.pair_id not in rows:
+            raise CircuitError(
+                f"no row of pair {pair.pair_id}, side {side}, whose {endpoint} is step {step}",
+                where=path,
+                fix="diagnose an interval with that end, on the same pairs",
+            )
+    return Intervals(path, {steps[0]: tuple(rows[pair.pair_id] for pair in pairs)})
+
+
 def _aligned(
     found: Mapping[tuple[int, int], Mapping[str, ScalarPairRow]], path: Path, side: str
 ) -> dict[tuple[int, int], tuple[ScalarPairRow, ...]]:

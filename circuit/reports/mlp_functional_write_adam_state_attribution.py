@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
@@ -22,8 +20,9 @@ from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
 from circuit.reports.base import ReportResult
-from circuit.reports.inputs import PairOptions
-from circuit.scalars.answers import Competitors, answer_scalars, check_scalar_names
+from circuit.reports.inputs import Checkpointed, PairOptions
+from circuit.reports.interval_ends import ENDPOINTS, read_interval_at
+from circuit.scalars.answers import OF_THE_TARGET, Competitors, answer_scalars, check_scalar_names
 from circuit.scalars.functional_write import (
     REFERENCES,
     TARGETS,
@@ -38,10 +37,10 @@ from circuit.schemas import ScalarPairRow, read_typed_rows
 from circuit.tasks.pairs import Pair
 from circuit.tasks.positions import Batch
 from circuit.trace.replay import Trace, open_trace
+from circuit.training.checkpoints import tensors_digest
 from circuit.training.session import model_from_state
 
 COMMAND = "mlp-functional-write-adam-state-attribution"
-ENDPOINTS = ("source", "target")
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,26 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class WriteScalars:
-    """Makes the scalars of an attribution of functional writes (a `ScalarSource`)."""
+    """Makes the scalars of an attribution of functional writes (a `ScalarSource`).
+
+    Without scalar rows the reference step is all that is known of an interval: its source.
+    """
 
     config: TrainConfig
     probe_set: Path
     options: WriteOptions
     scalar_pair_rows: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.scalar_pair_rows is not None:
+            return
+        of_both = [f"endpoint role '{end}'" for end in self.options.endpoints if end == "target"]
+        of_both += [f"scalar '{name}'" for name in self.options.scalars if name in OF_THE_TARGET]
+        if of_both:
+            raise CircuitError(
+                f"{of_both[0]} needs the other end of an interval",
+                fix="pass --scalar-pair-rows of answer-scalar-residual-diagnosis",
+            )
 
     def __call__(self, trace: Trace) -> list[FunctionalWrite]:
         """The scalars on a trace: readout gradients at the reference step, then frozen."""
@@ -102,6 +115,12 @@ class WriteScalars:
         study = traced_study(self.config, self.probe_set, trace)
         state = trace.state(options.reference_step)
         model = model_from_state(state, study.config, study.benchmark)
+        point = Checkpointed(
+            state.step,
+            trace.store.checkpoint_path(state.step),
+            tensors_digest(state.parameters),
+            model,
+        )
         path = WritePath.parse(options.source, options.mlp, model)
         pairs = study.pairs(options.pairs)
         batch = study.side(pairs, options.side)
@@ -111,7 +130,7 @@ class WriteScalars:
         stage = path.output_stage if output else path.input_stage
         found = []
         for endpoint in options.endpoints:
-            competitors = self._competitors(model, batch, pairs, endpoint, values)
+            competitors = self._competitors(point, batch, pairs, endpoint, values)
             for name in options.scalars:
                 readout = partial(
                     _scalar,
@@ -135,7 +154,7 @@ class WriteScalars:
 
     def _competitors(
         self,
-        model: HookedTransformer,
+        point: Checkpointed,
         batch: Batch,
         pairs: Sequence[Pair],
         endpoint: str,
@@ -144,29 +163,26 @@ class WriteScalars:
         """Of each pair: from the scalar rows if given, else the model's at the reference step."""
         if self.scalar_pair_rows is None:
             with torch.no_grad():
-                logits = model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+                logits = point.model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
             own = read_answers(logits, batch.reads.answer, values).competitor
             return Competitors(own, own)
-        step, side = self.options.reference_step, self.options.side
-        rows = {
-            row.pair_id: row
-            for row in read_typed_rows(self.scalar_pair_rows, ScalarPairRow)
-            if row.margin_side == side
-            and (row.source_step if endpoint == "source" else row.target_step) == step
-        }
-        for pair in pairs:
-            if pair.pair_id not in rows:
-                raise CircuitError(
-                    f"no row of pair {pair.pair_id}, side {side}, whose {endpoint} is step {step}",
-                    where=self.scalar_pair_rows,
-                    fix="diagnose an interval with that end, on the same pairs",
-                )
-
-        def tokens(name: str) -> Int[Tensor, " read"]:
-            chosen = [getattr(rows[pair.pair_id], f"{name}_competitor") for pair in pairs]
-            return torch.tensor(chosen, device=batch.tokens.device)
-
-        return Competitors(tokens("source"), tokens("target"))
+        intervals = read_interval_at(
+            self.scalar_pair_rows,
+            pairs,
+            side=self.options.side,
+            endpoint=endpoint,
+            step=point.step,
+        )
+        intervals.weights([endpoint])[point.step].check(point, self.scalar_pair_rows)
+        intervals.check_tokens(batch, values)
+        source, target = (
+            torch.tensor(
+                [getattr(row, f"{end}_competitor") for row in intervals.first],
+                device=batch.tokens.device,
+            )
+            for end in ENDPOINTS
+        )
+        return Competitors(source, target)
 
 
 def _scalar(

@@ -120,7 +120,7 @@ def ov_write_progress(
     """Measure heads at each checkpoint and write the report.
 
     Args:
-        checkpoints: files, each of another step.
+        checkpoints: files, each of another step, in any order.
         progress: called with the number of checkpoints done and of all.
 
     Raises:
@@ -205,11 +205,7 @@ def _measure(
     values, answer = study.vocabulary.value_ids, reads.batch.reads.answer.cpu()
     points: list[Checkpointed] = []
     columns, logits, residuals = [], [], []
-    for point in study.models(checkpoints):
-        if point.step in [earlier.step for earlier in points]:
-            raise CircuitError(
-                f"is of step {point.step}, as an earlier one", where=point.path, fix="leave one out"
-            )
+    for point in study.models(checkpoints, finite=False):
         found = head_progress(point.model, reads, heads, values)
         points.append(point)
         columns.append(torch.stack([found.columns[name].T for name in COLUMNS]).cpu().double())
@@ -217,8 +213,7 @@ def _measure(
         residuals.append(found.dla_residual)
         if progress is not None:
             progress(len(points), len(checkpoints))
-    order = sorted(range(len(points)), key=lambda i: points[i].step)
-    ordered = torch.stack([logits[i] for i in order])
+    ordered = torch.stack(logits)
     found_answers = [read_answers(at, answer, values) for at in ordered]
     at_step, outputs = [], []
     for at, own in zip(ordered, found_answers, strict=True):
@@ -229,14 +224,14 @@ def _measure(
         before, after = (answer_scalars(ordered[j], answer, ends, values) for j in (i, i + 1))
         outputs.append(torch.stack([after[name] - before[name] for name in OUTPUTS]))
     return Measured(
-        steps=[points[i].step for i in order],
+        steps=[point.step for point in points],
         heads=[str(head) for head in heads],
-        columns=torch.stack([columns[i] for i in order]).numpy(),
+        columns=torch.stack(columns).numpy(),
         logits=ordered,
         answers=torch.stack(at_step).numpy(),
         outputs=np.array([each.numpy() for each in outputs]).reshape(-1, len(OUTPUTS), len(answer)),
         dla_residual=max(residuals),
-        digests=[points[i].digest for i in order],
+        digests=[point.digest for point in points],
     )
 
 

@@ -6,6 +6,7 @@ interval and pair (routes know no side), and fits the changes of every scalar in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,6 +98,8 @@ def route_to_scalar_closure(
             raise CircuitError(
                 f"unknown switch bucket '{bucket}'", expected=f"one of {', '.join(SWITCH_BUCKETS)}"
             )
+    if len(set(wanted.switch_buckets)) < len(wanted.switch_buckets):
+        raise CircuitError("a switch bucket is named twice", expected="each once")
     if wanted.margin_sides is not None:
         check_sides(wanted.margin_sides)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
@@ -151,6 +154,10 @@ def route_to_scalar_closure(
                 f"{writer.name}_contributions": contributions(first, "scalar"),
             },
             further={f"{writer.name}_pair_rows.jsonl": dump_rows(rows)},
+            provenance={
+                "route_closure_rows_sha256": _sha256(route_closure_rows),
+                "scalar_pair_rows_sha256": _sha256(scalar_pair_rows),
+            },
             law=f"every one of {len(joined)} scalar rows has the route row of its interval and"
             " pair, of the same weights, and no route row is left over",
         )
@@ -290,6 +297,10 @@ def _chosen(what: str, wanted: Sequence[str] | None, held: Sequence[str], where:
     if len(set(chosen)) < len(chosen):
         raise CircuitError(f"a {what} is named twice", expected="each once")
     return chosen
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _unique(values: Sequence[str]) -> list[str]:

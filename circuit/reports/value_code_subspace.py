@@ -25,16 +25,10 @@ from circuit.artifacts import Row
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.value_code import readability
-from circuit.model.codes import Vectors, mean_at, nearest_centroid
+from circuit.model.codes import Vectors, mean_at, nearest_centroid, nearest_centroid_without
 from circuit.model.readout import Answers, lens, read_answers
 from circuit.model.stages import read_stages, stage_hook
-from circuit.model.subspaces import (
-    Basis,
-    check_rank,
-    group_means,
-    identity_basis,
-    vector_basis,
-)
+from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_basis
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Study, open_study
 from circuit.tasks.groups import group_tokens, nonempty_mask
@@ -195,7 +189,6 @@ def _rows(
     unit = vectors / vectors.norm(dim=1, keepdim=True)
     mean = vectors.mean(0)
     record, lag, key = (x.cpu() for x in (batch.reads.row, batch.reads.lag, batch.reads.key))
-    means, of_key, _ = group_means(vectors, key)
     of_all = {
         "vector_projection": _share(unit, vector_basis(vectors, rank)),
         "mean_cosine": _mean((unit @ mean / mean.norm()).abs()),
@@ -209,9 +202,10 @@ def _rows(
         alone = torch.arange(len(groups))
         found, scored = nearest_centroid(vectors, groups, alone)
         other, scored_other = nearest_centroid(vectors, groups, record)
-        without, _ = nearest_centroid(vectors - means[of_key], groups, alone)
+        without, scored_without = nearest_centroid_without(vectors, groups, key)
         right, right_other, right_without = (x == groups for x in (found, other, without))
         is_key = torch.equal(groups, key)
+        accuracy_without = None if is_key else _mean(right_without[scored_without])
         yield {
             **place,
             "group_by": name,
@@ -223,7 +217,8 @@ def _rows(
             "centroid_reads": int(scored.sum()),
             "centroid_accuracy_other_records": _mean(right_other[scored_other]),
             "centroid_reads_other_records": int(scored_other.sum()),
-            "centroid_accuracy_key_removed": None if is_key else _mean(right_without[scored]),
+            "centroid_accuracy_key_removed": accuracy_without,
+            "centroid_reads_key_removed": None if is_key else int(scored_without.sum()),
             "by_lag": {
                 str(value): {
                     "reads": int((lag == value).sum()),

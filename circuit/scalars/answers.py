@@ -46,6 +46,9 @@ ANSWER_SCALARS = (
 )
 """The answer scalars of definitions.md section 5, in its order."""
 
+OF_THE_TARGET = (FIXED_TARGET, "target_best_wrong_logit")
+"""Those whose competitor only the target of an interval has."""
+
 LOGITS = "unembed.hook_out"
 
 
@@ -166,7 +169,7 @@ class AnswerScalar:
                 f"{MOVING} has a kink wherever the competitor changes",
                 expected=f"a smooth answer scalar, such as {FIXED_SOURCE}",
             )
-        if name in (FIXED_TARGET, "target_best_wrong_logit") and competitors is None:
+        if name in OF_THE_TARGET and competitors is None:
             raise CircuitError(f"{name} needs the competitors at the target checkpoint")
         if competitors is not None and competitors.shape != batch.reads.answer.shape:
             raise CircuitError(

@@ -41,7 +41,8 @@ from circuit.model.dla import (
     margin_gradient,
 )
 from circuit.model.readout import read_answers
-from circuit.tasks.positions import Batch, role_mask, role_positions
+from circuit.scalars.compared import compared_positions
+from circuit.tasks.positions import Batch, role_positions
 
 MATCHES = ("qk_separation", "attention_support", "attention_distractors")
 DLA = ("head_value_margin_dla", "head_answer_logit_dla", "head_margin_dla")
@@ -93,21 +94,14 @@ class ScoredReads:
         """The reads of a batch by role.
 
         Raises:
-            CircuitError: there is no such role, a read has no position of a role or several
-                queries, a compared position lies behind the query, or there is one read only.
+            CircuitError: as `compared_positions`, a read has no position of a role, or there is
+                one read only.
         """
         if len(batch.reads) < 2:
             raise CircuitError(
                 f"{len(batch.reads)} pairs", expected="at least 2, whose values can be exchanged"
             )
-        query = role_mask(batch, query_role)
-        if (query.sum(1) != 1).any():
-            raise CircuitError(
-                f"role '{query_role}' has several positions in a read",
-                expected="a role of one position for the query",
-            )
-        compared = [role_mask(batch, support_role), role_mask(batch, distractor_role)]
-        place = query.int().argmax(1)
+        query, *compared = compared_positions(batch, query_role, support_role, distractor_role)
         for role, mask in zip((support_role, distractor_role), compared, strict=True):
             wrong = ~mask.any(1)
             if wrong.any():
@@ -115,13 +109,7 @@ class ScoredReads:
                 raise CircuitError(
                     f"a read has no position of role '{role}'", where=batch.sample_ids[row]
                 )
-            behind = mask & (torch.arange(mask.shape[1], device=mask.device) > place[:, None])
-            if behind.any():
-                raise CircuitError(
-                    f"role '{role}' has positions behind the query '{query_role}'",
-                    expected="positions that the query can attend to",
-                )
-        return cls(batch, place, *role_positions(batch, support_role), *compared)
+        return cls(batch, query, *role_positions(batch, support_role), *compared)
 
 
 @dataclass(frozen=True)

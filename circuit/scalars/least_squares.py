@@ -158,7 +158,8 @@ def _dependent(x: Array, rank: int, labels: Sequence[str]) -> tuple[str, ...]:
     """Columns that take part in the null space."""
     if rank == x.shape[1]:
         return ()
-    null = np.linalg.svd(x, full_matrices=True)[2][rank:]
+    triangle = np.linalg.qr(x, mode="r")  # the same null space, with no more rows than columns
+    null = np.linalg.svd(triangle, full_matrices=True)[2][rank:]
     part = np.sqrt((null**2).sum(0))
     return tuple(label for label, share in zip(labels, part, strict=True) if share > 1e-3)
 

@@ -23,7 +23,8 @@ from circuit.model.components import Component, parse_component
 from circuit.model.stages import stage_before, stage_hook
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.scalars.base import Cache, Needs
-from circuit.tasks.positions import Batch, role_mask
+from circuit.scalars.compared import compared_positions
+from circuit.tasks.positions import Batch
 
 LayerNormMode = Literal["head_ln1", "none"]
 LAYERNORM_MODES: tuple[LayerNormMode, ...] = get_args(LayerNormMode)
@@ -60,23 +61,18 @@ class ReadMasks:
         """The reads of a batch that have at least one distractor.
 
         Raises:
-            CircuitError: there is no such role, the query role has several positions, or no read
-                has a distractor.
+            CircuitError: as `compared_positions`, or no read has a distractor.
         """
-        query = role_mask(batch, query_role)
-        if not bool((query.sum(1) == 1).all()):
-            raise CircuitError(
-                f"role '{query_role}' has several positions", expected="one query position a read"
-            )
-        support = role_mask(batch, support_role)
-        distractors = role_mask(batch, distractor_role)
+        query, support, distractors = compared_positions(
+            batch, query_role, support_role, distractor_role
+        )
         chosen = distractors.any(1) & support.any(1)
         if not chosen.any():
             raise CircuitError(f"no read has positions of role '{distractor_role}'")
         return cls(
             batch.sequences(),
             batch.reads.row[chosen],
-            query.int().argmax(1)[chosen],
+            query[chosen],
             support[chosen],
             distractors[chosen],
             chosen,

@@ -34,7 +34,7 @@ from circuit.training.checkpoints import (
     load_checkpoint,
 )
 from circuit.training.evaluate import Evaluation, evaluate
-from circuit.training.session import TrainingSession, encode_split
+from circuit.training.session import DivergedError, TrainingSession, encode_split
 from circuit.training.step import StepOutcome
 
 COMMAND = "train"
@@ -283,7 +283,7 @@ class _Loop:
         step = self.session.step
         for evaluation in self.evaluations.values():
             if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
-                raise CircuitError(
+                raise DivergedError(
                     f"training diverged: {evaluation.split} loss {evaluation.loss} at step {step}",
                     where=f"config {self.config.name}",
                     fix="lower the learning rate or clip the gradient",

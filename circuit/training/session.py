@@ -24,6 +24,10 @@ from circuit.training.optimizers import build_optimizer, read_moments, write_mom
 from circuit.training.step import StepOutcome, training_step
 
 
+class DivergedError(CircuitError):
+    """Loss, gradient or logits of a run are not finite any more: its rate is too high."""
+
+
 class TrainingSession:
     """The state after `step` optimizer steps, and the way to the next.
 
@@ -85,7 +89,7 @@ class TrainingSession:
         """Take the next step.
 
         Raises:
-            CircuitError: the training has diverged: loss or gradient are not finite any more.
+            DivergedError: the training has diverged: loss or gradient are not finite any more.
         """
         outcome = training_step(
             self.model,
@@ -99,7 +103,7 @@ class TrainingSession:
         )
         self.step += 1
         if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):
-            raise CircuitError(
+            raise DivergedError(
                 f"training diverged at step {self.step}: loss {float(outcome.loss)}, gradient norm"
                 f" {float(outcome.grad_norm)}",
                 where=f"config {self.config.name}",

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from circuit.artifacts import read_jsonl
 from circuit.attribution import line
 from circuit.config import TrainConfig, load_config
-from circuit.errors import CircuitError
 from circuit.figures.answer_scalars import first_order_against_actual, parts_of_change
 from circuit.reports.answer_changes import DiagnosisOptions
 from circuit.reports.answer_scalar_residual_diagnosis import (
@@ -239,17 +238,6 @@ def test_bad_input_gives_one_line_and_writes_nothing(
     assert message in done.err
     assert done.err.count("\n") == 1
     assert not OUTPUT.exists() or {path.suffix for path in OUTPUT.iterdir()} == {".lock"}
-
-
-def test_checkpoints_that_do_not_ascend_are_refused(trained: Path) -> None:
-    with pytest.raises(CircuitError, match="ascending steps"):
-        answer_scalar_residual_diagnosis(
-            load_config(RUN / "run_config.json", TrainConfig),
-            PROBE,
-            "report",
-            DiagnosisOptions(PairOptions(min_per_type=3)),
-            checkpoints=[CHECKPOINTS / "best.pt", CHECKPOINTS / "step_000003.pt"],
-        )
 
 
 def test_figures_draw_every_interval(report: dict[str, Any], pair_rows: Rows) -> None:

@@ -172,7 +172,17 @@ def test_options_choose_what_is_scored(qk: Circuit, traced: Path) -> None:
             ("--distractor-key-role", "key_distractors"),
             {"distractor_role": "key_distractors"},
         ),
-        "query": (("--score-query-role", "support_op"), {"query_role": "support_op"}),
+        "query": (
+            (
+                *("--score-query-role", "support_value", "--support-key-role", "support_key"),
+                *("--distractor-key-role", "support_op"),
+            ),
+            {
+                "query_role": "support_value",
+                "support_role": "support_key",
+                "distractor_role": "support_op",
+            },
+        ),
         "norm": (("--layernorm-mode", "none"), {"layernorm_mode": "none"}),
         "stage": (("--context-stage", "embedding"), {"context_stage": "embedding"}),
         "type": (("--route-pair-type", "query_key"), {"scored_type": "query_key"}),

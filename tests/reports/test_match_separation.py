@@ -15,6 +15,7 @@ import torch
 
 from circuit.artifacts import read_jsonl
 from circuit.config import TrainConfig, load_config
+from circuit.figures.separation import separation_over_steps
 from circuit.reports.bilinear_qk_match_separation import summarize
 from circuit.reports.inputs import open_study
 from circuit.training.checkpoints import load_checkpoint
@@ -180,6 +181,27 @@ def test_growth_decides_and_not_size() -> None:
     assert summarize(full)["winner"]["score"] == "full"
     ranks = [summary_row("L0H0", step, step, f"rank{r}") for step in (0, 9) for r in (16, 4)]
     assert summarize(ranks)["winner"]["score"] == "rank4"
+
+
+def test_at_one_checkpoint_the_largest_separation_decides(circuit: Circuit) -> None:
+    done = circuit(*STUDY, *points(12), "--rank", "1", "--output-dir", "out")
+    assert (done.code, done.err) == (0, "")
+    summary = json.loads((Path("out") / f"{NAME}_report.json").read_text())["summary"]
+    assert summary["ranked_by"] == "separation_at_last"
+    own = {
+        row["head"]: row["separation"]
+        for row in rows_of("out")
+        if (row["score"], row["lag"]) == ("rank1", "all")
+    }
+    best = max(own, key=lambda head: own[head])
+    assert best != next(iter(own))
+    assert (summary["winner"]["head"], summary["winner"]["growth"]) == (best, None)
+    assert summary["winner"]["separation_at_last"] == own[best]
+    page = (Path("out") / f"{NAME}_report.md").read_text()
+    assert f"step 12. The separation of **{best}** (rank1) is the largest: {own[best]:.4g}" in page
+    assert "grew" not in page
+    figure = separation_over_steps(rows_of("out"), "rank1")
+    assert figure.axes[1].get_ylabel() == f"{best}: support wins"
 
 
 def test_options_choose_heads_reads_and_roles(circuit: Circuit) -> None:

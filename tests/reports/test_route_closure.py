@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from circuit.cli import main
+from circuit.cli import options as cli_options
 from circuit.cli import routes as cli_routes
 
 from circuit.artifacts import dump_rows, read_jsonl
@@ -245,6 +247,13 @@ def test_rows_that_do_not_match_are_refused_and_named(
     assert not list(CLOSURE.glob("*.json*"))
 
 
+def test_the_report_says_which_rows_it_joined(circuit: Circuit, chain: None) -> None:
+    assert circuit(*ONE).code == 0
+    found = json.loads((CLOSURE / "route_to_scalar_closure_report.json").read_text())["provenance"]
+    for name, path in (("route_closure_rows", ROUTE_ROWS), ("scalar_pair_rows", SCALAR_ROWS)):
+        assert found[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_the_wrong_file_is_refused(circuit: Circuit, chain: None) -> None:
     shutil.copy(SCALAR_ROWS, ROUTE_ROWS)
     done = circuit(*SCALAR)
@@ -262,6 +271,7 @@ def test_the_wrong_file_is_refused(circuit: Circuit, chain: None) -> None:
         (["--route-label", "odd"], "the rows hold no route 'odd'"),
         (["--pair-type", "recency"], "the rows hold no pair type 'recency'"),
         (["--switch-bucket", "odd"], "unknown switch bucket 'odd'"),
+        (["--switch-bucket", "all", "--switch-bucket", "all"], "a switch bucket is named twice"),
         (["--margin-side", "left"], "margin sides left; expected clean and corrupted"),
     ],
 )
@@ -283,7 +293,10 @@ def test_choices_that_the_rows_do_not_hold_are_refused(
         (["--min-pairs-per-type", "50", "--max-pairs-per-type", "60"], "expected at least 50"),
         (["--split", "train"], "no record of split 'train'"),
         (["--margin-side", "clean", "--margin-side", "clean"], "margin sides clean, clean"),
-        (["--checkpoint", f"{RUN}/checkpoints/step_000006.pt"], "a checkpoint is named twice"),
+        (
+            ["--checkpoint", f"{RUN}/checkpoints/step_000006.pt"],
+            "expected one checkpoint a step, named once",
+        ),
     ],
 )
 def test_a_closure_that_cannot_be_is_refused_before_anything_is_written(
@@ -312,7 +325,7 @@ def test_the_report_holds_its_parameters_and_its_law() -> None:
 def test_completion_offers_what_the_library_knows() -> None:
     assert cli_routes.SUBSPACES == SUBSPACES
     assert cli_routes.BUCKETS == SWITCH_BUCKETS
-    assert cli_routes.SIDES == SIDES
+    assert cli_options.SIDES == SIDES
     context = SimpleNamespace(params={})
     complete = partial(cli_routes.complete_route, context)
     assert complete("label=a,st") == ["label=a,stage="]

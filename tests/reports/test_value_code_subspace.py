@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
-from circuit.model.codes import mean_at, nearest_centroid
+from circuit.model.codes import mean_at, nearest_centroid, nearest_centroid_without
 from circuit.model.stages import stage_hook
 from circuit.reports.value_code_subspace import first_to_stay
 from circuit.runs import open_run
@@ -79,6 +79,46 @@ def test_a_group_without_others_is_no_candidate() -> None:
     found, scored = nearest_centroid(vectors, torch.tensor([1, 2, 2]), torch.arange(3))
     assert found.tolist() == [2, 2, 2]
     assert scored.tolist() == [False, True, True]
+
+
+def test_a_group_whose_vectors_cancel_is_no_candidate() -> None:
+    vectors, groups, _ = drawn(1, reads=30)
+    alone = torch.arange(len(vectors))
+    found, scored = nearest_centroid(vectors, groups, alone)
+    for pair in (torch.zeros(2, 6), torch.stack([vectors[0], -vectors[0]])):
+        more = nearest_centroid(
+            torch.cat([vectors, pair.double()]),
+            torch.cat([groups, torch.tensor([900, 900])]),
+            torch.arange(len(vectors) + 2),
+        )
+        assert torch.equal(more[0][:-2], found)
+        assert torch.equal(more[1][:-2], scored)
+    # one of three that leave nothing when it is left out
+    third = nearest_centroid(
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [1.0, 0.1], [1.0, 0.0]]),
+        torch.tensor([1, 1, 1, 2, 2]),
+        torch.arange(5),
+    )
+    assert int(third[0][0]) == 2
+
+
+def test_the_only_read_of_a_key_is_no_code_without_the_keys_mean() -> None:
+    vectors, groups, _ = drawn(5, reads=44)
+    keys = torch.randint(0, 5, (44,), generator=torch.Generator().manual_seed(6))
+    keys[7] = 99
+    means = {k: vectors[keys == k].mean(0) for k in set(keys.tolist())}
+    without = torch.stack([v - means[int(k)] for v, k in zip(vectors, keys, strict=True)])
+    assert not without[7].any()
+    want, want_scored = naive_centroids(without, groups, torch.arange(44))
+    assert want_scored[7]
+    found, scored = nearest_centroid_without(vectors, groups, keys)
+    assert scored.tolist() == [one and i != 7 for i, one in enumerate(want_scored)]
+    assert found[scored].tolist() == torch.tensor(want)[scored].tolist()
+    # alone in its group as well: the zero vector is a centroid, of which there is no direction
+    groups[7] = 999
+    found, scored = nearest_centroid_without(vectors, groups, keys)
+    assert scored.tolist() == [one and i != 7 for i, one in enumerate(want_scored)]
+    assert found[scored].tolist() == torch.tensor(want)[scored].tolist()
 
 
 def test_a_code_is_read_and_noise_is_not() -> None:
@@ -200,9 +240,11 @@ def test_every_number_equals_a_loop_over_reads(
         found, scored = naive_centroids(points, reads.answer, units)
         hits = [f == t for f, t, s in zip(found, tokens, scored, strict=True) if s]
         assert row[column] == pytest.approx(sum(hits) / len(hits)), column
+        assert row[column.replace("accuracy", "reads")] == len(hits)
     assert sum(of_lag["reads"] for of_lag in row["by_lag"].values()) == row["reads"] == len(reads)
     by_key = [r for r in rows if r["group_by"] == "query_key"]
     assert {r["centroid_accuracy_key_removed"] for r in by_key} == {None}
+    assert {r["centroid_reads_key_removed"] for r in by_key} == {None}
 
 
 def compared() -> dict[str, bytes]:

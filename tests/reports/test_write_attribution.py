@@ -228,6 +228,31 @@ def test_the_value_at_the_reference_step_is_the_scalars_own(write: Circuit, trac
     assert five["after"] == six["before"] == pytest.approx(mean, rel=1e-6)
 
 
+@pytest.mark.usefixtures("diagnosed")
+def test_rows_of_another_run_are_refused_by_row(write: Circuit) -> None:
+    """Other weights, other answers, a competitor that is no value, two intervals of one end."""
+    rows = read_jsonl(Path(ROWS))
+    mine = [i for i, r in enumerate(rows) if (r["source_step"], r["margin_side"]) == (6, "clean")]
+    last = mine[-1]
+    name = f"6 -> 9, {rows[last]['pair_id']}, clean"
+    first = f"6 -> 9, {rows[mine[0]]['pair_id']}, clean"
+    everywhere = {i: {"source_digest": "0" * 64} for i in mine}
+    for changes, message in (
+        (everywhere, f"the row of {first} was made from other weights than"),
+        ({last: {"source_digest": "0" * 64}}, f"and {name} name different weights for step 6"),
+        ({last: {"answer": rows[last]["answer"] + 1}}, f"row {name} has answer"),
+        ({last: {"target_competitor": 3, "switched": True}}, f"row {name} has competitor 3, which"),
+        ({last: {"target_step": 12}}, "several intervals whose source is step 6: 6 -> 9, 6 -> 12"),
+    ):
+        changed = [row | changes.get(i, {}) for i, row in enumerate(rows)]
+        Path("changed.jsonl").write_text("".join(dump_row(row) + "\n" for row in changed))
+        done = write("out", "--scalar-pair-rows", "changed.jsonl", "--end-step", "2")
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+        assert "changed.jsonl" in done.err
+        assert message in done.err
+        assert not list(Path("out").glob("mlp*"))
+
+
 WRONG: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "source after": ({"source": "L1H0"}, (), "'L1H0' does not write before 'L0MLP'"),
     "itself": ({"source": "L0MLP"}, (), "'L0MLP' does not write before 'L0MLP'"),
@@ -239,6 +264,9 @@ WRONG: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "reference": ({}, ("--reference-vector", "g"), "unknown reference vector 'g'"),
     "target": ({}, ("--target-vector", "d"), "unknown target vector 'd'; expected post_mlp_total"),
     "role": ({}, ("--position-role", "nowhere"), "unknown role 'nowhere'"),
+    "other end": ({}, ("--endpoint-role", "target"), "'target' needs the other end of an interval"),
+    "fixed target": ({}, ("--scalar", FIXED[1]), f"'{FIXED[1]}' needs the other end"),
+    "target's best": ({}, ("--scalar", "target_best_wrong_logit"), "pass --scalar-pair-rows"),
     "step": ({}, ("--reference-step", "13"), "step 13 of the trace is not addressable"),
     "path": ({}, ("--path", "euler"), "unknown path rule 'euler'"),
     "twice": ({}, ("--scalar", FIXED[0], "--scalar", FIXED[0]), "expected each once"),

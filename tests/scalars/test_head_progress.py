@@ -204,6 +204,7 @@ def test_some_heads_in_any_order_are_columns_of_all(
         ({"query_role": "support_write"}, "role 'support_write' has several positions"),
         ({"support_role": "nowhere"}, "unknown role 'nowhere'"),
         ({"query_role": "support_key"}, "'support_value' has positions behind the query"),
+        ({"support_role": "causal_prefix"}, "'causal_prefix' and 'value_distractors' share"),
     ],
 )
 def test_roles_that_give_no_score_are_refused(

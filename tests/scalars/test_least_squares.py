@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
@@ -77,6 +79,19 @@ def test_a_route_that_never_moves_is_not_determined() -> None:
     x[:, 1] = 3
     assert least_squares(x, y, LABELS).rank == 4
     assert least_squares(x, y, LABELS, fit_intercept=True).dependent == ("b",)
+
+
+def test_many_rows_take_no_memory_of_their_square() -> None:
+    x, y = design(rows=3000)
+    x[:, 2] = x[:, 0] - x[:, 3]
+    tracemalloc.start()
+    fit = least_squares(x, y, LABELS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (fit.rank, fit.dependent) == (3, ("a", "c", "d"))
+    assert peak < 20 * x.nbytes
+    few = least_squares(x[:2], y[:2], LABELS)
+    assert (few.rank, few.dependent) == (2, LABELS)
 
 
 def test_the_rounding_of_scores_is_no_direction() -> None:

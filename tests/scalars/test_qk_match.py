@@ -231,6 +231,27 @@ def test_a_query_is_one_position(batch: Batch) -> None:
         ReadMasks.of(batch, support_role="nowhere")
 
 
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"query_role": "support_key"}, "'support_value' has positions behind the query"),
+        (
+            {"query_role": "support_op", "support_role": "support_op"},
+            "'value_distractors' has positions behind the query 'support_op'",
+        ),
+        (
+            {"distractor_role": "causal_prefix"},
+            "roles 'support_value' and 'causal_prefix' share positions",
+        ),
+    ],
+)
+def test_a_query_is_compared_with_what_it_sees_and_nothing_twice(
+    batch: Batch, roles: dict[str, str], message: str
+) -> None:
+    with pytest.raises(CircuitError, match=message):
+        ReadMasks.of(batch, **roles)
+
+
 @dataclass(frozen=True)
 class Weights:
     """A scalar of the weights alone."""

@@ -1,0 +1,148 @@
+"""Vega-Lite charts in one style: named data, one parameter `step`, exact digits in tooltips.
+
+Colours are CSS variables of the page, so that a chart follows the theme without being drawn again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from circuit.page.panel import Chart
+
+INK = "var(--ink)"
+CATEGORY = [f"var(--c{number})" for number in range(1, 9)]
+"""Okabe and Ito's palette, in a shade for each theme."""
+
+TICKS = alt.ExprRef("max(3, floor(width / 75))")
+"""Ticks that the width of a chart has room for."""
+POINT = alt.OverlayMarkDef(size=28, filled=True)
+STEP = alt.param(name="step", value=0)
+_WIDTH_OF_A_LETTER, _WIDTH_OF_A_SYMBOL = 7, 34
+
+
+def chart(title: str, follows: str, *layers: alt.Chart, height: float = 200) -> Chart:
+    """Layers above each other as one chart of the page."""
+    layered = alt.layer(*layers).properties(height=height, width="container").add_params(STEP)
+    spec = layered.to_dict()
+    for name in ("config", "$schema"):  # the page has one of each for all charts
+        spec.pop(name, None)
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    return Chart(title, spec, follows)
+
+
+def named(data: str) -> alt.Chart:
+    """A chart over named data of the panel."""
+    return alt.Chart(alt.NamedData(name=data))
+
+
+def at_step() -> alt.Chart:
+    """A vertical rule at the chosen step."""
+    one = alt.InlineData(values=[{"at": "step"}])
+    rule = alt.Chart(one).mark_rule(color=INK, strokeWidth=1.5, opacity=0.75, aria=False)
+    drawn: alt.Chart = rule.encode(x=alt.XDatum(alt.ExprRef("step"), type="quantitative"))
+    return drawn
+
+
+def chosen() -> str:
+    """The filter that leaves the records of the chosen step."""
+    return "datum.step === step"
+
+
+def steps(column: str = "step", **scale: Any) -> alt.X:
+    """The x axis of optimizer steps."""
+    axis = alt.Axis(format="d", tickCount=TICKS, labelFlush=True, title="optimizer step")
+    return alt.X(f"{column}:Q").axis(axis).scale(nice=False, **scale)
+
+
+def exact(*columns: str) -> list[alt.Tooltip]:
+    """Tooltips with the digits of the rows."""
+    return [alt.Tooltip(f"{column}:N", title=column) for column in columns]
+
+
+def legend(names: Sequence[str], title: str | None = None) -> alt.Legend:
+    """A legend above the chart, in as many columns as the chart's width has room for."""
+    widest = max(map(len, names), default=1) * _WIDTH_OF_A_LETTER + _WIDTH_OF_A_SYMBOL
+    columns = alt.ExprRef(f"max(1, floor((containerSize()[0] - 50) / {widest}))")
+    return alt.Legend(orient="top", direction="horizontal", columns=columns, title=title)
+
+
+def colour(
+    column: str,
+    names: Sequence[str],
+    *,
+    labels: Mapping[str, str] | None = None,
+    palette: Sequence[str] = CATEGORY,
+    title: str | None = None,
+) -> alt.Color:
+    """One colour for each name, in this order."""
+    shown = legend([(labels or {}).get(name, name) for name in names], title)
+    if labels:
+        known = ", ".join(f"{name!r}: {label!r}" for name, label in labels.items())
+        shown = alt.Legend(
+            **shown.to_dict(), labelExpr=f"({{{known}}})[datum.label] || datum.label"
+        )
+    picked = [palette[i % len(palette)] for i in range(len(names))]
+    return alt.Color(f"{column}:N").scale(domain=list(names), range=picked).legend(shown)
+
+
+def last_dashed(column: str, names: Sequence[str]) -> alt.StrokeDash:
+    """The last name's line dashed, so that an equal one beneath it stays visible."""
+    dashes = [[1, 0]] * (len(names) - 1) + [[5, 5]]
+    return (
+        alt.StrokeDash(f"{column}:N").scale(domain=list(names), range=dashes).legend(legend(names))
+    )
+
+
+def lines(
+    data: str,
+    y: str,
+    y_title: str,
+    shade: alt.Color,
+    tooltip: Sequence[str],
+    *,
+    where: str | None = None,
+    domain: Sequence[float] | None = None,
+    log: bool = False,
+    dashed: alt.StrokeDash | None = None,
+) -> alt.Chart:
+    """A line for each name of a colour, with a point at each record.
+
+    Args:
+        where: filter.
+        dashed: see `last_dashed`.
+    """
+    scale = alt.Scale(type="log") if log else alt.Scale()
+    if domain is not None:
+        scale = alt.Scale(domain=list(domain))
+    made = named(data)
+    if where is not None:
+        made = made.transform_filter(where)
+    drawn: alt.Chart = made.mark_line(point=POINT, strokeWidth=1.8, clip=log).encode(
+        x=steps(),
+        y=alt.Y(f"{y}:Q").title(y_title).scale(scale),
+        color=shade,
+        tooltip=exact(*tooltip),
+    )
+    if dashed is not None:
+        drawn = drawn.encode(strokeDash=dashed)
+    return drawn
+
+
+def heat(data: str, value: str, tooltip: Sequence[str], heads: Sequence[str]) -> list[alt.Chart]:
+    """Heads by steps, coloured by a value around zero; the chosen step is framed."""
+    place = named(data).encode(
+        x=alt.X("step:O").title("optimizer step").axis(labelOverlap="greedy", labelAngle=0),
+        y=alt.Y("head:N").title(None).sort(list(heads)),
+    )
+    bar = alt.Legend(orient="top", title=None, gradientLength=alt.ExprRef("min(width, 260)"))
+    cells = place.mark_rect().encode(
+        color=alt.Color(f"{value}:Q").scale(scheme="blueorange", domainMid=0).legend(bar),
+        tooltip=exact(*tooltip),
+    )
+    frame = place.transform_filter(chosen()).mark_rect(
+        fill=None, stroke="black", strokeWidth=1.5, aria=False
+    )
+    return [cells, frame]

@@ -1,0 +1,275 @@
+"""One page over several runs: learning, separation of each winner, attribution shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from circuit.errors import CircuitError
+from circuit.figures.style import TERM_NAMES
+from circuit.page.asking import home_of, trace_folder, with_inputs
+from circuit.page.attribution import attribution_report
+from circuit.page.charts import TICKS, at_step, chart, colour, exact, lines, named
+from circuit.page.commands import QK, SEPARATION, Home, command_for
+from circuit.page.formation import PageResult, metrics_of, page_folder
+from circuit.page.found import Reports
+from circuit.page.heads import match_rows, separation_report
+from circuit.page.html import render
+from circuit.page.learning import EVALUATED, METRICS, evaluations
+from circuit.page.panel import Missing, Panel, Record, Source, Table, slider_steps
+from circuit.runs import Run, open_run
+
+FILE = "comparison.html"
+"""Name of the page beside the first run's folder."""
+_SHARE = ("run", "scalar", "window", "actual", "term", "contribution", "share", "closure_path")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One of the compared runs."""
+
+    name: str
+    run: Run
+    reports: Reports
+
+    @property
+    def home(self) -> Home:
+        return home_of(self.run)
+
+
+def comparison_page(
+    runs: Sequence[str | Path], output: str | Path | None = None, *, overwrite: bool = False
+) -> PageResult:
+    """Write one page over several runs, such as seeds or ablations.
+
+    Args:
+        output: the HTML file; `comparison.html` beside the first run's folder by default.
+        overwrite: replace a page that this command wrote there before.
+
+    Raises:
+        CircuitError: there are fewer than two runs, one is named twice, as `formation_page`.
+    """
+    if len(runs) < 2:
+        raise CircuitError(f"{len(runs)} run to compare", expected="two or more", where="RUN")
+    opened = [open_run(run) for run in runs]
+    if len({run.path.resolve() for run in opened}) < len(opened):
+        raise CircuitError("a run is named twice", where="RUN", fix="name each once")
+    path = Path(output) if output is not None else opened[0].path.parent / FILE
+    with page_folder(path, overwrite=overwrite) as folder:
+        names = _names(opened)
+        members = [_Member(n, r, Reports(r.path)) for n, r in zip(names, opened, strict=True)]
+        panels = [_settings(members), _learning(members), _separation(members), _shares(members)]
+        text = render(
+            title=f"{len(members)} runs compared",
+            facts=names,
+            panels=panels,
+            steps=slider_steps(panels, []),
+            further=[],
+        )
+        folder.write_text(path.name, text)
+    return PageResult(path, path.stat().st_size, tuple(panels))
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names; where two have the same, those of their folders, then with their parents."""
+    for name in (
+        lambda run: run.config.name,
+        lambda run: run.path.resolve().name,
+        lambda run: "/".join(run.path.resolve().parts[-2:]),
+    ):
+        names = [str(name(run)) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+
+
+def _settings(members: Sequence[_Member]) -> Panel:
+    """What the configs differ in."""
+    flat = [_flat(member.run.config.model_dump(mode="json")) for member in members]
+    keys = [key for key in dict.fromkeys(k for one in flat for k in one) if key != "output_dir"]
+    rows: list[Record] = [
+        {"setting": key, **{m.name: one.get(key) for m, one in zip(members, flat, strict=True)}}
+        for key in keys
+        if len({str(one.get(key)) for one in flat}) > 1
+    ]
+    columns = {"setting": "setting", **{member.name: member.name for member in members}}
+    return Panel(
+        "settings",
+        "What differs",
+        "Which settings tell these runs apart?",
+        tables=[Table("Settings that differ", "settings", columns)],
+        data={"settings": rows},
+        sources=[
+            Source(
+                f"{member.name}: run_config.json",
+                f"{member.home.folder}/run_config.json",
+                f"circuit train --config {member.home.folder}/run_config.json --overwrite",
+            )
+            for member in members
+        ],
+        notes=[] if rows else ["The configs are equal but for their folders."],
+    )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _learning(members: Sequence[_Member]) -> Panel:
+    rows: list[Record] = []
+    sources, missing = list[Source](), list[Missing]()
+    for member in members:
+        own = evaluations(metrics_of(member.run))
+        rows += [{"run": member.name, **row} for row in own]
+        command = f"circuit train --config {member.home.folder}/run_config.json --overwrite"
+        if own:
+            sources.append(Source(f"{member.name}: {METRICS}", METRICS, command))
+        else:
+            missing.append(Missing(f"{member.name}: evaluation rows", command))
+    shade = colour("run", [member.name for member in members])
+    charts = [
+        chart(
+            f"Answer accuracy, {split}",
+            "evaluation",
+            lines(
+                *("evaluation", "answer_accuracy", "answer accuracy", shade),
+                ("run", *EVALUATED),
+                where=f"datum.split === {split!r}",
+                domain=[0, 1],
+            ),
+            at_step(),
+        )
+        for split in dict.fromkeys(row["split"] for row in rows)
+    ]
+    columns = ("run", "step", "split", "answer_accuracy", "loss")
+    return Panel(
+        "learning",
+        "Learning curves",
+        "Which run learns to answer, and when?",
+        charts=charts,
+        tables=[Table("Evaluation", "evaluation", {column: column for column in columns})],
+        data={"evaluation": rows},
+        sources=sources,
+        missing=missing,
+    )
+
+
+def _separation(members: Sequence[_Member]) -> Panel:
+    rows: list[Record] = []
+    sources, missing = list[Source](), list[Missing]()
+    for member in members:
+        found = separation_report(member.reports)
+        if found is None:
+            command = command_for(SEPARATION, member.home)
+            missing += _asked(member, Missing("QK separation of every head", command))
+            continue
+        winner = found.summary["winner"]["head"]
+        rows += [
+            {"run": member.name, **row}
+            for row in match_rows(found)
+            if row["head"] == winner and row["lag"] == "all"
+        ]
+        sources.append(_of(member, found.source(member.home.folder)))
+    columns = ("run", "step", "head", "score", "separation", "support_wins", "answer_margin")
+    shade = colour("run", [member.name for member in members])
+    charts = [
+        chart(title, "match", lines("match", column, y_title, shade, columns), at_step())
+        for column, title, y_title in (
+            ("separation", "QK separation of each run's winner", "separation"),
+            ("support_wins", "Reads whose support beats every distractor", "share of reads"),
+        )
+    ]
+    return Panel(
+        "separation",
+        "Separation of the winners",
+        "Does every run grow a head that matches, and when?",
+        charts=charts if rows else [],
+        tables=[Table("Winners", "match", {column: column for column in columns})] if rows else [],
+        data={"match": rows} if rows else {},
+        sources=sources,
+        missing=missing,
+    )
+
+
+def _shares(members: Sequence[_Member]) -> Panel:
+    rows: list[Record] = []
+    sources, missing = list[Source](), list[Missing]()
+    for member in members:
+        found = attribution_report(member.reports)
+        if found is None:
+            match = separation_report(member.reports)
+            head = match.summary["winner"]["head"] if match else "L1H0"
+            trace = trace_folder(member.reports)
+            command = command_for(QK, member.home, head=head, trace=trace)
+            missing += _asked(member, Missing("attribution of the winner", command))
+            continue
+        rows += share_rows(member.name, found.summary["windows"][0])
+        sources.append(_of(member, found.source(member.home.folder)))
+    terms = list(dict.fromkeys(row["term"] for row in rows))
+    bars = (
+        named("shares")
+        .mark_bar()
+        .encode(
+            y=alt.Y("run:N").title(None).sort([member.name for member in members]),
+            x=alt.X("share:Q")
+            .title("share of the actual change")
+            .axis(format="%", tickCount=TICKS)
+            .stack("zero"),
+            color=colour("term", terms),
+            tooltip=exact(*_SHARE),
+        )
+    )
+    title = "Path contribution of each term over the actual change, whole window"
+    return Panel(
+        "shares",
+        "Attribution shares",
+        "Do the same terms of the optimizer carry the match in every run?",
+        charts=[chart(title, "shares", bars, height=34 * len(members))] if rows else [],
+        tables=[Table("Shares", "shares", {column: column for column in _SHARE})] if rows else [],
+        data={"shares": rows} if rows else {},
+        sources=sources,
+        missing=missing,
+        notes=[
+            "A share is the term's path contribution over the actual change of the same window;"
+            " windows and bases differ where the table says so."
+        ]
+        if rows
+        else [],
+    )
+
+
+def share_rows(run: str, window: dict[str, Any]) -> list[Record]:
+    """One row a term of a report's summary: its path contribution, over the actual change."""
+    actual = window["actual"]
+    return [
+        {
+            "run": run,
+            "scalar": window["scalar"],
+            "window": f"{window['start_step']}:{window['end_step']}",
+            "actual": actual,
+            "term": TERM_NAMES.get(term, term),
+            "contribution": value,
+            "share": value / actual if actual else None,
+            "closure_path": window["closure"]["path"],
+        }
+        for term, value in window["path"].items()
+    ]
+
+
+def _asked(member: _Member, missing: Missing) -> list[Missing]:
+    return [
+        Missing(f"{member.name}: {one.what}", one.command)
+        for one in with_inputs([missing], member.run, member.reports)
+    ]
+
+
+def _of(member: _Member, source: Source) -> Source:
+    return Source(f"{member.name}: {source.file}", source.rows, source.command, source.law)

@@ -1,0 +1,152 @@
+"""One sequence of the run's benchmark, and the attention of every head over it at some steps.
+
+The only numbers of the page that no report holds: read from the checkpoints by `run_with_cache`,
+rounded to four decimals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from circuit.artifacts import find_folder
+from circuit.config import TrainConfig
+from circuit.environment import prepare_process
+from circuit.errors import CircuitError
+from circuit.page.panel import Missing, Panel, Source, thinned
+from circuit.runs import Run
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.training.evaluate import logits_and_attention
+from circuit.training.session import encode_split, model_from_state
+
+STEPS = 25
+"""Checkpoints that are looked at, at most."""
+READS = 4
+"""Reads of the sequence, at most."""
+SEARCHED = 64
+"""Records of the split among which the read of the largest lag is looked for."""
+_DIGITS = 4
+
+
+def example_panel(
+    run: Run, home: str, winner: str | None, progress: Callable[[int, int], None] | None = None
+) -> Panel:
+    """Attention from the reads of one sequence, at the chosen step; on the CPU.
+
+    Args:
+        winner: the head that is shown first.
+        progress: called with the checkpoints done and their number.
+    """
+    head = (
+        "example",
+        "One sequence",
+        "Where does a head look when the model has to answer, and what does the model say?",
+    )
+    train = f"circuit train --config {home}/run_config.json --overwrite"
+    if not run.steps:
+        return Panel(*head, missing=[Missing("checkpoints of the run", train)])
+    try:
+        split, benchmark = _benchmark(run)
+    except CircuitError as error:
+        command = "circuit generate-benchmark --config configs/benchmark/NAME.json"
+        missing = [Missing("the run's benchmark", command)]
+        return Panel(*head, missing=missing, notes=[_told(error)])
+    config = run.config.model_copy(update={"device": "cpu"})
+    batch = _choose(encode_split(benchmark, split, config.model))
+    example = _look(run, config, benchmark, batch, progress)
+    example["winner"] = winner or example["heads"][-1]
+    return Panel(
+        *head,
+        example=example,
+        sources=[Source("checkpoints/", "checkpoints/step_*.pt", train)],
+        notes=[
+            f"{batch.sample_ids[0]} of {split}: the record with the largest lag among the first"
+            f" {SEARCHED}. Attention is rounded to {_DIGITS} decimals; read from the checkpoints"
+            " when the page was written."
+        ],
+    )
+
+
+def _told(error: CircuitError) -> str:
+    return f"Not drawn: {error.what}."
+
+
+def _benchmark(run: Run) -> tuple[str, Benchmark]:
+    """A split of the run, and its benchmark with that split alone."""
+    split = run.config.tracked_splits[0] if run.config.tracked_splits else run.config.train_split
+    folder = find_folder(run.config.benchmark_dir, run.path)
+    return split, load_benchmark(folder, splits=[split])
+
+
+def _choose(records: EncodedSplit) -> Batch:
+    """The first record that holds a read of the largest lag."""
+    reads = records.batch(range(min(SEARCHED, len(records)))).reads
+    return records.batch([int(reads.row[int(reads.lag.argmax())])])
+
+
+def _look(
+    run: Run,
+    config: TrainConfig,
+    benchmark: Benchmark,
+    batch: Batch,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """The sequence, its reads of the largest lags, and what each checkpoint makes of them."""
+    prepare_process(threads=config.threads)
+    text = benchmark.vocabulary.tokens
+    reads = sorted(batch.reads.lag.argsort(descending=True, stable=True)[:READS].tolist())
+    at = batch.reads.key_pos[reads]
+    found: dict[str, Any] = {
+        "sample_id": batch.sample_ids[0],
+        "tokens": [text[token] for token in batch.tokens[0, : int(batch.lengths[0])].tolist()],
+        "heads": _heads(config),
+        "reads": [_read(batch, read, text) for read in reads],
+        "steps": thinned(run.steps, STEPS),
+        "attention": [],
+        "predictions": [],
+    }
+    for done, step in enumerate(found["steps"], start=1):
+        with torch.no_grad():
+            model = model_from_state(run.checkpoint(step), config, benchmark)
+            logits, attention = logits_and_attention(model, batch.tokens)
+        weights = attention[0][:, at].double()  # [head, read, key]
+        found["attention"].append(
+            [
+                [
+                    [round(w, _DIGITS) for w in row[: int(position) + 1]]
+                    for row, position in zip(of_head, at.tolist(), strict=True)
+                ]
+                for of_head in weights.tolist()
+            ]
+        )
+        best = logits[0, at].double().softmax(-1).max(-1)
+        found["predictions"].append(
+            [
+                {"token": text[token], "probability": round(probability, _DIGITS)}
+                for token, probability in zip(
+                    best.indices.tolist(), best.values.tolist(), strict=True
+                )
+            ]
+        )
+        if progress is not None:
+            progress(done, len(found["steps"]))
+    return found
+
+
+def _heads(config: TrainConfig) -> list[str]:
+    layers, heads = range(config.model.layers), range(config.model.heads)
+    return [f"L{layer}H{head}" for layer in layers for head in heads]
+
+
+def _read(batch: Batch, read: int, text: tuple[str, ...]) -> dict[str, Any]:
+    reads = batch.reads
+    return {
+        "position": int(reads.key_pos[read]),
+        "support": int(reads.support_value_pos[read]),
+        "lag": int(reads.lag[read]),
+        "key": text[int(reads.key[read])],
+        "answer": text[int(reads.answer[read])],
+    }

@@ -1,0 +1,113 @@
+"""The reports that stand under a run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuit.artifacts import Row, iter_jsonl
+from circuit.errors import CircuitError
+from circuit.page.commands import command_of
+from circuit.page.panel import Source
+
+_SUFFIX = "_report.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One report on disk."""
+
+    run: Path
+    path: Path
+    payload: Mapping[str, Any]
+
+    @property
+    def command(self) -> str:
+        """The command that wrote it."""
+        return str(self.payload["command"])
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """With which it was called."""
+        found: Mapping[str, Any] = self.payload["parameters"]
+        return found
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Its main numbers."""
+        found: Mapping[str, Any] = self.payload["summary"]
+        return found
+
+    @property
+    def written(self) -> float:
+        """When it was begun, seconds since 1970."""
+        return float(self.payload["provenance"]["started_unix"])
+
+    @property
+    def name(self) -> str:
+        """Stem of its files."""
+        return self.path.name.removesuffix(_SUFFIX)
+
+    def file(self, name: str = "") -> Path:
+        """One of its files; `<name>_rows.jsonl` where none is named."""
+        return self.path.with_name(name or f"{self.name}_rows.jsonl")
+
+    def rows(self, file: str = "", *, holding: str = "") -> Iterator[Row]:
+        """Rows of one of its files; see `iter_jsonl`."""
+        return iter_jsonl(self.file(file), holding=holding)
+
+    def source(self, home: str, file: str = "") -> Source:
+        """Where the numbers of one of its files stand.
+
+        Args:
+            home: the run's folder as commands name it.
+        """
+        folder = self.path.parent.relative_to(self.run).as_posix()
+        return Source(
+            self.path.relative_to(self.run).as_posix(),
+            self.file(file).relative_to(self.run).as_posix(),
+            command_of(self.command, self.parameters, home, f"{home}/{folder}"),
+            str(self.payload.get("law", "")),
+        )
+
+
+class Reports:
+    """Every report under a run's folder, by command."""
+
+    def __init__(self, run: Path) -> None:
+        """Read them.
+
+        Raises:
+            CircuitError: a file that is named like a report is damaged.
+        """
+        self.run = run
+        self.by_command: dict[str, list[Found]] = {}
+        for path in sorted((run / "analysis").rglob(f"*{_SUFFIX}")):
+            found = Found(run, path, _read(path))
+            self.by_command.setdefault(found.command, []).append(found)
+
+    def all(self, command: str) -> list[Found]:
+        """Those of a command, the oldest first."""
+        return sorted(self.by_command.get(command, []), key=lambda report: report.written)
+
+    def best(self, command: str, size: Callable[[Found], tuple[float, ...]]) -> Found | None:
+        """The most complete one of a command, by `size`; among equals the newest."""
+        return max(self.all(command), key=lambda r: (*size(r), r.written), default=None)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+        _ = payload["command"], payload["summary"].keys(), payload["parameters"].keys()
+        _ = float(payload["provenance"]["started_unix"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CircuitError(
+            f"is no report of this program ({error!r})",
+            where=path,
+            fix="make it again, or move it away",
+        ) from None
+    found: Mapping[str, Any] = payload
+    return found

@@ -1,0 +1,83 @@
+"""Panels to one self-contained HTML file: template, style, script, Vega's runtime and the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from circuit.page.panel import Panel, Source
+
+
+def render(
+    *,
+    title: str,
+    facts: Sequence[str],
+    panels: Sequence[Panel],
+    steps: Sequence[int],
+    further: Sequence[Source],
+) -> str:
+    """The page as text; equal panels give equal bytes.
+
+    Args:
+        facts: shown under the title.
+        steps: stops of the slider.
+        further: reports that no panel draws.
+    """
+    payload = {
+        "steps": list(steps),
+        "panels": {panel.name: _payload(panel) for panel in panels},
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(_part("page.html")).render(
+        title=title,
+        facts=facts,
+        panels=panels,
+        further=further,
+        steps=steps,
+        style=Markup(_part("page.css")),
+        script=Markup(_part("page.js")),
+        vega=Markup(_vega()),
+        payload=Markup(_script_json(payload)),
+    )
+
+
+def _payload(panel: Panel) -> dict[str, Any]:
+    return {
+        "charts": [asdict(chart) for chart in panel.charts],
+        "tables": [asdict(table) for table in panel.tables],
+        "data": {name: _columns(records) for name, records in panel.data.items()},
+        "example": panel.example,
+    }
+
+
+def _columns(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Records column by column, which takes half the bytes."""
+    names = list(records[0]) if records else []
+    return {name: [record[name] for record in records] for name in names}
+
+
+def _script_json(payload: Any) -> str:
+    """JSON that can stand in a <script>: no `<` in it, so nothing can end the element."""
+    text = json.dumps(payload, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+_SNIPPET = "window.vegaEmbed = vegaEmbed; window.vega = vega;"
+
+
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one module that needs nothing else."""
+    return vl_convert.javascript_bundle(_SNIPPET).replace("</script", "<\\/script")
+
+
+def _part(name: str) -> str:
+    return (files("circuit.page") / name).read_text(encoding="utf-8")

@@ -1,0 +1,156 @@
+"""Panels from the run's own metrics: learning curves by split, and accuracy by lag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+
+from circuit.artifacts import Row
+from circuit.page.charts import at_step, chart, colour, exact, lines, named, steps
+from circuit.page.panel import Missing, Panel, Record, Source, Table, pick
+
+METRICS = "metrics.jsonl"
+EVALUATED = (
+    *("step", "split", "reads", "answer_accuracy", "value_accuracy", "token_accuracy", "loss"),
+    *("answer_loss", "shortcut", "shortcut_accuracy", "shortcut_agreement"),
+)
+TRAINED = ("step", "loss", "token_accuracy", "lr", "grad_norm", "clip_factor")
+LAG = ("reads", "answer_accuracy", "shortcut_agreement")
+
+
+def evaluations(rows: Sequence[Row]) -> list[Record]:
+    """The evaluation rows."""
+    return [pick(row, EVALUATED) for row in rows if row["kind"] == "evaluation"]
+
+
+def by_lag(rows: Sequence[Row]) -> list[Record]:
+    """The evaluation rows' slices by lag, one record each."""
+    return [
+        {"step": row["step"], "split": row["split"], "lag": lag, **pick(found, LAG)}
+        for row in rows
+        if row["kind"] == "evaluation"
+        for lag, found in row["by_slice"]["lag"].items()
+    ]
+
+
+def learning_panel(rows: Sequence[Row], home: str) -> Panel:
+    """Answer accuracy and losses over training."""
+    found = evaluations(rows)
+    trained = [pick(row, TRAINED) for row in rows if row["kind"] == "train"]
+    splits = _unique(found, "split")
+    shade = colour("split", splits)
+    accuracy = lines(
+        *("evaluation", "answer_accuracy", "answer accuracy", shade, EVALUATED), domain=[0, 1]
+    )
+    loss = named("training").mark_line(color="var(--c8)", strokeWidth=1, opacity=0.8)
+    drawn = loss.encode(
+        x=steps(),
+        y=alt.Y("loss:Q")
+        .scale(type="log", nice=True)
+        .axis(grid=False)
+        .title("next-token loss, nats"),
+        tooltip=exact(*TRAINED),
+    )
+    held = lines("evaluation", "loss", "next-token loss, nats", shade, EVALUATED, log=True)
+    return Panel(
+        "learning",
+        "Learning curves",
+        "When does the model learn to answer, and does it carry over to the other splits?",
+        charts=[
+            chart("Answer accuracy by split", "evaluation", accuracy, at_step()),
+            chart("Loss by split; grey: training batches", "evaluation", drawn, held, at_step()),
+        ],
+        tables=[_table()],
+        data={"evaluation": found, "training": trained},
+        sources=[_source(home)] if found else [],
+        missing=[] if found else [_missing(home)],
+    )
+
+
+def lag_panel(rows: Sequence[Row], home: str) -> Panel:
+    """Accuracy of the reads of each lag, against what a shortcut reaches."""
+    whole, lags = evaluations(rows), by_lag(rows)
+    splits = _unique(whole, "split")
+    names = sorted(_unique(lags, "lag"), key=int)
+    charts = []
+    for split in splits:
+        where = f"datum.split === {split!r}"
+        curve = named("whole").transform_filter(where)
+        overall = curve.mark_line(color="var(--ink)", strokeWidth=2.2).encode(
+            x=steps(), y="answer_accuracy:Q", tooltip=exact(*EVALUATED)
+        )
+        ceiling = curve.mark_line(color="var(--ink)", strokeDash=[5, 4]).encode(
+            x=steps(), y="shortcut_accuracy:Q", tooltip=exact(*EVALUATED)
+        )
+        shade = colour("lag", names, labels={name: f"lag {name}" for name in names})
+        columns = ("step", "split", "lag", *LAG)
+        drawn = lines(
+            *("lag", "answer_accuracy", "answer accuracy", shade, columns),
+            where=where,
+            domain=[0, 1],
+        )
+        title = f"{split}: by lag; bold: all reads; dashed: the shortcut's ceiling"
+        charts.append(chart(title, "lag", ceiling, overall, drawn, at_step()))
+    return Panel(
+        "lag",
+        "Accuracy by lag, and the shortcut's ceiling",
+        "Does the model look at keys, or has it found a position that is often right?",
+        charts=charts,
+        data={"lag": lags, "whole": whole},
+        tables=[_lag_table()],
+        sources=[_source(home)] if whole else [],
+        missing=[] if whole else [_missing(home)],
+        notes=[_ceiling(whole, split) for split in splits],
+    )
+
+
+def _ceiling(whole: Sequence[Record], split: str) -> str:
+    last = [record for record in whole if record["split"] == split][-1]
+    nth = {1: "last", 2: "last-but-one"}.get(last["shortcut"], f"{last['shortcut']}th last")
+    share = f"{100 * last['shortcut_accuracy']:.1f}\u00a0%"
+    return (
+        f"Always saying the value of the {nth} write, without looking at keys, answers {share} of"
+        f" the reads of {split}: accuracy up to that needs no lookup."
+    )
+
+
+def _table() -> Table:
+    return Table(
+        "Evaluation",
+        "evaluation",
+        {
+            "split": "split",
+            "answer_accuracy": "answer accuracy",
+            "value_accuracy": "value accuracy",
+            "loss": "loss",
+            "answer_loss": "answer loss",
+        },
+    )
+
+
+def _lag_table() -> Table:
+    return Table(
+        "Accuracy by lag",
+        "lag",
+        {
+            "split": "split",
+            "lag": "lag",
+            "reads": "reads",
+            "answer_accuracy": "answer accuracy",
+            "shortcut_agreement": "errors that equal the shortcut",
+        },
+    )
+
+
+def _unique(records: Sequence[Record], column: str) -> list[str]:
+    return list(dict.fromkeys(record[column] for record in records))
+
+
+def _source(home: str) -> Source:
+    command = f"circuit train --config {home}/run_config.json --overwrite"
+    return Source(METRICS, METRICS, command)
+
+
+def _missing(home: str) -> Missing:
+    return Missing("evaluation rows in metrics.jsonl", _source(home).command)

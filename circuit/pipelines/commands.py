@@ -1,0 +1,131 @@
+"""Commands that several parts of the study share, as jobs, and the paths of the reference run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from circuit.pipelines.jobs import Job, Words, checkpoints, options, report_file
+from circuit.pipelines.scales import Scale
+
+DATA = "data/generated/symbolic_kv_stream_learnability"
+BENCHMARK_FILE = f"{DATA}/metadata.json"
+RUN = "artifacts/runs/symbolic_kv_reference_formation"
+SPARSE = "artifacts/runs/symbolic_kv_heldout_generalization"
+PROBE = f"{RUN}/analysis/probe_set.jsonl"
+DONE = f"{RUN}/summary.json"
+RUN_CONFIG = f"{RUN}/run_config.json"
+
+MATCH_ROLES: Words = (
+    *("--score-query-role", "prediction", "--support-key-role", "support_value"),
+    *("--distractor-key-role", "value_distractors"),
+)
+
+
+def train_job(
+    target: str, config: str, run: str, steps: int, name: str = "", made: str = "summary.json"
+) -> Job:
+    """A run; `study train` goes on with one that was cut off."""
+    argv: Words = ("study", "train", "--config", config)
+    if made != "summary.json":
+        argv += ("--outcome", f"{run}/{made}")
+    inputs, outputs = (config, BENCHMARK_FILE), (f"{run}/{made}",)
+    return Job(target, "train", name or run.split("/")[2], argv, inputs, outputs, units=steps)
+
+
+def evaluate_job(target: str, run: str, which: str, split: str = "", config: str = "") -> Job:
+    """An evaluation of one checkpoint."""
+    argv: Words = ("evaluate", "--config", config or f"{run}/run_config.json")
+    argv += ("--checkpoint", f"{run}/checkpoints/{which}.pt")
+    argv += ("--split", split) if split else ()
+    name = "_".join(run.split("/")[2:])
+    made = (f"{run}/evaluation/{which}.json",)
+    return Job(target, "evaluate", name, argv, (f"{run}/summary.json",), made)
+
+
+def trace_job(target: str, run: str, trace: str, end: int, scale: Scale, name: str = "") -> Job:
+    """A trace; `study trace` goes on with one that was cut off."""
+    argv: Words = (
+        *("study", "trace", "--config", f"{run}/run_config.json", "--from-initialization"),
+        *("--output-dir", trace, "--end-step", str(end), "--train-split", "train"),
+        *("--checkpoint-every", "1", "--checkpoint-start-step", "0"),
+        *("--progress-every", str(max(1, 100 * scale.unit // 250)), "--top-k-parameters", "40"),
+        "--require-historical-replay",
+    )
+    made = (report_file(trace, "optimizer-update-trace"),)
+    inputs = (f"{run}/summary.json",)
+    kind = "optimizer_update_trace"
+    return Job(target, kind, name or run.split("/")[2], argv, inputs, made, units=end)
+
+
+def progress_words(scale: Scale, folder: str) -> Words:
+    """The contract's QK/OV audit: all heads at its 16 checkpoints."""
+    steps = (*range(750, 3001, 250), *range(3500, 6001, 500))
+    return (
+        *checkpoints(folder, map(scale.step, steps)),
+        *options("--head", scale.heads),
+        *MATCH_ROLES,
+        *("--record-side", "clean", "--pair-type", "support_value"),
+        *("--max-pairs-per-type", "64", "--min-pairs-per-type", "16"),
+        *("--split", "validation_iid", "--top-k-correlations", "32"),
+    )
+
+
+def shard_edges(start: int, end: int, shards: int) -> list[int]:
+    """Where a window of steps is cut."""
+    return [start + (end - start) * i // shards for i in range(shards + 1)]
+
+
+def shard_folder(whole: str, start: int, end: int) -> str:
+    """Where a shard stands: beside `runs`, so that a search for reports finds the whole alone."""
+    return f"{whole.replace('artifacts/runs', 'artifacts/shards', 1)}/{start:04}_{end:04}"
+
+
+def sharded(
+    target: str, name: str, words: Words, folder: str, inputs: Words, edges: list[int]
+) -> list[Job]:
+    """An attribution in parts, and their merging."""
+    parts = [shard_folder(folder, a, b) for a, b in pairwise(edges)]
+    kind = words[0].replace("-", "_")
+    shards = []
+    for part, (start, end) in zip(parts, pairwise(edges), strict=True):
+        argv = (*words, "--start-step", str(start), "--end-step", str(end))
+        argv += ("--output-dir", part, "--overwrite")
+        made = (report_file(part, words[0]),)
+        span = f"{name}_{start}_{end}"
+        shards.append(Job(target, kind, span, argv, inputs, made, units=end - start))
+    argv = ("trace", "merge", folder, *parts, "--overwrite")
+    needed = tuple(path for shard in shards for path in shard.outputs)
+    made = (report_file(folder, words[0]),)
+    return [*shards, Job(target, "trace_merge", name, argv, needed, made)]
+
+
+def routes(scale: Scale) -> list[str]:
+    """The routes of the paper's closure, from embedding to the last layer's output."""
+    prediction, support = "position_role=prediction", "position_role=support_value"
+    key, value = scale.key_rank(7), scale.value_rank(64)
+    found = [
+        f"embed_key_support_value,stage=embedding,subspace=embedding_key_identity,rank={key},{support}",
+        f"embed_support_value,stage=embedding,subspace=embedding_value_identity,rank={value},{support}",
+        f"L0_out_support_value,stage=layer_0_post_mlp,subspace=full_residual,{support}",
+    ]
+    for head, part, stage, rank, role in (
+        ((1, 1), "qk_query", "layer_0_post_mlp", 8, prediction),
+        ((1, 3), "qk_query", "layer_0_post_mlp", 8, prediction),
+        ((1, 1), "ov_input", "layer_0_post_mlp", 16, support),
+        ((1, 1), "ov_output", "layer_1_post_attn", 16, prediction),
+        ((2, 1), "qk_query", "layer_1_post_mlp", 8, prediction),
+        ((2, 1), "qk_key", "layer_1_post_mlp", 8, support),
+        ((2, 1), "ov_input", "layer_1_post_mlp", 16, support),
+        ((2, 1), "ov_output", "layer_2_post_attn", 16, prediction),
+    ):
+        layer, number = head
+        found.append(
+            f"L{layer}H{number}_{part},stage={stage},subspace=head_{part},rank={rank},"
+            f"head_layer={layer},head={number},{role}"
+        )
+    found += [
+        f"L1_out_prediction,stage=layer_1_post_mlp,subspace=full_residual,{prediction}",
+        f"L1_out_support_value,stage=layer_1_post_mlp,subspace=full_residual,{support}",
+        f"L2_attn_prediction,stage=layer_2_post_attn,subspace=full_residual,{prediction}",
+    ]
+    return [f"label={route}" for route in found]

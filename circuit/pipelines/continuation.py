@@ -1,0 +1,65 @@
+"""Whether a run or trace that was cut off may go on, or has to start anew.
+
+It may go on if what stands there was made by this version of the program from the same config and
+the same benchmark. Otherwise what it would become is not what a run from the start would be.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from circuit import __version__
+from circuit.config import TrainConfig
+from circuit.errors import CircuitError
+from circuit.pipelines.commands import BENCHMARK_FILE
+from circuit.training.checkpoints import list_checkpoints, read_description
+from circuit.training.loop import ENVIRONMENT, RUN_CONFIG
+
+
+def run_goes_on(config: TrainConfig) -> bool:
+    """Whether a training run goes on from its last checkpoint."""
+    folder = Path(config.output_dir)
+    theirs = _read(folder / RUN_CONFIG)
+    if theirs is None or _without_machine(theirs) != _without_machine(
+        config.model_dump(mode="json")
+    ):
+        return False
+    if (_read(folder / ENVIRONMENT) or {}).get("circuit") != __version__:
+        return False
+    try:
+        saved = list_checkpoints(folder / "checkpoints")
+        return bool(saved) and _of_benchmark(read_description(saved[max(saved)]), config)
+    except CircuitError:  # a damaged checkpoint: start anew
+        return False
+
+
+def trace_goes_on(folder: Path, config: TrainConfig) -> bool:
+    """Whether a recording goes on from its last anchor."""
+    manifest = _read(folder / "trace.json")
+    if manifest is None:
+        return False
+    theirs = _without_machine(manifest.get("config") or {})
+    return (
+        theirs == _without_machine(config.model_dump(mode="json"))
+        and (manifest.get("environment") or {}).get("circuit") == __version__
+        and _of_benchmark(manifest, config)
+    )
+
+
+def _of_benchmark(facts: dict[str, Any], config: TrainConfig) -> bool:
+    present = _read(Path(config.benchmark_dir) / Path(BENCHMARK_FILE).name) or {}
+    return bool(facts.get("benchmark_digest") == present.get("digest"))
+
+
+def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("device", "threads")}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return payload if isinstance(payload, dict) else None

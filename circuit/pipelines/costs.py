@@ -1,0 +1,76 @@
+"""What the rules need of a machine, and what a plan costs, from the rates in `resources.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from circuit.pipelines.jobs import Job
+from circuit.pipelines.scales import Scale
+
+SMALLER = {"full": 1.0, "short": 0.14, "smoke": 0.05}
+"""Cost of a unit of work at a scale, over that of the contract's model and data (measured)."""
+SMALLER_FILES = {"full": 1.0, "short": 0.3, "smoke": 0.15}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated cost of some jobs.
+
+    Attributes:
+        jobs: how many.
+        seconds: of one core.
+        longest: seconds of the longest of them.
+        megabytes: on disk.
+    """
+
+    jobs: int
+    seconds: float
+    longest: float
+    megabytes: float
+
+    def wall(self, cores: int) -> float:
+        """Seconds on that many cores, at least those of the longest job."""
+        return max(self.seconds / max(cores, 1), self.longest)
+
+
+def rates(kind: str) -> dict[str, Any]:
+    """The entry of a rule, the defaults filled in."""
+    table = json.loads(files("circuit.pipelines").joinpath("resources.json").read_text())
+    return {**table["default"], **table["rules"].get(kind, {})}
+
+
+def needs_of(scale: Scale) -> dict[str, dict[str, Any]]:
+    """Threads and resources of every rule, as Snakemake takes them; cards where they are used."""
+    table = json.loads(files("circuit.pipelines").joinpath("resources.json").read_text())
+    found = {}
+    for kind, own in table["rules"].items():
+        entry = {**table["default"], **own}
+        minutes = entry["minutes"] if scale.is_contract else 60
+        cards = entry["gpu"] if os.environ.get("CIRCUIT_DEVICE") == "cuda" else 0
+        found[kind] = {
+            "threads": entry["threads"],
+            "resources": {"mem_mb": entry["mem_mb"], "runtime": minutes, "gpu": cards},
+        }
+    return found
+
+
+def cost_of(jobs: Iterable[Job], scale: Scale) -> Cost:
+    """What some jobs cost; jobs of one batch share a start-up."""
+    seconds, megabytes, count, longest = 0.0, 0.0, 0, 0.0
+    started: set[tuple[str, str]] = set()
+    for job in jobs:
+        entry = rates(job.kind)
+        batch = (job.target, job.kind)
+        start = 0.0 if scale.batched and batch in started else float(entry["start"])
+        started.add(batch)
+        own = start + entry["unit"] * job.units * SMALLER[scale.name]
+        count += 1
+        seconds += own
+        longest = max(longest, own)
+        megabytes += entry["mb"] * job.units * SMALLER_FILES[scale.name]
+    return Cost(count, seconds, longest, megabytes)

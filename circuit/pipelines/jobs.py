@@ -1,0 +1,105 @@
+"""One command of this program, what it reads and what it makes: what the rules are made from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Attributes:
+        target: part of the study that it belongs to (`reference`, `ablation`, ...).
+        kind: name of the rule: the command with underscores, as `resources.json` lists it.
+        name: which instance of the kind; unique in it.
+        argv: the words after `circuit`.
+        inputs: files that have to be there and current.
+        outputs: files that it makes; written last, so that they stand for all others.
+        recipe: what decides its content besides the inputs: a change of it invalidates the outputs.
+        units: how much of the kind's unit of cost it does (steps, checkpoints, ...).
+    """
+
+    target: str
+    kind: str
+    name: str
+    argv: Words
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    recipe: str = ""
+    units: float = 1.0
+    megabytes: float = 0.1
+
+    @property
+    def folder(self) -> str:
+        """Folder of its first output."""
+        return str(Path(self.outputs[0]).parent)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Jobs of one kind that run in one process, one after the other: one rule."""
+
+    target: str
+    kind: str
+    name: str
+    jobs: tuple[Job, ...] = field(repr=False)
+
+    @property
+    def inputs(self) -> list[str]:
+        """What it has to find; what it makes itself is not among it."""
+        made = set(self.outputs)
+        needed = dict.fromkeys(path for job in self.jobs for path in job.inputs)
+        return [path for path in needed if path not in made]
+
+    @property
+    def outputs(self) -> list[str]:
+        """What it makes."""
+        return [path for job in self.jobs for path in job.outputs]
+
+    @property
+    def command(self) -> str:
+        """The words after `circuit`, quoted for a shell."""
+        return command_line([job.argv for job in self.jobs])
+
+    @property
+    def recipe(self) -> str:
+        """The recipes of its jobs."""
+        return "; ".join(dict.fromkeys(job.recipe for job in self.jobs if job.recipe))
+
+
+def command_line(argvs: Sequence[Words]) -> str:
+    """Commands as `circuit.cli.job` takes them, `+` between them, quoted for a shell."""
+    return " + ".join(shlex.join(argv) for argv in argvs)
+
+
+def split_commands(words: Iterable[str]) -> list[list[str]]:
+    """The commands between the `+` signs of a command line."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "+":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def options(name: str, values: Iterable[object]) -> Words:
+    """`--name value` again for each value."""
+    return tuple(word for value in values for word in (name, str(value)))
+
+
+def checkpoints(folder: str, steps: Iterable[int]) -> Words:
+    """`--checkpoint-dir` and one `--checkpoint` a step."""
+    named = (f"{folder}/step_{step:06}.pt" for step in steps)
+    return ("--checkpoint-dir", folder, *options("--checkpoint", named))
+
+
+def report_file(folder: str, command: str) -> str:
+    """The file that a report writes last."""
+    return f"{folder}/{command.removesuffix('-report').replace('-', '_')}_report.json"

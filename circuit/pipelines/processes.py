@@ -1,0 +1,51 @@
+"""Processes that end with the one that started them.
+
+`python -m circuit.pipelines.processes ...` is `snakemake ...` that does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import runpy
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def charge_lone_jobs() -> None:
+    """Make Snakemake keep to its cores.
+
+    In 9.15.0 a job that is the only one ready takes no cores but gives them back when it ends, so
+    that `--cores 1` soon runs three jobs (`JobScheduler.job_selector` returns before
+    `update_available_resources`). Where the selection has charged nothing, it is charged here;
+    versions that do it themselves are left as they are.
+    """
+    with suppress(ImportError, AttributeError):
+        scheduler = importlib.import_module("snakemake.scheduling.job_scheduler").JobScheduler
+        select, charge = scheduler.job_selector, scheduler.update_available_resources
+
+        def job_selector(self: Any, jobs: Any) -> Any:
+            free = self.resources["_cores"]
+            selected = select(self, jobs)
+            if selected and self.resources["_cores"] == free:
+                charge(self, selected)
+            return selected
+
+        scheduler.job_selector = job_selector
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    charge_lone_jobs()
+    sys.argv[0] = "snakemake"
+    runpy.run_module("snakemake", run_name="__main__", alter_sys=True)

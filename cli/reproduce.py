@@ -1,0 +1,206 @@
+"""circuit reproduce: the whole study, through Snakemake."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from circuit import CircuitError
+
+from . import options
+from .output import print_json, progress_bar, stderr, stdout, table
+
+if TYPE_CHECKING:
+    from circuit.pipelines.claims import Claim
+    from circuit.pipelines.reproduce import Event, Outcome, Plan
+
+PANEL = "Study"
+TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    settings = {"allow_extra_args": True, "ignore_unknown_options": False}
+    app.command("reproduce", rich_help_panel=PANEL, context_settings=settings)(reproduce)
+
+
+def reproduce(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="reference, ablation, cross-seed, sgd-wide, or paper (the first three).",
+            autocompletion=options.complete_from(*TARGETS),
+        ),
+    ],
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="full (the paper's), short (forms the circuit), or smoke (every rule, minutes).",
+            autocompletion=options.complete_from("full", "short", "smoke"),
+        ),
+    ] = "full",
+    cores: Annotated[int, typer.Option(min=1, help="Cores of this machine to use.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="Print the plan with every path, and stop.")
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Snakemake profile: slurm (it ships with the program), or a folder.",
+            autocompletion=options.complete_from("slurm"),
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Reproduce the study, or a part of it: resumes, parallelises, runs on a cluster unchanged.
+
+    What follows after -- goes to Snakemake as it is.
+    """
+    from circuit.pipelines.reproduce import Request, make_plan, packaged_profile, run
+    from circuit.pipelines.scales import find_scale
+
+    chosen = None if profile is None else packaged_profile(profile).resolve()
+    request = Request(target, find_scale(scale), cores, chosen, tuple(context.args))
+    plan = make_plan(request)
+    if not as_json:
+        _print_plan(plan, dry_run)
+    if dry_run:
+        if as_json:
+            print_json(_plan_payload(plan))
+        return
+    began = time.monotonic()
+    with progress_bar(not as_json) as bar:
+        outcome = run(request, _Live(bar, quiet=as_json))
+    found, paths = _claims(plan)
+    if as_json:
+        print_json(
+            {
+                "failed": outcome.failed,
+                "seconds": time.monotonic() - began,
+                "claims": [claim.to_json() for claim in found],
+                "paths": [str(path) for path in paths],
+            }
+        )
+    else:
+        _print_claims(found, paths)
+        stdout.print(f"{time.monotonic() - began:.0f} s; log of Snakemake: {outcome.log}")
+    _refuse_failure(outcome)
+
+
+def _refuse_failure(outcome: Outcome) -> None:
+    if outcome.code:
+        what = ", ".join(outcome.failed) or "Snakemake"
+        raise CircuitError(
+            f"failed: {what}",
+            where=outcome.log,
+            fix="the log holds the last lines of each job; start it again to go on",
+        )
+
+
+def _plan_payload(plan: Plan) -> dict[str, Any]:
+    cost = plan.cost
+    return {
+        "jobs": [{"rule": job.kind, "name": job.name, "argv": list(job.argv)} for job in plan.jobs],
+        "outputs": list(plan.outputs),
+        "again": [{"rule": rule.name, "reason": rule.reason} for rule in plan.again],
+        "core_seconds": cost.seconds,
+        "megabytes": cost.megabytes,
+    }
+
+
+def _print_plan(plan: Plan, every_path: bool) -> None:
+    request = plan.request
+    made = table(None, ["rule", "commands", "core time", "disk"])
+    for kind, cost in plan.by_kind.items():
+        made.add_row(kind, str(cost.jobs), duration(cost.seconds), size(cost.megabytes))
+    cost = plan.cost
+    if not plan.jobs:
+        stdout.print(f"{request.target} ({request.scale.name}): everything is there and current")
+    else:
+        stdout.print(made)
+        stdout.print(
+            f"{request.target} at scale {request.scale.name}: {cost.jobs} commands, about"
+            f" {duration(cost.seconds)} of one core, {duration(cost.wall(request.cores))} on"
+            f" {request.cores}; {size(cost.megabytes)} on disk under {request.folder}/"
+            " (estimates from measured rates)",
+            soft_wrap=True,
+        )
+    for rule in plan.again:
+        cut_off = rule.reason == "Forced execution" and not request.options
+        reason = "it was cut off" if cut_off else rule.reason
+        stdout.print(f"again: {rule.name}: {reason}", soft_wrap=True)
+    if every_path:
+        stdout.print("it ends with:")
+        for path in plan.outputs:
+            stdout.print(f"  {request.folder / path}", soft_wrap=True)
+
+
+class _Live:
+    """Shows which rules run, and a line for each that is done."""
+
+    def __init__(self, bar: Any, quiet: bool) -> None:
+        self.bar, self.quiet = bar, quiet
+        self.task = bar.add_task("jobs", total=None, note="")
+        self.began: dict[str, float] = {}
+        self.last: Event | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Take one event in."""
+        if event.kind == "started":
+            self.began[event.rule] = time.monotonic()
+        elif event.kind in ("finished", "failed"):
+            seconds = time.monotonic() - self.began.pop(event.rule, time.monotonic())
+            if not self.quiet and event.rule not in TARGETS:
+                stderr.print(f"{event.kind} {event.rule} ({seconds:.0f} s)", style="dim")
+        else:
+            self.bar.update(self.task, completed=event.done, total=event.total)
+        self.bar.update(self.task, note=", ".join(list(self.began)[:3]))
+
+
+def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:
+    """What holds in this reproduction, also written beside it."""
+    from circuit.artifacts import OutputFolder, dump_json
+    from circuit.pipelines.claims import claims_page, judge
+    from circuit.pipelines.study import Study
+
+    request = plan.request
+    found = judge(Study(request.scale), request.folder, request.target)
+    title = f"Claims of the study: {request.target}, scale {request.scale.name}"
+    name = f"claims_{request.target.replace('-', '_')}"
+    with OutputFolder(
+        request.folder / "artifacts" / "claims", f"reproduce.{name}", overwrite=True
+    ) as folder:
+        page = folder.write_text(f"{name}.md", "\n".join(claims_page(found, title)) + "\n")
+        rows = folder.write_text(f"{name}.json", dump_json([claim.to_json() for claim in found]))
+    return found, [page, rows]
+
+
+def _print_claims(found: list[Claim], paths: list[Path]) -> None:
+    from circuit.pipelines.claims import numbers_of
+
+    marks = {True: "holds", False: "DOES NOT HOLD", None: "not judged"}
+    for claim in found:
+        stdout.print(
+            f"{marks[claim.holds]:>14}  {claim.statement}: {numbers_of(claim) or claim.note}",
+            soft_wrap=True,
+        )
+    held = sum(claim.holds is True for claim in found)
+    stdout.print(f"{held} of {len(found)} claims hold in this reproduction")
+    for path in paths:
+        stdout.print(f"wrote {path}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(megabytes: float) -> str:
+    """`3 MB`, `1.2 GB`."""
+    return f"{megabytes:.1f} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"

@@ -1,0 +1,280 @@
+"""circuit study ...: what the workflow does besides the other commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from circuit import CircuitError
+
+from . import options
+from .output import print_report, print_written, progress_bar, stdout, table
+from .trace import StepBar
+from .training import TrainBar, load_train_config, stop_on_interrupt
+
+PANEL = "Study"
+group = typer.Typer(
+    name="study",
+    help="Steps of the study between its reports: configs, selections, comparisons.",
+    no_args_is_help=True,
+)
+
+CHANGE = "Field and JSON value, such as seed=11 or optimizer.learning_rate=0.1; repeatable."
+Scale = Annotated[
+    str,
+    typer.Option(
+        help="full, short or smoke.", autocompletion=options.complete_from("full", "short", "smoke")
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    group.command("configs")(configs)
+    group.command("derive-config")(derive_config)
+    group.command("train")(train)
+    group.command("trace")(trace)
+    group.command("select-heads")(heads)
+    group.command("select-write-paths")(write_paths)
+    group.command("compare-optimizers")(optimizers)
+    group.command("compare-seeds")(seeds)
+    app.add_typer(group, rich_help_panel=PANEL)
+
+
+def configs(scale: Scale) -> None:
+    """Write the contract's configs at another scale, under configs/ of the current folder."""
+    from circuit.artifacts import atomic_write_text
+    from circuit.pipelines.configs import contract_configs, scaled
+    from circuit.pipelines.scales import find_scale
+
+    wanted = find_scale(scale)
+    if wanted.is_contract:
+        raise CircuitError(
+            "--scale full",
+            expected="short or smoke; the full scale's configs ship with the project",
+        )
+    paths = [Path(path) for path in contract_configs(wanted)]
+    for path in paths:
+        atomic_write_text(path, scaled(str(path), wanted))
+    print_written(paths)
+
+
+def derive_config(
+    config: options.TrainConfigPath,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")],
+    changes: Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help=CHANGE)],
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Write a training config that differs from another in some fields."""
+    from circuit.artifacts import OutputFolder
+    from circuit.pipelines.configs import derived
+
+    made = derived(config, dict(_change(text) for text in changes))
+    with OutputFolder(output.parent, f"derive-config.{output.stem}", overwrite=overwrite) as folder:
+        print_written([folder.write_text(output.name, made.to_json())])
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise CircuitError(f"--set {text}", expected="field=value, such as seed=11")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def train(
+    config: options.TrainConfigPath,
+    outcome: Annotated[
+        Path | None,
+        typer.Option(help="JSON that says how it ended; then a run that diverges is no error."),
+    ] = None,
+    device: options.Device = None,
+) -> None:
+    """Train a run; go on with it where it was cut off, start anew where it is another."""
+    settings = load_train_config(config, device)
+    from circuit.artifacts import OutputFolder, dump_json
+    from circuit.pipelines.continuation import run_goes_on
+    from circuit.training import loop
+    from circuit.training.session import DivergedError
+
+    resume, said = run_goes_on(settings), None
+    with progress_bar() as bar, stop_on_interrupt() as interrupted:
+        try:
+            result = loop.train(
+                settings,
+                overwrite=not resume,
+                resume=resume,
+                stop=interrupted,
+                progress=TrainBar(bar, settings.steps),
+            )
+            stdout.print(f"step {result.step}, from {result.first_step}, {result.seconds:.0f} s")
+        except DivergedError as error:
+            if outcome is None:
+                raise
+            said = error.what
+            stdout.print(said, soft_wrap=True)
+    if interrupted():
+        raise typer.Exit(130)
+    if outcome is not None:
+        with OutputFolder(outcome.parent, "train-outcome", overwrite=True) as folder:
+            folder.write_text(outcome.name, dump_json({"name": settings.name, "diverged": said}))
+    print_written([Path(settings.output_dir)])
+
+
+def trace(
+    config: options.TrainConfigPath,
+    output_dir: options.OutputDir,
+    end_step: Annotated[int, typer.Option(min=1, help="Last step to record.")],
+    from_initialization: Annotated[bool, typer.Option("--from-initialization")] = True,
+    train_split: Annotated[str | None, typer.Option()] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1)] = 1,
+    checkpoint_start_step: Annotated[int, typer.Option(min=0)] = 0,
+    progress_every: Annotated[int | None, typer.Option(min=1)] = None,
+    top_k_parameters: Annotated[int, typer.Option(min=1)] = 10,
+    require_historical_replay: Annotated[bool, typer.Option("--require-historical-replay")] = False,
+    device: options.Device = None,
+) -> None:
+    """optimizer-update-trace from initialization; goes on with a recording that was cut off."""
+    settings = load_train_config(config, device, train_split=train_split)
+    from circuit.pipelines.continuation import trace_goes_on
+    from circuit.reports.optimizer_update_trace import optimizer_update_trace
+    from circuit.trace.record import RecordOptions
+
+    resume = trace_goes_on(output_dir, settings)
+    with progress_bar() as bar:
+        report = optimizer_update_trace(
+            settings,
+            output_dir,
+            RecordOptions(
+                end_step=end_step,
+                checkpoint_every=checkpoint_every,
+                checkpoint_start_step=checkpoint_start_step,
+                top_k_parameters=top_k_parameters,
+                require_historical_replay=require_historical_replay,
+            ),
+            overwrite=not resume,
+            resume=resume,
+            progress=StepBar(bar, "recording", end_step, progress_every),
+        )
+    print_written(report.paths)
+    stdout.print(report.law, soft_wrap=True)
+
+
+def heads(
+    separation_rows: Annotated[
+        Path, typer.Option(help="Row file of bilinear-qk-match-separation.")
+    ],
+    output_dir: options.OutputDir,
+    start_step: Annotated[int, typer.Option(min=0, help="Start of the window.")],
+    end_step: Annotated[int, typer.Option(min=1, help="End of the window.")],
+    score: Annotated[str, typer.Option(help="Which score, such as rank8 or full.")] = "rank8",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Winner, runner-up, median and bottom of the heads by growth of their separation."""
+    from circuit.pipelines.selection import select_heads
+
+    result = select_heads(
+        separation_rows,
+        output_dir,
+        start=start_step,
+        end=end_step,
+        score=score,
+        overwrite=overwrite,
+    )
+    if not as_json:
+        made = table(None, ["role", "head", "growth"])
+        for role, found in result.summary["selected"].items():
+            made.add_row(role, found["head"], f"{found['growth']:+.4g}")
+        stdout.print(made)
+    print_report(result, as_json)
+
+
+def write_paths(
+    config: options.TrainConfigPath,
+    probe_set: options.ProbeSet,
+    checkpoint: options.Checkpoint,
+    output_dir: options.OutputDir,
+    position_role: Annotated[
+        str,
+        typer.Option(help="Positions that are summed over.", autocompletion=options.complete_role),
+    ] = "prediction",
+    record_side: options.RecordSide = "clean",
+    pair_type: options.PairTypes = None,
+    max_pairs_per_type: options.MaxPairs = 64,
+    min_pairs_per_type: options.MinPairs = 16,
+    overwrite: options.Overwrite = False,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Which path from a head through an MLP writes most for the answer at a checkpoint."""
+    settings = load_train_config(config, device)
+    from circuit.pipelines.write_scan import ScanOptions, select_write_paths
+    from circuit.reports.inputs import PairOptions
+
+    pairs = PairOptions(
+        tuple(pair_type or ["support_value"]), max_pairs_per_type, min_pairs_per_type
+    )
+    result = select_write_paths(
+        settings,
+        probe_set,
+        checkpoint,
+        output_dir,
+        ScanOptions(position_role, record_side, pairs),
+        overwrite=overwrite,
+    )
+    if not as_json:
+        made = table(None, ["role", "path", "final write"])
+        for role, found in result.summary["selected"].items():
+            made.add_row(role, found["path"], f"{found['final_write']:+.4g}")
+        stdout.print(made)
+    print_report(result, as_json)
+
+
+def optimizers(
+    run: Annotated[list[Path], typer.Option("--run", help="Folder of a run; repeatable.")],
+    output_dir: options.OutputDir,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compare runs by optimizer: learning, QK separation and OV progress."""
+    from circuit.pipelines.compare_optimizers import compare_optimizers
+
+    result = compare_optimizers(run, output_dir, overwrite=overwrite)
+    if not as_json:
+        made = table(None, ["optimizer", "runs", "learned", "diverged", "best accuracy %"])
+        for name, found in result.summary["groups"].items():
+            best = found["best_answer_accuracy"]
+            made.add_row(
+                name,
+                *(str(found[column]) for column in ("runs", "learned", "diverged")),
+                "-" if best is None else f"{100 * best:.1f}",
+            )
+        stdout.print(made)
+    print_report(result, as_json)
+
+
+def seeds(
+    report: Annotated[
+        list[Path],
+        typer.Option(help="Report of a seed: selections and attributions; repeatable."),
+    ],
+    output_dir: options.OutputDir,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compare seeds: does the role repeat, does its address move?"""
+    from circuit.pipelines.compare_seeds import compare_seeds
+
+    result = compare_seeds(report, output_dir, overwrite=overwrite)
+    if not as_json:
+        made = table(None, ["seed", "winner head", "winner path"])
+        for name, head in result.summary["winner_heads"].items():
+            made.add_row(name, head, result.summary["winner_paths"][name])
+        stdout.print(made)
+    print_report(result, as_json)

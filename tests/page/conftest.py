@@ -1,0 +1,143 @@
+"""A tiny run with a trace and every report that a page draws, made by the page's own commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from circuit.cli import main
+
+from circuit.page import PageResult, formation_page
+
+RUN = Path("runs/tiny")
+
+
+def type_in(words: list[str]) -> int:
+    """Types `circuit ...`; the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["circuit", *words])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+@dataclass(frozen=True)
+class Page:
+    """A written page, read back."""
+
+    text: str
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The JSON of its data element."""
+        found = re.search(
+            r'<script type="application/json" id="page-data">(.*?)</script>', self.text
+        )
+        assert found is not None
+        payload = json.loads(found[1])
+        assert isinstance(payload, dict)
+        return payload
+
+    def records(self, panel: str, data: str) -> list[dict[str, Any]]:
+        """The records of some data of a panel."""
+        columns = self.payload["panels"][panel]["data"][data]
+        names = list(columns)
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def follow(result: PageResult) -> None:
+    """Type every command that a page asks for, a probe set or trace first."""
+    for missing in result.missing:
+        words = shlex.split(missing.command)
+        assert type_in(words[1:]) == 0, missing.command
+
+
+@pytest.fixture(scope="session")
+def bare_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    train_payload: Callable[..., dict[str, Any]],
+) -> Path:
+    """A working directory with a run of two layers (checkpoints 3, 6, 9, 12) and no report."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(tiny_folder, folder / "data" / "tiny")
+    payload = train_payload()
+    payload["model"]["layers"] = 2
+    (folder / "tiny.json").write_text(json.dumps(payload))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert type_in(["train", "--config", "tiny.json"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def told_once(bare_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with every report that the bare run's page asks for."""
+    folder = tmp_path_factory.mktemp("told") / "place"
+    shutil.copytree(bare_once, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        first = formation_page(RUN)
+        follow(first)
+        formation_page(RUN, overwrite=True)
+    return folder
+
+
+@pytest.fixture
+def bare(bare_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bare run, in a copy of its working directory."""
+    shutil.copytree(bare_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+@pytest.fixture
+def told(told_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run with every report, in a copy of its working directory."""
+    shutil.copytree(told_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+@pytest.fixture
+def other(told: Path) -> Path:
+    """A second run beside the first: another name, learning rate and folder, without an SVD."""
+    folder = told.with_name("other")
+    shutil.copytree(told, folder)
+    config = json.loads((folder / "run_config.json").read_text())
+    config |= {"name": "other", "output_dir": str(folder)}
+    config["optimizer"]["learning_rate"] = 0.02
+    (folder / "run_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def page(told_once: Path) -> Page:
+    """The page of the run with every report."""
+    return Page((told_once / RUN / "formation.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def circuit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Types `circuit ...`; exit code, stdout, stderr."""
+    monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = type_in(list(words))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,0 +1,291 @@
+"""The formation page: its numbers are the rows', it needs nothing else, it asks for the rest."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from circuit.cli.app import app
+
+from circuit.artifacts import read_jsonl
+from circuit.page import formation_page
+from circuit.page.found import Reports
+from circuit.page.html import _script_json
+from circuit.page.panel import thinned
+from circuit.runs import open_run
+
+RUN = Path("runs/tiny")
+Page = Any
+"""See the conftest: `text`, `payload` and `records(panel, data)`."""
+Circuit = Callable[..., tuple[int, str, str]]
+
+
+def key(record: dict[str, Any], columns: Iterable[str]) -> str:
+    return json.dumps([record[column] for column in columns])
+
+
+def rows_of(place: Path, name: str) -> list[dict[str, Any]]:
+    (found,) = (place / RUN / "analysis").rglob(name)
+    return read_jsonl(found)
+
+
+@pytest.mark.parametrize(
+    ("panel", "data", "file"),
+    [
+        ("heads", "match", "bilinear_qk_match_separation_rows.jsonl"),
+        ("heads", "match_by_lag", "bilinear_qk_match_separation_rows.jsonl"),
+        ("heads", "write", "ov_write_progress_means.jsonl"),
+        ("weights", "weights", "weight_svd_trace_rows.jsonl"),
+        ("weights", "spectrum", "weight_svd_singular_values.jsonl"),
+        ("readability", "readability", "value_code_subspace_rows.jsonl"),
+        ("rescue", "rescue", "value_code_transfer_rescue_rows.jsonl"),
+    ],
+)
+def test_every_record_is_a_row_of_the_named_file(
+    told_once: Path, page: Page, panel: str, data: str, file: str
+) -> None:
+    records = page.records(panel, data)
+    columns = list(records[0])
+    known = [key(row, columns) for row in rows_of(told_once, file) if set(columns) <= set(row)]
+    assert {key(record, columns) for record in records} <= set(known)
+    assert len({key(record, columns) for record in records}) == len(records)
+    assert f"{file}" in page.text
+
+
+def test_every_head_and_checkpoint_is_on_the_map(told_once: Path, page: Page) -> None:
+    rows = rows_of(told_once, "bilinear_qk_match_separation_rows.jsonl")
+    want = {(row["step"], row["head"]) for row in rows}
+    for data in ("match", "write"):
+        assert {(r["step"], r["head"]) for r in page.records("heads", data)} == want
+
+
+def test_learning_and_lag_are_the_metrics(told_once: Path, page: Page) -> None:
+    rows = read_jsonl(told_once / RUN / "metrics.jsonl")
+    evaluated = [row for row in rows if row["kind"] == "evaluation"]
+    for panel, data in (("learning", "evaluation"), ("lag", "whole")):
+        records = page.records(panel, data)
+        assert [key(row, records[0]) for row in evaluated] == [key(r, r) for r in records]
+    lags = [
+        {"step": row["step"], "split": row["split"], "lag": lag, **found}
+        for row in evaluated
+        for lag, found in row["by_slice"]["lag"].items()
+    ]
+    assert page.records("lag", "lag") == lags
+    trained = [row for row in rows if row["kind"] == "train"]
+    records = page.records("learning", "training")
+    assert [key(row, records[0]) for row in trained] == [key(r, r) for r in records]
+
+
+def test_contributions_are_exact_sums_of_rows(told_once: Path, page: Page) -> None:
+    rows = rows_of(told_once, "bilinear_qk_rank_adam_state_attribution_rows.jsonl")
+    lead = rows[0]["scalar"]
+    rows = [row for row in rows if row["scalar"] == lead]
+    for record in page.records("terms", "term_sums"):
+        until = [
+            row[record["kind"]][record["term"]] for row in rows if row["step"] <= record["step"]
+        ]
+        assert record["contribution"] == math.fsum(until)
+    for record in page.records("groups", "groups"):
+        groups = [row["groups"]["circuit"][record["group"]]["path"] for row in rows]
+        until = [
+            g[record["term"]]
+            for row, g in zip(rows, groups, strict=True)
+            if row["step"] <= record["step"]
+        ]
+        assert record["contribution"] == math.fsum(until)
+
+
+def test_totals_end_at_the_reports_own_summary(told_once: Path, page: Page) -> None:
+    name = "bilinear_qk_rank_adam_state_attribution_report.json"
+    (file,) = (told_once / RUN / "analysis").rglob(name)
+    window = json.loads(file.read_text())["summary"]["windows"][0]
+    last = page.records("terms", "totals")[-1]
+    assert last["step"] == window["end_step"]
+    assert (last["actual"], last["value"]) == (window["actual"], window["value_at_end"])
+    for kind in ("path", "first_order"):
+        assert last[kind] == window["predicted"][kind]
+        for end in ("", "_absolute"):
+            assert last[f"closure_{kind}{end}"] == window["closure"][f"{kind}{end}"]
+    ends = [r for r in page.records("groups", "groups") if r["step"] == last["step"]]
+    assert math.fsum(r["contribution"] for r in ends) == pytest.approx(last["path"], rel=1e-6)
+
+
+def test_interventions_are_the_reports_means(told_once: Path, page: Page) -> None:
+    (file,) = (told_once / RUN / "analysis").rglob("geometry_subspace_intervention_report.json")
+    means = json.loads(file.read_text())["summary"]["means"]
+    records = page.records("interventions", "interventions")
+    columns = [column for column in records[0] if column != "intervention"]
+    assert [key(r, columns) for r in records] == [key(mean, columns) for mean in means]
+
+
+def test_the_examples_attention_is_the_models(
+    told: Path, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = page.payload["panels"]["example"]["example"]
+    run = open_run(told)
+    split = run.batch("validation_iid")
+    row = split.sample_ids.index(example["sample_id"])
+    assert [run.vocabulary.tokens[t] for t in split.tokens[row]][
+        : len(example["tokens"])
+    ] == example["tokens"]
+    assert example["steps"] == run.steps
+    for step, of_step, said in zip(
+        example["steps"], example["attention"], example["predictions"], strict=True
+    ):
+        logits, cache = run.model(step).run_with_cache(split.tokens[row : row + 1, :-1])
+        for head, of_head in zip(example["heads"], of_step, strict=True):
+            layer, number = int(head[1]), int(head[3])
+            for read, weights in zip(example["reads"], of_head, strict=True):
+                at = read["position"]
+                real = cache["pattern", layer][0, number, at, : at + 1]
+                assert torch.allclose(torch.tensor(weights), real, atol=6e-5)
+        for read, told_so in zip(example["reads"], said, strict=True):
+            best = int(logits[0, read["position"]].argmax())
+            assert run.vocabulary.tokens[best] == told_so["token"]
+            assert example["tokens"][read["position"] + 1] == read["answer"]
+            assert example["tokens"][read["support"]] == read["answer"]
+
+
+def test_the_page_holds_everything_that_it_needs(page: Page) -> None:
+    style, *scripts = re.findall(
+        r"<(?:style|script)[^>]*>(.*?)</(?:style|script)>", page.text, re.S
+    )
+    assert len(scripts) == 3
+    markup = re.sub(r"<(style|script).*?</\1>", "", page.text, flags=re.S)
+    assert "://" not in markup + style + scripts[0] + scripts[2]
+    links = re.findall(r"(?:src|href|action)=\"([^\"]*)\"", page.text.replace(scripts[1], ""))
+    assert {link for link in links if not link.startswith("#")} == {"data:,"}
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", style + scripts[2])
+    assert len(page.text.encode()) < 5e6
+
+
+def test_a_bare_run_shows_the_commands_that_complete_it(bare: Path, told_once: Path) -> None:
+    asked = formation_page(bare)
+    assert {panel.name for panel in asked.panels if panel.missing} == {
+        *("heads", "weights", "terms", "groups", "readability", "interventions", "rescue")
+    }
+    text = asked.path.read_text(encoding="utf-8")
+    for missing in asked.missing:
+        assert missing.command in text
+    whole = formation_page(told_once / RUN, bare / "whole.html")  # the fixture typed them all
+    assert whole.missing == []
+    assert all(panel.charts or panel.example for panel in whole.panels)
+
+
+def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path, bare: Path) -> None:
+    result = formation_page(told, "page.html")
+    commands = [source.command for panel in result.panels for source in panel.sources]
+    assert len(commands) >= 9
+    for command in commands:
+        name, subcommand, *words = shlex.split(command)
+        assert name == "circuit"
+        group = typer.main.get_command(app)
+        found = group.commands[subcommand]  # type: ignore[attr-defined]
+        found.make_context(subcommand, list(words))  # parses, and refuses what it does not know
+
+
+def test_commands_repeat_the_reports_parameters(told: Path, circuit: Circuit) -> None:
+    """What a panel says made its report makes the same rows again."""
+    result = formation_page(told, "page.html")
+    sources = {s.rows: s.command for panel in result.panels for s in panel.sources}
+    for file in ("weight_svd_trace_rows.jsonl", "geometry_subspace_intervention_rows.jsonl"):
+        (path,) = (told / "analysis").rglob(file)
+        before = path.read_bytes()
+        report = path.relative_to(told).as_posix()
+        command = sources.get(report) or sources[report.replace("rows.jsonl", "report.json")]
+        path.write_bytes(b"")
+        assert circuit(*shlex.split(command)[1:])[0] == 0
+        assert path.read_bytes() == before
+
+
+def test_equal_inputs_give_equal_pages(told: Path) -> None:
+    first = formation_page(told, "one.html").path.read_bytes()
+    assert formation_page(told.resolve(), "two.html").path.read_bytes() == first
+
+
+def test_a_page_is_replaced_only_when_asked(bare: Path, circuit: Circuit) -> None:
+    assert circuit("page", str(bare))[0] == 0
+    code, _, err = circuit("page", str(bare))
+    assert code == 2
+    assert "--overwrite" in err
+    assert circuit("page", str(bare), "--overwrite")[0] == 0
+    Path("mine.html").write_text("mine")
+    code, _, err = circuit("page", str(bare), "--output", "mine.html", "--overwrite")
+    assert code == 2
+    assert Path("mine.html").read_text() == "mine"
+    assert err.count("\n") == 1
+
+
+def test_json_names_the_page_and_what_is_missing(bare: Path, circuit: Circuit) -> None:
+    _, out, _ = circuit("page", str(bare), "--json")
+    payload = json.loads(out)
+    assert payload["paths"] == [str(bare / "formation.html")]
+    assert payload["bytes"] == (bare / "formation.html").stat().st_size
+    assert any("weight-svd-trace" in command for command in payload["missing"].values())
+
+
+@pytest.mark.parametrize("words", [("nowhere",), ("data/tiny",), ("runs/tiny", "runs/tiny")])
+def test_a_bad_run_gives_one_clear_line(
+    bare: Path, circuit: Circuit, words: tuple[str, ...]
+) -> None:
+    code, out, err = circuit("page", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "run" in err
+    assert not list(Path().rglob("formation.html"))
+
+
+def test_a_damaged_report_or_row_is_named(told: Path, circuit: Circuit) -> None:
+    (report,) = (told / "analysis").rglob("weight_svd_trace_report.json")
+    kept = report.read_text()
+    report.write_text("{}")
+    code, _, err = circuit("page", str(told), "--output", "page.html")
+    assert code == 2
+    assert report.name in err
+    report.write_text(kept)
+    rows = report.with_name("weight_svd_trace_rows.jsonl")
+    rows.write_text(rows.read_text().replace('"step": 6', '"step": 7', 1))
+    code, _, err = circuit("page", str(told), "--output", "page.html")
+    assert code == 2
+    assert "weight_svd_trace_rows.jsonl" in err
+
+
+def test_a_missing_benchmark_is_asked_for(bare: Path) -> None:
+    Path("data").rename("elsewhere")
+    result = formation_page(bare)
+    (example,) = (panel for panel in result.panels if panel.name == "example")
+    assert "generate-benchmark" in example.missing[0].command
+
+
+def test_the_most_complete_report_is_chosen_then_the_newest(tmp_path: Path) -> None:
+    for name, heads, began in (("a", 2, 5.0), ("b", 4, 1.0), ("c", 4, 2.0), ("d", 3, 9.0)):
+        folder = tmp_path / "analysis" / name
+        folder.mkdir(parents=True)
+        payload = {"command": "x", "summary": {"heads": heads}, "parameters": {}}
+        payload["provenance"] = {"started_unix": began}
+        (folder / "x_report.json").write_text(json.dumps(payload))
+    best = Reports(tmp_path).best("x", lambda report: (report.summary["heads"],))
+    assert best is not None
+    assert best.path.parent.name == "c"
+
+
+def test_no_text_ends_the_data_element() -> None:
+    text = _script_json({"a": "</script><!--"})
+    assert "<" not in text
+    assert json.loads(text) == {"a": "</script><!--"}
+
+
+def test_thinning_keeps_both_ends() -> None:
+    steps = list(range(0, 1001, 7))
+    for most in (2, 3, 40, 500):
+        few = thinned(steps, most)
+        assert len(few) == min(most, len(steps))
+        assert (few[0], few[-1]) == (steps[0], steps[-1])
+        assert few == sorted(set(few))

@@ -1,0 +1,244 @@
+"""The workflow as it runs: resume, invalidation with its reason, commands in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from circuit.cli import main
+from circuit.cli.job import run_commands
+
+from circuit.config import TrainConfig, load_config
+from circuit.errors import CircuitError
+from circuit.pipelines.continuation import run_goes_on, trace_goes_on
+from circuit.pipelines.reproduce import Event, Request, make_plan, packaged_profile, read_event, run
+from circuit.pipelines.scales import SCALES
+
+SMOKE = Path("artifacts/scale/smoke")
+PROBE = SMOKE / "artifacts/runs/symbolic_kv_reference_formation/analysis/probe_set.jsonl"
+CONFIG = SMOKE / "configs/benchmark/symbolic_kv_base.json"
+DATA = ("--until", "generate_probe_set__common")
+
+
+def reproduce(*options: str, target: str = "reference", **more: Any) -> list[Event]:
+    """Runs a target at the smallest scale; what was heard."""
+    heard: list[Event] = []
+    request = Request(target, SCALES["smoke"], 2, options=options)
+    outcome = run(request, heard.append, **more)
+    assert outcome.code == 0, (SMOKE / "artifacts/logs/snakemake.log").read_text()[-3000:]
+    return heard
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every row file; clocks stand in other files."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.jsonl"))
+    }
+
+
+def test_data_are_made_once_and_again_where_the_config_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    heard = reproduce(*DATA)
+    done = [event.rule for event in heard if event.kind == "finished"]
+    assert done == ["configs__common", "generate_benchmark__common", "generate_probe_set__common"]
+    first = PROBE.read_bytes()
+    assert [event for event in reproduce(*DATA) if event.kind == "finished"] == []
+    changed = json.loads(CONFIG.read_text()) | {"seed": 8}
+    CONFIG.write_text(json.dumps(changed))
+    plan = make_plan(Request("reference", SCALES["smoke"], options=DATA))
+    (again,) = (rule for rule in plan.again if rule.name == "generate_benchmark__common")
+    assert "symbolic_kv_base.json" in again.reason
+    reproduce(*DATA)
+    assert PROBE.read_bytes() != first
+
+
+@pytest.mark.slow
+def test_smoke_run_has_every_kind_of_output_and_survives_three_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    reproduce(target="paper")
+    study_outputs = make_plan(Request("paper", SCALES["smoke"])).outputs
+    assert [p for p in study_outputs if "SELECTED" not in p and not (SMOKE / p).exists()] == []
+    monkeypatch.chdir(tmp_path / "killed")
+    command = [sys.executable, "-m", "circuit.cli", "reproduce", "paper", "--scale", "smoke"]
+    for seconds in (20, 35, 50):
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1)
+    reproduce(target="paper")
+    whole, killed = (digests(tmp_path / name / SMOKE) for name in ("whole", "killed"))
+    names = [{p.split(name, 1)[1]: d for p, d in found.items()} for name, found in
+             (("whole", whole), ("killed", killed))]  # fmt: skip
+    assert names[0] == names[1]
+
+
+def test_lines_of_the_log_are_events() -> None:
+    assert read_event("rule train__one:") == Event("started", "train__one")
+    assert read_event("localrule paper:") == Event("started", "paper")
+    assert read_event("Finished jobid: 3 (Rule: train__one)") == Event("finished", "train__one")
+    assert read_event("Error in rule train__one:") == Event("failed", "train__one")
+    assert read_event("3 of 20 steps (15%) done") == Event("progress", done=3, total=20)
+    assert read_event("    jobid: 3") is None
+
+
+def test_commands_of_one_process_stop_at_the_first_failure(circuit: Callable[..., Any]) -> None:
+    good = ["study", "configs", "--scale", "smoke"]
+    bad = ["evaluate", "--config", "nowhere.json", "--checkpoint", "x.pt"]
+    assert run_commands([good, good]) == 0
+    assert Path("configs/train/symbolic_kv_formation.json").is_file()
+    Path("configs/train/symbolic_kv_formation.json").unlink()
+    assert run_commands([bad, good]) == 2
+    assert not Path("configs/train/symbolic_kv_formation.json").exists()
+
+
+@pytest.fixture
+def config(trained: Path) -> TrainConfig:
+    return load_config(trained / "run_config.json", TrainConfig)
+
+
+def test_a_run_goes_on_with_its_own_config_benchmark_and_version_alone(
+    trained: Path, config: TrainConfig
+) -> None:
+    assert run_goes_on(config)
+    assert run_goes_on(config.replace(threads=2)), "threads are the machine's"
+    assert not run_goes_on(config.replace(seed=12))
+    environment = trained / "environment.json"
+    facts = json.loads(environment.read_text())
+    environment.write_text(json.dumps(facts | {"circuit": "0.0.0"}))
+    assert not run_goes_on(config)
+    environment.write_text(json.dumps(facts))
+    metadata = Path(config.benchmark_dir) / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"digest": "0" * 64}))
+    assert not run_goes_on(config)
+
+
+def test_a_run_without_checkpoints_starts_anew(trained: Path, config: TrainConfig) -> None:
+    for checkpoint in (trained / "checkpoints").glob("step_*.pt"):
+        checkpoint.unlink()
+    assert not run_goes_on(config)
+
+
+def test_a_trace_goes_on_with_its_own_run_alone(config: TrainConfig, traced: Path) -> None:
+    assert trace_goes_on(traced, config)
+    assert not trace_goes_on(traced, config.replace(seed=12))
+    assert not trace_goes_on(Path("nowhere"), config)
+
+
+def test_a_run_that_diverges_is_an_outcome_where_one_is_asked_for(
+    circuit: Callable[..., Any], trained: Path
+) -> None:
+    source = str(trained / "run_config.json")
+    changes = ("--set", "name=wild", "--set", "output_dir=runs/wild")
+    changes += ("--set", 'optimizer={"name":"sgd","learning_rate":1e30}')
+    changes += ("--set", "gradient_clip=null")
+    made = circuit("study", "derive-config", "--config", source, "--output", "wild.json", *changes)
+    assert made.code == 0, made.err
+    refused = circuit("study", "train", "--config", "wild.json")
+    assert (refused.code, "diverged" in refused.err) == (2, True)
+    outcome = Path("runs/wild/outcome.json")
+    done = circuit("study", "train", "--config", "wild.json", "--outcome", str(outcome))
+    assert done.code == 0, done.err
+    assert "diverged" in json.loads(outcome.read_text())["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("nothing=1", "unknown field 'nothing'"),
+        ("optimizer.rate=1", "unknown field 'optimizer.rate'"),
+        ("steps.last=1", "no field 'steps.last'"),
+        ("steps", "field=value"),
+        ("steps=-1", "steps"),
+    ],
+)
+def test_bad_changes_of_a_config_are_refused(
+    circuit: Callable[..., Any], trained: Path, change: str, said: str
+) -> None:
+    source = str(trained / "run_config.json")
+    words = ("study", "derive-config", "--config", source, "--output", "out.json", "--set", change)
+    done = circuit(*words)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not Path("out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("everything",), "unknown target 'everything'; expected one of reference"),
+        (("paper", "--scale", "huge"), "unknown scale 'huge'; expected one of full"),
+        (("paper", "--scale", "full"), "configs of the contract are not here"),
+        (("paper", "--profile", "nowhere"), "no profile 'nowhere'"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(
+    circuit: Callable[..., Any], words: tuple[str, ...], said: str
+) -> None:
+    done = circuit("reproduce", *words)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_one_reproduction_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    monkeypatch.chdir(tmp_path)
+    (SMOKE / ".snakemake").mkdir(parents=True)
+    with (SMOKE / ".snakemake" / "circuit.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CircuitError, match="another `circuit reproduce` is at work"):
+            run(Request("paper", SCALES["smoke"]), lambda event: None)
+
+
+def test_the_slurm_profile_ships() -> None:
+    assert "executor: slurm" in (packaged_profile("slurm") / "config.yaml").read_text()
+
+
+def test_help_of_the_study_imports_no_torch() -> None:
+    code = (
+        "import sys; from circuit.cli.app import app; import circuit.pipelines.reproduce;"
+        " import circuit.pipelines.claims; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert main is not None
+
+
+CHAIN = """
+rule all:
+    input: expand("o{i}", i=range(4))
+rule first:
+    output: "f"
+    shell: "touch {output}"
+rule after:
+    input: "f"
+    output: "o{i}"
+    shell: "echo + >> log; sleep 0.2; echo - >> log; touch {output}"
+"""
+
+
+def test_no_more_jobs_than_cores(tmp_path: Path) -> None:
+    """Also behind a job that was ready alone, which Snakemake 9.15.0 does not charge."""
+    (tmp_path / "Snakefile").write_text(CHAIN)
+    command = [sys.executable, "-m", "circuit.pipelines.processes", "--cores", "1"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "log").read_text().split() == ["+", "-"] * 4

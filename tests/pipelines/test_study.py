@@ -1,0 +1,163 @@
+"""The study as jobs and rules: nothing of the contract is missing, nothing contradicts itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.pipelines.configs import BENCHMARK, contract_configs, scaled
+from circuit.pipelines.costs import cost_of, rates
+from circuit.pipelines.jobs import split_commands
+from circuit.pipelines.reproduce import Request, make_plan, read_dry_run
+from circuit.pipelines.scales import SCALES
+from circuit.pipelines.study import PAPER, TARGETS, Study
+
+PROJECT = Path(__file__).parents[2]
+CONTRACT = (PROJECT / "docs" / "reproducibility.txt").read_text(encoding="utf-8")
+RUN = "artifacts/runs/symbolic_kv_reference_formation"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that holds the project's configs and nothing else."""
+    for config in (PROJECT / "configs").rglob("*.json"):
+        copy = tmp_path / config.relative_to(PROJECT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(config.read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contract_outputs() -> set[str]:
+    """Folders and reports that the contract expects of the reference run."""
+    text = CONTRACT.replace("$RUN", RUN)
+    named = re.findall(rf"--output-dir ({RUN}\S+)", text)
+    named += re.findall(rf"^({RUN}/analysis/\S+?)(?:/|/\w+_report\.json)?$", text, re.MULTILINE)
+    return {name.rstrip("/") for name in named}
+
+
+def test_full_ends_with_every_path_of_the_contract(project: Path) -> None:
+    outputs = Study(SCALES["full"]).outputs("paper")
+    folders = {str(Path(path).parent) for path in outputs} | set(outputs)
+    expected = contract_outputs()
+    assert len(expected) >= 12
+    assert expected <= folders, sorted(expected - folders)
+
+
+def test_full_lists_fifteen_audits_and_five_write_attributions(project: Path) -> None:
+    plan = make_plan(Request("paper", SCALES["full"]))
+    audits = [p for p in plan.outputs if "optimizer_ablation" in p and "ov_write_progress_rep" in p]
+    wanted = re.compile(
+        r".*cross_seed_adam/seed_00\d\d/.*/winner_SELECTED_to_SELECTED"
+        r"_prediction_ref2500_postgrad_total_1500_2500/mlp_functional_write_adam_state_"
+        r"attribution_report\.json"
+    )
+    writes = [path for path in plan.outputs if wanted.fullmatch(path)]
+    assert (len(audits), len(writes)) == (15, 5)
+    trained = sum(job.kind == "train" for job in plan.jobs)
+    assert trained == 2 + 15 + 5
+
+
+def test_commands_of_the_contract_are_typed_as_it_types_them() -> None:
+    """Every option and value of the contract's reports stands in the study's command."""
+    jobs = {job.argv[0]: job for job in Study(SCALES["full"]).of("reference")}
+    text = CONTRACT.replace("\\\n", " ").replace('"$CIRCUIT_DEVICE"', "cpu")
+    compared = 0
+    for block in re.findall(r"^\$CIRCUIT (\S.*)$", text, re.MULTILINE):
+        words = shlex.split(block)
+        if words[0] not in jobs or words[0] in ("evaluate", "geometry-subspace-intervention"):
+            continue
+        ours = jobs[words[0]].argv
+        typed = {word for word in words if not word.startswith("$") and word != "cpu"}
+        missing = typed - set(ours) - {"--device"}
+        assert not missing, (words[0], missing)
+        compared += 1
+    assert compared >= 5
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
+def test_jobs_agree(scale, project: Path) -> None:
+    """No output is made twice, and what a job reads some job makes or the project holds."""
+    jobs = Study(scale).everything("paper") + Study(scale).of("sgd-wide")
+    made = Counter(path for job in jobs for path in job.outputs)
+    assert {path: n for path, n in made.items() if n > 1} == {}
+    needed = {path for job in jobs for path in job.inputs}
+    absent = {path for path in needed - set(made) if not Path(path).exists()}
+    assert absent == set()
+
+
+@pytest.mark.parametrize("scale", ["short", "smoke"])
+def test_smaller_scales_have_the_kinds_and_targets_of_the_full_one(scale: str) -> None:
+    full, small = (Study(SCALES[name]) for name in ("full", scale))
+    for target in PAPER:
+        kinds = {job.kind for job in full.everything(target)}
+        assert {job.kind for job in small.everything(target)} == kinds | {"configs"}
+
+
+def test_every_kind_has_its_resources() -> None:
+    table = json.loads((PROJECT / "circuit/pipelines/resources.json").read_text())["rules"]
+    for scale in SCALES.values():
+        study = Study(scale)
+        kinds = {job.kind for target in TARGETS for job in study.everything(target)}
+        assert kinds <= set(table)
+
+
+def test_batched_rules_run_all_instances_in_one_process() -> None:
+    study = Study(SCALES["smoke"])
+    kinds = Counter((batch.target, batch.kind) for batch in study.batches)
+    assert set(kinds.values()) == {1}
+    batch = next(b for b in study.batches if b.kind == "geometry_subspace_intervention")
+    commands = split_commands(shlex.split(batch.command))
+    assert commands == [list(job.argv) for job in batch.jobs]
+    assert len(commands) == 4
+
+
+def test_a_batch_needs_nothing_that_it_makes_itself() -> None:
+    for batch in Study(SCALES["smoke"]).batches:
+        assert not set(batch.inputs) & set(batch.outputs)
+
+
+@pytest.mark.parametrize("scale", ["short", "smoke"])
+def test_scaled_configs_are_valid_and_keep_their_folders(scale: str, project: Path) -> None:
+    for path in contract_configs(SCALES[scale]):
+        kind = BenchmarkConfig if path == BENCHMARK else TrainConfig
+        before = load_config(path, kind)
+        Path(path).write_text(scaled(path, SCALES[scale]))
+        after = load_config(path, kind)
+        assert (after.name, after.output_dir) == (before.name, before.output_dir)
+        if isinstance(after, TrainConfig):
+            assert after.steps < load_config(PROJECT / path, TrainConfig).steps
+
+
+def test_a_plan_costs_what_its_jobs_cost() -> None:
+    scale = SCALES["full"]
+    job = next(job for job in Study(scale).jobs if job.kind == "train")
+    entry = rates("train")
+    cost = cost_of([job], scale)
+    assert cost.seconds == pytest.approx(entry["start"] + entry["unit"] * 16000)
+    assert cost_of([job, job], scale).seconds == pytest.approx(2 * cost.seconds)
+    assert cost.wall(64) == pytest.approx(cost.longest)
+
+
+def test_a_dry_run_is_read_rule_by_rule() -> None:
+    text = """
+rule train__one:
+    input: a
+    output: b
+    reason: Params have changed since last execution: before: x now: y
+checkpoint select_heads:
+    output: c
+    reason: Missing output files: c
+    wildcards: seed=0011
+Job stats:
+"""
+    first, second = read_dry_run(text.splitlines())
+    assert (first.name, first.seed) == ("train__one", None)
+    assert first.reason.startswith("Params have changed")
+    assert (second.name, second.seed) == ("select_heads", "0011")
