@@ -78,7 +78,7 @@ def table(title: str | None, columns: Sequence[str]) -> Table:
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         if index == 0:
-            made.add_column(column, justify="left", overflow="fold")
+            made.add_column(column, justify="left", overflow="fold", min_width=min(12, len(column)))
         else:
             made.add_column(column, justify="right", no_wrap=True)
     return made
