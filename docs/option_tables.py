@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-
 from circuit.cli.app import app
 
 GUIDE = Path(__file__).parent / "guide.md"
@@ -24,7 +23,7 @@ SHARED = ("--overwrite", "--device", "--threads", "--json")
 
 
 def commands() -> dict[str, Any]:
-    """Every command that can be typed after `circuit`, such as `trace show`, in the help's order."""
+    """Every command that can be typed after `circuit`, such as `trace show`, in order."""
     found: dict[str, Any] = {}
 
     def collect(group: Any, prefix: str) -> None:
