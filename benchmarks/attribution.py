@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--start", type=int)
     parser.add_argument("--head", default="L1H2")
     parser.add_argument("--workers", action="store_true")
+    parser.add_argument("--window", type=int, default=400, help="steps that --workers attributes")
     args = parser.parse_args()
     trace = open_trace(args.trace)
     start = trace.manifest.start_step if args.start is None else args.start
@@ -77,7 +78,7 @@ def _measure(trace: Trace, source: QKScalars, rule: str, start: int, steps: int)
 def _workers(args: argparse.Namespace, trace: Trace, start: int) -> None:
     """Wall time of one window with one and with two processes."""
     source = QKScalars(trace.manifest.config, args.probe_set, QKOptions(heads=(args.head,)))
-    job, end = Job(args.trace, source), start + 8 * trace.manifest.anchor_every
+    job, end = Job(args.trace, source), start + args.window
     end = min(end, trace.store.last_step)
     seconds = {}
     for workers in (1, 2):
