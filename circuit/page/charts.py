@@ -131,15 +131,26 @@ def lines(
     return drawn
 
 
-def heat(data: str, value: str, tooltip: Sequence[str], heads: Sequence[str]) -> list[alt.Chart]:
-    """Heads by steps, coloured by a value around zero; the chosen step is framed."""
+def heat(
+    data: str, value: str, tooltip: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[alt.Chart]:
+    """Heads by steps, coloured by a value; the chosen step is framed.
+
+    Zero has the middle colour and both signs have one scale, so that equal sizes look equal.
+
+    Args:
+        rows: the data, from which the heads and the largest size are taken.
+    """
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    largest = max((abs(row[value]) for row in rows if row[value] is not None), default=1.0)
     place = named(data).encode(
         x=alt.X("step:O").title("optimizer step").axis(labelOverlap="greedy", labelAngle=0),
-        y=alt.Y("head:N").title(None).sort(list(heads)),
+        y=alt.Y("head:N").title(None).sort(heads),
     )
+    shades = alt.Scale(scheme="blueorange", domain=[-largest, largest])
     bar = alt.Legend(orient="top", title=None, gradientLength=alt.ExprRef("min(width, 260)"))
     cells = place.mark_rect().encode(
-        color=alt.Color(f"{value}:Q").scale(scheme="blueorange", domainMid=0).legend(bar),
+        color=alt.Color(f"{value}:Q").scale(shades).legend(bar),
         tooltip=exact(*tooltip),
     )
     frame = place.transform_filter(chosen()).mark_rect(

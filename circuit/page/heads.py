@@ -98,7 +98,7 @@ def heads_panel(reports: Reports, home: Home) -> Panel:
         sources.append(write.source(home.folder, MEANS))
         heads = _heads(data["write"])
         title = "OV margin of the support's value, by W_OV alone"
-        layers_drawn = heat("write", "ov_map_value_margin", WRITE, heads)
+        layers_drawn = heat("write", "ov_map_value_margin", WRITE, data["write"])
         height = 22 * len(heads)
         charts.insert(1, chart(title, "write", *layers_drawn, height=height))
         tables.append(_write_table())
@@ -119,7 +119,7 @@ def _match_charts(
     rows: Sequence[Record], lags: Sequence[Record], winner: str, score: str
 ) -> list[Chart]:
     heads = _heads(rows)
-    layers = heat("match", "separation", MATCH, heads)
+    layers = heat("match", "separation", MATCH, rows)
     title = f"QK separation ({score}): support minus distractors"
     names = sorted({row["lag"] for row in lags}, key=int)
     shade = colour("lag", names, labels={name: f"lag {name}" for name in names})

@@ -11,7 +11,7 @@ const config = {
   axis: {
     labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--line)",
     domainColor: "var(--line)", tickColor: "var(--line)", titleFontWeight: "normal",
-    labelFontSize: 12, titleFontSize: 12, labelOverlap: "greedy",
+    labelFontSize: 12, titleFontSize: 12, labelOverlap: "greedy", labelSeparation: 8,
   },
   axisX: { grid: false },
   legend: { labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: "normal",
