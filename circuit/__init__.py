@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.errors import CircuitError
 
 if TYPE_CHECKING:
-    from circuit.runs import Run, open_run, read_rows
+    from circuit.runs import Run, attribute, open_run, read_rows
     from circuit.trace.replay import Trace, open_trace
 
 __version__ = "0.1.0"
@@ -19,12 +19,22 @@ __version__ = "0.1.0"
 _HOME = {
     "Run": "circuit.runs",
     "Trace": "circuit.trace.replay",
+    "attribute": "circuit.runs",
     "open_trace": "circuit.trace.replay",
     "open_run": "circuit.runs",
     "read_rows": "circuit.runs",
 }
 
-__all__ = ["CircuitError", "Run", "Trace", "__version__", "open_run", "open_trace", "read_rows"]
+__all__ = [
+    "CircuitError",
+    "Run",
+    "Trace",
+    "__version__",
+    "attribute",
+    "open_run",
+    "open_trace",
+    "read_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,17 @@
-"""open_run, read_rows: what a notebook starts from.
+"""open_run, read_rows, attribute: what a notebook starts from.
 
 run = circuit.open_run("artifacts/runs/quickstart")
 model = run.model(400)                       # a HookedTransformer
 batch = run.batch("validation_iid")          # tokens and read indices
 logits, cache = model.run_with_cache(batch.tokens)
+
+trace = circuit.open_trace(run.path / "analysis/optimizer_update_trace")
+series = circuit.attribute(trace, [scalar], 300, 340)[scalar.name]
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +21,16 @@ import torch
 from transformer_lens import HookedTransformer
 
 from circuit.artifacts import find_folder, read_jsonl
+from circuit.attribution.attribute import Attributor
+from circuit.attribution.groups import Partition, check_partition
+from circuit.attribution.series import Series
 from circuit.config import TrainConfig, load_config
 from circuit.errors import CircuitError
+from circuit.scalars.base import Scalar
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.symbolic_kv import Vocabulary
+from circuit.trace.replay import Trace
 from circuit.training.checkpoints import TrainState, list_checkpoints, load_checkpoint
 from circuit.training.loop import BEST, METRICS, RUN_CONFIG
 from circuit.training.session import encode_split, model_from_state
@@ -118,10 +127,54 @@ class Run:
 def open_run(path: str | Path) -> Run:
     """Open a run's folder.
 
+    A relative path is looked up from the current folder, then from the folders above it, so that
+    a notebook may name a run from the project's root.
+
     Raises:
         CircuitError: there is no run here.
     """
+    path = Path(path)
+    if not path.is_absolute() and not path.exists():
+        above = (folder / path for folder in Path.cwd().parents if (folder / path).exists())
+        path = next((Path(os.path.relpath(found)) for found in above), path)
     return Run(path)
+
+
+def attribute(
+    trace: Trace,
+    scalars: Sequence[Scalar],
+    start: int,
+    end: int,
+    *,
+    rule: str = "simpson",
+    partitions: Sequence[Partition] = ("circuit",),
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Series]:
+    """Attribute scalars over the steps that take state `start` to state `end` of a trace.
+
+    Args:
+        scalars: the step-by-step changes of each are split by the terms of the update.
+        rule: path rule: `midpoint`, `simpson` or `gauss:N`.
+        partitions: of the parameters, whose groups are listed.
+        dtype: of the model that evaluates scalars and gradients. In float64, what is left is the
+            path rule's error alone.
+
+    Returns:
+        One `Series` a scalar, by name.
+
+    Raises:
+        CircuitError: the window is not recorded, a step does not replay, two scalars share a
+            name, or there is no such rule or partition.
+    """
+    names = [scalar.name for scalar in scalars]
+    if not names or len(set(names)) < len(names):
+        raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
+    chosen = [check_partition(partition) for partition in partitions]
+    state = trace.store.anchor(trace.manifest.start_step)
+    model = model_from_state(state, trace.manifest.config, trace.benchmark)
+    attributor = Attributor(model.to(dtype, print_details=False), scalars, rule=rule)
+    steps = trace.steps(start, end)
+    return Series.collect(row for step in steps for row in attributor.step(step).rows(chosen))
 
 
 def read_rows(path: str | Path) -> pd.DataFrame:

@@ -202,8 +202,8 @@ def _page(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list
         lines.append(
             f"| {row['seed']} | {row['winner_head']} | {row['winner_growth']:+.4g}"
             f" | {100 * row['winner_support_wins']:.0f} %"
-            f" | {row['runner_up_head']} ({row['runner_up_growth']:+.3g})"
-            f" | {row['bottom_head']} ({row['bottom_growth']:+.3g}) | {row['winner_path']}"
+            f" | {row['runner_up_head']} ({row['runner_up_growth']:+.4g})"
+            f" | {row['bottom_head']} ({row['bottom_growth']:+.4g}) | {row['winner_path']}"
             f" | {row['winner_path_write']:+.4g} | {row['runner_up_path']} |"
         )
     lines += ["", "What moved the winners (path contributions over their windows):", ""]

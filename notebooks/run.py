@@ -1,0 +1,113 @@
+"""Execute the notebooks and write them in place; equal runs give equal text.
+
+    python notebooks/run.py [NOTEBOOK ...]
+
+They look at the run that `circuit quickstart` makes. Each is executed in a fresh kernel of this
+interpreter, one thread, and keeps outputs only: no clock, no version, no path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from PIL import Image
+
+import circuit
+from circuit.training.checkpoints import tensors_digest
+
+FOLDER = Path(__file__).parent
+RUN = "artifacts/runs/quickstart"
+TIMEOUT = 600
+"""Seconds for one cell."""
+
+
+def notebooks() -> list[Path]:
+    """The notebooks, in order."""
+    return sorted(FOLDER.glob("*.ipynb"))
+
+
+def read(path: Path) -> NotebookNode:
+    """A notebook as it stands on disk."""
+    return nbformat.read(path, as_version=4)
+
+
+def execute(path: Path, folder: Path) -> NotebookNode:
+    """A notebook with the outputs that it has in `folder`, without what differs between calls.
+
+    Raises:
+        CellExecutionError: a cell fails.
+    """
+    notebook = read(path)
+    specs = KernelSpecManager(kernel_dirs=[])  # ipykernel's own: this interpreter's environment
+    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
+    client = NotebookClient(
+        notebook,
+        km=manager,
+        timeout=TIMEOUT,
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
+    )
+    with tempfile.TemporaryDirectory() as profile:  # a user's own IPython settings stay out
+        # nbclient leaves a kernel whose manager it was given running unless told otherwise
+        asyncio.run(client.async_execute(env=_environment(profile), cleanup_kc=True))
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "circuit": {"best_weights_sha256": weights(folder)},
+        }
+    )
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = _smaller(output.data["image/png"])
+    return notebook
+
+
+def _smaller(png: str) -> str:
+    """A picture (base64) with a palette of 128 colours: a third of its bytes."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    buffer = io.BytesIO()
+    flat.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _environment(profile: str) -> dict[str, str]:
+    """This process's environment, one thread, and nothing of the user's that shows in outputs."""
+    kept = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    return kept | {
+        "IPYTHONDIR": profile,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, where ipywidgets is not installed
+    }
+
+
+def weights(folder: Path) -> str:
+    """sha256 of the best weights of the run that a notebook in `folder` looks at."""
+    run = circuit.open_run(next(p / RUN for p in folder.resolve().parents if (p / RUN).exists()))
+    return tensors_digest(run.checkpoint("best").parameters)
+
+
+def main() -> None:
+    """Execute the named notebooks, or all."""
+    for path in [Path(name) for name in sys.argv[1:]] or notebooks():
+        nbformat.write(execute(path, FOLDER), path)
+        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The notebooks as committed: small, clean, of this program; and they run on a new quickstart."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import importlib.util
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import circuit
+
+ROOT = Path(__file__).parents[2]
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"notebooks_{path.stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _load(ROOT / "notebooks" / "run.py")
+NOTEBOOKS: list[Path] = tool.notebooks()
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+def code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tree(cell: Any) -> ast.Module:
+    """A code cell as Python, without its magics."""
+    return ast.parse(re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE))
+
+
+def texts(notebook: Any) -> list[str]:
+    """All that outputs say in words, in order."""
+    found: list[str] = []
+    for cell in code(notebook):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            found += [output.text] if output.output_type == "stream" else []
+            found += [data[kind] for kind in sorted(data) if kind.startswith("text/")]
+    return found
+
+
+def kinds(notebook: Any) -> list[list[Any]]:
+    """What each code cell puts out, without the numbers."""
+    return [
+        [output.get("name") or sorted(output.get("data", {})) for output in cell.outputs]
+        for cell in code(notebook)
+    ]
+
+
+def complaints(notebook: Any) -> list[str]:
+    """Outputs that say that something went wrong."""
+    return [
+        str(output)[:300]
+        for cell in code(notebook)
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
+def absolute_paths(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.<:/])(?:/[\w.@-]+){2,}|[A-Z]:\\\w+", text)
+
+
+def test_there_are_three() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_"]
+
+
+def test_absolute_paths_are_seen() -> None:
+    for path in ("/home/me/x", "at /tmp/a.py:3", '"/Users/x/y"', r"C:\Users"):
+        assert absolute_paths(path)
+    for text in ("../artifacts/runs/quickstart", "</td></tr>", "steps/s", "https://a.b/c/d"):
+        assert not absolute_paths(text)
+
+
+@each
+def test_committed_outputs_are_small_clean_and_in_order(path: Path) -> None:
+    notebook = tool.read(path)
+    assert path.stat().st_size <= 200 * 1024
+    assert [cell.execution_count for cell in code(notebook)] == list(
+        range(1, len(code(notebook)) + 1)
+    )
+    assert complaints(notebook) == []
+    assert [found for text in texts(notebook) for found in absolute_paths(text)] == []
+    pictures = [
+        base64.b64decode(output.data["image/png"])
+        for cell in code(notebook)
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 3
+    assert max(map(len, pictures)) <= 40 * 1024
+
+
+@each
+def test_notebooks_keep_neither_clock_nor_machine(path: Path) -> None:
+    notebook = tool.read(path)
+    assert {key for cell in notebook.cells for key in cell.metadata} == set()
+    assert notebook.metadata.language_info == {"name": "python"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "circuit"}
+
+
+@each
+def test_notebooks_read_top_to_bottom(path: Path) -> None:
+    notebook = tool.read(path)
+    assert notebook.cells[0].cell_type == "markdown"
+    lengths = {cell.id: len(cell.source.splitlines()) for cell in code(notebook)}
+    assert [name for name, lines in lengths.items() if lines > 25] == []
+    laws = [node for cell in code(notebook) for node in ast.walk(tree(cell))]
+    assert len([node for node in laws if isinstance(node, ast.Assert)]) >= 2
+    words = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", words)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_without_the_run_one_line_says_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in NOTEBOOKS:
+        sources = "\n".join(cell.source for cell in code(tool.read(path)))
+        (opened,) = re.findall(r'circuit\.open_run\("([^"]+)"\)', sources)
+        assert opened == tool.RUN
+        with pytest.raises(circuit.CircuitError, match=r"run_config\.json.*`circuit quickstart`$"):
+            circuit.open_run(opened)
+
+
+@each
+def test_notebooks_use_public_names_that_exist(path: Path) -> None:
+    nodes = [node for cell in code(tool.read(path)) for node in ast.walk(tree(cell))]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.module
+            home = import_module(node.module)
+            assert [a.name for a in node.names if not hasattr(home, a.name)] == []
+            assert [a.name for a in node.names if a.name.startswith("_")] == []
+    reached = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    assert [name for name in reached if name.startswith("_")] == []
+
+
+def test_notebooks_run_on_a_new_quickstart(tmp_path: Path) -> None:
+    """One test, so that the quickstart (a minute and a half) is made once.
+
+    On the machine that made the committed outputs training gives the same weights, and then every
+    word of the outputs must come out again; elsewhere they must be of the same kinds.
+    """
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    command = [sys.executable, "-m", "circuit.cli", "quickstart"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    for path in NOTEBOOKS:
+        committed, found = tool.read(path), tool.execute(path, folder)
+        assert complaints(found) == []
+        assert kinds(found) == kinds(committed)
+        if found.metadata.circuit == committed.metadata.circuit:
+            stale = f"outputs are not of this program; run: python notebooks/run.py {path.name}"
+            assert texts(found) == texts(committed), stale
