@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,12 +16,14 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
     model_validator,
 )
 
 from circuit.errors import CircuitError
+from circuit.overrides import Overrides, advice, apply_overrides, causes
 
 Device = Literal["cpu", "cuda", "mps"]
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
@@ -33,10 +36,25 @@ RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    _overrides: Overrides | None = PrivateAttr(default=None)
 
-    def to_json(self) -> str:
-        """The config as it is written to disk: indented, one trailing newline."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+    @property
+    def overrides(self) -> Overrides | None:
+        """Which of the values a command line has set; no part of values, digest and dumps."""
+        return self._overrides
+
+    def origin(self) -> dict[str, Any]:
+        """`{"overrides": ...}` for the record of what was made from this config; else empty."""
+        return {} if self._overrides is None else {"overrides": self._overrides.to_json()}
+
+    def to_json(self, *, origin: bool = False) -> str:
+        """The config as it is written to disk: indented, one trailing newline.
+
+        Args:
+            origin: with its overrides, if there are any; `load_config` reads them back.
+        """
+        payload = self.model_dump(mode="json") | (self.origin() if origin else {})
+        return json.dumps(payload, indent=2) + "\n"
 
     def digest(self) -> str:
         """sha256 of the config's canonical JSON (sorted keys, no spaces)."""
@@ -230,7 +248,7 @@ class TrainConfig(_Config):
         return self
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with other top-level values, validated like a file.
+        """A copy with other top-level values, validated like a file; it keeps its overrides.
 
         Raises:
             CircuitError: a value is not allowed.
@@ -240,7 +258,9 @@ class TrainConfig(_Config):
             key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
             for key, value in changes.items()
         }
-        return parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
+        made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
+        made._overrides = self._overrides
+        return made
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the weights of every step, given the benchmark.
@@ -259,14 +279,38 @@ class TrainConfig(_Config):
 ConfigT = TypeVar("ConfigT", bound=_Config)
 
 
-def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
+def load_config(path: str | Path, kind: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
     """Read and validate one JSON config file.
+
+    Args:
+        path: the file.
+        kind: `TrainConfig` or `BenchmarkConfig`.
+        overrides: `field=value`, applied in order before validation (circuit/overrides.py); the
+            config remembers them.
 
     Raises:
         CircuitError: the file is missing, is not JSON, or a field is unknown, missing, of the
-            wrong type or out of range; the field is named by its path in the file.
+            wrong type or out of range; the field is named by its path in the file. Or an override
+            is none.
     """
     path = Path(path)
+    payload = _read_json(path)
+    earlier = None
+    if isinstance(payload, dict) and _ORIGIN in payload:
+        earlier = _parse_origin(payload.pop(_ORIGIN), path)
+    payload = apply_overrides(payload, overrides, kind)
+    made = parse_config(payload, kind, where=path, overrides=overrides)
+    made._overrides = (
+        Overrides(config=str(path), set=list(overrides), earlier=earlier) if overrides else earlier
+    )
+    return made
+
+
+_ORIGIN = "overrides"
+"""Key of the record in a run_config.json."""
+
+
+def _read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -274,18 +318,36 @@ def load_config(path: str | Path, kind: type[ConfigT]) -> ConfigT:
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
-        payload = json.loads(text)
+        return json.loads(text)
     except RecursionError:
         raise CircuitError("not valid JSON (nested too deeply)", where=path) from None
     except json.JSONDecodeError as error:
         raise CircuitError(
             f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}:{error.colno}"
         ) from None
-    return parse_config(payload, kind, where=path)
 
 
-def parse_config(payload: Any, kind: type[ConfigT], *, where: object) -> ConfigT:
+def _parse_origin(payload: Any, path: Path) -> Overrides:
+    try:
+        return Overrides.model_validate(payload)
+    except ValidationError:
+        raise CircuitError(
+            f"field '{_ORIGIN}' is no record of overrides",
+            where=path,
+            fix="remove it; it is written by this program alone",
+        ) from None
+
+
+def parse_config(
+    payload: Any, kind: type[ConfigT], *, where: object, overrides: Sequence[str] = ()
+) -> ConfigT:
     """Validate a JSON payload that stands at `where` (a file name, used in messages).
+
+    Args:
+        payload: the JSON.
+        kind: of config.
+        where: as said.
+        overrides: that are in the payload already; a complaint names those that it may be due to.
 
     Raises:
         CircuitError: as `load_config`.
@@ -293,10 +355,14 @@ def parse_config(payload: Any, kind: type[ConfigT], *, where: object) -> ConfigT
     try:
         return kind.model_validate_json(json.dumps(payload))
     except ValidationError as error:
-        problems = [_describe(item) for item in error.errors()]
-        shown = "; ".join(problems[:3])
+        problems = error.errors()
+        shown = "; ".join(_describe(item) for item in problems[:3])
         more = f" (+{len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CircuitError(shown + more, where=where) from None
+        due = dict.fromkeys(o for item in problems for o in causes(_location(item), overrides))
+        place = f"{where} with {', '.join(due)}" if due else where
+        raise CircuitError(
+            shown + more, where=place, fix=advice(problems) if due else None
+        ) from None
 
 
 # pydantic puts the tried member of a union into the location, behind the field (of `splits`, behind
@@ -304,12 +370,17 @@ def parse_config(payload: Any, kind: type[ConfigT], *, where: object) -> ConfigT
 _UNION_TAG_AT = {"optimizer": 1, "splits": 2}
 
 
-def _describe(item: Any) -> str:
-    location = list(item["loc"])
+def _location(item: Any) -> tuple[str, ...]:
+    """Path in the file of what a complaint is about."""
+    location = [str(part) for part in item["loc"]]
     tag_at = _UNION_TAG_AT.get(location[0]) if location else None
     if tag_at is not None and tag_at < len(location):
         del location[tag_at]
-    field = ".".join(map(str, location)) or "(top level)"
+    return tuple(location)
+
+
+def _describe(item: Any) -> str:
+    field = ".".join(_location(item)) or "(top level)"
     if item["type"] == "extra_forbidden":
         return f"unknown field '{field}'; remove it or correct its name"
     if item["type"] == "missing":

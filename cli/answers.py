@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import complete, options
 from .output import print_report, progress_bar, stdout, table
 from .training import load_train_config
 
@@ -23,6 +23,7 @@ def diagnose(
     config: options.TrainConfigPath,
     probe_set: options.ProbeSet,
     output_dir: options.OutputDir,
+    overrides: options.Set = None,
     checkpoint_dir: options.CheckpointDir = None,
     checkpoint: options.Checkpoints = None,
     pair_type: options.PairTypes = None,
@@ -30,21 +31,21 @@ def diagnose(
         list[str] | None,
         typer.Option(
             help="Side whose logits are read; repeatable. Both by default.",
-            autocompletion=options.complete_from(*options.SIDES),
+            autocompletion=complete.values(*complete.SIDES),
         ),
     ] = None,
     scalar: Annotated[
         list[str] | None,
         typer.Option(
             help="Answer scalar; repeatable. All by default.",
-            autocompletion=options.complete_answer_scalar,
+            autocompletion=complete.answer_scalar,
         ),
     ] = None,
     switch_bucket: Annotated[
         list[str] | None,
         typer.Option(
             help="Bucket of the means; repeatable. All three by default.",
-            autocompletion=options.complete_from(*SWITCH_BUCKETS),
+            autocompletion=complete.values(*SWITCH_BUCKETS),
         ),
     ] = None,
     split: options.Splits = None,
@@ -59,7 +60,7 @@ def diagnose(
     as_json: options.Json = False,
 ) -> None:
     """Answer scalars between consecutive checkpoints: first order, curvature, switch."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.answer_changes import DiagnosisOptions
     from circuit.reports.answer_scalar_residual_diagnosis import answer_scalar_residual_diagnosis
     from circuit.reports.inputs import PairOptions
@@ -74,8 +75,8 @@ def diagnose(
                 PairOptions(
                     tuple(pair_type or ("support_value",)), max_pairs_per_type, min_pairs_per_type
                 ),
-                tuple(margin_side or options.SIDES),
-                tuple(scalar or options.ANSWER_SCALARS),
+                tuple(margin_side or complete.SIDES),
+                tuple(scalar or complete.ANSWER_SCALARS),
                 tuple(switch_bucket or SWITCH_BUCKETS),
                 tuple(split) if split else None,
                 top_k_wrong,

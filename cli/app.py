@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from . import (
     reproduce,
     routes,
     separation,
+    shells,
     study,
     trace,
     training,
@@ -78,7 +80,8 @@ for module in (
 def main() -> None:
     """Run the program; a `CircuitError` becomes one line on stderr and exit code 2."""
     try:
-        app(prog_name="circuit")
+        if not shells.answer(sys.argv[1:], os.environ):
+            app(prog_name="circuit")
     except CircuitError as error:
         print_error(error)
         sys.exit(2)

@@ -10,7 +10,7 @@ import typer
 
 from circuit import CircuitError
 
-from . import options
+from . import complete, options
 from .output import print_report, progress_bar, stdout, table
 from .trace import group, parse_window
 from .training import load_train_config
@@ -43,7 +43,7 @@ PathRule = Annotated[
     str,
     typer.Option(
         help="How gradients are averaged along a step: midpoint, simpson or gauss:N.",
-        autocompletion=options.complete_from("midpoint", "simpson", "gauss:2", "gauss:3"),
+        autocompletion=complete.values("midpoint", "simpson", "gauss:2", "gauss:3"),
     ),
 ]
 Partitions = Annotated[
@@ -51,14 +51,14 @@ Partitions = Annotated[
     typer.Option(
         "--partition",
         help="Parameter groups in the rows: layer, component, circuit (default); repeatable.",
-        autocompletion=options.complete_from("layer", "component", "circuit"),
+        autocompletion=complete.values("layer", "component", "circuit"),
     ),
 ]
 LossScope = Annotated[
     str,
     typer.Option(
         help="full_lm, or answer: also what SGD on the answers' loss alone would have done.",
-        autocompletion=options.complete_from("full_lm", "answer"),
+        autocompletion=complete.values("full_lm", "answer"),
     ),
 ]
 Workers = Annotated[
@@ -71,6 +71,7 @@ def attribute_qk(
     probe_set: options.ProbeSet,
     optimizer_trace_dir: options.TraceDir,
     output_dir: options.OutputDir,
+    overrides: options.Set = None,
     head_layer: Annotated[
         int | None, typer.Option(min=0, help="Layer of the heads that --head numbers.")
     ] = None,
@@ -79,14 +80,12 @@ def attribute_qk(
         typer.Option(
             "--head",
             help="Head, L2H1 or a number with --head-layer; repeatable.",
-            autocompletion=options.complete_head,
+            autocompletion=complete.head,
         ),
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(
-            help="'all' scans the whole model.", autocompletion=options.complete_from("all")
-        ),
+        typer.Option(help="'all' scans the whole model.", autocompletion=complete.values("all")),
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", min=1, help="Rank; repeatable. 8 by default.")
@@ -96,7 +95,7 @@ def attribute_qk(
         typer.Option(
             "--basis",
             help="source (anew before each step; default), step:N, or full; repeatable.",
-            autocompletion=options.complete_from("source", "full", "step:"),
+            autocompletion=complete.values("source", "full", "step:"),
         ),
     ] = None,
     by_lag: Annotated[
@@ -110,13 +109,13 @@ def attribute_qk(
     record_side: options.RecordSide = "clean",
     route_pair_type: Annotated[
         str | None,
-        typer.Option(help="Pair type that is scored.", autocompletion=options.complete_pair_type),
+        typer.Option(help="Pair type that is scored.", autocompletion=complete.pair_type),
     ] = None,
     route_pair_source_type: Annotated[
         list[str] | None,
         typer.Option(
             help="Pair type that is built; repeatable. support_value by default.",
-            autocompletion=options.complete_pair_type,
+            autocompletion=complete.pair_type,
         ),
     ] = None,
     max_route_pairs_per_type: Annotated[
@@ -138,7 +137,7 @@ def attribute_qk(
 ) -> None:
     """Which optimizer term moved a head's QK match: contributions that add up, step by step."""
     chosen = _heads(head, head_layer, heads)
-    settings = load_train_config(config, device)
+    settings = load_train_config(config, overrides, device)
     from circuit.reports import bilinear_qk_rank_adam_state_attribution as report
     from circuit.reports.inputs import PairOptions
 
@@ -183,28 +182,27 @@ def attribute_write(
         str,
         typer.Option(
             help="Component whose write is followed, such as L1H3.",
-            autocompletion=options.complete_component,
+            autocompletion=complete.component,
         ),
     ],
     component: Annotated[
         str,
-        typer.Option(
-            help="MLP that reads it, such as L1MLP.", autocompletion=options.complete_component
-        ),
+        typer.Option(help="MLP that reads it, such as L1MLP.", autocompletion=complete.mlp),
     ],
     reference_step: Annotated[
         int, typer.Option(min=0, help="Step at which the readout gradients are frozen.")
     ],
+    overrides: options.Set = None,
     position_role: Annotated[
         str,
-        typer.Option(help="Positions that are summed over.", autocompletion=options.complete_role),
+        typer.Option(help="Positions that are summed over.", autocompletion=complete.role),
     ] = "prediction",
     scalar: Annotated[
         list[str] | None,
         typer.Option(
             "--scalar",
             help="Answer scalar that is read out; repeatable. The fixed source margin by default.",
-            autocompletion=options.complete_answer_scalar,
+            autocompletion=complete.answer_scalar,
         ),
     ] = None,
     endpoint_role: Annotated[
@@ -212,7 +210,7 @@ def attribute_write(
         typer.Option(
             "--endpoint-role",
             help="End of an interval of the scalar rows: source (default) or target; repeatable.",
-            autocompletion=options.complete_from("source", "target"),
+            autocompletion=complete.values("source", "target"),
         ),
     ] = None,
     pair_type: options.PairTypes = None,
@@ -223,14 +221,14 @@ def attribute_write(
         str,
         typer.Option(
             help="post_mlp_gradient or input_gradient.",
-            autocompletion=options.complete_from("post_mlp_gradient", "input_gradient"),
+            autocompletion=complete.values("post_mlp_gradient", "input_gradient"),
         ),
     ] = "post_mlp_gradient",
     target_vector: Annotated[
         str,
         typer.Option(
             help="post_mlp_total_delta, mlp_output_delta or input_delta.",
-            autocompletion=options.complete_from(
+            autocompletion=complete.values(
                 "post_mlp_total_delta", "mlp_output_delta", "input_delta"
             ),
         ),
@@ -239,7 +237,8 @@ def attribute_write(
         Path | None,
         typer.Option(
             help="Pair rows of answer-scalar-residual-diagnosis, for the competitors;"
-            " else they are those of the reference step."
+            " else they are those of the reference step.",
+            autocompletion=complete.scalar_pair_rows,
         ),
     ] = None,
     loss_scope: LossScope = "full_lm",
@@ -254,7 +253,7 @@ def attribute_write(
     as_json: options.Json = False,
 ) -> None:
     """Which optimizer term moved what a component writes for the answer, through an MLP."""
-    settings = load_train_config(config, device)
+    settings = load_train_config(config, overrides, device)
     from circuit.reports import mlp_functional_write_adam_state_attribution as report
     from circuit.reports.inputs import PairOptions
 
@@ -292,7 +291,12 @@ def attribute_write(
 
 def merge(
     output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the whole.")],
-    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Folders of shards.")],
+    parts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PART...", help="Folders of shards.", autocompletion=complete.attribution
+        ),
+    ],
     window: Window = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,

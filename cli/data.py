@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from . import options
+from . import complete, options
 from .output import print_json, print_written, progress_bar, share, stdout, table
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def generate_benchmark(
     config: options.BenchmarkConfigPath,
+    overrides: options.BenchmarkSet = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -32,7 +33,7 @@ def generate_benchmark(
     from circuit.config import BenchmarkConfig, load_config
     from circuit.tasks.benchmark import write_benchmark
 
-    settings = load_config(config, BenchmarkConfig)
+    settings = load_config(config, BenchmarkConfig, overrides or ())
     with progress_bar(not as_json) as bar:
         total = sum(split.samples for split in settings.splits.values())
         task = bar.add_task("records", total=total, note="")
@@ -49,7 +50,10 @@ def generate_benchmark(
 
 
 def generate_probe_set(
-    benchmark_dir: Annotated[Path, typer.Option(help="Folder of a generated benchmark.")],
+    benchmark_dir: Annotated[
+        Path,
+        typer.Option(help="Folder of a generated benchmark.", autocompletion=complete.benchmark),
+    ],
     output: Annotated[Path, typer.Option(help="JSONL file to write; metadata stands beside it.")],
     examples_per_split: Annotated[int, typer.Option(min=1, help="Records drawn from each split.")],
     split: options.Splits = None,

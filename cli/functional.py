@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import complete, options
 from .output import percent, print_report, progress_bar, stdout, table
 from .training import load_train_config
 from .value_code import GROUPS
@@ -27,47 +27,47 @@ def functional_subspace(
     probe_set: options.ProbeSet,
     scalar_pair_rows: Annotated[
         Path,
-        typer.Option(help="Pair rows of answer-scalar-residual-diagnosis: intervals and pairs."),
+        typer.Option(
+            help="Pair rows of answer-scalar-residual-diagnosis: intervals and pairs.",
+            autocompletion=complete.scalar_pair_rows,
+        ),
     ],
     output_dir: options.OutputDir,
     source_component: Annotated[
         str,
         typer.Option(
-            help="Component that writes, such as L1H1.", autocompletion=options.complete_component
+            help="Component that writes, such as L1H1.", autocompletion=complete.component
         ),
     ],
     component: Annotated[
         str,
-        typer.Option(
-            help="MLP that reads it, such as L1MLP.", autocompletion=options.complete_component
-        ),
+        typer.Option(help="MLP that reads it, such as L1MLP.", autocompletion=complete.mlp),
     ],
+    overrides: options.Set = None,
     pair_type: options.PairTypes = None,
     position_role: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Role; repeatable. prediction by default.", autocompletion=options.complete_role
-        ),
+        typer.Option(help="Role; repeatable. prediction by default.", autocompletion=complete.role),
     ] = None,
     group_by: Annotated[
         list[str] | None,
         typer.Option(
             help="Token by which pairs are summed; repeatable. answer_value by default.",
-            autocompletion=options.complete_from(*GROUPS),
+            autocompletion=complete.values(*GROUPS),
         ),
     ] = None,
     scalar: Annotated[
         list[str] | None,
         typer.Option(
             help="Answer scalar; repeatable. fixed_source_competitor_margin by default.",
-            autocompletion=options.complete_answer_scalar,
+            autocompletion=complete.answer_scalar,
         ),
     ] = None,
     endpoint_role: Annotated[
         list[str] | None,
         typer.Option(
             help="End of each interval: source or target; repeatable. Both by default.",
-            autocompletion=options.complete_from(*ENDPOINTS),
+            autocompletion=complete.values(*ENDPOINTS),
         ),
     ] = None,
     subspace_rank: Annotated[int, typer.Option(min=1, help="Rank of the PCA bases.")] = 4,
@@ -84,7 +84,7 @@ def functional_subspace(
     as_json: options.Json = False,
 ) -> None:
     """Whether the readout uses what a component writes to an MLP: past it, and through it."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.mlp_input_functional_subspace import (
         FunctionalSubspace,
         mlp_input_functional_subspace,

@@ -6,20 +6,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from . import options
+from . import complete, options
 from .output import print_report, progress_bar, share, stdout, table
 from .training import load_train_config
 
 PANEL = "Circuits"
-SUBSPACES = (
-    "embedding_key_identity",
-    "embedding_value_identity",
-    "head_qk_query",
-    "head_qk_key",
-    "head_ov_input",
-    "head_ov_output",
-    "full_residual",
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -34,40 +25,37 @@ def geometry_subspace_intervention(
     probe_set: options.ProbeSet,
     output_dir: options.OutputDir,
     stage: Annotated[
-        str, typer.Option(help="Stage that is changed.", autocompletion=options.complete_stage)
+        str, typer.Option(help="Stage that is changed.", autocompletion=complete.stage)
     ],
     subspace: Annotated[
         str,
         typer.Option(
             help="Subspace that is removed or kept.",
-            autocompletion=options.complete_from(*SUBSPACES),
+            autocompletion=complete.values(*complete.SUBSPACES),
         ),
     ],
     operation: Annotated[
         str,
-        typer.Option(
-            help="remove or keep.", autocompletion=options.complete_from("remove", "keep")
-        ),
+        typer.Option(help="remove or keep.", autocompletion=complete.values("remove", "keep")),
     ],
+    overrides: options.Set = None,
     rank: Annotated[
         list[int] | None,
         typer.Option(help="Rank of the subspace; repeatable, each is one intervention."),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(
-            help="Head whose subspace it is, such as L2H1.", autocompletion=options.complete_head
-        ),
+        typer.Option(help="Head whose subspace it is, such as L2H1.", autocompletion=complete.head),
     ] = None,
     position_role: Annotated[
         str,
-        typer.Option(help="Role of the changed positions.", autocompletion=options.complete_role),
+        typer.Option(help="Role of the changed positions.", autocompletion=complete.role),
     ] = "prediction",
     query_mode: Annotated[
         str,
         typer.Option(
             help="single_query: each read by itself; batch_union: all reads of a record at once.",
-            autocompletion=options.complete_from("single_query", "batch_union"),
+            autocompletion=complete.values("single_query", "batch_union"),
         ),
     ] = "single_query",
     checkpoint_dir: options.CheckpointDir = None,
@@ -80,7 +68,7 @@ def geometry_subspace_intervention(
     as_json: options.Json = False,
 ) -> None:
     """Remove or keep a subspace at a stage and role: what margin and accuracy are left."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.geometry_subspace_intervention import InterventionOptions
     from circuit.reports.geometry_subspace_intervention import (
         geometry_subspace_intervention as report,

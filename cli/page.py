@@ -9,7 +9,7 @@ import typer
 
 from circuit import CircuitError
 
-from . import options
+from . import complete, options
 from .output import print_json, print_written, progress_bar, stdout, table
 
 if TYPE_CHECKING:
@@ -23,17 +23,11 @@ def register(app: typer.Typer) -> None:
     app.command("page", rich_help_panel=PANEL)(page)
 
 
-def complete_run(incomplete: str) -> list[str]:
-    """Folders of runs under artifacts/runs/."""
-    found = [str(path.parent) for path in Path("artifacts/runs").rglob("run_config.json")]
-    return sorted(path for path in found if path.startswith(incomplete))
-
-
 def page(
     run: Annotated[
         list[Path],
         typer.Argument(
-            help="Folder of a run; several with --compare.", autocompletion=complete_run
+            help="Folder of a run; several with --compare.", autocompletion=complete.run
         ),
     ],
     compare: Annotated[

@@ -22,6 +22,7 @@ def ov_write_progress_report(
     config: options.TrainConfigPath,
     probe_set: options.ProbeSet,
     output_dir: options.OutputDir,
+    overrides: options.Set = None,
     checkpoint_dir: options.CheckpointDir = None,
     checkpoint: options.Checkpoints = None,
     head: options.Heads = None,
@@ -42,7 +43,7 @@ def ov_write_progress_report(
     as_json: options.Json = False,
 ) -> None:
     """How heads come to match, look and write over checkpoints, and what moves with it."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.inputs import PairOptions, choose_checkpoints
     from circuit.reports.ov_write_progress import ProgressOptions, ov_write_progress
 

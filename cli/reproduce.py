@@ -10,7 +10,7 @@ import typer
 
 from circuit import CircuitError
 
-from . import options
+from . import complete, options
 from .output import print_json, progress_bar, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ def reproduce(
         str,
         typer.Argument(
             help="reference, ablation, cross-seed, sgd-wide, or paper (the first three).",
-            autocompletion=options.complete_from(*TARGETS),
+            autocompletion=complete.values(*TARGETS),
         ),
     ],
     scale: Annotated[
         str,
         typer.Option(
             help="full (the paper's), short (forms the circuit), or smoke (every rule, minutes).",
-            autocompletion=options.complete_from("full", "short", "smoke"),
+            autocompletion=complete.values(*complete.SCALES),
         ),
     ] = "full",
     cores: Annotated[int, typer.Option(min=1, help="Cores of this machine to use.")] = 2,
@@ -51,7 +51,7 @@ def reproduce(
         str | None,
         typer.Option(
             help="Snakemake profile: slurm (it ships with the program), or a folder.",
-            autocompletion=options.complete_from("slurm"),
+            autocompletion=complete.values("slurm"),
         ),
     ] = None,
     as_json: options.Json = False,

@@ -8,21 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
+from . import complete, options
 from .output import print_report, progress_bar, stdout, table
 from .training import load_train_config
 
 PANEL = "Circuits"
 BUCKETS = ("all", "same_competitor", "competitor_switch")
-SUBSPACES = (
-    "embedding_key_identity",
-    "embedding_value_identity",
-    "head_qk_query",
-    "head_qk_key",
-    "head_ov_input",
-    "head_ov_output",
-    "full_residual",
-)
 ROUTE_KEYS = ("label", "stage", "subspace", "rank", "head_layer", "head", "position_role")
 
 
@@ -41,9 +32,9 @@ def complete_route(ctx: typer.Context, incomplete: str) -> list[str]:
         named = {part.partition("=")[0] for part in before.split(",")}
         return [f"{head}{k}=" for k in ROUTE_KEYS if k.startswith(key) and k not in named]
     values = {
-        "stage": options.complete_stage(ctx, value),
-        "position_role": options.complete_role(value),
-        "subspace": [name for name in SUBSPACES if name.startswith(value)],
+        "stage": complete.stage(ctx, value),
+        "position_role": complete.role(value),
+        "subspace": [name for name in complete.SUBSPACES if name.startswith(value)],
     }
     return [f"{head}{key}={name}" for name in values.get(key, [])]
 
@@ -53,7 +44,7 @@ MarginSides = Annotated[
     typer.Option(
         "--margin-side",
         help="Side of the pairs; repeatable. Both by default.",
-        autocompletion=options.complete_from(*options.SIDES),
+        autocompletion=complete.values(*complete.SIDES),
     ),
 ]
 FitIntercept = Annotated[
@@ -73,6 +64,7 @@ def margin_closure(
             autocompletion=complete_route,
         ),
     ],
+    overrides: options.Set = None,
     checkpoint_dir: options.CheckpointDir = None,
     checkpoint: options.Checkpoints = None,
     pair_type: options.PairTypes = None,
@@ -81,7 +73,7 @@ def margin_closure(
         str,
         typer.Option(
             help="Scalar whose changes are fitted.",
-            autocompletion=options.complete_from(*options.ANSWER_SCALARS, "contrast_margin"),
+            autocompletion=complete.values(*complete.ANSWER_SCALARS, "contrast_margin"),
         ),
     ] = "moving_answer_margin",
     fit_intercept: FitIntercept = False,
@@ -98,12 +90,12 @@ def margin_closure(
     from circuit.reports.inputs import PairOptions, choose_checkpoints
     from circuit.scalars.routes import parse_route
 
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     checkpoints = choose_checkpoints(checkpoint, checkpoint_dir, least=2)
     wanted = report.RouteClosure(
         tuple(parse_route(spec) for spec in route),
         PairOptions(tuple(pair_type or ("support_value",)), max_pairs_per_type, min_pairs_per_type),
-        tuple(margin_side or options.SIDES),
+        tuple(margin_side or complete.SIDES),
         target_scalar,
         fit_intercept,
         tuple(split) if split else None,
@@ -127,16 +119,26 @@ def margin_closure(
 
 
 def scalar_closure(
-    route_closure_rows: Annotated[Path, typer.Option(help="Rows of route-to-margin-closure.")],
+    route_closure_rows: Annotated[
+        Path,
+        typer.Option(
+            help="Rows of route-to-margin-closure.",
+            autocompletion=complete.artifact("route_to_margin_closure_rows.jsonl"),
+        ),
+    ],
     scalar_pair_rows: Annotated[
-        Path, typer.Option(help="Pair rows of answer-scalar-residual-diagnosis.")
+        Path,
+        typer.Option(
+            help="Pair rows of answer-scalar-residual-diagnosis.",
+            autocompletion=complete.scalar_pair_rows,
+        ),
     ],
     output_dir: options.OutputDir,
     scalar: Annotated[
         list[str] | None,
         typer.Option(
             help="Answer scalar; repeatable. All by default.",
-            autocompletion=options.complete_answer_scalar,
+            autocompletion=complete.answer_scalar,
         ),
     ] = None,
     switch_bucket: Annotated[
@@ -144,7 +146,7 @@ def scalar_closure(
         typer.Option(
             help="Which rows enter, by whether the competitor switched; repeatable. Each by"
             " default.",
-            autocompletion=options.complete_from(*BUCKETS),
+            autocompletion=complete.values(*BUCKETS),
         ),
     ] = None,
     route_label: Annotated[

@@ -22,6 +22,7 @@ def separation(
     config: options.TrainConfigPath,
     probe_set: options.ProbeSet,
     output_dir: options.OutputDir,
+    overrides: options.Set = None,
     checkpoint_dir: options.CheckpointDir = None,
     checkpoint: options.Checkpoints = None,
     head: options.Heads = None,
@@ -41,7 +42,7 @@ def separation(
     as_json: options.Json = False,
 ) -> None:
     """Which head matches queries to the support, at every checkpoint: finds whom to attribute."""
-    settings = load_train_config(config, device)
+    settings = load_train_config(config, overrides, device)
     from circuit.reports import bilinear_qk_match_separation as report
 
     wanted = report.SeparationOptions(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from circuit import CircuitError
 
-from . import options
+from . import complete, options
 from .output import print_report, print_written, progress_bar, stdout, table
 from .trace import StepBar
 from .training import TrainBar, load_train_config, stop_on_interrupt
@@ -22,12 +21,9 @@ group = typer.Typer(
     no_args_is_help=True,
 )
 
-CHANGE = "Field and JSON value, such as seed=11 or optimizer.learning_rate=0.1; repeatable."
 Scale = Annotated[
     str,
-    typer.Option(
-        help="full, short or smoke.", autocompletion=options.complete_from("full", "short", "smoke")
-    ),
+    typer.Option(help="full, short or smoke.", autocompletion=complete.values(*complete.SCALES)),
 ]
 
 
@@ -65,30 +61,21 @@ def configs(scale: Scale) -> None:
 def derive_config(
     config: options.TrainConfigPath,
     output: Annotated[Path, typer.Option(help="JSON file to write.")],
-    changes: Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help=CHANGE)],
+    overrides: Annotated[list[str], options.SET],
     overwrite: options.Overwrite = False,
 ) -> None:
     """Write a training config that differs from another in some fields."""
     from circuit.artifacts import OutputFolder
-    from circuit.pipelines.configs import derived
+    from circuit.config import TrainConfig, load_config
 
-    made = derived(config, dict(_change(text) for text in changes))
+    made = load_config(config, TrainConfig, overrides)
     with OutputFolder(output.parent, f"derive-config.{output.stem}", overwrite=overwrite) as folder:
         print_written([folder.write_text(output.name, made.to_json())])
 
 
-def _change(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise CircuitError(f"--set {text}", expected="field=value, such as seed=11")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 def train(
     config: options.TrainConfigPath,
+    overrides: options.Set = None,
     outcome: Annotated[
         Path | None,
         typer.Option(help="JSON that says how it ended; then a run that diverges is no error."),
@@ -96,7 +83,7 @@ def train(
     device: options.Device = None,
 ) -> None:
     """Train a run; go on with it where it was cut off, start anew where it is another."""
-    settings = load_train_config(config, device)
+    settings = load_train_config(config, overrides, device)
     from circuit.artifacts import OutputFolder, dump_json
     from circuit.pipelines.continuation import run_goes_on
     from circuit.training import loop
@@ -130,8 +117,9 @@ def trace(
     config: options.TrainConfigPath,
     output_dir: options.OutputDir,
     end_step: Annotated[int, typer.Option(min=1, help="Last step to record.")],
+    overrides: options.Set = None,
     from_initialization: Annotated[bool, typer.Option("--from-initialization")] = True,
-    train_split: Annotated[str | None, typer.Option()] = None,
+    train_split: Annotated[str | None, typer.Option(autocompletion=complete.split)] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1)] = 1,
     checkpoint_start_step: Annotated[int, typer.Option(min=0)] = 0,
     progress_every: Annotated[int | None, typer.Option(min=1)] = None,
@@ -140,7 +128,7 @@ def trace(
     device: options.Device = None,
 ) -> None:
     """optimizer-update-trace from initialization; goes on with a recording that was cut off."""
-    settings = load_train_config(config, device, train_split=train_split)
+    settings = load_train_config(config, overrides, device, train_split=train_split)
     from circuit.pipelines.continuation import trace_goes_on
     from circuit.reports.optimizer_update_trace import optimizer_update_trace
     from circuit.trace.record import RecordOptions
@@ -167,12 +155,22 @@ def trace(
 
 def heads(
     separation_rows: Annotated[
-        Path, typer.Option(help="Row file of bilinear-qk-match-separation.")
+        Path,
+        typer.Option(
+            help="Row file of bilinear-qk-match-separation.",
+            autocompletion=complete.artifact("bilinear_qk_match_separation_rows.jsonl"),
+        ),
     ],
     output_dir: options.OutputDir,
     start_step: Annotated[int, typer.Option(min=0, help="Start of the window.")],
     end_step: Annotated[int, typer.Option(min=1, help="End of the window.")],
-    score: Annotated[str, typer.Option(help="Which score, such as rank8 or full.")] = "rank8",
+    score: Annotated[
+        str,
+        typer.Option(
+            help="Which score, such as rank8 or full.",
+            autocompletion=complete.values("rank8", "full"),
+        ),
+    ] = "rank8",
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -200,9 +198,10 @@ def write_paths(
     probe_set: options.ProbeSet,
     checkpoint: options.Checkpoint,
     output_dir: options.OutputDir,
+    overrides: options.Set = None,
     position_role: Annotated[
         str,
-        typer.Option(help="Positions that are summed over.", autocompletion=options.complete_role),
+        typer.Option(help="Positions that are summed over.", autocompletion=complete.role),
     ] = "prediction",
     record_side: options.RecordSide = "clean",
     pair_type: options.PairTypes = None,
@@ -213,7 +212,7 @@ def write_paths(
     as_json: options.Json = False,
 ) -> None:
     """Which path from a head through an MLP writes most for the answer at a checkpoint."""
-    settings = load_train_config(config, device)
+    settings = load_train_config(config, overrides, device)
     from circuit.pipelines.write_scan import ScanOptions, select_write_paths
     from circuit.reports.inputs import PairOptions
 
@@ -237,7 +236,10 @@ def write_paths(
 
 
 def optimizers(
-    run: Annotated[list[Path], typer.Option("--run", help="Folder of a run; repeatable.")],
+    run: Annotated[
+        list[Path],
+        typer.Option("--run", help="Folder of a run; repeatable.", autocompletion=complete.run),
+    ],
     output_dir: options.OutputDir,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -262,7 +264,10 @@ def optimizers(
 def seeds(
     report: Annotated[
         list[Path],
-        typer.Option(help="Report of a seed: selections and attributions; repeatable."),
+        typer.Option(
+            help="Report of a seed: selections and attributions; repeatable.",
+            autocompletion=complete.artifact("*_report.json"),
+        ),
     ],
     output_dir: options.OutputDir,
     overwrite: options.Overwrite = False,

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from circuit import CircuitError
 
-from . import options
+from . import complete, options
 from .output import print_json, print_written, progress_bar, sparkline, stderr, stdout, table
 from .training import load_train_config
 
@@ -37,13 +37,14 @@ def register(app: typer.Typer) -> None:
 
 TraceFolder = Annotated[
     Path,
-    typer.Argument(help="Folder of a trace.", autocompletion=options.complete_trace),
+    typer.Argument(help="Folder of a trace.", autocompletion=complete.trace),
 ]
 
 
 def record(
     config: options.TrainConfigPath,
     output_dir: Annotated[Path, typer.Option(help="Folder of the trace.")],
+    overrides: options.Set = None,
     from_initialization: Annotated[
         bool, typer.Option("--from-initialization", help="Start at the initial weights.")
     ] = False,
@@ -51,7 +52,7 @@ def record(
         Path | None,
         typer.Option(
             help="Start at this checkpoint of the run instead.",
-            autocompletion=options.complete_checkpoint,
+            autocompletion=complete.checkpoint,
         ),
     ] = None,
     end_step: Annotated[int | None, typer.Option(min=1, help="Last step to record.")] = None,
@@ -62,7 +63,7 @@ def record(
         str | None,
         typer.Option(
             help="Split that the steps draw from; the config's.",
-            autocompletion=options.complete_split,
+            autocompletion=complete.split,
         ),
     ] = None,
     anchor_every: Annotated[
@@ -76,7 +77,7 @@ def record(
         str,
         typer.Option(
             help="'anchors' replays the steps between; 'dense' stores every addressable step.",
-            autocompletion=options.complete_from("anchors", "dense"),
+            autocompletion=complete.values("anchors", "dense"),
         ),
     ] = "anchors",
     top_k_parameters: Annotated[
@@ -106,7 +107,7 @@ def record(
         raise CircuitError("give one of --from-initialization and --resume-checkpoint")
     if storage not in ("anchors", "dense"):
         raise CircuitError(f"unknown --storage '{storage}'", expected="'anchors' or 'dense'")
-    settings = load_train_config(config, device, threads, train_split=train_split)
+    settings = load_train_config(config, overrides, device, threads, train_split=train_split)
     from circuit.reports.optimizer_update_trace import optimizer_update_trace
     from circuit.trace.record import RecordOptions
 

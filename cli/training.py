@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     config: options.TrainConfigPath,
+    overrides: options.Set = None,
     overwrite: options.Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")
@@ -46,7 +47,7 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.training import loop
 
     with progress_bar(not as_json) as bar, stop_on_interrupt() as interrupted:
@@ -120,6 +121,7 @@ def _print_training(result: TrainResult) -> None:
 def evaluate(
     config: options.TrainConfigPath,
     checkpoint: options.Checkpoint,
+    overrides: options.Set = None,
     split: options.Splits = None,
     output: Annotated[
         Path | None,
@@ -132,7 +134,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a checkpoint: loss and accuracies, by token role, by slice, with q, r and w."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.evaluation import evaluate_checkpoint
 
     with progress_bar(not as_json) as bar:
@@ -161,16 +163,19 @@ def evaluate(
 
 def load_train_config(
     path: Path,
+    overrides: Sequence[str] | None = None,
     device: str | None = None,
     threads: int | None = None,
     train_split: str | None = None,
 ) -> TrainConfig:
-    """The config with the command line's values in it."""
+    """The config with the command line's values in it; an option beats what --set says."""
     from circuit.config import TrainConfig, load_config
 
     if (path / "run_config.json").is_file():
         path = path / "run_config.json"
-    settings = load_config(path, TrainConfig)
+    settings = load_config(path, TrainConfig, overrides or ())
+    if device is None and any(text.startswith("device=") for text in overrides or ()):
+        device = settings.device  # said here and now, so the variable does not count
     changes: dict[str, Any] = {"device": options.resolve_device(device, settings.device)}
     if threads is not None:
         changes["threads"] = threads

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
+from . import complete, options
 from .output import print_report, progress_bar, share, stdout, table
 from .training import load_train_config
 
@@ -30,19 +30,18 @@ def value_code_subspace_report(
     output_dir: options.OutputDir,
     stage: Annotated[
         list[str],
-        typer.Option(help="Stage; repeatable.", autocompletion=options.complete_stage),
+        typer.Option(help="Stage; repeatable.", autocompletion=complete.stage),
     ],
+    overrides: options.Set = None,
     position_role: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Role; repeatable. prediction by default.", autocompletion=options.complete_role
-        ),
+        typer.Option(help="Role; repeatable. prediction by default.", autocompletion=complete.role),
     ] = None,
     group_by: Annotated[
         list[str] | None,
         typer.Option(
             help="Token by which reads are grouped; repeatable. answer_value by default.",
-            autocompletion=options.complete_from(*GROUPS),
+            autocompletion=complete.values(*GROUPS),
         ),
     ] = None,
     pca_rank: Annotated[int, typer.Option(min=1, help="Rank of both bases.")] = 4,
@@ -56,7 +55,7 @@ def value_code_subspace_report(
     as_json: options.Json = False,
 ) -> None:
     """When, and at which stage, a position tells which token it holds."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.inputs import choose_checkpoints
     from circuit.reports.value_code_subspace import SubspaceOptions, value_code_subspace
 
@@ -124,33 +123,32 @@ def value_code_transfer_rescue(
     probe_set: options.ProbeSet,
     output_dir: options.OutputDir,
     source_stage: Annotated[
-        str, typer.Option(help="Stage of the source.", autocompletion=options.complete_stage)
+        str, typer.Option(help="Stage of the source.", autocompletion=complete.stage)
     ],
     target_stage: Annotated[
         str,
-        typer.Option(
-            help="Stage at which the code is removed.", autocompletion=options.complete_stage
-        ),
+        typer.Option(help="Stage at which the code is removed.", autocompletion=complete.stage),
     ],
+    overrides: options.Set = None,
     source_position_role: Annotated[
-        str, typer.Option(help="Role of the source.", autocompletion=options.complete_role)
+        str, typer.Option(help="Role of the source.", autocompletion=complete.role)
     ] = "support_value",
     target_position_role: Annotated[
         str,
         typer.Option(
             help="Role at which the code is removed; one position.",
-            autocompletion=options.complete_role,
+            autocompletion=complete.role,
         ),
     ] = "prediction",
     context_stage: Annotated[
         str | None,
         typer.Option(
             help="Stage of the context; the source's by default.",
-            autocompletion=options.complete_stage,
+            autocompletion=complete.stage,
         ),
     ] = None,
     context_position_role: Annotated[
-        str, typer.Option(help="Role of the context.", autocompletion=options.complete_role)
+        str, typer.Option(help="Role of the context.", autocompletion=complete.role)
     ] = "prediction",
     context_rank: Annotated[
         int | None,
@@ -160,7 +158,7 @@ def value_code_transfer_rescue(
         str,
         typer.Option(
             help="Token by which identity bases are taken.",
-            autocompletion=options.complete_from(*GROUPS),
+            autocompletion=complete.values(*GROUPS),
         ),
     ] = "answer_value",
     basis_rank: Annotated[
@@ -170,7 +168,7 @@ def value_code_transfer_rescue(
         list[str] | None,
         typer.Option(
             help="Control; repeatable. All by default.",
-            autocompletion=options.complete_from(*CONTROLS),
+            autocompletion=complete.values(*CONTROLS),
         ),
     ] = None,
     fit_fraction: Annotated[
@@ -189,7 +187,7 @@ def value_code_transfer_rescue(
     as_json: options.Json = False,
 ) -> None:
     """Remove a value code, and put it back from its source, its context, or a control."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.inputs import choose_checkpoints
     from circuit.reports.value_code_transfer_rescue import RescueOptions
     from circuit.reports.value_code_transfer_rescue import value_code_transfer_rescue as report

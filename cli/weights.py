@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 def weight_svd_trace(
     config: options.TrainConfigPath,
     output_dir: options.OutputDir,
+    overrides: options.Set = None,
     checkpoint_dir: options.CheckpointDir = None,
     checkpoint: options.Checkpoints = None,
     max_singular_values: Annotated[
@@ -35,7 +36,7 @@ def weight_svd_trace(
     as_json: options.Json = False,
 ) -> None:
     """SVD of W_QK and W_OV of every head, and of W_in and W_out, at each checkpoint."""
-    settings = load_train_config(config, device, threads)
+    settings = load_train_config(config, overrides, device, threads)
     from circuit.reports.inputs import choose_checkpoints
     from circuit.reports.weight_svd_trace import SvdOptions
     from circuit.reports.weight_svd_trace import weight_svd_trace as report

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from circuit.config import BenchmarkConfig, TrainConfig, load_config, parse_config
-from circuit.errors import CircuitError
+from circuit.config import BenchmarkConfig, TrainConfig, parse_config
 from circuit.pipelines.scales import LONG, PILOTS, SWEEP, Scale
 
 BENCHMARK = "configs/benchmark/symbolic_kv_base.json"
@@ -71,21 +69,3 @@ def _run(payload: dict[str, Any], scale: Scale) -> dict[str, Any]:
     if payload["optimizer"]["name"] == "adamw" and scale.learning_rate is not None:
         changed["optimizer"] = payload["optimizer"] | {"learning_rate": scale.learning_rate}
     return changed
-
-
-def derived(base: Path, changes: Mapping[str, Any]) -> TrainConfig:
-    """A training config with some fields replaced; `optimizer.learning_rate` names an inner one.
-
-    Raises:
-        CircuitError: the base cannot be read, or a field or value is not allowed.
-    """
-    payload = load_config(base, TrainConfig).model_dump(mode="json")
-    for name, value in changes.items():
-        inner: Any = payload
-        *outer, last = name.split(".")
-        for part in outer:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict):
-            raise CircuitError(f"no field '{name}'", where=base, expected="one of the config's")
-        inner[last] = value
-    return parse_config(payload, TrainConfig, where=base)

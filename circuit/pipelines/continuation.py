@@ -54,7 +54,8 @@ def _of_benchmark(facts: dict[str, Any], config: TrainConfig) -> bool:
 
 
 def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("device", "threads")}
+    aside = ("device", "threads", "overrides")
+    return {name: value for name, value in config.items() if name not in aside}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

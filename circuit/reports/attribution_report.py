@@ -73,7 +73,7 @@ def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
             fix="replay is exact on the recording's device only; leave --device out",
         )
     threads = manifest.environment["threads"]
-    study = open_study(manifest.config.replace(threads=threads), probe_set)
+    study = open_study(config.replace(threads=threads), probe_set)
     if study.benchmark.digest != manifest.benchmark_digest:
         raise CircuitError("the benchmark is not the one that was traced", where=trace.path)
     return study

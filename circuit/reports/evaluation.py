@@ -75,7 +75,7 @@ def evaluate_checkpoint(
             "checkpoint": checkpoint.name,
             **of,
             "evaluations": earlier | {e.split: e.to_row() for e in evaluations},
-            "provenance": environment_facts(config.device),
+            "provenance": environment_facts(config.device) | config.origin(),
         }
         folder.write_text(path.name, dump_json(report))
     return EvaluationReport(state.step, evaluations, path)

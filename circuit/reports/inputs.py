@@ -119,8 +119,9 @@ class Study:
         return models_at(self.config, self.benchmark, checkpoints, finite=finite)
 
     def provenance(self) -> dict[str, Any]:
-        """Digests of what was read."""
+        """Digests of what was read, and the config's overrides."""
         return {
+            **self.config.origin(),
             "config_digest": self.config.digest(),
             "benchmark_digest": self.benchmark.digest,
             "probe_set_sha256": self.probe.metadata.sha256,

@@ -61,6 +61,7 @@ def optimizer_update_trace(
         "summary": summary,
         "provenance": {
             "environment": store.manifest.environment,
+            **config.origin(),
             "config_digest": config.digest(),
             "benchmark_digest": store.manifest.benchmark_digest,
             "started_unix": began,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from circuit.artifacts import OutputFolder
 from circuit.config import BenchmarkConfig
 from circuit.errors import CircuitError
+from circuit.overrides import Overrides
 from circuit.tasks.checks import BenchmarkFigures, check_benchmark
 from circuit.tasks.generator import Pair, Progress, draw_splits
 from circuit.tasks.symbolic_kv import Record, Vocabulary, record_from_json, record_to_json
@@ -53,6 +54,8 @@ class BenchmarkMetadata(_Metadata):
     figures: BenchmarkFigures
     vocabulary: list[str]
     heldout_pairs: list[tuple[str, str]]
+    overrides: Overrides | None = None
+    """Of the config; left out of the file where there are none."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class Benchmark:
             vocabulary=list(self.vocabulary.tokens),
             heldout_pairs=_pair_tokens(self.heldout_pairs, self.vocabulary),
         )
-        write("metadata.json", json.dumps(metadata.model_dump(mode="json"), indent=1) + "\n")
+        payload = metadata.model_dump(mode="json", exclude={"overrides"}) | self.config.origin()
+        write("metadata.json", json.dumps(payload, indent=1) + "\n")
 
 
 def generate_benchmark(config: BenchmarkConfig, progress: Progress | None = None) -> Benchmark:

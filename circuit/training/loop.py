@@ -1,9 +1,10 @@
 """train: steps, evaluation, checkpoints, resume.
 
-The run folder: `run_config.json`, `environment.json`, `metrics.jsonl` (no clock, so that equal runs
-give equal bytes), `checkpoints/step_NNNNNN.pt` and `best.pt`, and, once the last step is done,
-`summary.json`. Within one step the order is rows, best, checkpoint; a resumed run keeps the rows up
-to its checkpoint and writes the others again.
+The run folder: `run_config.json` (the values in use, and the overrides if there are any),
+`environment.json`, `metrics.jsonl` (no clock, so that equal runs give equal bytes),
+`checkpoints/step_NNNNNN.pt` and `best.pt`, and, once the last step is done, `summary.json`. Within
+one step the order is rows, best, checkpoint; a resumed run keeps the rows up to its checkpoint and
+writes the others again.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _session(
         return session, state.notes
     session = TrainingSession.start(config, benchmark)
     folder.clear(planned=_planned(config))
-    folder.write_text(RUN_CONFIG, config.to_json())
+    folder.write_text(RUN_CONFIG, config.to_json(origin=True))
     folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
     return session, {}
 

@@ -7,15 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from circuit.cli import main
 from circuit.cli.options import resolve_device
 
 from circuit.artifacts import read_jsonl
@@ -37,56 +34,7 @@ PROBES = [
 ]
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def payload(self) -> dict[str, Any]:
-        """The one JSON object on stdout."""
-        (line,) = self.out.splitlines()
-        found = json.loads(line)
-        assert isinstance(found, dict)
-        return found
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def desk(
-    workplace: Path,
-    benchmark_payload: Callable[[], dict[str, Any]],
-    train_payload: Callable[..., dict[str, Any]],
-) -> Path:
-    """A working directory with the tiny benchmark and both tiny configs."""
-    for kind, payload in (("benchmark", benchmark_payload()), ("train", train_payload(steps=4))):
-        write_config(kind, payload)
-    return workplace
-
-
-@pytest.fixture
-def circuit(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Types `circuit ...` in the working directory."""
-    monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["circuit", *words])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return run
+Run = Callable[..., Any]
 
 
 def write_config(kind: str, payload: dict[str, Any]) -> None:
@@ -421,45 +369,7 @@ def test_the_device_in_use_is_the_resolved_one(
     assert circuit(*TRAIN, "--overwrite").code == 0
 
 
-# --- help and completion -------------------------------------------------------------------------
-
-LIGHT = """
-import json, sys
-sys.argv = ["circuit", *json.loads(sys.argv[1])]
-from circuit.cli import main
-try:
-    main()
-except SystemExit:
-    pass
-print(*sorted({"torch", "transformer_lens", "numpy", "pandas"} & set(sys.modules)), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize("how", ["help", "completion"])
-def test_help_and_completion_import_no_torch_and_are_quick(desk: Path, how: str) -> None:
-    words = ["--help"] if how == "help" else []
-    environment = dict(os.environ)
-    if how == "completion":
-        environment |= {
-            "_CIRCUIT_COMPLETE": "complete_bash",
-            "COMP_WORDS": "circuit train --config ",
-            "COMP_CWORD": "3",
-        }
-    best = float("inf")
-    for _ in range(2):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", LIGHT, json.dumps(words)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment,
-        )
-        best = min(best, time.perf_counter() - began)
-        assert done.stderr.strip() == ""
-        assert ("generate-benchmark" if how == "help" else "configs/train/tiny.json") in done.stdout
-    print(f"circuit {how}: {best:.2f} s")
-    assert best < 1.5
+# --- the program itself ---------------------------------------------------------------------------
 
 
 def test_the_module_form_is_the_same_program() -> None:
@@ -479,45 +389,3 @@ def test_every_command_has_help_for_every_option(circuit: Run) -> None:
         for line in done.out.splitlines():
             if "--" in line and "│" in line:
                 assert len(line.strip("│ ").split("  ")) > 1, line
-
-
-@pytest.fixture
-def complete(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Presses the tab key behind a line."""
-
-    def offered(line: str) -> list[str]:
-        monkeypatch.setenv("_CIRCUIT_COMPLETE", "complete_bash")
-        monkeypatch.setenv("COMP_WORDS", line)
-        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
-        found = circuit().out.split()
-        monkeypatch.delenv("_CIRCUIT_COMPLETE")
-        return found
-
-    return offered
-
-
-def test_completion_offers_what_is_there(
-    circuit: Run, complete: Callable[[str], list[str]]
-) -> None:
-    change_config("train", output_dir="artifacts/runs/tiny")
-    assert circuit(*TRAIN).code == 0
-    run = "artifacts/runs/tiny"
-    assert complete("circuit train --config ") == [
-        f"{run}/run_config.json",
-        "configs/train/tiny.json",
-    ]
-    assert complete("circuit train --config configs") == ["configs/train/tiny.json"]
-    assert complete("circuit generate-benchmark --config ") == ["configs/benchmark/tiny.json"]
-    saved = [f"{run}/checkpoints/{name}.pt" for name in ("best", "step_000003", "step_000004")]
-    line = f"circuit evaluate --config {run}/run_config.json --checkpoint "
-    assert complete(line) == saved
-    assert complete(f"{line}{run}/checkpoints/step") == saved[1:]
-    assert complete("circuit evaluate --checkpoint ") == saved
-    tracked = ["train", "validation_iid", "heldout_pairs"]
-    assert complete(f"circuit evaluate --config {run}/run_config.json --split ") == tracked
-    assert complete("circuit generate-probe-set --benchmark-dir data/tiny --split v") == [
-        "validation_iid"
-    ]
-    assert "structural_ood" in complete("circuit evaluate --split ")  # none is named: the usual
-    assert complete("circuit train --device c") == ["cpu", "cuda"]
-    assert {"train", "evaluate", "quickstart"} <= set(complete("circuit "))

@@ -176,7 +176,7 @@ def test_a_run_that_diverges_is_an_outcome_where_one_is_asked_for(
     [
         ("nothing=1", "unknown field 'nothing'"),
         ("optimizer.rate=1", "unknown field 'optimizer.rate'"),
-        ("steps.last=1", "no field 'steps.last'"),
+        ("steps.last=1", "'steps' holds no fields"),
         ("steps", "field=value"),
         ("steps=-1", "steps"),
     ],

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from circuit.cli import complete as cli_complete
 from circuit.cli import main
-from circuit.cli import options as cli_options
 from circuit.cli import routes as cli_routes
 
 from circuit.artifacts import dump_rows, read_jsonl
@@ -323,9 +323,9 @@ def test_the_report_holds_its_parameters_and_its_law() -> None:
 
 
 def test_completion_offers_what_the_library_knows() -> None:
-    assert cli_routes.SUBSPACES == SUBSPACES
+    assert cli_complete.SUBSPACES == SUBSPACES
     assert cli_routes.BUCKETS == SWITCH_BUCKETS
-    assert cli_options.SIDES == SIDES
+    assert cli_complete.SIDES == SIDES
     context = SimpleNamespace(params={})
     complete = partial(cli_routes.complete_route, context)
     assert complete("label=a,st") == ["label=a,stage="]

@@ -1,0 +1,231 @@
+"""What shell completion offers for the values of options: names, and paths of what is there.
+
+Completers see the command line so far and must stay quick: they import no torch, and look only
+under `configs/`, `data/` and `artifacts/` of the current folder. Where one offers nothing, shells
+go on with file names (cli/shells.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+DEVICES = ("cpu", "cuda", "mps")
+DEFAULT_SPLITS = (
+    "train",
+    "validation_iid",
+    "test_iid",
+    "heldout_pairs",
+    "structural_ood",
+    "counterfactual",
+)
+ROLES = (
+    "prediction",
+    "query_key",
+    "support_op",
+    "support_key",
+    "support_value",
+    "support_write",
+    "key_distractors",
+    "value_distractors",
+    "causal_prefix",
+)
+SIDES = ("clean", "corrupted")
+PAIR_TYPES = ("support_value", "query_key", "recency", "distractor")
+ANSWER_SCALARS = (
+    "moving_answer_margin",
+    "correct_value_logit",
+    "negative_answer_loss",
+    "fixed_source_competitor_margin",
+    "fixed_target_competitor_margin",
+    "source_best_wrong_logit",
+    "target_best_wrong_logit",
+)
+SUBSPACES = (
+    "embedding_key_identity",
+    "embedding_value_identity",
+    "head_qk_query",
+    "head_qk_key",
+    "head_ov_input",
+    "head_ov_output",
+    "full_residual",
+)
+SCALES = ("full", "short", "smoke")
+
+
+def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def values(*names: str) -> Callable[[str], list[str]]:
+    """A completer for a fixed set of values."""
+    return lambda incomplete: _starting(incomplete, names)
+
+
+role = values(*ROLES)
+pair_type = values(*PAIR_TYPES)
+answer_scalar = values(*ANSWER_SCALARS)
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def _paths(incomplete: str, found: Iterable[Path]) -> list[str]:
+    return sorted(_starting(incomplete, map(str, found)))
+
+
+def _configs() -> list[Path]:
+    """Under configs/, and of the runs under artifacts/runs/."""
+    return [*Path("configs").rglob("*.json"), *Path("artifacts/runs").rglob("run_config.json")]
+
+
+def benchmark_config(incomplete: str) -> list[str]:
+    """Configs of benchmarks."""
+    return _paths(incomplete, [path for path in _configs() if "benchmark" in path.parts])
+
+
+def train_config(incomplete: str) -> list[str]:
+    """Configs of training runs."""
+    return _paths(incomplete, [path for path in _configs() if "benchmark" not in path.parts])
+
+
+def run(incomplete: str) -> list[str]:
+    """Folders of runs under artifacts/runs/."""
+    found = Path("artifacts/runs").rglob("run_config.json")
+    return _paths(incomplete, [path.parent for path in found])
+
+
+def benchmark(incomplete: str) -> list[str]:
+    """Folders of benchmarks under data/."""
+    return _paths(incomplete, [path.parent for path in Path("data").rglob("metadata.json")])
+
+
+def trace(incomplete: str) -> list[str]:
+    """Folders of traces under artifacts/."""
+    return _paths(incomplete, [path.parent for path in Path("artifacts").rglob("trace.json")])
+
+
+def probe_set(incomplete: str) -> list[str]:
+    """Probe sets under artifacts/."""
+    return _paths(incomplete, Path("artifacts").rglob("probe_set*.jsonl"))
+
+
+def artifact(pattern: str) -> Callable[[str], list[str]]:
+    """A completer for the files under artifacts/ whose names match."""
+    return lambda incomplete: _paths(incomplete, Path("artifacts").rglob(pattern))
+
+
+scalar_pair_rows = artifact("answer_scalar_residual_diagnosis_pair_rows.jsonl")
+
+
+def attribution(incomplete: str) -> list[str]:
+    """Folders of attribution reports under artifacts/."""
+    found = Path("artifacts").rglob("*_state_attribution_report.json")
+    return _paths(incomplete, [path.parent for path in found])
+
+
+def checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Checkpoints of the run whose config the command line names, else of every run."""
+    own = _config_path(ctx).parent / "checkpoints"
+    folders = [own] if own.is_dir() else Path("artifacts/runs").rglob("checkpoints")
+    return _paths(incomplete, [path for folder in folders for path in folder.glob("*.pt")])
+
+
+def checkpoint_dir(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Folders of checkpoints of that run, its traces' among them, else of every run."""
+    own = _config_path(ctx).parent
+    root = own if (own / "checkpoints").is_dir() else Path("artifacts/runs")
+    return _paths(incomplete, root.rglob("checkpoints"))
+
+
+# --- what the config on the command line decides --------------------------------------------------
+
+
+def _config_path(ctx: typer.Context) -> Path:
+    """The config that the line names so far; a run's folder stands for its config."""
+    path = Path(ctx.params.get("config") or "")
+    return path / "run_config.json" if (path / "run_config.json").is_file() else path
+
+
+def _config(ctx: typer.Context) -> dict[str, Any]:
+    """Its JSON; empty where there is none, since half a command line is no error."""
+    try:
+        payload = json.loads(_config_path(ctx).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return payload if isinstance(payload, dict) else {}
+
+
+def split(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Splits of the benchmark that the line names so far, else the usual ones."""
+    folder = ctx.params.get("benchmark_dir") or _config(ctx).get("benchmark_dir")
+    try:
+        text = (Path(str(folder)) / "metadata.json").read_text(encoding="utf-8")
+        return _starting(incomplete, json.loads(text)["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return _starting(incomplete, DEFAULT_SPLITS)
+
+
+def _model_shape(ctx: typer.Context) -> tuple[int, int]:
+    """Layers and heads of the config that the line names so far, else the reference's."""
+    try:
+        model = _config(ctx)["model"]
+        return int(model["layers"]), int(model["heads"])
+    except (KeyError, TypeError, ValueError):
+        return 3, 4
+
+
+def stage(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Stages of the residual stream."""
+    layers = range(_model_shape(ctx)[0])
+    between = [f"layer_{layer}_post_{part}" for layer in layers for part in ("attn", "mlp")]
+    return _starting(incomplete, ["embedding", *between, "final_norm"])
+
+
+def head(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Heads by address, such as L2H1."""
+    layers, heads = _model_shape(ctx)
+    return _starting(incomplete, [f"L{x}H{y}" for x in range(layers) for y in range(heads)])
+
+
+def mlp(ctx: typer.Context, incomplete: str) -> list[str]:
+    """MLPs by address, such as L1MLP."""
+    return _starting(incomplete, [f"L{layer}MLP" for layer in range(_model_shape(ctx)[0])])
+
+
+def component(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Heads and MLPs by address."""
+    return head(ctx, incomplete) + mlp(ctx, incomplete)
+
+
+def train_field(ctx: typer.Context, incomplete: str) -> list[str]:
+    """`field=` of a training config, or `field=value`."""
+    from circuit.config import TrainConfig
+
+    return _field(ctx, incomplete, TrainConfig)
+
+
+def benchmark_field(ctx: typer.Context, incomplete: str) -> list[str]:
+    """`field=` of a benchmark config, or `field=value`."""
+    from circuit.config import BenchmarkConfig
+
+    return _field(ctx, incomplete, BenchmarkConfig)
+
+
+def _field(ctx: typer.Context, incomplete: str, kind: type[BaseModel]) -> list[str]:
+    from circuit.overrides import field_names, field_values
+
+    payload = _config(ctx)
+    name, sign, value = incomplete.partition("=")
+    if sign:
+        return [f"{name}={one}" for one in _starting(value, field_values(kind, payload, name))]
+    present = {text.partition("=")[0] for text in ctx.params.get("overrides") or ()}
+    names = [field for field in field_names(kind, payload) if field not in present]
+    return [f"{field}=" for field in _starting(name, names)]

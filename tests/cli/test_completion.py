@@ -1,0 +1,287 @@
+"""What completion offers: every closed set, as the library knows it, and what is there; quickly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+from circuit.cli import answers, reproduce, routes, value_code
+from circuit.cli import complete as offers
+from circuit.cli.app import app
+from typer.main import get_command
+
+from circuit.attribution.attribute import LossScope
+from circuit.attribution.groups import Partition
+from circuit.config import Device
+from circuit.model.rescue import CONTROLS
+from circuit.model.stages import stage_names
+from circuit.model.subspaces import SUBSPACES
+from circuit.pipelines.scales import SCALES
+from circuit.pipelines.study import TARGETS
+from circuit.reports.geometry_subspace_intervention import Operation
+from circuit.reports.interventions import QueryMode
+from circuit.scalars.answers import ANSWER_SCALARS
+from circuit.scalars.functional_write import Reference, Target
+from circuit.scalars.qk_match import LayerNormMode
+from circuit.schemas import SWITCH_BUCKETS
+from circuit.tasks.groups import GROUPS
+from circuit.tasks.pairs import PAIR_TYPES, SIDES
+from circuit.tasks.positions import ROLES
+
+Run = Callable[..., Any]
+Complete = Callable[[str], list[str]]
+RUN = "artifacts/runs/tiny"
+FREE = {
+    "output": "a file to be written",
+    "output_dir": "a folder to be written",
+    "outcome": "a file to be written",
+    "window": "any two steps",
+    "steps": "any two steps",
+    "route_label": "whatever the user has called a route",
+}
+"""Parameters with text that nothing can be offered for, and what it is."""
+
+
+def parameters(group: typer.Typer = app, prefix: str = "") -> Iterator[tuple[str, str, Any, Any]]:
+    """Every parameter of every command: command, name, type, and what Typer was told of it."""
+    for info in group.registered_commands:
+        assert info.callback is not None
+        for name, hint in typing.get_type_hints(info.callback, include_extras=True).items():
+            if typing.get_origin(hint) is typing.Annotated:
+                kind, told = get_args(hint)
+                yield f"{prefix}{info.name}", name, kind, told
+    for sub in group.registered_groups:
+        assert sub.typer_instance is not None
+        yield from parameters(sub.typer_instance, f"{sub.typer_instance.info.name} ")
+
+
+def takes_text(kind: Any) -> bool:
+    parts = [inner for part in (kind, *get_args(kind)) for inner in (part, *get_args(part))]
+    return str in parts or Path in parts
+
+
+def test_every_parameter_that_takes_text_completes() -> None:
+    found = list(parameters())
+    assert len({command for command, *_ in found}) > 25
+    asked = [(c, n) for c, n, kind, told in found if takes_text(kind) and not told.autocompletion]
+    assert [(command, name) for command, name in asked if name not in FREE] == []
+    assert {name for _, name in asked} == FREE.keys()
+
+
+def options(group: Any, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
+    """The options of every command as they are typed."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from options(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, {option for param in command.params for option in param.opts}
+
+
+def test_every_command_that_takes_a_config_takes_set() -> None:
+    taking = {name: found for name, found in options(get_command(app)) if "--config" in found}
+    assert len(taking) > 15
+    assert [name for name, found in taking.items() if "--set" not in found] == []
+    completers = {(c, n): told.autocompletion for c, n, _, told in parameters()}
+    fields = {
+        offers.train_config: offers.train_field,
+        offers.benchmark_config: offers.benchmark_field,
+    }
+    for command in taking:
+        assert completers[command, "overrides"] is fields[completers[command, "config"]], command
+
+
+@pytest.mark.parametrize(
+    ("offered", "known"),
+    [
+        (offers.ROLES, ROLES),
+        (offers.SIDES, SIDES),
+        (offers.PAIR_TYPES, PAIR_TYPES),
+        (offers.ANSWER_SCALARS, ANSWER_SCALARS),
+        (offers.SUBSPACES, SUBSPACES),
+        (offers.DEVICES, get_args(Device)),
+        (offers.SCALES, tuple(SCALES)),
+        (reproduce.TARGETS, TARGETS),
+        (routes.BUCKETS, SWITCH_BUCKETS),
+        (answers.SWITCH_BUCKETS, SWITCH_BUCKETS),
+        (value_code.GROUPS, GROUPS),
+        (value_code.CONTROLS, CONTROLS),
+    ],
+)
+def test_the_sets_offered_are_those_of_the_library(
+    offered: tuple[str, ...], known: tuple[str, ...]
+) -> None:
+    assert offered == known
+
+
+@pytest.fixture
+def complete(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> Complete:
+    """Presses the tab key behind a line, as the scripts of cli/shells.py do."""
+
+    def offered(line: str) -> list[str]:
+        monkeypatch.setenv("_CIRCUIT_COMPLETE", "complete_fish")
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+        found = [item.partition("\t")[0] for item in circuit().out.splitlines()]
+        monkeypatch.delenv("_CIRCUIT_COMPLETE")
+        return [item for item in found if item]
+
+    return offered
+
+
+@pytest.mark.parametrize(
+    ("line", "known"),
+    [
+        ("circuit trace qk --loss-scope ", get_args(LossScope)),
+        ("circuit trace qk --partition ", get_args(Partition)),
+        ("circuit trace qk --layernorm-mode ", get_args(LayerNormMode)),
+        ("circuit trace write --reference-vector ", get_args(Reference)),
+        ("circuit trace write --target-vector ", get_args(Target)),
+        ("circuit geometry-subspace-intervention --operation ", get_args(Operation)),
+        ("circuit geometry-subspace-intervention --query-mode ", get_args(QueryMode)),
+        ("circuit trace write --record-side ", SIDES),
+        ("circuit trace write --scalar ", ANSWER_SCALARS),
+        ("circuit value-code-subspace-report --stage ", tuple(stage_names(3))),
+        ("circuit value-code-subspace-report --position-role ", ROLES),
+        ("circuit study configs --scale s", ("short", "smoke")),
+        ("circuit reproduce ", TARGETS),
+        ("circuit trace qk --head L2", ("L2H0", "L2H1", "L2H2", "L2H3")),
+    ],
+)
+def test_an_option_offers_what_its_command_takes(
+    complete: Complete, line: str, known: tuple[str, ...]
+) -> None:
+    assert tuple(complete(line)) == known
+
+
+@pytest.fixture
+def trained(circuit: Run) -> None:
+    """A run under artifacts/, with a trace and a probe set whose contents do not matter here."""
+    config = Path("configs/train/tiny.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "output_dir": RUN}))
+    assert circuit("train", "--config", str(config)).code == 0
+    for name in ("trace/trace.json", "trace/checkpoints/step_000000.pt", "probe_set.jsonl"):
+        path = Path(RUN, "analysis", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.usefixtures("trained")
+def test_completion_offers_what_is_there(complete: Complete) -> None:
+    own = f"--config {RUN}/run_config.json"
+    saved = [f"{RUN}/checkpoints/{name}.pt" for name in ("best", "step_000003", "step_000004")]
+    for line, offered in {
+        "circuit train --config ": [f"{RUN}/run_config.json", "configs/train/tiny.json"],
+        "circuit train --config configs": ["configs/train/tiny.json"],
+        "circuit generate-benchmark --config ": ["configs/benchmark/tiny.json"],
+        f"circuit evaluate {own} --checkpoint ": saved,
+        f"circuit evaluate {own} --checkpoint {RUN}/checkpoints/step": saved[1:],
+        f"circuit evaluate --config {RUN} --checkpoint ": saved,
+        "circuit evaluate --checkpoint artifacts/runs/tiny/c": saved,
+        f"circuit weight-svd-trace {own} --checkpoint-dir ": [
+            f"{RUN}/analysis/trace/checkpoints",
+            f"{RUN}/checkpoints",
+        ],
+        f"circuit evaluate {own} --split ": ["train", "validation_iid", "heldout_pairs"],
+        "circuit generate-probe-set --benchmark-dir ": ["data/tiny"],
+        "circuit generate-probe-set --benchmark-dir data/tiny --split v": ["validation_iid"],
+        "circuit trace show ": [f"{RUN}/analysis/trace"],
+        "circuit trace qk --probe-set ": [f"{RUN}/analysis/probe_set.jsonl"],
+        "circuit page ": [RUN],
+        "circuit study compare-optimizers --run ": [RUN],
+        f"circuit trace qk {own} --head ": ["L0H0", "L0H1"],
+        f"circuit trace write {own} --component ": ["L0MLP"],
+        f"circuit value-code-subspace-report {own} --stage layer": [
+            "layer_0_post_attn",
+            "layer_0_post_mlp",
+        ],
+        "circuit train --device c": ["cpu", "cuda"],
+    }.items():
+        found = complete(line)
+        if line.endswith("--split "):
+            assert found == offered
+        else:
+            assert sorted(found) == offered, line
+    assert "structural_ood" in complete("circuit evaluate --split ")  # none is named: the usual
+    assert {"train", "evaluate", "quickstart"} <= set(complete("circuit "))
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("--set optimizer.l", ["optimizer.learning_rate="]),
+        ("--set optimizer.name=", ["optimizer.name=adamw", "optimizer.name=sgd"]),
+        ("--set optimizer.learning_rate=", ["optimizer.learning_rate=0.01"]),
+        ("--set schedule.", [f"schedule.{name}=" for name in ("name", "warmup_steps", "floor")]),
+        ("--set seed=3 --set se", []),
+        ("--set=model.la", ["model.layers="]),
+        ("--set zzz", []),
+    ],
+)
+def test_set_offers_the_fields_of_the_config(
+    complete: Complete, line: str, offered: list[str]
+) -> None:
+    assert complete(f"circuit train --config configs/train/tiny.json {line}") == offered
+
+
+def test_set_offers_the_splits_of_a_benchmark_and_fields_without_a_config(
+    complete: Complete,
+) -> None:
+    line = "circuit generate-benchmark --config configs/benchmark/tiny.json --set splits.t"
+    assert "splits.train.query_lag.max=" in complete(line)
+    assert complete("circuit generate-benchmark --set num_k") == ["num_keys="]
+    for config in ("", "--config nope.json", "--config data/tiny/train.jsonl", "--config data"):
+        assert "model.layers=" in complete(f"circuit train {config} --set model.l")
+
+
+LIGHT = """
+import json, sys
+sys.argv = ["circuit", *json.loads(sys.argv[1])]
+from circuit.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print(*sorted({"torch", "transformer_lens", "numpy", "pandas"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (None, "generate-benchmark"),
+        ("circuit train --config ", "configs/train/tiny.json"),
+        ("circuit train --config configs/train/tiny.json --set ", "optimizer.learning_rate="),
+    ],
+)
+def test_help_and_completion_import_no_torch_and_are_quick(
+    desk: Path, line: str | None, said: str
+) -> None:
+    asked = {
+        "_CIRCUIT_COMPLETE": "complete_fish",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        "_TYPER_COMPLETE_ARGS": line or "",
+    }
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", LIGHT, json.dumps([] if line else ["--help"])],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | (asked if line else {}),
+        )
+        best = min(best, time.perf_counter() - began)
+        assert done.stderr.strip() == ""
+        assert said in done.stdout
+    print(f"{line or 'circuit --help'}: {best:.2f} s")
+    assert best < 1.5

@@ -1,0 +1,281 @@
+"""--set as it is typed: a variant without a new file, and every command remembers it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from circuit.cli.app import app
+from typer.main import get_command
+
+import circuit as library
+
+Run = Callable[..., Any]
+TRAIN = ("train", "--config", "configs/train/tiny.json")
+VARIANT = ("--set", "output_dir=runs/b", "--set", "optimizer.learning_rate=0.02", "--set", "seed=5")
+TEXTS = list(VARIANT[1::2])
+RUN = "runs/tiny"
+OWN = ("--config", f"{RUN}/run_config.json")
+
+
+def files(root: str) -> dict[str, bytes]:
+    """Every file but those that tell the speed or the order of writing, and locks."""
+    aside = (".lock", ".manifest.json", "summary.json")
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in Path(root).rglob("*")
+        if path.is_file() and not path.name.endswith(aside)
+    }
+
+
+def records(payload: Any) -> Iterator[Any]:
+    """Every value under the key `overrides` in a JSON document."""
+    for key, value in payload.items() if isinstance(payload, dict) else ():
+        if key == "overrides":
+            yield value
+        else:
+            yield from records(value)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_variant_is_the_run_of_a_file_with_these_values(circuit: Run) -> None:
+    assert circuit(*TRAIN, *VARIANT).code == 0
+    found = files("runs/b")
+    payload = read(Path("configs/train/tiny.json"))
+    payload["optimizer"]["learning_rate"] = 0.02
+    Path("configs/train/b.json").write_text(
+        json.dumps({**payload, "output_dir": "runs/b", "seed": 5})
+    )
+    assert circuit("train", "--config", "configs/train/b.json", "--overwrite").code == 0
+    by_file = files("runs/b")
+    assert found.keys() == by_file.keys()
+    assert [name for name in found if found[name] != by_file[name]] == ["run_config.json"]
+    config = json.loads(found["run_config.json"])
+    assert config.pop("overrides") == {"config": "configs/train/tiny.json", "set": TEXTS}
+    assert config == json.loads(by_file["run_config.json"])
+    assert not Path(RUN).exists()
+
+
+def test_a_run_with_overrides_goes_on_with_them_or_from_its_own_config(circuit: Run) -> None:
+    assert circuit(*TRAIN, *VARIANT).code == 0
+    whole = files("runs/b")
+    for again in ((*TRAIN, *VARIANT), ("train", "--config", "runs/b/run_config.json")):
+        assert circuit(*TRAIN, *VARIANT, "--overwrite", "--stop-at-step", "2").code == 0
+        done = circuit(*again, "--resume")
+        assert "step 4 of 4; 2 steps in" in done.out, done.err
+        resumed = files("runs/b")
+        assert {name: resumed[name] for name in whole} == whole
+    refused = circuit(*TRAIN, *VARIANT[:-1], "seed=6", "--resume")
+    assert refused.code == 2
+    assert "cannot resume with another config: seed is 5 there and 6 here" in refused.err
+
+
+def test_the_study_goes_on_with_a_run_with_overrides(circuit: Run) -> None:
+    assert circuit(*TRAIN, *VARIANT, "--stop-at-step", "3").code == 0
+    assert "step 4, from 3" in circuit("study", *TRAIN, *VARIANT).out
+
+
+def test_a_run_tells_python_what_was_set(circuit: Run) -> None:
+    assert circuit(*TRAIN, *VARIANT).code == 0
+    overrides = library.open_run("runs/b").config.overrides
+    assert overrides is not None
+    assert (overrides.config, overrides.set) == ("configs/train/tiny.json", TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["steps"], "--set steps: not a pair"),
+        (["stpes=3"], "--set stpes=3: unknown field 'stpes'; did you mean steps?"),
+        (["steps=many"], "configs/train/tiny.json with --set steps=many: field 'steps'"),
+        (["seed=1", "seed=2"], "--set seed=2: 'seed' is set already"),
+        (["device=tpu"], "with --set device=tpu: field 'device'"),
+    ],
+)
+def test_a_mistake_in_set_is_one_line_and_exit_code_2(
+    circuit: Run, texts: list[str], said: str
+) -> None:
+    before = files(".")
+    done = circuit(*TRAIN, *(word for text in texts for word in ("--set", text)))
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert said in line
+    assert files(".") == before
+
+
+def test_options_and_set_beat_the_variable_and_an_option_beats_set(
+    circuit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIRCUIT_DEVICE", "mps")
+    assert circuit(*TRAIN, "--set", "device=cpu").code == 0
+    assert circuit(*TRAIN, "--overwrite", "--set", "device=mps", "--device", "cpu").code == 0
+    monkeypatch.delenv("CIRCUIT_DEVICE")
+    assert circuit(*TRAIN, "--overwrite", "--set", "threads=3", "--threads", "1").code == 0
+    assert read(Path(RUN, "run_config.json"))["threads"] == 1
+
+
+# --- every command remembers ----------------------------------------------------------------------
+
+PROBES = ("--probe-set", "runs/probe_set.jsonl")
+LAST = ("--checkpoint", f"{RUN}/checkpoints/step_000004.pt")
+TWO = ("--checkpoint", f"{RUN}/checkpoints/step_000003.pt", *LAST)
+TRACE = ("--optimizer-trace-dir", "runs/trace")
+PAIRS = ("--min-pairs-per-type", "2", "--max-pairs-per-type", "4")
+WRITE = ("--source-component", "L0H0", "--component", "L0MLP")
+SCALAR_ROWS = "runs/answers/answer_scalar_residual_diagnosis_pair_rows.jsonl"
+RENAMED = "name=renamed"
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "evaluate": LAST,
+    "weight-svd-trace": (*LAST, "--max-singular-values", "4"),
+    "bilinear-qk-match-separation": (*PROBES, *TWO, "--rank", "2"),
+    "trace qk": (
+        *(*PROBES, *TRACE, "--head", "L0H0", "--rank", "2"),
+        *("--min-route-pairs-per-type", "2"),
+    ),
+    "trace write": (*PROBES, *TRACE, *WRITE, *PAIRS, "--reference-step", "2"),
+    "geometry-subspace-intervention": (
+        *(*PROBES, *LAST, "--stage", "layer_0_post_mlp", "--operation", "remove"),
+        *("--subspace", "embedding_value_identity", "--rank", "2"),
+    ),
+    "ov-write-progress-report": (*PROBES, *TWO, *PAIRS),
+    "answer-scalar-residual-diagnosis": (*PROBES, *TWO, *PAIRS),
+    "route-to-margin-closure": (
+        *(*PROBES, *TWO, *PAIRS),
+        *("--route", "label=a,stage=layer_0_post_mlp,position_role=prediction"),
+    ),
+    "mlp-input-functional-subspace-report": (
+        *(*PROBES, *WRITE, "--scalar-pair-rows", SCALAR_ROWS, "--subspace-rank", "1"),
+    ),
+    "value-code-subspace-report": (*PROBES, *LAST, "--stage", "embedding", "--pca-rank", "2"),
+    "value-code-transfer-rescue": (
+        *(*PROBES, *LAST, "--source-stage", "embedding", "--target-stage", "layer_0_post_mlp"),
+        *("--basis-rank", "2"),
+    ),
+    "trace record": ("--from-initialization", "--end-step", "2"),
+    "study trace": ("--end-step", "2"),
+    "study select-write-paths": (*PROBES, *LAST, *PAIRS),
+    "study train": (),  # the last, since it trains the run anew
+}
+"""Those that take a training config, and what else they need but --config and --output-dir."""
+OTHERS = {
+    "train": "test_a_variant_is_the_run_of_a_file_with_these_values",
+    "generate-benchmark": "test_a_benchmark_remembers_what_was_set",
+    "study derive-config": "test_a_derived_config_is_a_plain_file",
+    "optimizer-update-trace": "trace record",
+    "bilinear-qk-rank-adam-state-attribution": "trace qk",
+    "mlp-functional-write-adam-state-attribution": "trace write",
+}
+"""Where the others are tested, or what they are another name of."""
+NO_OUTPUT = ("evaluate", "study train")
+
+
+def commands(group: Any = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in (group or get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
+def test_no_command_with_a_config_is_left_out() -> None:
+    taking = {n for n, c in commands() if any("--config" in param.opts for param in c.params)}
+    assert taking == COMMANDS.keys() | OTHERS.keys()
+
+
+def prepare(circuit: Run) -> None:
+    """A run, its trace, a probe set, and scalar rows; no record in any of them."""
+    config = Path(TRAIN[2])
+    config.write_text(config.read_text().replace('"heads": 2', '"heads": 4'))  # enough to select
+    diagnosis = "answer-scalar-residual-diagnosis"
+    for words in (
+        TRAIN,
+        (*f"trace record --from-initialization --end-step 4 --output-dir {TRACE[1]}".split(), *OWN),
+        f"generate-probe-set --benchmark-dir data/tiny --output {PROBES[1]}"
+        " --examples-per-split 24".split(),
+        (diagnosis, *OWN, *COMMANDS[diagnosis], "--output-dir", "runs/answers"),
+    ):
+        done = circuit(*words)
+        assert done.code == 0, done.err
+    assert [name for name, data in files("runs").items() if b'"overrides"' in data] == []
+
+
+def test_every_report_remembers_what_was_set(circuit: Run) -> None:
+    prepare(circuit)
+    expected = {"config": OWN[1], "set": [RENAMED]}
+    for command, more in COMMANDS.items():
+        before = files("runs")
+        folder = () if command in NO_OUTPUT else ("--output-dir", f"runs/of/{command}")
+        done = circuit(*command.split(), *OWN, "--set", RENAMED, *more, *folder)
+        assert done.code == 0, (command, done.err)
+        changed = [name for name, data in files("runs").items() if before.get(name) != data]
+        payloads = [read(Path("runs", name)) for name in changed if name.endswith(".json")]
+        found = [record for payload in payloads for record in records(payload)]
+        assert found == [expected], command
+
+
+def test_a_report_of_a_run_with_overrides_tells_those_of_the_run(circuit: Run) -> None:
+    assert circuit(*TRAIN, *VARIANT).code == 0
+    words = ("evaluate", "--config", "runs/b/run_config.json")
+    last = ("--checkpoint", "runs/b/checkpoints/step_000004.pt")
+    assert circuit(*words, *last, "--set", RENAMED).code == 0
+    (record,) = records(read(Path("runs/b/evaluation/step_000004.json")))
+    assert record == {
+        "config": "runs/b/run_config.json",
+        "set": [RENAMED],
+        "earlier": {"config": "configs/train/tiny.json", "set": TEXTS},
+    }
+
+
+def test_what_the_run_did_not_do_is_refused(circuit: Run) -> None:
+    """An override of the recipe meets the refusals of another config."""
+    prepare(circuit)
+    of_another = "belongs to another config: optimizer.learning_rate is 0.01 there and 0.1 here"
+    rate = ("--set", "optimizer.learning_rate=0.1")
+    start = ("--resume-checkpoint", LAST[1].replace("4.pt", "3.pt"), "--num-steps", "1")
+    for words, said in (
+        (("evaluate", *OWN, *rate, *LAST), of_another),
+        (("trace", "record", *OWN, *rate, *start, "--output-dir", "runs/x"), of_another),
+        (
+            (*("trace", "qk", *OWN, *rate), *COMMANDS["trace qk"], "--output-dir", "runs/x"),
+            "is not that of the trace",
+        ),
+    ):
+        done = circuit(*words)
+        assert done.code == 2
+        assert said in done.err
+    assert list(files("runs/x")) == []
+
+
+def test_a_benchmark_remembers_what_was_set(circuit: Run) -> None:
+    words = ("generate-benchmark", "--config", "configs/benchmark/tiny.json", "--overwrite")
+    texts = ["splits.train.samples=30", "output_dir=data/small"]
+    done = circuit(*words, "--set", texts[0], "--set", texts[1], "--json")
+    assert done.code == 0
+    metadata = read(Path("data/small/metadata.json"))
+    assert metadata["overrides"] == {"config": "configs/benchmark/tiny.json", "set": texts}
+    assert metadata["splits"]["train"]["records"] == 30
+    assert circuit(*TRAIN, "--set", "benchmark_dir=data/small").code == 0  # and it is a benchmark
+    payload = read(Path("configs/benchmark/tiny.json"))
+    payload["splits"]["train"]["samples"] = 30
+    Path("configs/benchmark/small.json").write_text(
+        json.dumps({**payload, "output_dir": "data/small"})
+    )
+    by_file = circuit(*words[:2], "configs/benchmark/small.json", "--overwrite", "--json")
+    assert by_file.payload["digest"] == done.payload["digest"]
+    del metadata["overrides"]
+    assert read(Path("data/small/metadata.json")) == metadata
+
+
+def test_a_derived_config_is_a_plain_file(circuit: Run) -> None:
+    words = ("study", "derive-config", *TRAIN[1:], "--output", "configs/train/b.json")
+    assert circuit(*words, *VARIANT).code == 0
+    payload = read(Path("configs/train/b.json"))
+    assert (payload["seed"], payload["optimizer"]["learning_rate"]) == (5, 0.02)
+    assert list(records(payload)) == []
+    assert circuit(*words, "--overwrite").code == 2  # nothing to derive
