@@ -86,17 +86,21 @@ def sharded(
     """An attribution in parts, and their merging."""
     parts = [shard_folder(folder, a, b) for a, b in pairwise(edges)]
     kind = words[0].replace("-", "_")
+    scalars = max(words.count("--head"), 1)
     shards = []
     for part, (start, end) in zip(parts, pairwise(edges), strict=True):
         argv = (*words, "--start-step", str(start), "--end-step", str(end))
         argv += ("--output-dir", part, "--overwrite")
         made = (report_file(part, words[0]),)
         span = f"{name}_{start}_{end}"
-        shards.append(Job(target, kind, span, argv, inputs, made, units=end - start))
+        job = Job(target, kind, span, argv, inputs, made, units=end - start, scalars=scalars)
+        shards.append(job)
     argv = ("trace", "merge", folder, *parts, "--overwrite")
     needed = tuple(path for shard in shards for path in shard.outputs)
     made = (report_file(folder, words[0]),)
-    return [*shards, Job(target, "trace_merge", name, argv, needed, made)]
+    steps = edges[-1] - edges[0]
+    whole = Job(target, "trace_merge", name, argv, needed, made, units=steps, scalars=scalars)
+    return [*shards, whole]
 
 
 def routes(scale: Scale) -> list[str]:

@@ -10,11 +10,12 @@ from importlib.resources import files
 from typing import Any
 
 from circuit.pipelines.jobs import Job
-from circuit.pipelines.scales import Scale
+from circuit.pipelines.scales import CONTRACT_UNIT, Scale
 
 SMALLER = {"full": 1.0, "short": 0.14, "smoke": 0.05}
 """Cost of a unit of work at a scale, over that of the contract's model and data (measured)."""
-SMALLER_FILES = {"full": 1.0, "short": 0.3, "smoke": 0.15}
+SMALLER_STATES = {"full": 1.0, "short": 0.26, "smoke": 0.19}
+"""Size of a checkpoint at a scale, over that of the contract's 7.57 MB (measured)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,18 @@ def needs_of(scale: Scale) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _files(kind: str, scale: Scale) -> float:
+    """Size of what a unit of work writes at a scale, over the contract's.
+
+    Rows are as many at every scale; states shrink with the model; checkpoints are as many for fewer
+    steps.
+    """
+    if kind == "rows":
+        return 1.0
+    often = CONTRACT_UNIT / scale.unit if kind == "checkpoints" else 1.0
+    return SMALLER_STATES[scale.name] * often
+
+
 def cost_of(jobs: Iterable[Job], scale: Scale) -> Cost:
     """What some jobs cost; jobs of one batch share a start-up."""
     seconds, megabytes, count, longest = 0.0, 0.0, 0, 0.0
@@ -72,5 +85,5 @@ def cost_of(jobs: Iterable[Job], scale: Scale) -> Cost:
         count += 1
         seconds += own
         longest = max(longest, own)
-        megabytes += entry["mb"] * job.units * SMALLER_FILES[scale.name]
+        megabytes += entry["mb"] * job.units * job.scalars * _files(entry["files"], scale)
     return Cost(count, seconds, longest, megabytes)

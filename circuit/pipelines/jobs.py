@@ -23,6 +23,7 @@ class Job:
         outputs: files that it makes; written last, so that they stand for all others.
         recipe: what decides its content besides the inputs: a change of it invalidates the outputs.
         units: how much of the kind's unit of cost it does (steps, checkpoints, ...).
+        scalars: that it attributes in each unit; each has rows of its own.
     """
 
     target: str
@@ -33,7 +34,7 @@ class Job:
     outputs: tuple[str, ...]
     recipe: str = ""
     units: float = 1.0
-    megabytes: float = 0.1
+    scalars: int = 1
 
     @property
     def folder(self) -> str:
