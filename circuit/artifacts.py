@@ -53,16 +53,17 @@ def dump_json(payload: Any) -> str:
 
 
 def find_folder(folder: str | Path, near: Path) -> Path:
-    """A folder that a config names, relative to the current folder or to one above `near`.
+    """A folder that a config names, relative to the nearest folder above `near` that has it.
 
-    Configs name folders from the project's root; a notebook may run elsewhere. Where the folder is
-    not found, it is returned as it was given, so that the reader's error names it.
+    Configs name folders from the project's root: that of the run, wherever the program is started;
+    the current folder counts where no folder above `near` has it. Where it is not found, it is
+    returned as it was given, so that the reader's error names it.
     """
     folder = Path(folder)
-    if folder.is_absolute() or folder.exists():
+    if folder.is_absolute():
         return folder
-    roots = (root for root in near.resolve().parents if (root / folder).is_dir())
-    return next((root / folder for root in roots), folder)
+    root = next((root for root in near.resolve().parents if (root / folder).is_dir()), Path.cwd())
+    return folder if root == Path.cwd() else root / folder
 
 
 def atomic_write_bytes(path: Path, payload: bytes) -> None:

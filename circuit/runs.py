@@ -11,8 +11,7 @@ series = circuit.attribute(trace, [scalar], 300, 340)[scalar.name]
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -127,22 +126,15 @@ class Run:
 def open_run(path: str | Path) -> Run:
     """Open a run's folder.
 
-    A relative path is looked up from the current folder, then from the folders above it, so that
-    a notebook may name a run from the project's root.
-
     Raises:
         CircuitError: there is no run here.
     """
-    path = Path(path)
-    if not path.is_absolute() and not path.exists():
-        above = (folder / path for folder in Path.cwd().parents if (folder / path).exists())
-        path = next((Path(os.path.relpath(found)) for found in above), path)
     return Run(path)
 
 
 def attribute(
     trace: Trace,
-    scalars: Sequence[Scalar],
+    scalars: Iterable[Scalar],
     start: int,
     end: int,
     *,
@@ -151,6 +143,8 @@ def attribute(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Series]:
     """Attribute scalars over the steps that take state `start` to state `end` of a trace.
+
+    Replay sets torch's intra-op threads to those of the run, and leaves them so.
 
     Args:
         scalars: the step-by-step changes of each are split by the terms of the update.
@@ -166,6 +160,7 @@ def attribute(
         CircuitError: the window is not recorded, a step does not replay, two scalars share a
             name, or there is no such rule or partition.
     """
+    scalars = list(scalars)
     names = [scalar.name for scalar in scalars]
     if not names or len(set(names)) < len(names):
         raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")

@@ -27,7 +27,8 @@ import circuit
 from circuit.training.checkpoints import tensors_digest
 
 FOLDER = Path(__file__).parent
-RUN = "artifacts/runs/quickstart"
+RUN = "../artifacts/runs/quickstart"
+"""As the notebooks name it: a kernel starts in its notebook's folder."""
 TIMEOUT = 600
 """Seconds for one cell."""
 
@@ -98,7 +99,7 @@ def _environment(profile: str) -> dict[str, str]:
 
 def weights(folder: Path) -> str:
     """sha256 of the best weights of the run that a notebook in `folder` looks at."""
-    run = circuit.open_run(next(p / RUN for p in folder.resolve().parents if (p / RUN).exists()))
+    run = circuit.open_run(folder / RUN)
     return tensors_digest(run.checkpoint("best").parameters)
 
 

@@ -1,7 +1,8 @@
-"""What notebooks call: a run is found from its project's folders, scalars are attributed."""
+"""What notebooks call: a run finds its own data, scalars are attributed."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,29 +35,27 @@ def match_of(head: str) -> QKMatch:
     return QKMatch(head, reads, layers=1)
 
 
-def test_a_run_is_found_from_the_folders_below_its_project(
+def test_a_run_finds_its_own_data_wherever_the_program_is_started(
     traced: circuit.Trace, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    below = workplace / "notebooks" / "mine"
-    below.mkdir(parents=True)
     here = circuit.open_run(RUN)
-    assert here.path == Path(RUN)
+    own = here.batch("validation_iid").tokens
+    below = workplace / "notebooks"
+    other = below / here.config.benchmark_dir  # the same name, other data
+    shutil.copytree(here.config.benchmark_dir, other)
+    split = other / "validation_iid.jsonl"
+    split.write_text("".join(reversed(split.read_text().splitlines(keepends=True))))
     monkeypatch.chdir(below)
-    found = circuit.open_run(RUN)
-    assert found.path == Path("../..") / RUN
+    found = circuit.open_run(Path("..") / RUN)
     assert found.steps == [4, 8]
-    assert len(found.batch("validation_iid").reads)
-    with pytest.raises(
-        circuit.CircuitError, match=r"^runs/other: holds no run_config\.json.*quick"
-    ):
-        circuit.open_run("runs/other")
+    assert torch.equal(found.batch("validation_iid").tokens, own)
 
 
-def test_a_folder_that_is_here_comes_first(
+def test_a_run_is_not_looked_for_elsewhere(
     traced: circuit.Trace, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     below = workplace / "below"
-    (below / RUN).mkdir(parents=True)
+    below.mkdir()
     monkeypatch.chdir(below)
     with pytest.raises(circuit.CircuitError, match=r"holds no run_config\.json"):
         circuit.open_run(RUN)
