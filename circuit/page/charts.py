@@ -131,6 +131,11 @@ def lines(
     return drawn
 
 
+def heads_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The heads of some rows, in their order."""
+    return list(dict.fromkeys(row["head"] for row in rows))
+
+
 def heat(
     data: str, value: str, tooltip: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> list[alt.Chart]:
@@ -141,7 +146,7 @@ def heat(
     Args:
         rows: the data, from which the heads and the largest size are taken.
     """
-    heads = list(dict.fromkeys(row["head"] for row in rows))
+    heads = heads_of(rows)
     largest = max((abs(row[value]) for row in rows if row[value] is not None), default=1.0)
     place = named(data).encode(
         x=alt.X("step:O").title("optimizer step").axis(labelOverlap="greedy", labelAngle=0),

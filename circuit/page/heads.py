@@ -12,6 +12,7 @@ from circuit.page.charts import (
     chosen,
     colour,
     exact,
+    heads_of,
     heat,
     lines,
     named,
@@ -96,7 +97,7 @@ def heads_panel(reports: Reports, home: Home) -> Panel:
     else:
         data["write"] = [pick(row, WRITE) for row in write.rows(MEANS)]
         sources.append(write.source(home.folder, MEANS))
-        heads = _heads(data["write"])
+        heads = heads_of(data["write"])
         title = "OV margin of the support's value, by W_OV alone"
         layers_drawn = heat("write", "ov_map_value_margin", WRITE, data["write"])
         height = 22 * len(heads)
@@ -118,7 +119,7 @@ def heads_panel(reports: Reports, home: Home) -> Panel:
 def _match_charts(
     rows: Sequence[Record], lags: Sequence[Record], winner: str, score: str
 ) -> list[Chart]:
-    heads = _heads(rows)
+    heads = heads_of(rows)
     layers = heat("match", "separation", MATCH, rows)
     title = f"QK separation ({score}): support minus distractors"
     names = sorted({row["lag"] for row in lags}, key=int)
@@ -128,10 +129,6 @@ def _match_charts(
         chart(title, "match", *layers, height=22 * len(heads)),
         chart(f"{winner}: separation of the reads of each lag", "match_by_lag", by_lag, at_step()),
     ]
-
-
-def _heads(rows: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(row["head"] for row in rows))
 
 
 def weights_panel(reports: Reports, home: Home) -> Panel:
