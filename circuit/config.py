@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -46,6 +46,12 @@ class _Config(BaseModel):
     def origin(self) -> dict[str, Any]:
         """`{"overrides": ...}` for the record of what was made from this config; else empty."""
         return {} if self._overrides is None else {"overrides": self._overrides.to_json()}
+
+    def remembering(self, other: _Config) -> Self:
+        """A copy that tells the overrides of another config; the values stay."""
+        made = self.model_copy()
+        made._overrides = other._overrides
+        return made
 
     def to_json(self, *, origin: bool = False) -> str:
         """The config as it is written to disk: indented, one trailing newline.
@@ -259,8 +265,7 @@ class TrainConfig(_Config):
             for key, value in changes.items()
         }
         made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
-        made._overrides = self._overrides
-        return made
+        return made.remembering(self)
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the weights of every step, given the benchmark.

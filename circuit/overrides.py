@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from circuit.errors import CircuitError
 
@@ -46,8 +47,8 @@ def apply_overrides(payload: Any, texts: Sequence[str], kind: Kind) -> Any:
     """The JSON of a config with some fields replaced; `payload` stays as it is.
 
     Raises:
-        CircuitError: a text is no `field=value`, names no field of `kind`, or sets what another
-            one has set; the text is named.
+        CircuitError: a text is no `field=value`, names no field of `kind`, or sets what it or
+            another one has set; the text is named.
     """
     if not isinstance(payload, dict):
         return payload  # no config: validation says so
@@ -71,7 +72,7 @@ def parse_override(text: str) -> tuple[Path, Any]:
     """`optimizer.name=sgd` -> `(("optimizer", "name"), "sgd")`.
 
     Raises:
-        CircuitError: it is no pair.
+        CircuitError: it is no pair, or an object in it has a field twice.
     """
     name, sign, value = text.partition("=")
     path = tuple(name.split("."))
@@ -81,10 +82,24 @@ def parse_override(text: str) -> tuple[Path, Any]:
             where=_option(text),
             expected="field=value, such as seed=11 or optimizer.learning_rate=0.001",
         )
+    doubled: list[str] = []
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        doubled.extend(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
     try:
-        return path, json.loads(value, parse_constant=_no_json)
+        found = json.loads(value, parse_constant=_no_json, object_pairs_hook=fields)
     except (ValueError, RecursionError):
-        return path, value
+        return path, value  # text, whatever the part of it that was read
+    if doubled:
+        raise CircuitError(
+            f"'{doubled[0]}' stands twice in an object",
+            where=_option(text),
+            fix="set each field once",
+        )
+    return path, found
 
 
 def _no_json(name: str) -> NoReturn:
@@ -125,21 +140,52 @@ def field_names(kind: Kind, payload: Any = None) -> list[str]:
 
 
 def field_values(kind: Kind, payload: Any, name: str) -> list[str]:
-    """What may stand behind `name=`: its closed set of values, else the present value."""
+    """What may stand behind `name=`: its closed set of values, else the present value.
+
+    Values that the rest of the file contradicts are left out.
+    """
     leaves = _leaves(kind, payload, every=True)
     annotation = next((a for path, a in leaves if ".".join(path) == name), None)
     if annotation is None:
         return []
-    closed = [str(value) for value in _literals(annotation)]
-    if closed:
-        return closed
-    if bool in _alternatives(annotation):
-        return ["true", "false"]
+    texts = [str(value) for value in _literals(annotation)]
+    if not texts and bool in _alternatives(annotation):
+        texts = ["true", "false"]
+    if texts:
+        return _accepted(kind, payload, name, texts)
+    value = payload
     for part in name.split("."):
-        payload = payload.get(part) if isinstance(payload, dict) else None
-    if payload is None or isinstance(payload, list):
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None or isinstance(value, list):
         return []
-    return [payload if isinstance(payload, str) else json.dumps(payload)]
+    quoted = json.dumps(value)  # "7" is text in quotes only
+    texts = [value, quoted] if isinstance(value, str) else [quoted]
+    return _accepted(kind, payload, name, texts)[:1]
+
+
+def _accepted(kind: Kind, payload: Any, name: str, texts: Sequence[str]) -> list[str]:
+    """Those with which the file has no problem that it has not without them."""
+    found = []
+    try:
+        before = _problems(kind, payload)
+        for text in texts:
+            with suppress(CircuitError):
+                made = apply_overrides(payload, [f"{name}={text}"], kind)
+                if _problems(kind, made) <= before:
+                    found.append(text)
+    except RecursionError:  # JSON that can be read may be nested too deeply to be copied
+        return []
+    return found
+
+
+def _problems(kind: Kind, payload: Any) -> set[tuple[Any, str]]:
+    """Validation's, by place; without fields that are missing, which may be set next."""
+    try:
+        kind.model_validate_json(json.dumps(payload))
+    except ValidationError as error:
+        missing = ("missing", "union_tag_not_found")
+        return {(e["loc"], e["msg"]) for e in error.errors() if e["type"] not in missing}
+    return set()
 
 
 # --- the tree of fields ---------------------------------------------------------------------------

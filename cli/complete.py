@@ -58,10 +58,13 @@ SUBSPACES = (
     "full_residual",
 )
 SCALES = ("full", "short", "smoke")
+MOST_BYTES = 2**20  # of a file that is read
+MOST_OFFERED = 64  # layers, and heads
 
 
 def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith(incomplete)]
+    """Those that a terminal can show on one line: shells get one name a line."""
+    return [name for name in names if name.startswith(incomplete) and name.isprintable()]
 
 
 def values(*names: str) -> Callable[[str], list[str]]:
@@ -151,35 +154,46 @@ def checkpoint_dir(ctx: typer.Context, incomplete: str) -> list[str]:
 def _config_path(ctx: typer.Context) -> Path:
     """The config that the line names so far; a run's folder stands for its config."""
     path = Path(ctx.params.get("config") or "")
-    return path / "run_config.json" if (path / "run_config.json").is_file() else path
+    try:
+        return path / "run_config.json" if (path / "run_config.json").is_file() else path
+    except OSError:  # a name too long
+        return Path()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, since half a command line is no error."""
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            return {}
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return payload if isinstance(payload, dict) else {}
 
 
 def _config(ctx: typer.Context) -> dict[str, Any]:
-    """Its JSON; empty where there is none, since half a command line is no error."""
-    try:
-        payload = json.loads(_config_path(ctx).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return payload if isinstance(payload, dict) else {}
+    return _read(_config_path(ctx))
 
 
 def split(ctx: typer.Context, incomplete: str) -> list[str]:
     """Splits of the benchmark that the line names so far, else the usual ones."""
     folder = ctx.params.get("benchmark_dir") or _config(ctx).get("benchmark_dir")
-    try:
-        text = (Path(str(folder)) / "metadata.json").read_text(encoding="utf-8")
-        return _starting(incomplete, json.loads(text)["splits"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return _starting(incomplete, DEFAULT_SPLITS)
+    found = _read(Path(str(folder)) / "metadata.json").get("splits")
+    return _starting(incomplete, found if isinstance(found, dict) else DEFAULT_SPLITS)
 
 
 def _model_shape(ctx: typer.Context) -> tuple[int, int]:
     """Layers and heads of the config that the line names so far, else the reference's."""
-    try:
-        model = _config(ctx)["model"]
-        return int(model["layers"]), int(model["heads"])
-    except (KeyError, TypeError, ValueError):
-        return 3, 4
+    model = _config(ctx).get("model")
+    if isinstance(model, dict):
+        layers, heads = model.get("layers"), model.get("heads")
+        if (
+            isinstance(layers, int)
+            and isinstance(heads, int)
+            and max(layers, heads) <= MOST_OFFERED
+        ):
+            return layers, heads
+    return 3, 4
 
 
 def stage(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -223,6 +237,7 @@ def _field(ctx: typer.Context, incomplete: str, kind: type[BaseModel]) -> list[s
     from circuit.overrides import field_names, field_values
 
     payload = _config(ctx)
+    payload.pop("overrides", None)  # a run's record of them, no field
     name, sign, value = incomplete.partition("=")
     if sign:
         return [f"{name}={one}" for one in _starting(value, field_values(kind, payload, name))]

@@ -9,31 +9,48 @@ zsh and fish do not complete `--option=value`, and the one for fish runs the pro
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from circuit import CircuitError
 
 _ASK = "env _CIRCUIT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args"
 
-BASH = f"""\
-_circuit_completion() {{
-    local line=${{COMP_LINE:0:COMP_POINT}} breaks= start= front= value help
-    local word=${{line##*[[:space:]]}}
-    # of words with = or : bash replaces what is behind them only
-    [[ $COMP_WORDBREAKS == *=* ]] && breaks+==
-    [[ $COMP_WORDBREAKS == *:* ]] && breaks+=:
-    [[ -n $breaks && $word == *[$breaks]* ]] && start=${{word%"${{word##*[$breaks]}}"}}
-    if [[ $word == --*=* ]]; then
-        start=${{start#--*=}}
-        [[ $breaks == *=* ]] || front=${{word%%=*}}=
-    fi
+BASH = rf"""_circuit_completion() {{
+    local line=${{COMP_LINE:0:COMP_POINT}} quote= word= start= outer= front= value help c i at=0
+    # the last word without its quotes; of it bash leaves `start` as it is
+    for ((i = 0; i < ${{#line}}; i++)); do
+        c=${{line:i:1}}
+        case $quote$c in
+            [\"\']) quote=$c outer=$start start=$word ;;
+            \"\"|\'\') quote= start=$outer ;;
+            \'*) word+=$c ;;
+            *\\) i=$((i + 1)) word+=${{line:i:1}} ;;
+            \"*) word+=$c ;;
+            [[:space:]]) word= start= at=$((i + 1)) ;;
+            *) word+=$c; [[ $COMP_WORDBREAKS == *"$c"* ]] && start=${{word%@}} ;;
+        esac
+    done
+    [[ $word == --*=* ]] && front=${{word%%=*}}=
+    line=${{line:0:at}}\'${{word//\'/\'\\\'\'}}\'
     COMPREPLY=()
-    while IFS=$'\\t' read -r value help; do
-        [[ -n $value ]] && COMPREPLY+=("$front${{value#"$start"}}")
+    while IFS=$'\t' read -r value help; do
+        [[ -n $value ]] || continue
+        value=$front$value
+        value=${{value#"$start"}}
+        case $quote in
+            \') value=${{value//\'/\'\\\'\'}} ;;
+            \") value=${{value//\\/\\\\}} value=${{value//\"/\\\"}}
+                value=${{value//\$/\\\$}} value=${{value//\`/\\\`}} ;;
+            *) [[ $value == *[!a-zA-Z0-9_.,:=/+@%-]* ]] && printf -v value %q "$value" ;;
+        esac
+        COMPREPLY+=("$value")
     done < <({_ASK} _TYPER_COMPLETE_ARGS="$line" "$1" 2>/dev/null)
     if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *[=:,] ]]; then
         compopt -o nospace 2>/dev/null
@@ -49,7 +66,7 @@ _circuit() {{
     local -a whole open
     while IFS=$'\\t' read -r value help; do
         [[ -n $value ]] || continue
-        entry=${{value//:/\\\\:}}${{help:+:$help}}
+        entry=${{${{value//\\\\/\\\\\\\\}}//:/\\\\:}}${{help:+:$help}}
         if [[ $value == *[=:,] ]]; then open+=("$entry"); else whole+=("$entry"); fi
     done < <({_ASK} _TYPER_COMPLETE_ARGS="$line" ${{~${{(Q)words[1]}}}} 2>/dev/null)
     if (( ! $#whole && ! $#open )); then
@@ -85,36 +102,53 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 INSTALL, SHOW = "--install-completion", "--show-completion"
 
 
+class Program(TyperGroup):
+    """The whole program, whose help says that these two options take a shell."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            if param.opts[0] in (INSTALL, SHOW):
+                param.metavar = "SHELL"
+        return params
+
+
 def answer(words: Sequence[str], variables: Mapping[str, str]) -> bool:
     """Do what is asked of completion scripts; whether anything was asked.
 
-    That is `--install-completion [SHELL]`, `--show-completion [SHELL]`, or in `variables`
+    That is `--install-completion [SHELL]` or `--show-completion [SHELL]`, or in `variables`
     `_CIRCUIT_COMPLETE=source_SHELL`.
 
     Raises:
-        CircuitError: the shell is unknown, or its files cannot be written.
+        CircuitError: the shell is unknown, there are more words, or its files cannot be written.
     """
     asked, _, shell = variables.get("_CIRCUIT_COMPLETE", "").partition("_")
     if asked == "source" and shell in SCRIPTS:
         typer.echo(SCRIPTS[shell], nl=False)
         return True
-    if asked or not words or words[0] not in (INSTALL, SHOW):
+    option, sign, shell = words[0].partition("=") if words else ("", "", "")
+    if asked or option not in (INSTALL, SHOW):
         return False
-    shell = words[1] if len(words) > 1 else _present_shell()
+    shells = [*([shell] if sign else []), *words[1:]]
+    if len(shells) > 1:
+        raise CircuitError(
+            f"unexpected '{shells[1]}'", where=option, expected="one shell and nothing else"
+        )
+    shell = shells[0] if shells else _present_shell()
     if shell not in SCRIPTS:
         raise CircuitError(
             f"no completion for '{shell}'" if shell else "the shell is not known",
-            where=words[0],
+            where=option,
             expected=", ".join(SCRIPTS),
-            fix=f"name it: circuit {words[0]} zsh",
+            fix=f"name it: circuit {option} zsh",
         )
-    if words[0] == SHOW:
+    if option == SHOW:
         typer.echo(SCRIPTS[shell], nl=False)
         return True
     try:
         path = _INSTALLERS[shell]()
     except OSError as error:
-        raise CircuitError(f"cannot be written ({error})", where=words[0]) from None
+        raise CircuitError(f"cannot be written ({error})", where=option) from None
     typer.echo(f"{shell} completion installed in {path}; it works in the next shell")
     return True
 
@@ -127,23 +161,31 @@ def _present_shell() -> str:
         return Path(os.environ.get("SHELL", "")).name
 
 
+def _home() -> Path:
+    try:
+        found = Path.home() if os.environ.get("HOME") != "" else Path()  # "" would be /
+    except RuntimeError:  # no HOME, and the user is not known
+        found = Path()
+    if not found.is_absolute():
+        raise CircuitError("HOME names no folder", where=INSTALL, expected="an absolute path")
+    return found
+
+
 def _install_bash() -> Path:
-    path = Path.home() / ".bash_completions" / "circuit.sh"
-    _write(path, BASH)
-    _append(Path.home() / ".bashrc", f"source '{path}'")
+    path = _home() / ".bash_completions" / "circuit.sh"
+    _write(path, BASH, _home() / ".bashrc", f"source {shlex.quote(str(path))}")
     return path
 
 
 def _install_zsh() -> Path:
-    path = Path.home() / ".zfunc" / "_circuit"
-    _write(path, ZSH)
-    rc = Path(os.environ.get("ZDOTDIR") or Path.home()) / ".zshrc"
-    _append(rc, "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
+    path = _home() / ".zfunc" / "_circuit"
+    rc = Path(os.environ.get("ZDOTDIR") or _home()) / ".zshrc"
+    _write(path, ZSH, rc, "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
     return path
 
 
 def _install_fish() -> Path:
-    configs = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    configs = Path(os.environ.get("XDG_CONFIG_HOME") or _home() / ".config")
     path = configs / "fish" / "completions" / "circuit.fish"
     _write(path, FISH)
     return path
@@ -156,14 +198,22 @@ _INSTALLERS: dict[str, Callable[[], Path]] = {
 }
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, script: str, rc: Path | None = None, line: str = "") -> None:
+    """The script, and once its line in a start-up file; neither if one cannot be written.
 
-
-def _append(rc: Path, line: str) -> None:
-    """A line of a start-up file, once; the file may be a link, so it is not replaced."""
-    present = rc.read_text(encoding="utf-8") if rc.exists() else ""
-    if line not in present.splitlines():
-        with rc.open("a", encoding="utf-8") as handle:
-            handle.write(f"{'' if present.endswith(chr(10)) or not present else chr(10)}{line}\n")
+    The start-up file may be a link, so it is not replaced, and is in whatever encoding.
+    """
+    asked = os.fsencode(line)
+    present = rc.read_bytes() if rc is not None and rc.exists() else None
+    if rc is None or asked in (present or b"").splitlines():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+        return
+    with rc.open("ab") as handle:  # first, as no script is of use without it
+        try:
+            _write(path, script)
+        except OSError:
+            if present is None:
+                rc.resolve().unlink()
+            raise
+        handle.write((b"\n" if present and not present.endswith(b"\n") else b"") + asked + b"\n")

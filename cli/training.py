@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress as Bar
 
+from circuit import CircuitError
+
 from . import options
 from .output import percent, print_json, print_written, progress_bar, share, stderr, stdout, table
 
@@ -126,7 +128,7 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="JSON to write; default: evaluation/<checkpoint>.json in the output_dir."
+            help="JSON to write; default: evaluation/<checkpoint>.json in the checkpoint's run."
         ),
     ] = None,
     device: options.Device = None,
@@ -168,20 +170,31 @@ def load_train_config(
     threads: int | None = None,
     train_split: str | None = None,
 ) -> TrainConfig:
-    """The config with the command line's values in it; an option beats what --set says."""
+    """The config with the command line's values in it.
+
+    Raises:
+        CircuitError: as `load_config`, or a field has an option and a --set of its own: one of
+            them would be lost, and the record tells only the --set.
+    """
     from circuit.config import TrainConfig, load_config
+    from circuit.overrides import parse_override
 
     if (path / "run_config.json").is_file():
         path = path / "run_config.json"
     settings = load_config(path, TrainConfig, overrides or ())
-    if device is None and any(text.startswith("device=") for text in overrides or ()):
+    said = {parse_override(text)[0][0]: text for text in overrides or ()}
+    given = {"device": device, "threads": threads, "train_split": train_split}
+    for name, value in given.items():
+        if value is not None and name in said:
+            raise CircuitError(
+                f"'{name}' is set by --{name.replace('_', '-')} {value}, too",
+                where=f"--set {said[name]}",
+                fix="set each field once",
+            )
+    if "device" in said:
         device = settings.device  # said here and now, so the variable does not count
-    changes: dict[str, Any] = {"device": options.resolve_device(device, settings.device)}
-    if threads is not None:
-        changes["threads"] = threads
-    if train_split is not None:
-        changes["train_split"] = train_split
-    return settings.replace(**changes)
+    changes = {name: value for name, value in given.items() if value is not None}
+    return settings.replace(**changes | {"device": options.resolve_device(device, settings.device)})
 
 
 class TrainBar:

@@ -137,6 +137,8 @@ def test_overrides_apply_in_order_and_before_validation() -> None:
         ("compile=true", True),
         ('tracked_splits=["train"]', ["train"]),
         ("name=[1", "[1"),
+        ('name={"a":1,"a":2} and more', '{"a":1,"a":2} and more'),
+        ('model=[{"a": 1}, {"a": 1}]', [{"a": 1}, {"a": 1}]),
         ("name=" + "[" * 100_000, "[" * 100_000),
     ],
 )
@@ -161,6 +163,11 @@ def test_a_value_is_json_or_else_text(text: str, value: Any) -> None:
         (["schedule=3", "schedule.floor=0"], "--set schedule.floor=0: 'schedule' is 3, no object"),
         (["steps=50", "steps=60"], "--set steps=60: 'steps' is set already"),
         (["optimizer.eps=1", "optimizer={}"], "--set optimizer={}: 'optimizer.eps' is set already"),
+        (
+            ['optimizer={"name":"sgd","learning_rate":1,"learning_rate":2}'],
+            "'learning_rate' stands",
+        ),
+        (['model=[{"a": {"x": 1, "x": 1}}]'], "'x' stands twice in an object; set each field once"),
     ],
 )
 def test_an_override_that_fits_nothing_is_named(texts: list[str], said: str) -> None:
@@ -260,7 +267,8 @@ def test_configs_without_overrides_are_equal_as_before(
 @pytest.mark.parametrize(
     ("name", "offered"),
     [
-        ("optimizer.name", ["adamw", "sgd"]),
+        ("optimizer.name", ["adamw"]),  # SGD has not its fields
+        ("optimizer.fused", ["true", "false"]),
         ("device", ["cpu", "cuda", "mps"]),
         ("compile", ["true", "false"]),
         ("steps", ["500"]),
@@ -278,10 +286,42 @@ def test_the_values_offered_are_the_closed_set_or_the_present_one(
     assert field_values(TrainConfig, written(TRAIN), name) == offered
 
 
-@given(field=fields())
-def test_every_value_that_is_offered_is_accepted(field: Any) -> None:
+SGD = {"name": "sgd", "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("payload", "name", "offered"),
+    [
+        ({}, "optimizer.name", ["adamw", "sgd"]),
+        ({}, "optimizer.fused", ["true", "false"]),
+        ({"optimizer": SGD}, "optimizer.name", ["adamw", "sgd"]),
+        ({"optimizer": SGD | {"momentum": 0.9}}, "optimizer.name", ["sgd"]),
+        ({"optimizer": SGD | {"eps": 0.1}}, "optimizer.name", ["adamw", "sgd"]),
+        ({"optimizer": SGD}, "optimizer.fused", []),
+        ({"optimizer": 3}, "optimizer.name", []),
+        ({"steps": "many", "optimizer": {"name": "adamw", "eps": 1}}, "optimizer.name", ["adamw"]),
+        ({"name": "7"}, "name", ['"7"']),
+    ],
+)
+def test_a_value_is_offered_where_the_rest_of_the_file_allows_it(
+    payload: Any, name: str, offered: list[str]
+) -> None:
+    assert field_values(TrainConfig, payload, name) == offered
+
+
+@given(field=fields(), every=st.booleans())
+def test_every_value_that_is_offered_is_accepted(field: Any, every: bool) -> None:
     path, kind, name = field
-    if name == "optimizer.name" or name.endswith(".answer_pairs"):
-        return  # of another kind of object; of another kind of split
-    for value in field_values(kind, written(path), name):
-        load_config(path, kind, [f"{name}={value}"])
+    payload = full(path, kind) if every else written(path)
+    for value in field_values(kind, payload, name):
+        parse_config(apply_overrides(payload, [f"{name}={value}"], kind), kind, where="test")
+
+
+@given(field=fields())
+def test_what_a_field_is_stays_offered(field: Any) -> None:
+    path, kind, name = field
+    payload = full(path, kind)
+    value = value_at(payload, name)
+    if value is not None and not isinstance(value, list):
+        text = value if isinstance(value, str) else json.dumps(value)
+        assert text in field_values(kind, payload, name)

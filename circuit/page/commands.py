@@ -75,15 +75,24 @@ TRACE = "optimizer-update-trace"
 _TRACE_FOLDER = "analysis/optimizer_update_trace"
 
 
-def command_of(command: str, parameters: Mapping[str, Any], home: str, output: str) -> str:
+def command_of(
+    command: str,
+    parameters: Mapping[str, Any],
+    home: str,
+    output: str,
+    overrides: Mapping[str, Any] | None = None,
+) -> str:
     """The command line that makes a report again.
 
     Args:
         parameters: of the report.
         home: the run's folder.
         output: the report's folder.
+        overrides: the report's record of them, which names the config file, too.
     """
-    words = ["circuit", command, "--config", f"{home}/run_config.json"]
+    config = overrides["config"] if overrides else f"{home}/run_config.json"
+    words = ["circuit", command, "--config", config]
+    words += _given("--set", overrides["set"]) if overrides else []
     for name, option in _OPTIONS.items():
         if name in parameters:
             words += _given(option, parameters[name])

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import Row, iter_jsonl
+from circuit.config import TrainConfig, load_config
 from circuit.errors import CircuitError
+from circuit.overrides import Overrides
 from circuit.page.commands import command_of
 from circuit.page.panel import Source
 
@@ -23,6 +25,14 @@ class Found:
     run: Path
     path: Path
     payload: Mapping[str, Any]
+    run_overrides: Mapping[str, Any] | None = None
+    """Those that stand in the run's own config."""
+
+    @property
+    def overrides(self) -> Mapping[str, Any] | None:
+        """Its record of overrides, unless the run's own config says it all."""
+        found: Mapping[str, Any] | None = self.payload["provenance"].get("overrides")
+        return None if found == self.run_overrides else found
 
     @property
     def command(self) -> str:
@@ -69,7 +79,7 @@ class Found:
         return Source(
             self.path.relative_to(self.run).as_posix(),
             self.file(file).relative_to(self.run).as_posix(),
-            command_of(self.command, self.parameters, home, f"{home}/{folder}"),
+            command_of(self.command, self.parameters, home, f"{home}/{folder}", self.overrides),
             str(self.payload.get("law", "")),
         )
 
@@ -85,8 +95,9 @@ class Reports:
         """
         self.run = run
         self.by_command: dict[str, list[Found]] = {}
+        own = _run_overrides(run)
         for path in sorted((run / "analysis").rglob(f"*{_SUFFIX}")):
-            found = Found(run, path, _read(path))
+            found = Found(run, path, _read(path), own)
             self.by_command.setdefault(found.command, []).append(found)
 
     def all(self, command: str) -> list[Found]:
@@ -98,11 +109,19 @@ class Reports:
         return max(self.all(command), key=lambda r: (*size(r), r.written), default=None)
 
 
+def _run_overrides(run: Path) -> Mapping[str, Any] | None:
+    path = run / "run_config.json"
+    overrides = load_config(path, TrainConfig).overrides if path.exists() else None
+    return None if overrides is None else overrides.to_json()
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
         _ = payload["command"], payload["summary"].keys(), payload["parameters"].keys()
         _ = float(payload["provenance"]["started_unix"])
+        if "overrides" in payload["provenance"]:
+            Overrides.model_validate(payload["provenance"]["overrides"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CircuitError(
             f"is no report of this program ({error!r})",

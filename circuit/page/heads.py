@@ -81,9 +81,10 @@ def heads_panel(reports: Reports, home: Home) -> Panel:
         charts += _match_charts(data["match"], rows, winner["head"], winner["score"])
         tables.append(_match_table())
         grown = match.summary["first_step"] < match.summary["last_step"]
-        first = f" grew from {winner['separation_at_first']:.2f} to" if grown else " is"
+        chosen_for = "grew most" if grown else "separates most"
+        first = f" went from {winner['separation_at_first']:.2f} to" if grown else " is"
         notes.append(
-            f"{winner['head']} wins: its separation ({winner['score']}){first}"
+            f"{winner['head']} {chosen_for}: its separation ({winner['score']}){first}"
             f" {winner['separation_at_last']:.2f}; at the end its support beats every distractor in"
             f" {100 * winner['support_wins_at_last']:.1f}\u00a0% of the reads."
         )

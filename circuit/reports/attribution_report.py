@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import dump_row, read_jsonl
+from circuit.artifacts import dump_row, find_folder, read_jsonl
 from circuit.attribution.series import Series, check_windows
 from circuit.attribution.window import Job, attribute_window
 from circuit.config import TrainConfig
@@ -21,6 +21,7 @@ from circuit.errors import CircuitError
 from circuit.figures.attribution import changes_by_scalar, groups_of_terms, terms_and_closure
 from circuit.reports.base import ReportResult, ReportWriter, open_report, report_name
 from circuit.reports.inputs import Study, open_study
+from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.replay import Trace
 
 COMMANDS = (
@@ -54,7 +55,10 @@ class WindowOptions:
 
 
 def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
-    """The study of a traced run, with the recording's threads.
+    """The study of a traced run, with the trace's config and the recording's threads.
+
+    Of the given config the overrides stay, for the record; what else it says beside the recipe
+    decides nothing here, and no digest knows it, so that shards merge.
 
     Raises:
         CircuitError: config or probe set belong to another run than the trace.
@@ -72,11 +76,15 @@ def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
             where=trace.path,
             fix="replay is exact on the recording's device only; leave --device out",
         )
+    benchmark = load_benchmark(find_folder(config.benchmark_dir, probe_set), splits=[])
+    if benchmark.digest != manifest.benchmark_digest:
+        raise CircuitError(
+            f"the benchmark in {config.benchmark_dir} is not the one that was traced",
+            where=trace.path,
+        )
     threads = manifest.environment["threads"]
     study = open_study(config.replace(threads=threads), probe_set)
-    if study.benchmark.digest != manifest.benchmark_digest:
-        raise CircuitError("the benchmark is not the one that was traced", where=trace.path)
-    return study
+    return replace(study, config=manifest.config.replace(threads=threads).remembering(config))
 
 
 def report_attribution(
@@ -163,6 +171,7 @@ def merge_attributions(
         _refuse_seam(earlier, later)
     first, last = shards[0], shards[-1]
     check_windows(windows, first.start, last.end)
+    overrides = [entry for shard in shards for entry in shard.overrides]
     with open_report(first.command, output_dir, overwrite=overwrite) as writer:
         lines = _Lines()
         series = Series.collect(lines.keep(row for shard in shards for row in shard.rows()))
@@ -192,6 +201,7 @@ def merge_attributions(
                     "state_at_end": last.trace["state_at_end"],
                 },
                 "merged_from": [[shard.start, shard.end] for shard in shards],
+                **({_MERGED: overrides} if overrides else {}),
             },
         )
 
@@ -235,6 +245,14 @@ class _Shard:
         provenance = self.payload["provenance"]
         return {name: value for name, value in provenance.items() if name.endswith(_DIGESTS)}
 
+    @property
+    def overrides(self) -> list[dict[str, Any]]:
+        """Steps and overrides of those calls behind the shard that had any."""
+        provenance = self.payload["provenance"]
+        if "overrides" not in provenance:  # none, or a shard that was merged itself
+            return list(provenance.get(_MERGED, ()))
+        return [{"steps": [self.start, self.end], "overrides": provenance["overrides"]}]
+
     def settings(self) -> dict[str, Any]:
         """What has to be the same in all shards."""
         parameters = self.payload["parameters"]
@@ -247,6 +265,7 @@ class _Shard:
 
 
 _DIGESTS = ("_digest", "_sha256")
+_MERGED = "shard_overrides"
 
 
 def _read_shard(folder: Path) -> _Shard:

@@ -16,6 +16,7 @@ from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.replay import load_state
 from circuit.training.checkpoints import tensors_digest
 from circuit.training.evaluate import Evaluation, evaluate
+from circuit.training.loop import RUN_CONFIG
 from circuit.training.session import encode_split, model_from_state
 
 
@@ -40,8 +41,10 @@ def evaluate_checkpoint(
 
     Args:
         splits: None evaluates the config's tracked splits.
-        output: JSON file; by default `evaluation/<checkpoint>.json` in the config's output_dir.
-            Splits of the same weights that stand there are kept, others are replaced.
+        output: JSON file; by default `evaluation/<checkpoint>.json` in the run that holds the
+            checkpoint, or in the config's output_dir where none does. Splits of the same weights
+            that stand there are kept, others are replaced; each keeps the overrides that it was
+            evaluated with.
         progress: called with split, records done and their number.
 
     Raises:
@@ -62,7 +65,9 @@ def evaluate_checkpoint(
         evaluate(model, encode_split(benchmark, name, config.model), name, progress=progress)
         for name in dict.fromkeys(names)
     ]
-    path = output or Path(config.output_dir) / "evaluation" / f"{checkpoint.stem}.json"
+    holders = (folder for folder in checkpoint.parents if (folder / RUN_CONFIG).is_file())
+    run = next(holders, Path(config.output_dir))
+    path = output or run / "evaluation" / f"{checkpoint.stem}.json"
     with OutputFolder(path.parent, "evaluate", overwrite=True) as folder:
         of = {
             "step": state.step,
@@ -74,8 +79,8 @@ def evaluate_checkpoint(
             "schema_version": 1,
             "checkpoint": checkpoint.name,
             **of,
-            "evaluations": earlier | {e.split: e.to_row() for e in evaluations},
-            "provenance": environment_facts(config.device) | config.origin(),
+            "evaluations": earlier | {e.split: e.to_row() | config.origin() for e in evaluations},
+            "provenance": environment_facts(config.device),
         }
         folder.write_text(path.name, dump_json(report))
     return EvaluationReport(state.step, evaluations, path)

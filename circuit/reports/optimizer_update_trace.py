@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,10 +43,13 @@ def optimizer_update_trace(
 ) -> TraceReport:
     """Record a trace (see `record_trace`) and write its report, page and figure beside it.
 
+    A recording that is resumed keeps the overrides that the report before told.
+
     Raises:
         CircuitError: as `record_trace`.
     """
     began = time.time()
+    earlier = _recorded_overrides(Path(output_dir) / f"{NAME}_report.json") if resume else []
     record = record_trace(
         config, output_dir, options, overwrite=overwrite, resume=resume, progress=progress
     )
@@ -61,7 +65,7 @@ def optimizer_update_trace(
         "summary": summary,
         "provenance": {
             "environment": store.manifest.environment,
-            **config.origin(),
+            **_origin([*earlier, *config.origin().values()]),
             "config_digest": config.digest(),
             "benchmark_digest": store.manifest.benchmark_digest,
             "started_unix": began,
@@ -76,6 +80,23 @@ def optimizer_update_trace(
             folder.write_text(f"{NAME}_report.json", dump_json(report)),
         ]
     return TraceReport(record, summary, law, paths)
+
+
+def _recorded_overrides(report: Path) -> list[dict[str, Any]]:
+    """The records of overrides in the report of a trace; none where there is no such report."""
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))["provenance"]
+        first = [found["overrides"]] if "overrides" in found else []
+        return [*first, *found.get("further_overrides", ())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # ours, and about to be replaced
+
+
+def _origin(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Distinct records of the calls that made a trace, the first and the others."""
+    distinct = [one for at, one in enumerate(records) if one not in records[:at]]
+    named = {"overrides": distinct[0]} if distinct else {}
+    return named | ({"further_overrides": distinct[1:]} if distinct[1:] else {})
 
 
 def summarize(store: TraceStore, history: Sequence[int]) -> dict[str, Any]:

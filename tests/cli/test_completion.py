@@ -218,7 +218,7 @@ def test_completion_offers_what_is_there(complete: Complete) -> None:
     ("line", "offered"),
     [
         ("--set optimizer.l", ["optimizer.learning_rate="]),
-        ("--set optimizer.name=", ["optimizer.name=adamw", "optimizer.name=sgd"]),
+        ("--set schedule.name=c", ["schedule.name=constant", "schedule.name=cosine"]),
         ("--set optimizer.learning_rate=", ["optimizer.learning_rate=0.01"]),
         ("--set schedule.", [f"schedule.{name}=" for name in ("name", "warmup_steps", "floor")]),
         ("--set seed=3 --set se", []),
@@ -240,6 +240,88 @@ def test_set_offers_the_splits_of_a_benchmark_and_fields_without_a_config(
     assert complete("circuit generate-benchmark --set num_k") == ["num_keys="]
     for config in ("", "--config nope.json", "--config data/tiny/train.jsonl", "--config data"):
         assert "model.layers=" in complete(f"circuit train {config} --set model.l")
+
+
+def deep(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+def shaped(layers: str, heads: str = "2") -> str:
+    return f'{{"model": {{"layers": {layers}, "heads": {heads}}}}}'
+
+
+ODD = {
+    "empty": "",
+    "no_object": "3",
+    "deep": deep(100_000),
+    "deep_inside": f'{{"name": "x", "model": {deep(400)}, "optimizer": {{"name": {deep(900)}}}}}',
+    "infinite": shaped("1e400"),
+    "no_number": shaped("NaN"),
+    "long_number": shaped("1" * 5000),
+    "float": shaped("1e9"),
+    "many_layers": shaped("65"),
+    "many_heads": shaped("2", "100000"),
+    "text": shaped('"many"'),
+    "list": '{"model": [], "optimizer": [], "benchmark_dir": []}',
+    "no_text": '{"name": "\\ud800", "benchmark_dir": "\\u0000", "output_dir": "a\\nb"}',
+    "long_name": json.dumps({"benchmark_dir": "x" * 5000}),
+    "large": '{"model": {"layers": 1, "heads": 1}, "name": "' + "x" * 2**20 + '"}',
+}
+ASKED = [
+    "evaluate --checkpoint",
+    "evaluate --split",
+    "value-code-subspace-report --stage",
+    "trace qk --head",
+    "train --set",
+    *[f"train --set {name}=" for name in ("name", "optimizer.name", "output_dir")],
+]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_config_that_is_none_is_no_error(complete: Complete, asked: str) -> None:
+    command, option = asked.split(" --")
+    Path("bytes.json").write_bytes(b"\xff\xfe")
+    for name, text in ODD.items():
+        Path(f"{name}.json").write_text(text)
+    for name in (*ODD, "bytes", "x" * 300, f"{'x' * 300}/y"):
+        space = "" if "=" in option else " "
+        found = complete(f"circuit {command} --config {name}.json --{option}{space}")
+        assert all(one.isprintable() for one in found)
+        if option == "head":  # those of the reference
+            assert found == [f"L{x}H{y}" for x in range(3) for y in range(4)], name
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[]", deep(100_000), '{"splits": 3}', '{"splits": [3, [4]]}']
+)
+def test_a_benchmark_that_is_none_has_the_usual_splits(complete: Complete, text: str) -> None:
+    Path("odd").mkdir()
+    Path("odd/metadata.json").write_text(text)
+    found = complete("circuit generate-probe-set --benchmark-dir odd --split ")
+    assert found == list(offers.DEFAULT_SPLITS)
+
+
+def test_a_config_is_no_pipe_that_is_waited_for(complete: Complete) -> None:
+    os.mkfifo("pipe.json")
+    assert len(complete("circuit trace qk --config pipe.json --head ")) == 12
+
+
+def test_what_would_break_the_line_is_not_offered(complete: Complete) -> None:
+    names = [b"a\nb", b"a\tb", b"a\x1b[31mb", b"\xff", "é b".encode()]
+    for name in names:
+        Path("artifacts/runs", os.fsdecode(name)).mkdir(parents=True)
+        Path("artifacts/runs", os.fsdecode(name), "run_config.json").touch()
+    assert complete("circuit page ") == ["artifacts/runs/é b"]
+
+
+def test_a_record_of_overrides_in_a_config_is_no_field(complete: Complete) -> None:
+    path = Path("configs/benchmark/tiny.json")
+    record = {"overrides": {"config": "x.json", "set": ["seed=5"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | record))
+    line = f"circuit generate-benchmark --config {path} --set "
+    field = "splits.train.answer_pairs="
+    assert complete(f"{line}{field}") == [f"{field}seen"]
+    assert complete(f"{line}overr") == []
 
 
 LIGHT = """

@@ -12,6 +12,7 @@ from circuit.cli.app import app
 from typer.main import get_command
 
 import circuit as library
+from circuit.config import TrainConfig, parse_config
 
 Run = Callable[..., Any]
 TRAIN = ("train", "--config", "configs/train/tiny.json")
@@ -95,6 +96,7 @@ def test_a_run_tells_python_what_was_set(circuit: Run) -> None:
         (["stpes=3"], "--set stpes=3: unknown field 'stpes'; did you mean steps?"),
         (["steps=many"], "configs/train/tiny.json with --set steps=many: field 'steps'"),
         (["seed=1", "seed=2"], "--set seed=2: 'seed' is set already"),
+        (['best={"split":"a","split":"b"}'], "'split' stands twice in an object"),
         (["device=tpu"], "with --set device=tpu: field 'device'"),
     ],
 )
@@ -109,15 +111,35 @@ def test_a_mistake_in_set_is_one_line_and_exit_code_2(
     assert files(".") == before
 
 
-def test_options_and_set_beat_the_variable_and_an_option_beats_set(
+def test_an_option_and_set_each_beat_the_variable(
     circuit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CIRCUIT_DEVICE", "mps")
     assert circuit(*TRAIN, "--set", "device=cpu").code == 0
-    assert circuit(*TRAIN, "--overwrite", "--set", "device=mps", "--device", "cpu").code == 0
-    monkeypatch.delenv("CIRCUIT_DEVICE")
-    assert circuit(*TRAIN, "--overwrite", "--set", "threads=3", "--threads", "1").code == 0
-    assert read(Path(RUN, "run_config.json"))["threads"] == 1
+    assert circuit(*TRAIN, "--overwrite", "--device", "cpu").code == 0
+
+
+START = ("trace", "record", *TRAIN[1:], "--from-initialization", "--end-step", "2")
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "text"),
+    [
+        (TRAIN, ("--threads", "1"), "threads=2"),
+        (TRAIN, ("--threads", "1"), "threads=1"),
+        (TRAIN, ("--device", "cpu"), "device=mps"),
+        ((*START, "--output-dir", "runs/x"), ("--train-split", "train"), "train_split=heldout"),
+    ],
+)
+def test_a_field_is_set_by_its_option_or_by_set(
+    circuit: Run, words: tuple[str, ...], option: tuple[str, ...], text: str
+) -> None:
+    before = files(".")
+    done = circuit(*words, *option, "--set", text)
+    assert (done.code, done.out) == (2, "")
+    assert f"--set {text}: '{text.partition('=')[0]}' is set by {' '.join(option)}, too" in done.err
+    assert done.err.count("\n") == 1
+    assert files(".") == before
 
 
 # --- every command remembers ----------------------------------------------------------------------
@@ -130,6 +152,7 @@ PAIRS = ("--min-pairs-per-type", "2", "--max-pairs-per-type", "4")
 WRITE = ("--source-component", "L0H0", "--component", "L0MLP")
 SCALAR_ROWS = "runs/answers/answer_scalar_residual_diagnosis_pair_rows.jsonl"
 RENAMED = "name=renamed"
+ASKED = {"config": OWN[1], "set": [RENAMED]}
 COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": LAST,
     "weight-svd-trace": (*LAST, "--max-singular-values", "4"),
@@ -207,7 +230,6 @@ def prepare(circuit: Run) -> None:
 
 def test_every_report_remembers_what_was_set(circuit: Run) -> None:
     prepare(circuit)
-    expected = {"config": OWN[1], "set": [RENAMED]}
     for command, more in COMMANDS.items():
         before = files("runs")
         folder = () if command in NO_OUTPUT else ("--output-dir", f"runs/of/{command}")
@@ -216,7 +238,8 @@ def test_every_report_remembers_what_was_set(circuit: Run) -> None:
         changed = [name for name, data in files("runs").items() if before.get(name) != data]
         payloads = [read(Path("runs", name)) for name in changed if name.endswith(".json")]
         found = [record for payload in payloads for record in records(payload)]
-        assert found == [expected], command
+        assert found, command
+        assert all(record == ASKED for record in found), command
 
 
 def test_a_report_of_a_run_with_overrides_tells_those_of_the_run(circuit: Run) -> None:
@@ -224,12 +247,78 @@ def test_a_report_of_a_run_with_overrides_tells_those_of_the_run(circuit: Run) -
     words = ("evaluate", "--config", "runs/b/run_config.json")
     last = ("--checkpoint", "runs/b/checkpoints/step_000004.pt")
     assert circuit(*words, *last, "--set", RENAMED).code == 0
-    (record,) = records(read(Path("runs/b/evaluation/step_000004.json")))
-    assert record == {
-        "config": "runs/b/run_config.json",
-        "set": [RENAMED],
-        "earlier": {"config": "configs/train/tiny.json", "set": TEXTS},
-    }
+    of_run = {"config": "configs/train/tiny.json", "set": TEXTS}
+    asked = {"config": "runs/b/run_config.json", "set": [RENAMED], "earlier": of_run}
+    path = Path("runs/b/evaluation/step_000004.json")
+    assert list(records(read(path))) == [asked, asked]  # of each split
+
+
+def test_each_split_keeps_the_overrides_of_its_own_evaluation(circuit: Run) -> None:
+    assert circuit(*TRAIN).code == 0
+    path = Path(RUN, "evaluation/step_000004.json")
+    words = ("evaluate", *OWN, *LAST, "--split")
+    assert circuit(*words, "validation_iid").code == 0
+    plain = read(path)
+    assert list(records(plain)) == []
+    assert circuit(*words, "heldout_pairs", "--set", RENAMED).code == 0
+    both = read(path)["evaluations"]
+    assert both["validation_iid"] == plain["evaluations"]["validation_iid"]
+    assert both["heldout_pairs"].pop("overrides") == ASKED
+    assert both["heldout_pairs"].keys() == both["validation_iid"].keys()
+    assert circuit(*words, "train").code == 0  # and a third keeps both
+    assert list(records(read(path))) == [ASKED]
+    assert circuit(*words, "heldout_pairs").code == 0
+    assert list(records(read(path))) == []
+
+
+def test_a_trace_that_is_resumed_keeps_the_overrides_that_made_it(circuit: Run) -> None:
+    assert circuit(*TRAIN).code == 0
+    rate, seed = (["optimizer.learning_rate=0.01"], ["seed=11"])  # what the file says
+
+    def recorded(end: int, *words: str) -> dict[str, Any]:
+        command = ("trace", "record", *OWN, "--from-initialization", "--output-dir", "runs/trace")
+        done = circuit(*command, "--end-step", str(end), *words)
+        assert done.code == 0, done.err
+        report = read(Path("runs/trace/optimizer_update_trace_report.json"))
+        return {n: v for n, v in report["provenance"].items() if n.endswith("overrides")}
+
+    first = {"config": OWN[1], "set": rate}
+    other = {"config": OWN[1], "set": seed}
+    assert recorded(1) == {}
+    assert recorded(2, "--resume", "--set", *rate) == {"overrides": first}
+    assert recorded(3, "--resume") == {"overrides": first}
+    both = {"overrides": first, "further_overrides": [other]}
+    assert recorded(4, "--resume", "--set", *seed) == both
+    assert recorded(4, "--resume", "--set", *rate) == both
+    assert recorded(4, "--overwrite", "--set", *seed) == {"overrides": other}
+
+
+def test_shards_merge_whatever_the_logs_and_keep_the_overrides(circuit: Run) -> None:
+    """What a config says beside the recipe is no part of what is attributed."""
+    prepare(circuit)
+    Path("logs.json").write_text(json.dumps({**read(Path(OWN[1])), "log_every": 7, "name": "x"}))
+    sets = [("--set", RENAMED), (), ("--set", "log_every=2", "--set", "eval_every=3")]
+    configs = [OWN, ("--config", "logs.json"), OWN]
+    for start, (config, more) in enumerate(zip(configs, sets, strict=True)):
+        window = ("--start-step", str(start), "--end-step", str(start + 1))
+        words = (*COMMANDS["trace qk"], *window, "--output-dir", f"runs/{start}")
+        done = circuit("trace", "qk", *config, *more, *words)
+        assert done.code == 0, done.err
+    name = "bilinear_qk_rank_adam_state_attribution_report.json"
+    asked = [
+        {"steps": [0, 1], "overrides": ASKED},
+        {"steps": [2, 3], "overrides": {"config": OWN[1], "set": list(sets[2][1::2])}},
+    ]
+    assert circuit("trace", "merge", "runs/a", "runs/0", "runs/1").code == 0
+    assert circuit("trace", "merge", "runs/b", "runs/a", "runs/2").code == 0  # one merged already
+    assert circuit("trace", "merge", "runs/c", "runs/1").code == 0
+    found = [read(Path(f"runs/{out}", name))["provenance"] for out in "abc1"]
+    assert [one.get("shard_overrides") for one in found] == [asked[:1], asked, None, None]
+    # the config of the digest is the trace's, with the recording's threads
+    traced = read(Path(TRACE[1], "trace.json"))
+    own = parse_config(traced["config"], TrainConfig, where="trace")
+    digest = own.replace(threads=traced["environment"]["threads"]).digest()
+    assert [one["config_digest"] for one in found] == [digest] * 4
 
 
 def test_what_the_run_did_not_do_is_refused(circuit: Run) -> None:
@@ -238,6 +327,10 @@ def test_what_the_run_did_not_do_is_refused(circuit: Run) -> None:
     of_another = "belongs to another config: optimizer.learning_rate is 0.01 there and 0.1 here"
     rate = ("--set", "optimizer.learning_rate=0.1")
     start = ("--resume-checkpoint", LAST[1].replace("4.pt", "3.pt"), "--num-steps", "1")
+    words = ("generate-benchmark", "--config", "configs/benchmark/tiny.json")
+    assert circuit(*words, "--set", "seed=8", "--set", "output_dir=data/other").code == 0
+    elsewhere = ("--set", "benchmark_dir=data/other")
+    before = files(".")
     for words, said in (
         (("evaluate", *OWN, *rate, *LAST), of_another),
         (("trace", "record", *OWN, *rate, *start, "--output-dir", "runs/x"), of_another),
@@ -245,11 +338,15 @@ def test_what_the_run_did_not_do_is_refused(circuit: Run) -> None:
             (*("trace", "qk", *OWN, *rate), *COMMANDS["trace qk"], "--output-dir", "runs/x"),
             "is not that of the trace",
         ),
+        (
+            (*("trace", "qk", *OWN, *elsewhere), *COMMANDS["trace qk"], "--output-dir", "runs/x"),
+            "the benchmark in data/other is not the one that was traced",
+        ),
     ):
         done = circuit(*words)
         assert done.code == 2
         assert said in done.err
-    assert list(files("runs/x")) == []
+        assert files(".") == before
 
 
 def test_a_benchmark_remembers_what_was_set(circuit: Run) -> None:

@@ -211,6 +211,54 @@ def test_a_shell_completes_what_is_typed(open_shell: Open, shell: str) -> None:
         assert names <= set(shown.split()), line
 
 
+ODD = ("with space", "it's", "a$b", "f(x)", 'q"d', "k\\l", "m@n", "e=f:g", "c,d", "été")
+"""Names of runs, each with its own first letter."""
+
+
+def check_quotes(terminal: Terminal, tmp_path: Path) -> None:
+    """What stands there after the tab key is the name, as this shell takes it."""
+    for name in ODD:
+        run = tmp_path / "work/artifacts/runs" / name
+        run.mkdir()
+        shutil.copy(ROOT / "configs/train/quickstart.json", run / "run_config.json")
+    for name in ODD:
+        path = f"artifacts/runs/{name}"
+        for quote in ("", '"', "'"):
+            line = terminal.tab(f"circuit page {quote}artifacts/runs/{name[0]}")[0]
+            assert printed(terminal, line.removeprefix("circuit page ")) == path, line
+    line = terminal.tab("circuit train --config=artifacts/runs/f\\(x\\)/r")[0]
+    assert printed(terminal, line.split()[-1]) == "--config=artifacts/runs/f(x)/run_config.json"
+    # what is known of it: its model has two layers
+    for word in ("artifacts/runs/with\\ space", "'artifacts/runs/with space'"):
+        line = f"circuit trace write --config {word} --component L1M"
+        assert terminal.tab(line)[0] == f"{line}LP "
+    line = "circuit page artifacts/runs/with\\ "
+    if terminal.shell == "bash":  # others offer files there
+        assert terminal.tab(line)[0] == f"{line}space "
+
+
+def printed(terminal: Terminal, word: str) -> str:
+    """A word as the shell hands it to a program."""
+    shown = terminal.run(f"printf '\\x7b%s\\x7d\\n' {word}")
+    return shown[shown.rindex("{") + 1 : shown.rindex("}")]
+
+
+def test_bash_quotes_names(open_shell: Open, tmp_path: Path) -> None:
+    terminal = open_shell("bash", BARE["bash"])
+    terminal.run(SOURCE["bash"])
+    check_quotes(terminal, tmp_path)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+@system
+def test_a_shell_quotes_names(open_shell: Open, tmp_path: Path, shell: str) -> None:
+    terminal = open_shell(shell, BARE[shell])
+    if shell == "zsh":
+        terminal.run("autoload -Uz compinit; compinit -u")
+    terminal.run(SOURCE[shell])
+    check_quotes(terminal, tmp_path)
+
+
 def installs(open_shell: Open, home: Path, shell: str, typed_into: str, command: str) -> None:
     """What is installed works in the next shell, and installing it again changes nothing."""
     (home / ".zshrc").touch()  # else zsh asks a new user what to write there

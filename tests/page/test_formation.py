@@ -206,6 +206,46 @@ def test_commands_repeat_the_reports_parameters(told: Path, circuit: Circuit) ->
         assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "texts", [["name=other name"], ["log_every=2", 'tracked_splits=["validation_iid"]']]
+)
+@pytest.mark.parametrize("config", [RUN / "run_config.json", Path("tiny.json")])
+def test_a_command_repeats_what_was_set(
+    told: Path, circuit: Circuit, config: Path, texts: list[str]
+) -> None:
+    file = "weight_svd_trace_report.json"
+    (path,) = (told / "analysis").rglob(file)
+
+    def command() -> str:
+        found = Reports(told).by_command["weight-svd-trace"][0]
+        return found.source(str(told)).command
+
+    def provenance() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(path.read_text())["provenance"]
+        return {name: found[name] for name in ("config_digest", "overrides")}
+
+    words = shlex.split(command())[1:]
+    assert "--set" not in words
+    words[words.index("--config") + 1] = str(config)
+    given = [word for text in texts for word in ("--set", text)]
+    assert circuit(*words, *given)[0] == 0
+    made = provenance()
+    path.write_text(path.read_text().replace(made["config_digest"], "0" * 64))
+    assert circuit(*shlex.split(command())[1:])[0] == 0
+    assert provenance() == made
+
+
+def test_a_command_leaves_out_what_the_runs_own_config_says(told: Path, circuit: Circuit) -> None:
+    config = told / "run_config.json"
+    of_run = {"config": "gone.json", "set": ["seed=11"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "overrides": of_run}))
+    command = Reports(told).by_command["weight-svd-trace"][0].source(str(told)).command
+    assert circuit(*shlex.split(command)[1:])[0] == 0
+    (path,) = (told / "analysis").rglob("weight_svd_trace_report.json")
+    assert json.loads(path.read_text())["provenance"]["overrides"] == of_run
+    assert Reports(told).by_command["weight-svd-trace"][0].source(str(told)).command == command
+
+
 def test_equal_inputs_give_equal_pages(told: Path) -> None:
     first = formation_page(told, "one.html").path.read_bytes()
     assert formation_page(told.resolve(), "two.html").path.read_bytes() == first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -103,3 +104,19 @@ def test_weights_that_diverged_are_not_evaluated(circuit: Callable[..., Any]) ->
     done = circuit("evaluate", "--config", f"{RUN}/run_config.json", "--checkpoint", str(step(3)))
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     assert f"{step(3)}: weights of blocks.0.mlp.W_in are not finite at step 3" in done.err
+
+
+def test_an_evaluation_stands_in_the_run_that_holds_the_checkpoint(
+    circuit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(RUN).resolve()
+    other = Path("other.json")  # the same recipe under another name
+    payload = json.loads((run / "run_config.json").read_text())
+    other.write_text(json.dumps(payload | {"name": "other", "output_dir": "runs/other"}))
+    config, checkpoint = str(other.resolve()), str(step(3).resolve())
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    done = circuit("evaluate", "--config", config, "--checkpoint", checkpoint)
+    assert done.code == 0, done.err
+    assert (run / "evaluation" / f"{step(3).stem}.json").is_file()
+    assert list(Path().iterdir()) == []
