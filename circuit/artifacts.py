@@ -241,6 +241,7 @@ class OutputFolder:
         self.overwrite = overwrite
         self.resume = resume
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []
         self._owned: dict[str, None] = {}
         self._claimed_now: set[str] = set()
 
@@ -261,8 +262,10 @@ class OutputFolder:
     def __enter__(self) -> Self:
         if self.root.exists() and not self.root.is_dir():
             raise CircuitError("is a file", where=self.root, expected="a folder for the outputs")
+        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._made = missing
             self._lock = (self.root / f".{self.command}.lock").open("a")
         except OSError as error:
             raise CircuitError(
@@ -291,8 +294,18 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        if error is not None and self._made and not self._owned:
+            self._unmake()
+        self._lock.close()
+
+    def _unmake(self) -> None:
+        """Remove the folders that this command has just made, as far as nothing stands in them."""
+        (self.root / f".{self.command}.lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in self._made:
+                path.rmdir()
 
     def clear(self, planned: Iterable[str] = ()) -> None:
         """Remove this command's earlier files, exactly those.
@@ -409,8 +422,8 @@ class OutputFolder:
         present = [name for name in self.owned if os.path.lexists(self._inside(name))]
         if present and not self.overwrite and not self.resume:
             raise CircuitError(
-                f"holds {len(present)} files of an earlier `circuit {self._shown}`"
-                f" ({present[0]}, ...)",
+                f"holds {len(present)} file{'s' if len(present) > 1 else ''} of an earlier"
+                f" `circuit {self._shown}` ({present[0]}{', ...' if len(present) > 1 else ''})",
                 where=self.root,
                 fix=("pass --resume to go on with it, " if self.resumable else "pass ")
                 + "--overwrite to replace exactly those files, or choose another folder",

@@ -33,6 +33,7 @@ from .output import print_error
 
 app = typer.Typer(
     name="circuit",
+    cls=shells.Program,
     help="How training writes a circuit into a transformer, step by step and exactly.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -85,3 +86,12 @@ def main() -> None:
     except CircuitError as error:
         print_error(error)
         sys.exit(2)
+    except SystemExit as ending:
+        cause = getattr(
+            ending.__context__, "__cause__", None
+        )  # Typer: Exit(130) from the interrupt
+        if isinstance(cause, KeyboardInterrupt):  # which no command has answered
+            typer.echo(
+                "interrupted; what was not finished is not written: start it again", err=True
+            )
+        raise

@@ -10,7 +10,7 @@ import typer
 from circuit import CircuitError
 
 from . import complete, options
-from .output import print_json, print_written, progress_bar, stdout, table
+from .output import print_json, print_written, progress_bar, stdout
 
 if TYPE_CHECKING:
     from circuit.page import PageResult
@@ -68,12 +68,13 @@ def _print(result: PageResult, as_json: bool) -> None:
         paths = [str(result.path)]
         print_json({"bytes": result.size, "panels": panels, "missing": missing, "paths": paths})
         return
-    made = table(None, ["panel", "charts", "from"])
+    width = max(len(panel.name) for panel in result.panels)
     for panel in result.panels:
         files = [source.file for source in panel.sources] or ["-"]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        made.add_row(panel.name, str(len(panel.charts)), files[0] + more)
-    stdout.print(made)
+        charts = f"{len(panel.charts)} charts" if len(panel.charts) != 1 else "1 chart"
+        line = f"{panel.name:<{width}}  {charts:<9}  from {files[0]}{more}"
+        stdout.print(line, soft_wrap=True)
     if result.missing:
         stdout.print("not there yet; these make it:")
         for one in result.missing:

@@ -77,11 +77,12 @@ def ov_write_progress_report(
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    columns = ["QK sep.", "att. support", "att. others", "OV map", "margin DLA", "logit DLA"]
-    made = table(f"step {summary['steps'][-1]}", ["head", *columns, "onto margin", "swapped"])
+    columns = ["QK sep.", "att. support", "att. others", "OV map", "own margin", "logit DLA"]
+    made = table(f"step {summary['steps'][-1]}", ["head", *columns, "margin DLA", "swapped"])
     for head, values in summary["last_step"].items():
         made.add_row(head, *("-" if v is None else f"{v:.3f}" for v in values.values()))
     stdout.print(made)
+    stdout.print(_LEGEND, style="dim", soft_wrap=True)
     for what, name in (("matches", "match_winner"), ("writes", "write_winner")):
         winner = summary[name]
         if winner:
@@ -91,3 +92,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
             )
     for row in summary["top_correlations"][:3]:
         stdout.print(f"r = {row['pearson']:.3f}: {row['head']} {row['write']}, {row['output']}")
+
+
+_LEGEND = (
+    "own margin: what the head writes for the answer over the best wrong value of its own logits;"
+    " margin DLA: what it writes\nonto the model's margin, whose competitor the model chooses;"
+    " swapped: the same with another pair's support value"
+)

@@ -83,12 +83,20 @@ def quickstart(as_json: options.Json = False) -> None:
 
 def _print_attribution(result: QuickstartResult) -> None:
     """The head that learned to look up, how much its match grew, and which terms carried it."""
-    winner, found = result.separation.summary["winner"], result.attribution.summary["windows"][0]
+    summary, found = result.separation.summary, result.attribution.summary["windows"][0]
+    winner = summary["winner"]
+    rivals = [head for head in summary["heads"] if head["score"] == winner["score"]]
+    highest = max(rivals, key=lambda head: head["separation_at_last"])
+    rank = winner["score"].removeprefix("rank")
     stdout.print(
-        f"{winner['head']} learned to match the query to the support: its QK match"
-        f" ({winner['score']}) grew from {winner['separation_at_first']:.2f} to"
-        f" {winner['separation_at_last']:.2f}, and the support beats every distractor in"
-        f" {percent(winner['support_wins_at_last'])} of the probed reads",
+        f"the QK match of {winner['head']} (rank {rank}: support above distractors) grew most, from"
+        f" {winner['separation_at_first']:.2f} to {winner['separation_at_last']:.2f}; its support"
+        f" beats every distractor in {percent(winner['support_wins_at_last'])} of the probed reads"
+        + (
+            ""
+            if highest["head"] == winner["head"]
+            else f" ({highest['head']} ends highest, at {highest['separation_at_last']:.2f})"
+        ),
         soft_wrap=True,
     )
     actual = found["actual"]
@@ -98,9 +106,9 @@ def _print_attribution(result: QuickstartResult) -> None:
         if name != "rounding"
     )
     stdout.print(
-        f"in the basis of step {found['end_step']} it went from {found['value_at_start']:.2f} to"
-        f" {found['value_at_end']:.2f} in steps {found['start_step']} to {found['end_step']};"
-        f" of these {actual:+.2f}: {carried}",
+        f"measured in the {rank} directions that it has at step {found['end_step']}, it went from"
+        f" {found['value_at_start']:.2f} to {found['value_at_end']:.2f} in steps"
+        f" {found['start_step']} to {found['end_step']}; of these {actual:+.2f}: {carried}",
         soft_wrap=True,
     )
 

@@ -87,6 +87,11 @@ def reproduce(
         )
     else:
         _print_claims(found, paths)
+        if not request.scale.shows_effects:
+            stdout.print(
+                f"scale {scale} runs every command, in {request.scale.long_steps} steps: too few to"
+                " learn anything, so that its claims say nothing of the study"
+            )
         stdout.print(f"{time.monotonic() - began:.0f} s; log of Snakemake: {outcome.log}")
     _refuse_failure(outcome)
 
@@ -122,13 +127,6 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
         stdout.print(f"{request.target} ({request.scale.name}): everything is there and current")
     else:
         stdout.print(made)
-        stdout.print(
-            f"{request.target} at scale {request.scale.name}: {cost.jobs} commands, about"
-            f" {duration(cost.seconds)} of one core, {duration(cost.wall(request.cores))} on"
-            f" {request.cores}; {size(cost.megabytes)} on disk under {request.folder}/"
-            " (estimates from measured rates)",
-            soft_wrap=True,
-        )
     for rule in plan.again:
         cut_off = rule.reason == "Forced execution" and not request.options
         reason = "it was cut off" if cut_off else rule.reason
@@ -137,6 +135,14 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
         stdout.print("it ends with:")
         for path in plan.outputs:
             stdout.print(f"  {request.folder / path}", soft_wrap=True)
+    if plan.jobs:
+        stdout.print(
+            f"{request.target} at scale {request.scale.name}: {cost.jobs} commands, about"
+            f" {duration(cost.seconds)} of one core, {duration(cost.wall(request.cores))} on"
+            f" {request.cores}; {size(cost.megabytes)} on disk under {request.folder}/"
+            " (estimates from measured rates)",
+            soft_wrap=True,
+        )
 
 
 class _Live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -460,3 +461,17 @@ def test_no_flipped_bit_gives_other_rows(tmp_path: Path) -> None:
 def test_rows_hold_no_nan_and_no_infinity(value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         dump_row({"loss": value})
+
+
+def test_a_refused_command_leaves_no_folder_that_it_has_made(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for root in (tmp_path / "new" / "deep", there / "inner", there):
+        with pytest.raises(CircuitError, match="refused"), OutputFolder(root, "report"):
+            raise CircuitError("refused")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".report.lock", "there"]
+    half = tmp_path / "half"
+    with contextlib.suppress(CircuitError), OutputFolder(half, "report") as folder:
+        folder.write_text("a", "kept")
+        raise CircuitError("refused")
+    assert (half / "a").read_text() == "kept"

@@ -71,7 +71,9 @@ def judge(study: Study, root: Path, target: str) -> list[Claim]:
         except _MissingError as error:
             found.append(Claim(part, statement, None, {}, str(error)))
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            found.append(Claim(part, statement, None, {}, f"no such number ({error})"))
+            found.append(
+                Claim(part, statement, None, {}, f"the reports of this scale have no {error}")
+            )
     return found
 
 

@@ -41,6 +41,7 @@ class Scale:
         probes: records of the probe set.
         reads: that value-code reports look at.
         threads: intra-op threads of every command.
+        shows_effects: whether its runs are long enough to show what the study claims.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Scale:
     probes: int = 96
     reads: int = 256
     threads: int = 1
+    shows_effects: bool = True
 
     @property
     def is_contract(self) -> bool:
@@ -143,6 +145,7 @@ SCALES = {
         learning_rate=0.004,
         probes=48,
         reads=128,
+        shows_effects=False,
     ),
 }
 

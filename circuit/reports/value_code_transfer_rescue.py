@@ -382,7 +382,10 @@ def _law(rows: Sequence[Row]) -> str:
     if not known:
         return "removal changes nothing at any checkpoint, so that there is nothing to rescue"
     worst = max(abs(value - 1) for value in known)
-    return f"the true code rescues everything: its fraction differs from 1 by at most {worst:.1e}"
+    return (
+        "the oracle, the read's own code put back, rescues everything: its fraction differs from 1"
+        f" by at most {worst:.1e}"
+    )
 
 
 def _page(summary: Mapping[str, Any]) -> list[str]:

@@ -131,6 +131,19 @@ def test_an_interrupt_says_how_to_go_on(circuit: Run, monkeypatch: pytest.Monkey
     assert "Traceback" not in done.err
 
 
+def test_an_interrupted_report_says_so_in_one_line(
+    circuit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("circuit.reports.evaluation.evaluate_checkpoint", interrupted)
+    done = circuit("evaluate", *TRAIN[1:], "--checkpoint", "any.pt")
+    assert done.code == 130
+    (line,) = done.err.strip().splitlines()
+    assert line.startswith("interrupted;")
+
+
 # --- errors: exit code 2, one line on stderr, nothing else ---------------------------------------
 
 
