@@ -301,8 +301,11 @@ def test_a_benchmark_that_is_none_has_the_usual_splits(complete: Complete, text:
     assert found == list(offers.DEFAULT_SPLITS)
 
 
-def test_a_config_is_no_pipe_that_is_waited_for(complete: Complete) -> None:
+def test_a_config_is_no_pipe_that_is_waited_for(
+    complete: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo("pipe.json")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read"))
     assert len(complete("circuit trace qk --config pipe.json --head ")) == 12
 
 

@@ -292,7 +292,7 @@ def test_the_true_code_rescues_everything_and_equal_runs_are_equal(
 ) -> None:
     payload = circuit(*WORDS, "--json").payload
     assert [path for path in payload["paths"] if not Path(path).is_file()] == []
-    assert "the true code rescues everything" in payload["law"]
+    assert "the oracle, the read's own code put back, rescues everything" in payload["law"]
     rows = read_jsonl(Path("out") / f"{NAME}_rows.jsonl")
     conditions = [row["condition"] for row in rows if row["step"] == 12]
     assert len(conditions) == len(set(conditions)) == 6 + 2 * len(CONTROLS)
