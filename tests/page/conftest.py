@@ -6,29 +6,17 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from circuit.cli import main
+from command_line import type_in
 
 from circuit.page import PageResult, formation_page
 
 RUN = Path("runs/tiny")
-
-
-def type_in(words: list[str]) -> int:
-    """Types `circuit ...`; the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["circuit", *words])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
 
 
 @dataclass(frozen=True)

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from circuit.cli import main
+from command_line import Done, type_and_read, type_in
 
 from circuit.config import TrainConfig, load_config
 from circuit.trace.record import RecordOptions, record_trace
 
 RUN = Path("runs/tiny")
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def payload(self) -> dict[str, Any]:
-        """The one JSON object on stdout."""
-        (line,) = self.out.splitlines()
-        found = json.loads(line)
-        assert isinstance(found, dict)
-        return found
-
-
-def type_in(words: tuple[str, ...]) -> int:
-    """Types `circuit ...`; the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["circuit", *words])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="session")
@@ -86,10 +56,7 @@ def circuit(
     monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
 
     def run(*words: str) -> Done:
-        capsys.readouterr()
-        code = type_in(words)
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
+        return type_and_read(words, capsys)
 
     return run
 
