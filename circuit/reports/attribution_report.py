@@ -83,7 +83,7 @@ def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
             where=trace.path,
         )
     threads = manifest.environment["threads"]
-    study = open_study(config.replace(threads=threads), probe_set)
+    study = open_study(config.replace(threads=threads), probe_set, benchmark=benchmark)
     return replace(study, config=manifest.config.replace(threads=threads).remembering(config))
 
 

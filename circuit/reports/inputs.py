@@ -161,19 +161,25 @@ def models_at(
 
 
 def open_study(
-    config: TrainConfig, probe_set: str | Path, *, splits: Sequence[str] | None = None
+    config: TrainConfig,
+    probe_set: str | Path,
+    *,
+    splits: Sequence[str] | None = None,
+    benchmark: Benchmark | None = None,
 ) -> Study:
     """Read what a report needs besides checkpoints.
 
     Args:
         splits: of the probe records; None takes all.
+        benchmark: of the config, where it has been read already.
 
     Raises:
         CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
             no record of a split.
     """
     prepare_process(threads=config.threads, device=config.device)
-    benchmark = load_benchmark(find_folder(config.benchmark_dir, Path(probe_set)), splits=[])
+    if benchmark is None:
+        benchmark = load_benchmark(find_folder(config.benchmark_dir, Path(probe_set)), splits=[])
     probe = read_probe_set(probe_set, benchmark.digest)
     held = list(probe.metadata.counts)
     for split in splits or ():
