@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from circuit.config import AdamWConfig, TrainConfig, load_config
+from circuit.config import AdamWConfig, Kernels, TrainConfig, load_config
 from circuit.environment import prepare_process
 from circuit.model.build import build_model
 from circuit.training.checkpoints import tensor_digest
@@ -27,24 +27,34 @@ VOCABULARY, POSITIONS = 141, 56
 Stages = list[tuple[int, str, str]]
 
 
+class Through(torch.nn.Module):
+    """A model whose forward pass is another function."""
+
+    def __init__(self, model: torch.nn.Module, function: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.function(tokens)
+
+
 def train(
     steps: int,
     *,
     threads: int = 1,
-    compiled: bool = False,
-    optimizer: dict[str, Any] | None = None,
-    forward: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    kernels: Kernels = "fast",
+    fused: bool = False,
+    forward: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] = lambda model: model,
 ) -> Stages:
     """Digests by step and stage."""
     config = load_config("configs/train/symbolic_kv_formation.json", TrainConfig)
     assert isinstance(config.optimizer, AdamWConfig)
-    settings = config.optimizer.model_copy(update=optimizer or {})
     prepare_process(threads=threads)
-    model = build_model(config.model, vocabulary_size=VOCABULARY, seed=7)
-    run: Any = torch.compile(model, dynamic=False) if compiled else model
-    if forward is not None:
-        run = forward(model)
-    made = build_optimizer(model, settings)
+    model = build_model(config.model, vocabulary_size=VOCABULARY, seed=7, kernels=kernels)
+    run: Any = Through(model, forward(model))
+    optimizer = build_optimizer(model, config.optimizer)
+    for group in optimizer.param_groups:
+        group["fused"] = fused
     found: Stages = []
     for step in range(1, steps + 1):
         generator = torch.Generator().manual_seed(step)
@@ -54,9 +64,9 @@ def train(
         def keep(into: list[str] = gradient) -> None:
             into.append(tensor_digest(torch.cat([p.grad.flatten() for p in model.parameters()])))
 
-        outcome = training_step(model, made, batch, config, step, forward=run, on_gradient=keep)
+        outcome = training_step(run, optimizer, batch, config, step, on_gradient=keep)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        moments = read_moments(model, made, settings)
+        moments = read_moments(model, optimizer, config.optimizer)
         found += [
             (step, "logits", tensor_digest(outcome.logits)),
             (step, "loss", tensor_digest(outcome.loss)),
@@ -65,6 +75,11 @@ def train(
             (step, "m, v", str([tensor_digest(t) for g in moments.values() for t in g.values()])),
         ]
     return found
+
+
+def compiled(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model through torch.compile."""
+    return cast(Any, torch.compile(model, dynamic=False))
 
 
 def halves(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -92,8 +107,9 @@ def main() -> None:
     changes: dict[str, Callable[[], Stages]] = {
         "run again": lambda: train(steps),
         "2 threads instead of 1": lambda: train(steps, threads=2),
-        "AdamW fused": lambda: train(steps, optimizer={"fused": True}),
-        "torch.compile": lambda: train(steps, compiled=True),
+        "plain kernels": lambda: train(steps, kernels="plain"),
+        "plain kernels, compiled": lambda: train(steps, kernels="plain", forward=compiled),
+        "AdamW fused": lambda: train(steps, fused=True),
         "rows of the batch reversed": lambda: train(
             steps, forward=lambda model: lambda t: model(t.flip(0)).flip(0)
         ),

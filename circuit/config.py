@@ -26,6 +26,7 @@ from circuit.errors import CircuitError
 from circuit.overrides import Overrides, advice, apply_overrides, causes
 
 Device = Literal["cpu", "cuda", "mps"]
+Kernels = Literal["fast", "plain"]
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -188,7 +189,6 @@ class AdamWConfig(_Config):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    fused: bool = False
 
 
 class SGDConfig(_Config):
@@ -226,8 +226,9 @@ class TrainConfig(_Config):
     device: Device = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
-    compile: bool = False
-    """Run the forward and backward pass through torch.compile. Changes bits; part of the recipe."""
+    kernels: Kernels = "fast"
+    """Of forward and backward pass (circuit/model/kernels.py): they decide bits. `plain` is what
+    TransformerLens wrote, and what every run recorded before there was a choice has used."""
     model: ModelConfig
     steps: PositiveInt
     batch_size: PositiveInt
@@ -240,6 +241,22 @@ class TrainConfig(_Config):
     checkpoint_every: PositiveInt = 250
     tracked_splits: list[str] = ["validation_iid", "heldout_pairs"]
     best: BestConfig = BestConfig(split="heldout_pairs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_record(cls, payload: Any) -> Any:
+        """Version 0.1.0 recorded `compile` and `optimizer.fused`, and ran plain kernels."""
+        if not isinstance(payload, dict) or "kernels" in payload or "compile" not in payload:
+            return payload
+        recorded = dict(payload)
+        removed = {"compile": recorded.pop("compile")}
+        if isinstance(recorded.get("optimizer"), dict):
+            recorded["optimizer"] = dict(recorded["optimizer"])
+            removed["optimizer.fused"] = recorded["optimizer"].pop("fused", False)
+        for name, value in removed.items():
+            if value is not False:
+                raise ValueError(f"'{name}' is {value!r}, which only version 0.1.0 can run")
+        return {**recorded, "kernels": "plain"}
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -274,7 +291,7 @@ class TrainConfig(_Config):
         is only where the schedule depends on it.
         """
         fields = ["seed", "model", "batch_size", "train_split", "optimizer", "schedule"]
-        fields += ["gradient_clip", "compile"]
+        fields += ["gradient_clip", "kernels"]
         if self.schedule.name != "constant":
             fields.append("steps")
         payload = self.model_dump(mode="json")

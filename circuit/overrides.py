@@ -149,8 +149,6 @@ def field_values(kind: Kind, payload: Any, name: str) -> list[str]:
     if annotation is None:
         return []
     texts = [str(value) for value in _literals(annotation)]
-    if not texts and bool in _alternatives(annotation):
-        texts = ["true", "false"]
     if texts:
         return _accepted(kind, payload, name, texts)
     value = payload

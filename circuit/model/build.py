@@ -28,8 +28,9 @@ from transformer_lens.components.embed import Embed
 from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
 
-from circuit.config import ModelConfig
+from circuit.config import Kernels, ModelConfig
 from circuit.errors import CircuitError
+from circuit.model.kernels import use_fast_kernels
 
 
 class TiedUnembed(Unembed):
@@ -57,6 +58,7 @@ def build_model(
     *,
     vocabulary_size: int,
     seed: int,
+    kernels: Kernels = "fast",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HookedTransformer:
@@ -65,6 +67,8 @@ def build_model(
     Args:
         vocabulary_size: number of tokens, input and output.
         seed: seeds the generator of the initial weights.
+        kernels: `fast` (circuit/model/kernels.py) or `plain`, as TransformerLens wrote it; equal
+            to rounding.
         device: where the model lives; the weights are drawn on the CPU, so that they are the same
             on every device.
     """
@@ -87,6 +91,8 @@ def build_model(
         warnings.filterwarnings("ignore", message=".*deprecated.*", category=DeprecationWarning)
         model = HookedTransformer(cfg, move_to_device=False)
     model.unembed = TiedUnembed(model.cfg, model.embed)
+    if kernels == "fast":
+        use_fast_kernels(model)
     model.to(device, print_details=False)
     model.setup()
     initialize(model, config, seed)

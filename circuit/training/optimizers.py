@@ -30,7 +30,6 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | SGDConfig) -> torch.
             eps=config.eps,
             weight_decay=config.weight_decay,
             foreach=False,
-            fused=config.fused,
         )
     return torch.optim.SGD(
         parameters,
@@ -106,9 +105,8 @@ def write_moments(
                 for moment, values in moments.items()
             }
             if isinstance(config, AdamWConfig):
-                # torch keeps the count on the CPU unless the fused kernel runs elsewhere
-                place = parameter.device if config.fused else torch.device("cpu")
-                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=place)
+                # torch keeps the count on the CPU, wherever the parameters are
+                state["step"] = torch.tensor(float(step), dtype=torch.float32)
             optimizer.state[parameter] = state
 
 

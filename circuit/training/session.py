@@ -6,7 +6,7 @@ Train, trace and replay differ in what they do between steps; the session is wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -51,8 +51,6 @@ class TrainingSession:
             check_state(state, config, benchmark.digest)
             load_tensors(self.model, state.parameters)
             self.step = state.step
-        # compiled beside the model, which stays eager for hooks and evaluation
-        self._forward = _compiled(self.model) if config.compile else None
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)
         if state is not None:
             write_moments(self.model, self.optimizer, config.optimizer, state.moments, state.step)
@@ -98,7 +96,6 @@ class TrainingSession:
             self.config,
             self.step + 1,
             pad=PAD,
-            forward=self._forward,
             on_gradient=on_gradient,
         )
         self.step += 1
@@ -125,13 +122,6 @@ class TrainingSession:
             },
             notes=dict(notes or {}),
         )
-
-
-def _compiled(model: HookedTransformer) -> Callable[[Tensor], Tensor]:
-    """One compilation per padded length; falling back to eager would change bits, so it fails."""
-    torch._dynamo.config.recompile_limit = 4096
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return cast(Callable[[Tensor], Tensor], torch.compile(model, dynamic=False))
 
 
 def encode_split(
@@ -199,5 +189,6 @@ def _model_for(config: TrainConfig, benchmark: Benchmark) -> HookedTransformer:
         config.model,
         vocabulary_size=benchmark.vocabulary.size,
         seed=config.seed,
+        kernels=config.kernels,
         device=config.device,
     )

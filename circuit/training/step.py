@@ -62,7 +62,6 @@ def training_step(
     step: int,
     *,
     pad: int = 0,
-    forward: Callable[[Tensor], Tensor] | None = None,
     on_gradient: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """Take `theta_{step-1}` to `theta_step` in place.
@@ -70,12 +69,11 @@ def training_step(
     Args:
         tokens: the batch, padded on the right, on the model's device.
         step: counted from 1.
-        forward: the model's forward pass, where it is compiled; None is the model itself.
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.enable_grad():  # a notebook may have switched gradients off
-        logits = (model if forward is None else forward)(tokens[:, :-1])
+        logits = model(tokens[:, :-1])
         loss = next_token_loss(logits, tokens[:, 1:], pad)
         loss.backward()
     if on_gradient is not None:

@@ -172,7 +172,7 @@ LISTED = {
     "circuit train --device ": {"cpu", "cuda", "mps"},
     f"circuit train {_OWN} --set optimizer.": {
         f"optimizer.{field}="
-        for field in ("name", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "fused")
+        for field in ("name", "learning_rate", "beta1", "beta2", "eps", "weight_decay")
     },
     "circuit trace ": {"record", "show", "verify", "checkout", "prune", "qk", "write", "merge"},
 }

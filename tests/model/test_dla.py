@@ -58,9 +58,9 @@ def run(model: HookedTransformer) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 3e-6)])
 def test_the_parts_sum_to_the_logits(dtype: torch.dtype, bound: float) -> None:
     model = random_model(dtype)
-    found = attribute_logits(model, run(model), PLACES)
     with torch.no_grad():
-        logits = model(TOKENS)[PLACES]
+        logits, cache = model.run_with_cache(TOKENS, return_cache_object=False)
+    logits, found = logits[PLACES], attribute_logits(model, cache, PLACES)
     assert found.parts == PARTS
     assert torch.equal(found.total, logits)
     assert found.residual < bound

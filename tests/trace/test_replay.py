@@ -331,7 +331,6 @@ CHANGES: dict[str, tuple[Patch, str, str]] = {
     "norm": (other_norm, "grad_norm", "the order of sums in the norm"),
     "eps": (optimizer_with(eps=1e-6), "parameters", "the optimizer's flags"),
     "decay": (optimizer_with(weight_decay=0.011), "parameters", "the optimizer's flags"),
-    "fused": (optimizer_with(fused=True), "parameters", "the optimizer's flags"),
 }
 
 

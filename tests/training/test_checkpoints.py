@@ -348,7 +348,7 @@ def test_unsound_moments_are_refused_by_name(
         ("optimizer", {**ADAMW, "beta2": 0.99}),
         ("optimizer", OPTIMIZERS[1]),
         ("schedule", {"name": "linear"}),
-        ("compile", True),
+        ("kernels", "plain"),
         (
             "model",
             {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40},
