@@ -118,14 +118,14 @@ class Way:
 
     Attributes:
         before, after: values at its ends, float64.
-        first: gradients at its start, float64.
-        averaged: gradients averaged along it by the path rule, float64.
+        first: gradients at its start, of the model's dtype.
+        nodes: weight and gradients of each node of the path rule.
     """
 
     before: Float[Tensor, " scalar"]
     after: Float[Tensor, " scalar"]
     first: Float[Tensor, "scalar parameter"]
-    averaged: Float[Tensor, "scalar parameter"]
+    nodes: list[tuple[float, Float[Tensor, "scalar parameter"]]]
 
 
 class Attributor:
@@ -163,6 +163,7 @@ class Attributor:
         self.atoms = atoms(self.layout)
         self.batch = SharedBatch.merge(scalars, device=str(model.W_E.device))
         self._parameters = list(model.parameters())
+        self._sizes = [parameter.numel() for parameter in self._parameters]
         self._last: tuple[Flat, Tensor, Tensor] | None = None
 
     def step(self, traced: TracedStep) -> StepAttribution:
@@ -183,14 +184,14 @@ class Attributor:
             before=way.before,
             after=way.after,
             constant=tuple(b.constant for b in bound),
-            first_order=self._shares(way.first, terms.values()),
-            path=self._shares(way.averaged, terms.values()),
-            references=self._shares(way.first, references.values()),
+            first_order=self._shares([(1.0, way.first)], terms.values()),
+            path=self._shares(way.nodes, terms.values()),
+            references=self._shares([(1.0, way.first)], references.values()),
             atom_list=self.atoms,
         )
 
     def along(self, theta: Flat, end: Flat, bound: Sequence[BoundScalar]) -> Way:
-        """Values at the ends, first and averaged gradient of bound scalars on a straight way."""
+        """Values at the ends and gradients at the nodes of bound scalars on a straight way."""
         delta, dtype = end.double() - theta.double(), self.model.W_E.dtype
         values: dict[float, Tensor] = {}
         gradients: dict[float, Tensor] = {}
@@ -204,12 +205,11 @@ class Attributor:
         if 1.0 not in values:
             values[1.0] = self.values(end, bound)
         self._last = (end, values[1.0], gradients[1.0]) if 1.0 in gradients else None
-        averaged = sum(
-            weight * gradients[node].double()
+        nodes = [
+            (weight, gradients[node])
             for node, weight in zip(self.rule.nodes, self.rule.weights, strict=True)
-        )
-        assert isinstance(averaged, Tensor)
-        return Way(values[0.0], values[1.0], gradients[0.0].double(), averaged)
+        ]
+        return Way(values[0.0], values[1.0], gradients[0.0], nodes)
 
     def bind(self, theta: Flat) -> list[BoundScalar]:
         """The scalars, bound to the model with these weights."""
@@ -222,10 +222,7 @@ class Attributor:
         logits = self.model(tokens[:, :-1])
         at = answer_mask(tokens)[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[at], tokens[:, 1:][at])
-        return self._flat(torch.autograd.grad(loss, self._parameters))
-
-    @staticmethod
-    def _flat(parts: Iterable[Tensor]) -> Flat:
+        parts = torch.autograd.grad(loss, self._parameters)
         return torch.cat([part.reshape(-1) for part in parts]).cpu()
 
     def _load(self, theta: Flat) -> None:
@@ -244,25 +241,27 @@ class Attributor:
         """Values `[scalar]` in float64 and gradients `[scalar, parameter]` at some weights."""
         self._load(theta)
         means = self.batch.means(self.model, bound)
-        gradients = []
-        for index, mean in enumerate(means):
+        gradients = torch.zeros(len(means), len(theta), dtype=self.model.W_E.dtype)
+        for row, mean in zip(gradients, means, strict=True):
             parts = torch.autograd.grad(
-                mean,
-                self._parameters,
-                retain_graph=index + 1 < len(means),
-                allow_unused=True,
-                materialize_grads=True,
+                mean, self._parameters, retain_graph=mean is not means[-1], allow_unused=True
             )
-            gradients.append(self._flat(parts))
-        return torch.stack(means).detach().double().cpu(), torch.stack(gradients)
+            for place, part in zip(row.split(self._sizes), parts, strict=True):
+                if part is not None:  # a scalar of an early layer leaves the later ones at zero
+                    place.copy_(part.reshape(-1))
+        return torch.stack(means).detach().double().cpu(), gradients
 
-    def _shares(self, gradients: Tensor, vectors: Iterable[Tensor]) -> Shares:
+    def _shares(self, nodes: Iterable[tuple[float, Tensor]], vectors: Iterable[Tensor]) -> Shares:
+        """`sum of weight * gradient . vector` over the nodes, by scalar, vector and atom."""
         stacked = torch.stack(list(vectors))
-        by_atom = [
-            gradients[:, atom.start : atom.stop] @ stacked[:, atom.start : atom.stop].T
-            for atom in self.atoms
-        ]
-        return torch.stack(by_atom, dim=-1)
+        total = torch.zeros(len(self.scalars), len(stacked), len(self.atoms), dtype=torch.float64)
+        for weight, gradients in nodes:
+            for place, atom in enumerate(self.atoms):
+                # to float64 atom by atom, in the cache: all at once it is a step's largest tensor
+                gradient = gradients[:, atom.start : atom.stop].double()
+                product = gradient @ stacked[:, atom.start : atom.stop].T
+                total[..., place].add_(product, alpha=weight)
+        return total
 
 
 def attribute(

@@ -55,6 +55,8 @@ def effects(
     bound = attributor.bind(start)
     way = attributor.along(start, start + total, bound)
 
+    averaged = torch.stack([weight * gradient.double() for weight, gradient in way.nodes]).sum(0)
+
     def at(step: Tensor) -> Tensor:
         return attributor.values(start + step, bound)
 
@@ -62,7 +64,7 @@ def effects(
         name: Effect(
             alone=at(vector) - way.before,
             but_one=way.after - at(total - vector),
-            path=way.averaged @ vector,
+            path=averaged @ vector,
         )
         for name, vector in scaled.items()
     }
