@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from circuit import CircuitError
 
@@ -69,6 +70,31 @@ Checkpoint = Annotated[
     Path, typer.Option(help="Checkpoint file.", autocompletion=complete.checkpoint)
 ]
 
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        metavar="[FOLDER]",
+        help="Also trace every step, in the same pass, into FOLDER;"
+        " without one into analysis/optimizer_update_trace of the run.",
+        autocompletion=complete.trace,
+    ),
+]
+TraceEndStep = Annotated[
+    int | None, typer.Option(min=1, help="Last step that --trace records; the run's last.")
+]
+TraceAnchorEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between the trace's stored full states; 50.")
+]
+TraceCheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between the trace's addressable checkpoints; 1.")
+]
+TraceTop = Annotated[
+    int | None,
+    typer.Option(
+        "--trace-top-k-parameters", min=1, help="Tensors listed per step of the trace; 10."
+    ),
+]
 OutputDir = Annotated[Path, typer.Option(help="Folder of the report.")]
 ProbeSet = Annotated[
     Path, typer.Option(help="Probe set (JSONL).", autocompletion=complete.probe_set)
@@ -143,6 +169,19 @@ MinPairs = Annotated[
 MaxRecords = Annotated[
     int | None, typer.Option(min=1, help="That many reads, in file order; all by default.")
 ]
+
+
+class TracingCommand(TyperCommand):
+    """A command whose `--trace` may stand without a value, which Typer has no option for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give it an empty one where the next word is another option, or there is none."""
+        filled = []
+        for word, following in zip(args, [*args[1:], "-"], strict=False):
+            filled.append(word)
+            if word == "--trace" and following.startswith("-"):
+                filled.append("")
+        return super().parse_args(ctx, filled)
 
 
 def resolve_device(option: str | None, configured: str) -> str:

@@ -12,7 +12,14 @@ from circuit import CircuitError
 from . import complete, options
 from .output import print_report, print_written, progress_bar, stdout, table
 from .trace import StepBar
-from .training import TrainBar, load_train_config, stop_on_interrupt
+from .training import (
+    TrainBar,
+    load_train_config,
+    print_trace,
+    stop_on_interrupt,
+    trace_recorder,
+    train_run,
+)
 
 PANEL = "Study"
 group = typer.Typer(
@@ -31,7 +38,7 @@ def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     group.command("configs")(configs)
     group.command("derive-config")(derive_config)
-    group.command("train")(train)
+    group.command("train", cls=options.TracingCommand)(train)
     group.command("trace")(trace)
     group.command("select-heads")(heads)
     group.command("select-write-paths")(write_paths)
@@ -80,26 +87,35 @@ def train(
         Path | None,
         typer.Option(help="JSON that says how it ended; then a run that diverges is no error."),
     ] = None,
+    trace: options.Trace = None,
+    trace_end_step: options.TraceEndStep = None,
+    trace_top_k_parameters: options.TraceTop = None,
     device: options.Device = None,
 ) -> None:
     """Train a run; go on with it where it was cut off, start anew where it is another."""
     settings = load_train_config(config, overrides, device)
+    recorder = trace_recorder(
+        trace, end_step=trace_end_step, top_k_parameters=trace_top_k_parameters
+    )
     from circuit.artifacts import OutputFolder, dump_json
     from circuit.pipelines.continuation import run_goes_on
-    from circuit.training import loop
     from circuit.training.session import DivergedError
 
-    resume, said = run_goes_on(settings), None
+    traced = None if recorder is None else recorder.folder_of(settings)
+    resume, said = run_goes_on(settings, traced), None
     with progress_bar() as bar, stop_on_interrupt() as interrupted:
         try:
-            result = loop.train(
+            result, report = train_run(
                 settings,
+                recorder,
                 overwrite=not resume,
                 resume=resume,
                 stop=interrupted,
                 progress=TrainBar(bar, settings.steps),
             )
             stdout.print(f"step {result.step}, from {result.first_step}, {result.seconds:.0f} s")
+            if report is not None:
+                print_trace(report)
         except DivergedError as error:
             if outcome is None:
                 raise

@@ -18,6 +18,8 @@ from .output import percent, print_json, print_written, progress_bar, share, std
 
 if TYPE_CHECKING:
     from circuit.config import TrainConfig
+    from circuit.reports.optimizer_update_trace import TraceReport
+    from circuit.trace.while_training import TraceRecorder
     from circuit.training.evaluate import Evaluation
     from circuit.training.loop import Progress, TrainResult
 
@@ -26,7 +28,7 @@ PANEL = "Training"
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    app.command("train", rich_help_panel=PANEL)(train)
+    app.command("train", cls=options.TracingCommand, rich_help_panel=PANEL)(train)
     app.command("evaluate", rich_help_panel=PANEL)(evaluate)
 
 
@@ -44,18 +46,29 @@ def train(
         bool,
         typer.Option("--allow-drift", help="Resume even where the changed environment moves bits."),
     ] = False,
+    trace: options.Trace = None,
+    trace_end_step: options.TraceEndStep = None,
+    trace_anchor_every: options.TraceAnchorEvery = None,
+    trace_checkpoint_every: options.TraceCheckpointEvery = None,
+    trace_top_k_parameters: options.TraceTop = None,
     device: options.Device = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
     settings = load_train_config(config, overrides, device, threads)
-    from circuit.training import loop
-
+    recorder = trace_recorder(
+        trace,
+        end_step=trace_end_step,
+        anchor_every=trace_anchor_every,
+        checkpoint_every=trace_checkpoint_every,
+        top_k_parameters=trace_top_k_parameters,
+    )
     with progress_bar(not as_json) as bar, stop_on_interrupt() as interrupted:
         try:
-            result = loop.train(
+            result, report = train_run(
                 settings,
+                recorder,
                 overwrite=overwrite,
                 resume=resume,
                 allow_drift=allow_drift,
@@ -68,13 +81,58 @@ def train(
             stderr.print("interrupted; go on from the last checkpoint with --resume")
             raise typer.Exit(130) from None
     if as_json:
-        print_json(train_payload(result))
+        print_json(train_payload(result, report))
     else:
-        _print_training(result)
+        _print_training(result, recorder)
+        if report is not None:
+            print_trace(report)
     if interrupted():
         message = f"interrupted after step {result.step}, with a checkpoint; go on with --resume"
         stderr.print(message, soft_wrap=True)
         raise typer.Exit(130)
+
+
+def trace_recorder(folder: str | None, **given: int | None) -> TraceRecorder | None:
+    """What `--trace` asks for; None without it.
+
+    Args:
+        folder: the option's value; empty where it has none.
+        given: fields of `RecordOptions`; None takes their default.
+
+    Raises:
+        CircuitError: they are given without `--trace`.
+    """
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if folder is None:
+        if fields:
+            name = next(iter(fields)).replace("_", "-")
+            raise CircuitError(f"--trace-{name} without --trace", fix="pass --trace, too")
+        return None
+    from circuit.trace.record import RecordOptions
+    from circuit.trace.while_training import TraceRecorder
+
+    return TraceRecorder(folder or None, RecordOptions(**fields))
+
+
+def train_run(
+    settings: TrainConfig, recorder: TraceRecorder | None, **switches: Any
+) -> tuple[TrainResult, TraceReport | None]:
+    """Train, traced if there is a recorder; the report of a trace that is finished."""
+    if recorder is None:
+        from circuit.training.loop import train
+
+        return train(settings, **switches), None
+    from circuit.reports.optimizer_update_trace import train_traced
+
+    return train_traced(settings, recorder, **switches)
+
+
+def print_trace(report: TraceReport) -> None:
+    """Where a trace that was recorded while training stands, and its law."""
+    store = report.record.store
+    print_written([store.root, *report.paths])
+    stdout.print(f"{report.summary['bytes'] / 1e6:.1f} MB on disk")
+    stdout.print(report.law, soft_wrap=True)
 
 
 @contextmanager
@@ -94,7 +152,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _print_training(result: TrainResult) -> None:
+def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None:
     settings = result.config
     print_evaluations(list(result.evaluations.values()))
     steps = result.step - result.first_step
@@ -113,9 +171,14 @@ def _print_training(result: TrainResult) -> None:
             f" {percent(best['value'])}"
         )
     print_written([result.folder])
-    if result.first_step == 0 and (result.folder / "analysis").is_dir():
+    traced = None if recorder is None else recorder.folder_of(settings)
+    analysis = (path for path in (result.folder / "analysis").rglob("*") if path.is_file())
+    if result.first_step == 0 and any(
+        traced is None or not path.is_relative_to(traced) for path in analysis
+    ):
         stdout.print(
-            f"note: what stands in {result.folder / 'analysis'} was made from an earlier run",
+            f"note: what stands in {result.folder / 'analysis'} was made from an earlier run"
+            + ("" if traced is None else ", but for the trace"),
             soft_wrap=True,
         )
 
@@ -217,16 +280,21 @@ class TrainBar:
         self.bar.update(self.task, completed=progress.step, note=note)
 
 
-def train_payload(result: TrainResult) -> dict[str, Any]:
-    """The `--json` object of a training run."""
+def train_payload(result: TrainResult, report: TraceReport | None) -> dict[str, Any]:
+    """The `--json` object of a training run, and of its trace."""
+    files = [result.folder / name for name in result.files]
+    traced = {}
+    if report is not None:
+        files += [report.record.store.root / name for name in report.record.files]
+        files += report.paths
+        traced = {"trace": {"law": report.law, "summary": report.summary}}
     return {
         "name": result.config.name,
         "step": result.step,
         "best": result.best,
         "evaluations": {name: e.to_row() for name, e in result.evaluations.items()},
-        "paths": [
-            str(result.folder / name) for name in result.files if (result.folder / name).exists()
-        ],
+        **traced,
+        "paths": [str(path) for path in files if path.exists()],
     }
 
 

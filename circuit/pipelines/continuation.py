@@ -14,12 +14,17 @@ from circuit import __version__
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.pipelines.commands import BENCHMARK_FILE
+from circuit.trace.store import TraceStore
 from circuit.training.checkpoints import list_checkpoints, read_description
 from circuit.training.loop import ENVIRONMENT, RUN_CONFIG
 
 
-def run_goes_on(config: TrainConfig) -> bool:
-    """Whether a training run goes on from its last checkpoint."""
+def run_goes_on(config: TrainConfig, traced: Path | None = None) -> bool:
+    """Whether a training run goes on from its last checkpoint.
+
+    Args:
+        traced: folder of the trace that is recorded in the same pass, which has to go on, too.
+    """
     folder = Path(config.output_dir)
     theirs = _read(folder / RUN_CONFIG)
     if theirs is None or _without_machine(theirs) != _without_machine(
@@ -30,8 +35,10 @@ def run_goes_on(config: TrainConfig) -> bool:
         return False
     try:
         saved = list_checkpoints(folder / "checkpoints")
-        return bool(saved) and _of_benchmark(read_description(saved[max(saved)]), config)
-    except CircuitError:  # a damaged checkpoint: start anew
+        if not saved or not _of_benchmark(read_description(saved[max(saved)]), config):
+            return False
+        return traced is None or _reaches(traced, config, max(saved))
+    except CircuitError:  # a damaged checkpoint or trace: start anew
         return False
 
 
@@ -46,6 +53,14 @@ def trace_goes_on(folder: Path, config: TrainConfig) -> bool:
         and (manifest.get("environment") or {}).get("circuit") == __version__
         and _of_benchmark(manifest, config)
     )
+
+
+def _reaches(folder: Path, config: TrainConfig, step: int) -> bool:
+    """Whether a trace goes on, and is not behind its run."""
+    if not trace_goes_on(folder, config):
+        return False
+    store = TraceStore(folder)
+    return len(store.read_rows()) >= min(step, store.manifest.end_step)
 
 
 def _of_benchmark(facts: dict[str, Any], config: TrainConfig) -> bool:

@@ -17,6 +17,8 @@ from circuit.figures.trace import terms_over_steps
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceStore
+from circuit.trace.while_training import TraceRecorder
+from circuit.training.loop import TrainResult, train
 
 NAME = "optimizer_update_trace"
 
@@ -49,10 +51,47 @@ def optimizer_update_trace(
         CircuitError: as `record_trace`.
     """
     began = time.time()
-    earlier = _recorded_overrides(Path(output_dir) / f"{NAME}_report.json") if resume else []
+    earlier = _recorded_overrides(Path(output_dir)) if resume else []
     record = record_trace(
         config, output_dir, options, overwrite=overwrite, resume=resume, progress=progress
     )
+    return _report(config, options, record, earlier, began)
+
+
+def train_traced(
+    config: TrainConfig,
+    recorder: TraceRecorder,
+    *,
+    resume: bool = False,
+    **switches: Any,
+) -> tuple[TrainResult, TraceReport | None]:
+    """Train a run and trace it in the same pass; the report is that of `optimizer_update_trace`.
+
+    Args:
+        switches: the further keywords of `train`.
+
+    Returns:
+        The run, and its trace's report: None until the run has reached the trace's last step.
+
+    Raises:
+        CircuitError: as `train`, and as `TraceRecorder`.
+    """
+    began = time.time()
+    earlier = _recorded_overrides(recorder.folder_of(config)) if resume else []
+    result = train(config, resume=resume, recorder=recorder, **switches)
+    record = recorder.result()
+    if record is None:
+        return result, None
+    return result, _report(config, recorder.options, record, earlier, began)
+
+
+def _report(
+    config: TrainConfig,
+    options: RecordOptions,
+    record: RecordResult,
+    earlier: list[dict[str, Any]],
+    began: float,
+) -> TraceReport:
     store = record.store
     summary = summarize(store, record.history)
     law = closing_law(summary)
@@ -82,10 +121,11 @@ def optimizer_update_trace(
     return TraceReport(record, summary, law, paths)
 
 
-def _recorded_overrides(report: Path) -> list[dict[str, Any]]:
+def _recorded_overrides(trace: Path) -> list[dict[str, Any]]:
     """The records of overrides in the report of a trace; none where there is no such report."""
     try:
-        found = json.loads(report.read_text(encoding="utf-8"))["provenance"]
+        report = (trace / f"{NAME}_report.json").read_text(encoding="utf-8")
+        found = json.loads(report)["provenance"]
         first = [found["overrides"]] if "overrides" in found else []
         return [*first, *found.get("further_overrides", ())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

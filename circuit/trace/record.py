@@ -6,15 +6,12 @@ its last anchor and ends with the same bytes as one that was not.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from circuit.artifacts import OutputFolder, RowLog
+from circuit.artifacts import OutputFolder
 from circuit.config import TrainConfig
 from circuit.environment import (
     changed_facts,
@@ -25,27 +22,25 @@ from circuit.environment import (
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.trace.compare import state_difference
-from circuit.trace.decompose import norm
 from circuit.trace.replay import load_state
 from circuit.trace.step import FlatState, TracedStep, Tracer
-from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceManifest, TraceStore
+from circuit.trace.store import (
+    COMMAND,
+    MANIFEST,
+    ROWS,
+    WHILE_TRAINING,
+    TraceManifest,
+    TraceStore,
+)
+from circuit.trace.writer import TraceWriter, anchor_name, planned_files
 from circuit.training.checkpoints import (
     TrainState,
-    checkpoint_name,
-    encode_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_description,
 )
 from circuit.training.loop import BEST, ENVIRONMENT
 from circuit.training.session import TrainingSession, check_state
-
-
-@lru_cache(maxsize=1)
-def _digesting(process: int) -> ThreadPoolExecutor:
-    """Digests a step while its terms are computed: sha256 leaves the interpreter's lock."""
-    return ThreadPoolExecutor(max_workers=1)
-
 
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
 
@@ -119,17 +114,56 @@ def record_trace(
         threads = config.threads or run_facts.get("threads")
         prepare_process(threads=threads, device=config.device)
         session = TrainingSession(config, benchmark, state=state)
-        manifest = _manifest(session, options)
+        digests = FlatState.of(session.state()).stages()
+        manifest = make_manifest(session, options, session.step, digests)
         history = _History(config, manifest, options.require_historical_replay, run_facts)
         if resume:
+            if options.require_historical_replay:
+                _refuse_unexecuted(folder)
             session = _resumed(folder, manifest, benchmark) or session
         else:
-            folder.clear(planned=_planned(manifest))
-        return _Recorder(folder, manifest, Tracer(session), history, progress).run()
+            folder.clear(planned=planned_files(manifest))
+        return _record(folder, manifest, session, history, progress or (lambda _: None))
 
 
-def _manifest(session: TrainingSession, options: RecordOptions) -> TraceManifest:
-    config, start = session.config, session.step
+def _record(
+    folder: OutputFolder,
+    manifest: TraceManifest,
+    session: TrainingSession,
+    history: _History,
+    progress: Callable[[TracedStep], None],
+) -> RecordResult:
+    """Every step from the session's to the manifest's last."""
+    first = session.step
+    with TraceWriter(folder, manifest, Tracer(session)) as writer:
+        history.check_recorded(TraceStore(folder.root), first)
+        history.check(writer.tracer)
+        while session.step < manifest.end_step:
+            step = writer.advance()
+            history.check(writer.tracer)
+            progress(step)
+    return RecordResult(
+        TraceStore(folder.root),
+        manifest.end_step - first,
+        first,
+        sorted(history.saved),
+        folder.owned,
+    )
+
+
+def make_manifest(
+    session: TrainingSession, options: RecordOptions, start: int, start_digests: dict[str, str]
+) -> TraceManifest:
+    """What a trace of a session is going to be.
+
+    Args:
+        start: the step that it begins after.
+        start_digests: of the state there, by stage.
+
+    Raises:
+        CircuitError: the options name no end, or one that the run does not reach.
+    """
+    config = session.config
     if (options.end_step is None) == (options.num_steps is None):
         raise CircuitError("give one of --end-step and --num-steps")
     end = options.end_step if options.end_step is not None else start + (options.num_steps or 0)
@@ -149,7 +183,7 @@ def _manifest(session: TrainingSession, options: RecordOptions) -> TraceManifest
         storage=options.storage,
         top_k_parameters=options.top_k_parameters,
         parameters={name: list(p.shape) for name, p in session.model.named_parameters()},
-        start_digests=FlatState.of(session.state()).stages(),
+        start_digests=start_digests,
         digest_algorithm=DIGEST_ALGORITHM,
         environment=environment_facts(config.device),
     )
@@ -159,48 +193,78 @@ def _resumed(
     folder: OutputFolder, manifest: TraceManifest, benchmark: Benchmark
 ) -> TrainingSession | None:
     """The session at the last anchor of a stopped recording, or None if there is none yet."""
-    if not (folder.root / MANIFEST).exists():
-        present = [name for name in folder.owned if (folder.root / name).exists()]
-        if present:
-            raise CircuitError(
-                f"{MANIFEST} is missing beside {len(present)} files of an earlier trace",
-                where=folder.root,
-                fix="bring it back, or start anew with --overwrite",
-            )
-        folder.refuse_foreign(_planned(manifest))
+    store = stopped_trace(folder)
+    if store is None:
+        folder.refuse_foreign(planned_files(manifest))
         return None
-    store = TraceStore(folder.root)
-    ours, theirs = (m.model_dump(exclude={"environment"}) for m in (manifest, store.manifest))
-    differing = [name for name in ours if ours[name] != theirs[name]]
-    extended = manifest.end_step > store.manifest.end_step
-    if extended:
-        differing.remove("end_step")
-    differing += changed_facts(store.manifest.environment, manifest.environment)
-    if differing:
-        raise CircuitError(
-            f"the recording was started with other settings: {'; '.join(differing)}",
-            where=folder.root / MANIFEST,
-            fix="resume with the same options on the same machine, or start anew with --overwrite",
-        )
-    folder.refuse_foreign(_planned(manifest))
+    old_end = store.manifest.end_step
+    extended = manifest.end_step > old_end
+    shorter = manifest.model_copy(update={"end_step": old_end})
+    check_settings(shorter if extended else manifest, store)
+    folder.refuse_foreign(planned_files(manifest))
     if extended:
         # in this order: killed in between, a resumption to either end still makes it whole
-        _remove_old_end(folder, manifest, store.manifest.end_step)
+        _remove_old_end(folder, manifest, old_end)
         folder.write_text(MANIFEST, manifest.to_json())
         store = TraceStore(folder.root)
     # the first anchor stands before the row file does
-    rows = store.read_rows() if (store.root / ROWS).exists() else []
-    last = manifest.start_step + len(rows)
+    last = manifest.start_step + len(store.read_rows() if (store.root / ROWS).exists() else [])
     stored = [s for s in manifest.anchors() if s <= last and store.checkpoint_path(s).exists()]
     if not stored:
         return None
     return TrainingSession.restore(store.anchor(stored[-1]), manifest.config, benchmark)
 
 
+def stopped_trace(folder: OutputFolder) -> TraceStore | None:
+    """The trace that stands in a folder, whole or not, or None if there is none yet.
+
+    Raises:
+        CircuitError: its manifest is gone, or damaged.
+    """
+    if (folder.root / MANIFEST).exists():
+        return TraceStore(folder.root)
+    present = [name for name in folder.owned if (folder.root / name).exists()]
+    if present:
+        raise CircuitError(
+            f"{MANIFEST} is missing beside {len(present)} files of an earlier trace",
+            where=folder.root,
+            fix="bring it back, or start anew with --overwrite",
+        )
+    return None
+
+
+def check_settings(manifest: TraceManifest, store: TraceStore) -> None:
+    """Refuse to go on with a trace that was started with other settings.
+
+    Raises:
+        CircuitError: names them.
+    """
+    ours, theirs = (m.model_dump(exclude={"environment"}) for m in (manifest, store.manifest))
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    differing += changed_facts(store.manifest.environment, manifest.environment)
+    if differing:
+        raise CircuitError(
+            f"the recording was started with other settings: {'; '.join(differing)}",
+            where=store.root / MANIFEST,
+            fix="resume with the same options on the same machine, or start anew with --overwrite",
+        )
+
+
+def _refuse_unexecuted(folder: OutputFolder) -> None:
+    """Steps that were recorded while training prove nothing of themselves."""
+    if (folder.root / WHILE_TRAINING).exists():
+        raise CircuitError(
+            "the steps were recorded while training, so none has been executed again",
+            where=folder.root / WHILE_TRAINING,
+            fix="record them again with --overwrite or in another folder; `circuit trace verify`"
+            " executes them again and compares",
+        )
+
+
 def _remove_old_end(folder: OutputFolder, manifest: TraceManifest, step: int) -> None:
     """The state at the end of a shorter recording, unless the longer one stores it too."""
-    if not manifest.is_anchor(step) and _anchor_name(step) in folder.owned:
-        folder.remove([_anchor_name(step)])
+    if not manifest.is_anchor(step) and anchor_name(step) in folder.owned:
+        folder.remove([anchor_name(step)])
 
 
 class _History:
@@ -269,96 +333,3 @@ class _History:
             where=self.saved[step],
             fix="trace it where it was trained, or leave out --require-historical-replay",
         )
-
-
-class _Recorder:
-    """Writes rows and anchors while a tracer moves."""
-
-    def __init__(
-        self,
-        folder: OutputFolder,
-        manifest: TraceManifest,
-        tracer: Tracer,
-        history: _History,
-        progress: Callable[[TracedStep], None] | None,
-    ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.tracer = tracer
-        self.history = history
-        self.progress = progress or (lambda _: None)
-
-    def run(self) -> RecordResult:
-        manifest, tracer = self.manifest, self.tracer
-        first = tracer.session.step
-        if first == manifest.start_step and not (self.folder.root / MANIFEST).exists():
-            self.folder.write_text(MANIFEST, manifest.to_json())
-        if first == manifest.start_step:
-            self._save_anchor()
-        self.folder.claim([ROWS])
-        log = RowLog(self.folder.path(ROWS), last_step=first)
-        try:
-            self.history.check_recorded(TraceStore(self.folder.root), first)
-            self.history.check(tracer)
-            while tracer.session.step < manifest.end_step:
-                step = tracer.advance()
-                log.append(trace_row(step, manifest.top_k_parameters))
-                if manifest.is_anchor(step.step):
-                    log.sync()
-                    self._save_anchor()
-                self.history.check(tracer)
-                self.progress(step)
-        finally:
-            log.close()
-        return RecordResult(
-            TraceStore(self.folder.root),
-            manifest.end_step - first,
-            first,
-            sorted(self.history.saved),
-            self.folder.owned,
-        )
-
-    def _save_anchor(self) -> None:
-        state = self.tracer.train_state()
-        self.folder.write_bytes(_anchor_name(state.step), encode_checkpoint(state))
-
-
-def _anchor_name(step: int) -> str:
-    return f"checkpoints/{checkpoint_name(step)}"
-
-
-def _planned(manifest: TraceManifest) -> list[str]:
-    return [MANIFEST, ROWS, *(_anchor_name(step) for step in manifest.anchors())]
-
-
-def trace_row(step: TracedStep, top_k: int) -> dict[str, Any]:
-    """The row of a step (definitions.md section 6, optimizer-update-trace)."""
-    digests = _digesting(os.getpid()).submit(step.digests)
-    update = step.update
-    moved = step.layout.norms(update.total)
-    top = sorted(moved, key=lambda name: (-moved[name], name))[:top_k]
-    weights = step.layout.norms(step.before.parameters, top)
-    return {
-        "step": step.step,
-        "loss": step.loss,
-        "token_accuracy": step.token_accuracy,
-        "lr": step.lr,
-        "grad_norm": step.grad_norm,
-        "clip_factor": step.clip,
-        "update_norm": norm(update.total),
-        "term_norms": {
-            name: norm(v) for name, v in {**update.named(), **update.references()}.items()
-        },
-        "rounding_ulps": update.rounding_ulps(),
-        "top_parameters": [
-            {
-                "name": name,
-                "update_norm": moved[name],
-                "relative": moved[name] / weights[name] if weights[name] else None,
-            }
-            for name in top
-        ],
-        "batch_shape": list(step.tokens.shape),
-        "batch_indices": step.indices.tolist(),
-        "digests": digests.result(),
-    }

@@ -3,6 +3,7 @@
     trace.json                          what was recorded, from where, with what (TraceManifest)
     optimizer_update_trace_rows.jsonl   one row a step: numbers, batch indices, digests by stage
     checkpoints/step_NNNNNN.pt          full states: every anchor, or every addressable step
+    recorded_while_training.json        there if the run's own steps were recorded as it took them
 
 A step is *addressable* if `checkpoints/step_NNNNNN.pt` means something: the file is there, or the
 state can be replayed from the anchor before it.
@@ -26,6 +27,7 @@ from circuit.training.checkpoints import TrainState, checkpoint_name, load_check
 COMMAND = "optimizer-update-trace"
 MANIFEST = "trace.json"
 ROWS = "optimizer_update_trace_rows.jsonl"
+WHILE_TRAINING = "recorded_while_training.json"
 
 
 class TraceManifest(BaseModel):

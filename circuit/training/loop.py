@@ -5,6 +5,10 @@ The run folder: `run_config.json` (the values in use, and the overrides if there
 `checkpoints/step_NNNNNN.pt` and `best.pt`, and, once the last step is done, `summary.json`. Within
 one step the order is rows, best, checkpoint; a resumed run keeps the rows up to its checkpoint and
 writes the others again.
+
+A `Recorder` takes the run's steps in the loop's place and records them. What it writes of a step
+stands before the run's own files of that step do, and is on the disk before a checkpoint is: the
+recording may be ahead of the run that goes on from its checkpoint, and is never behind.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
 from circuit.config import TrainConfig, first_difference, load_config
@@ -25,10 +30,11 @@ from circuit.environment import (
     recorded_facts,
 )
 from circuit.errors import CircuitError
-from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.benchmark import load_benchmark
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
 from circuit.training.checkpoints import (
+    TrainState,
     checkpoint_name,
     encode_checkpoint,
     list_checkpoints,
@@ -46,6 +52,35 @@ RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY = (
     "summary.json",
 )
 BEST = "checkpoints/best.pt"
+
+
+class Recorder(Protocol):
+    """Records every step of a run in the pass that takes it."""
+
+    def open(
+        self, config: TrainConfig, *, overwrite: bool, resume: bool
+    ) -> AbstractContextManager[None]:
+        """Hold the place that is written to, for as long as the run does.
+
+        Raises:
+            CircuitError: it is not free, or the run cannot be recorded so.
+        """
+
+    def prepare(self, session: TrainingSession) -> None:
+        """Refuse what cannot be recorded from the session's step on; nothing is written yet.
+
+        Raises:
+            CircuitError: other settings, or steps up to the session's are missing.
+        """
+
+    def begin(self) -> None:
+        """Drop what is beyond the session's step, and write what stands before the next."""
+
+    def advance(self) -> StepOutcome:
+        """Take the session's next step and record it."""
+
+    def sync(self) -> None:
+        """Force what is recorded to the disk."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +120,7 @@ def train(
     stop_at: int | None = None,
     stop: Callable[[], bool] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> TrainResult:
     """Train a run, or go on with it.
 
@@ -96,6 +132,7 @@ def train(
         stop_at: stop after this step, with a checkpoint, ready to be resumed.
         stop: asked after every step; True stops there, with a checkpoint.
         progress: called with a `Progress`.
+        recorder: takes the steps, and records them; the run's bytes do not change.
 
     Raises:
         CircuitError: bad input, a folder that holds another run, or a changed environment.
@@ -108,7 +145,10 @@ def train(
     outputs = OutputFolder(
         config.output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True
     )
-    with outputs as folder:
+    recording: AbstractContextManager[None] = nullcontext()
+    if recorder is not None:
+        recording = recorder.open(config, overwrite=overwrite, resume=resume)
+    with outputs as folder, recording:
         splits = list(dict.fromkeys([config.train_split, *config.tracked_splits]))
         benchmark = load_benchmark(config.benchmark_dir, splits=splits)
         threads = config.threads
@@ -118,37 +158,36 @@ def train(
         tracked = {
             name: encode_split(benchmark, name, config.model) for name in config.tracked_splits
         }
-        session, notes = _session(config, benchmark, folder, resume, allow_drift)
+        state = _saved(config, folder, allow_drift) if resume else None
+        session = TrainingSession(config, benchmark, state=state)
         if session.step > last:
             raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
-        return _Loop(config, folder, session, tracked, notes, last, stop, progress).run()
-
-
-def _session(
-    config: TrainConfig, benchmark: Benchmark, folder: OutputFolder, resume: bool, drift: bool
-) -> tuple[TrainingSession, dict[str, Any]]:
-    """Start or restore, and lay out the folder."""
-    saved = list_checkpoints(folder.root / "checkpoints") if resume else {}
-    if resume:
-        _refuse_another_run(config, folder, bool(saved))
-    if saved:
-        before = recorded_facts(folder.root / ENVIRONMENT)
-        changed = changed_facts(before, environment_facts(config.device))
-        if changed and not drift:
-            raise CircuitError(
-                f"the environment has changed ({'; '.join(changed)}), so the bits would",
-                where=folder.root,
-                fix="resume where the run was started, or pass --allow-drift",
-            )
-        state = load_checkpoint(saved[max(saved)])
-        session = TrainingSession.restore(state, config, benchmark)
         folder.refuse_foreign(_planned(config))
-        return session, state.notes
-    session = TrainingSession.start(config, benchmark)
-    folder.clear(planned=_planned(config))
-    folder.write_text(RUN_CONFIG, config.to_json(origin=True))
-    folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
-    return session, {}
+        if recorder is not None:
+            recorder.prepare(session)
+        if state is None:
+            folder.clear()
+            folder.write_text(RUN_CONFIG, config.to_json(origin=True))
+            folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
+        notes = {} if state is None else state.notes
+        return _Loop(config, folder, session, tracked, notes, last, stop, progress, recorder).run()
+
+
+def _saved(config: TrainConfig, folder: OutputFolder, drift: bool) -> TrainState | None:
+    """The state that a resumed run goes on from, or None if it saved none yet."""
+    saved = list_checkpoints(folder.root / "checkpoints")
+    _refuse_another_run(config, folder, bool(saved))
+    if not saved:
+        return None
+    before = recorded_facts(folder.root / ENVIRONMENT)
+    changed = changed_facts(before, environment_facts(config.device))
+    if changed and not drift:
+        raise CircuitError(
+            f"the environment has changed ({'; '.join(changed)}), so the bits would",
+            where=folder.root,
+            fix="resume where the run was started, or pass --allow-drift",
+        )
+    return load_checkpoint(saved[max(saved)])
 
 
 def _refuse_another_run(config: TrainConfig, folder: OutputFolder, has_states: bool) -> None:
@@ -191,6 +230,7 @@ class _Loop:
         last: int,
         stop: Callable[[], bool] | None,
         progress: Callable[[Progress], None] | None,
+        recorder: Recorder | None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -202,6 +242,7 @@ class _Loop:
         self.evaluations: dict[str, Evaluation] = {}
         self.evaluated_at: int | None = None
         self.tracked = tracked
+        self.recorder = recorder
 
     def run(self) -> TrainResult:
         config, session = self.config, self.session
@@ -209,11 +250,14 @@ class _Loop:
         self.folder.claim([METRICS])
         log = RowLog(self.folder.path(METRICS), last_step=first if first else None)
         self._refuse_lost_rows(first)
+        advance = session.advance if self.recorder is None else self.recorder.advance
         try:
+            if self.recorder is not None:
+                self.recorder.begin()
             if first == 0:
                 self._evaluate(log)
             while session.step < self.last:
-                outcome = session.advance()
+                outcome = advance()
                 self.progress(Progress(session.step, config.steps, float(outcome.loss)))
                 if self.stop():
                     self.last = session.step
@@ -258,6 +302,8 @@ class _Loop:
             self._evaluate(log)
         if step % config.checkpoint_every == 0 or step == self.last:
             log.sync()
+            if self.recorder is not None:
+                self.recorder.sync()
             self._save(f"checkpoints/{checkpoint_name(step)}")
 
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:

@@ -204,6 +204,9 @@ def test_completion_offers_what_is_there(complete: Complete) -> None:
             "layer_0_post_mlp",
         ],
         "circuit train --device c": ["cpu", "cuda"],
+        "circuit train --trace ": [f"{RUN}/analysis/trace"],
+        "circuit train --trace --device c": ["cpu", "cuda"],
+        "circuit train --trace --over": ["--overwrite"],
     }.items():
         found = complete(line)
         if line.endswith("--split "):

@@ -154,6 +154,15 @@ def test_a_trace_goes_on_with_its_own_run_alone(config: TrainConfig, traced: Pat
     assert not trace_goes_on(Path("nowhere"), config)
 
 
+def test_a_traced_run_goes_on_if_its_trace_is_not_behind(config: TrainConfig, traced: Path) -> None:
+    assert run_goes_on(config, traced)
+    assert not run_goes_on(config, Path("nowhere"))
+    rows = traced / "optimizer_update_trace_rows.jsonl"
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:-1]))
+    assert not run_goes_on(config, traced)
+    assert run_goes_on(config)
+
+
 def test_a_run_that_diverges_is_an_outcome_where_one_is_asked_for(
     circuit: Callable[..., Any], trained: Path
 ) -> None:
