@@ -21,15 +21,37 @@ MATCH_ROLES: Words = (
 )
 
 
+TOP = "40"
+"""Tensors that the contract lists for each step of a trace."""
+
+
 def train_job(
-    target: str, config: str, run: str, steps: int, name: str = "", made: str = "summary.json"
+    target: str,
+    config: str,
+    run: str,
+    steps: int,
+    name: str = "",
+    made: str = "summary.json",
+    trace: str = "",
+    traced: int = 0,
 ) -> Job:
-    """A run; `study train` goes on with one that was cut off."""
+    """A run; `study train` goes on with one that was cut off.
+
+    Args:
+        trace: folder of the trace that is recorded in the same pass, if one is.
+        traced: the last step of that trace.
+    """
     argv: Words = ("study", "train", "--config", config)
     if made != "summary.json":
         argv += ("--outcome", f"{run}/{made}")
-    inputs, outputs = (config, BENCHMARK_FILE), (f"{run}/{made}",)
-    return Job(target, "train", name or run.split("/")[2], argv, inputs, outputs, units=steps)
+    inputs: Words = (config, BENCHMARK_FILE)
+    outputs: Words = (f"{run}/{made}",)
+    if trace:
+        argv += ("--trace", trace, "--trace-end-step", str(traced))
+        argv += ("--trace-top-k-parameters", TOP)
+        outputs += (report_file(trace, "optimizer-update-trace"),)
+    name = name or run.split("/")[2]
+    return Job(target, "train", name, argv, inputs, outputs, units=steps, traced=traced)
 
 
 def evaluate_job(target: str, run: str, which: str, split: str = "", config: str = "") -> Job:
@@ -42,19 +64,19 @@ def evaluate_job(target: str, run: str, which: str, split: str = "", config: str
     return Job(target, "evaluate", name, argv, (f"{run}/summary.json",), made)
 
 
-def trace_job(target: str, run: str, trace: str, end: int, scale: Scale, name: str = "") -> Job:
-    """A trace; `study trace` goes on with one that was cut off."""
+def trace_job(target: str, run: str, trace: str, end: int, scale: Scale) -> Job:
+    """A trace that proves the run's past; `study trace` goes on with one that was cut off."""
     argv: Words = (
         *("study", "trace", "--config", f"{run}/run_config.json", "--from-initialization"),
         *("--output-dir", trace, "--end-step", str(end), "--train-split", "train"),
         *("--checkpoint-every", "1", "--checkpoint-start-step", "0"),
-        *("--progress-every", str(max(1, 100 * scale.unit // 250)), "--top-k-parameters", "40"),
+        *("--progress-every", str(max(1, 100 * scale.unit // 250)), "--top-k-parameters", TOP),
         "--require-historical-replay",
     )
     made = (report_file(trace, "optimizer-update-trace"),)
     inputs = (f"{run}/summary.json",)
     kind = "optimizer_update_trace"
-    return Job(target, kind, name or run.split("/")[2], argv, inputs, made, units=end)
+    return Job(target, kind, run.split("/")[2], argv, inputs, made, units=end)
 
 
 def progress_words(scale: Scale, folder: str) -> Words:

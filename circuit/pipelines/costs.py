@@ -17,6 +17,9 @@ SMALLER = {"full": 1.0, "short": 0.14, "smoke": 0.05}
 SMALLER_STATES = {"full": 1.0, "short": 0.26, "smoke": 0.19}
 """Size of a checkpoint at a scale, over that of the contract's 7.57 MB (measured)."""
 
+TRACED = 0.1
+"""What tracing a step in the pass that trains adds, over the step (docs/performance.md)."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -81,9 +84,12 @@ def cost_of(jobs: Iterable[Job], scale: Scale) -> Cost:
         batch = (job.target, job.kind)
         start = 0.0 if scale.batched and batch in started else float(entry["start"])
         started.add(batch)
-        own = start + entry["unit"] * job.units * SMALLER[scale.name]
+        own = start + entry["unit"] * (job.units + TRACED * job.traced) * SMALLER[scale.name]
         count += 1
         seconds += own
         longest = max(longest, own)
         megabytes += entry["mb"] * job.units * job.scalars * _files(entry["files"], scale)
+        if job.traced:
+            trace = rates("optimizer_update_trace")
+            megabytes += trace["mb"] * job.traced * _files(trace["files"], scale)
     return Cost(count, seconds, longest, megabytes)

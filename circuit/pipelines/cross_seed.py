@@ -17,7 +17,6 @@ from circuit.pipelines.commands import (
     PROBE,
     shard_edges,
     sharded,
-    trace_job,
     train_job,
 )
 from circuit.pipelines.configs import FORMATION, HORIZON
@@ -70,8 +69,11 @@ class Seed:
         changes += (f"seed={self.seed}", f"steps={scale.step(HORIZON)}")
         return [
             derive_job(TARGET, self.name, FORMATION, self.config, changes),
-            train_job(TARGET, self.config, run, scale.step(HORIZON), self.name),
-            trace_job(TARGET, run, self.trace, self.horizon, scale, self.name),
+            train_job(
+                *(TARGET, self.config, run, scale.step(HORIZON), self.name),
+                trace=self.trace,
+                traced=self.horizon,
+            ),
             self._scan(),
         ]
 

@@ -24,6 +24,7 @@ class Job:
         recipe: what decides its content besides the inputs: a change of it invalidates the outputs.
         units: how much of the kind's unit of cost it does (steps, checkpoints, ...).
         scalars: that it attributes in each unit; each has rows of its own.
+        traced: steps that it traces while it trains them.
     """
 
     target: str
@@ -35,6 +36,7 @@ class Job:
     recipe: str = ""
     units: float = 1.0
     scalars: int = 1
+    traced: int = 0
 
     @property
     def folder(self) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,19 @@ def test_smaller_scales_have_the_kinds_and_targets_of_the_full_one(scale: str) -
         assert {job.kind for job in small.everything(target)} == kinds | {"configs"}
 
 
+@pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
+def test_a_trace_that_the_contract_asks_for_is_a_second_execution_and_no_other_is(scale) -> None:
+    study = Study(scale)
+    traces = [job for job in study.jobs if job.kind == "optimizer_update_trace"]
+    assert [job.target for job in traces] == ["reference"]
+    assert "--require-historical-replay" in traces[0].argv
+    together = [job for job in study.jobs if job.traced]
+    assert [job.outputs for job in together] == [
+        (f"{seed.run}/summary.json", seed.trace_report) for seed in study.seeds
+    ]
+    assert all("--trace" in job.argv and 0 < job.traced < job.units for job in together)
+
+
 def test_every_kind_has_its_resources() -> None:
     table = json.loads((PROJECT / "circuit/pipelines/resources.json").read_text())["rules"]
     for scale in SCALES.values():
@@ -141,6 +155,10 @@ def test_a_plan_costs_what_its_jobs_cost() -> None:
     entry = rates("train")
     cost = cost_of([job], scale)
     assert cost.seconds == pytest.approx(entry["start"] + entry["unit"] * 16000)
+    traced = cost_of([replace(job, traced=1000)], scale)
+    assert cost.seconds < traced.seconds < cost.seconds + entry["unit"] * 1000
+    states = rates("optimizer_update_trace")["mb"] * 1000
+    assert traced.megabytes == pytest.approx(cost.megabytes + states)
     assert cost_of([job, job], scale).seconds == pytest.approx(2 * cost.seconds)
     assert cost.wall(64) == pytest.approx(cost.longest)
 
