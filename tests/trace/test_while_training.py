@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from circuit.cli.app import app
 from command_line import type_and_read
+from typer.main import get_command
 
 from circuit import artifacts
 from circuit.config import TrainConfig
@@ -337,12 +339,10 @@ def config_file(workplace: Path, make_config: MakeConfig) -> str:
 @pytest.mark.parametrize(
     ("words", "folder"),
     [
-        (("--trace",), TRACE),
         (("--trace", "--overwrite"), TRACE),
-        (("--trace", "elsewhere"), Path("elsewhere")),
         (("--trace=elsewhere", "--trace-anchor-every", "5"), Path("elsewhere")),
     ],
-    ids=["alone", "before an option", "a folder", "with ="],
+    ids=["without a folder", "with one"],
 )
 def test_a_typed_trace_is_the_one_that_trace_record_makes(
     config_file: str,
@@ -352,14 +352,36 @@ def test_a_typed_trace_is_the_one_that_trace_record_makes(
     folder: Path,
 ) -> None:
     done = type_and_read(["train", "--config", config_file, *words], capsys)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0, done.err
     assert "recorded 12 steps; the terms sum to every update" in done.out
+    assert "made from an earlier run" not in done.out
     own = ("--config", f"{RUN}/run_config.json", "--from-initialization", "--end-step", "12")
     anchors = ("--anchor-every", "5") if len(words) == 3 else ()
     record = ["trace", "record", *own, *anchors, "--output-dir", "afterwards"]
     assert type_and_read(record, capsys).code == 0
     assert bytes_of(folder) == bytes_of("afterwards")
     assert report_of(folder) == report_of(Path("afterwards"))
+
+
+@pytest.mark.parametrize("command", ["train", "study train"])
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("", None),
+        ("--trace", ""),
+        ("--trace --set seed=3", ""),
+        ("--trace=", ""),
+        ("--trace .", "."),
+        ("--trace=a --set seed=3", "a"),
+        ("--trace a --trace", ""),
+    ],
+)
+def test_a_trace_may_stand_without_a_folder(command: str, words: str, folder: str | None) -> None:
+    parser: Any = get_command(app)
+    for name in command.split():
+        parser = parser.commands[name]
+    typed = f"--config c.json {words}".split()
+    assert parser.make_context(command, typed).params["trace"] == folder
 
 
 def test_a_stopped_trace_is_reported_once_it_is_finished(
