@@ -115,8 +115,9 @@ def main() -> None:
         ratio = statistics.median(sum(r[name]) / sum(r["floor"]) for r in rounds)
         shown = parts if len(parts) == len(PARTS) else [float("nan")] * len(PARTS)
         print(f"{name:>10}" + "".join(f"{ms:11.1f}" for ms in (*shown, whole)) + f"{ratio:11.2f}")
-    gain = statistics.median(sum(r["plain"]) / sum(r["fast"]) for r in rounds)
-    print(f"plain / fast = {gain:.2f}")
+    for name in timed.keys() - {"fast", "floor"}:
+        gain = statistics.median(sum(r[name]) / sum(r["fast"]) for r in rounds)
+        print(f"{name} / fast = {gain:.2f}")
 
 
 if __name__ == "__main__":
