@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-
-import torch
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING
 
 from circuit.artifacts import read_jsonl
 from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.lazy import torch
 from circuit.page import formation_page
 from circuit.reports.attribution_report import WindowOptions
 from circuit.reports.base import ReportResult
@@ -37,6 +36,9 @@ from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
 from circuit.training.loop import BEST, Progress, TrainResult, train
 from circuit.training.session import encode_split, model_from_state
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 EXAMPLE_SPLIT = "validation_iid"
 PROBES = 48

@@ -14,10 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-
-import pandas as pd
-import torch
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING
 
 from circuit.artifacts import find_folder, read_jsonl
 from circuit.attribution.attribute import Attributor
@@ -25,6 +22,7 @@ from circuit.attribution.groups import Partition, check_partition
 from circuit.attribution.series import Series
 from circuit.config import TrainConfig, load_config
 from circuit.errors import CircuitError
+from circuit.lazy import pd, torch
 from circuit.scalars.base import Scalar
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
@@ -33,6 +31,9 @@ from circuit.trace.replay import Trace
 from circuit.training.checkpoints import TrainState, list_checkpoints, load_checkpoint
 from circuit.training.loop import BEST, METRICS, RUN_CONFIG
 from circuit.training.session import encode_split, model_from_state
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 
 class Run:
@@ -140,7 +141,7 @@ def attribute(
     *,
     rule: str = "simpson",
     partitions: Sequence[Partition] = ("circuit",),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Series]:
     """Attribute scalars over the steps that take state `start` to state `end` of a trace.
 
@@ -150,8 +151,8 @@ def attribute(
         scalars: the step-by-step changes of each are split by the terms of the update.
         rule: path rule: `midpoint`, `simpson` or `gauss:N`.
         partitions: of the parameters, whose groups are listed.
-        dtype: of the model that evaluates scalars and gradients. In float64, what is left is the
-            path rule's error alone.
+        dtype: of the model that evaluates scalars and gradients, float32 by default. In float64,
+            what is left is the path rule's error alone.
 
     Returns:
         One `Series` a scalar, by name.
@@ -167,7 +168,9 @@ def attribute(
     chosen = [check_partition(partition) for partition in partitions]
     state = trace.store.anchor(trace.manifest.start_step)
     model = model_from_state(state, trace.manifest.config, trace.benchmark)
-    attributor = Attributor(model.to(dtype, print_details=False), scalars, rule=rule)
+    attributor = Attributor(
+        model.to(dtype or torch.float32, print_details=False), scalars, rule=rule
+    )
     steps = trace.steps(start, end)
     return Series.collect(row for step in steps for row in attributor.step(step).rows(chosen))
 

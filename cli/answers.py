@@ -84,7 +84,12 @@ def diagnose(
             checkpoints=checkpoint,
             checkpoint_dir=checkpoint_dir,
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda at: bar.update(
+                task,
+                completed=at.done,
+                total=at.total,
+                note=f"{at.where}, node {at.node} of {at.nodes}" if at.where else "",
+            ),
         )
     if not as_json:
         made = table(

@@ -14,7 +14,7 @@ import circuit
 from circuit.artifacts import dump_rows, read_jsonl
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
-from circuit.model.build import named_tensors
+from circuit.model.weights import named_tensors
 from circuit.runs import open_run, read_rows
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import evaluate

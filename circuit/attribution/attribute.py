@@ -11,24 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.attribution.path import PathRule, path_rule
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.scalars.base import BoundScalar, Scalar, SharedBatch
 from circuit.tasks.positions import answer_mask
 from circuit.trace.flat import Flat, ParameterLayout
 from circuit.trace.step import TracedStep
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
 LossScope = Literal["full_lm", "answer"]
 LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
-Shares = Float[Tensor, "scalar term atom"]
+Shares: TypeAlias = "Float[Tensor, 'scalar term atom']"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,16 @@ class Way:
     nodes: list[tuple[float, Float[Tensor, "scalar parameter"]]]
 
 
+def check_loss_scope(scope: str) -> None:
+    """Refuse a scope that does not exist.
+
+    Raises:
+        CircuitError: lists those that do.
+    """
+    if scope not in LOSS_SCOPES:
+        raise CircuitError(f"unknown loss scope '{scope}'", expected=" or ".join(LOSS_SCOPES))
+
+
 class Attributor:
     """Attributes the changes of scalars, step by step."""
 
@@ -151,10 +162,7 @@ class Attributor:
         Raises:
             CircuitError: there is no such rule or scope.
         """
-        if loss_scope not in LOSS_SCOPES:
-            raise CircuitError(
-                f"unknown loss scope '{loss_scope}'", expected=" or ".join(LOSS_SCOPES)
-            )
+        check_loss_scope(loss_scope)
         self.model = model
         self.scalars = tuple(scalars)
         self.rule: PathRule = path_rule(rule)

@@ -3,33 +3,35 @@
 For smooth `C`, `C(target) - C(source)` is the integral over `s` in [0, 1] of
 `d/ds C(source + s (target - source))`: first order is the integrand at `s = 0`, curvature is the
 rest (definitions.md section 5). The integrand is a directional derivative, which one forward pass
-in forward mode gives for every example and every scalar at once; the nodes are Gauss and
-Legendre's, as many as closing the integral needs.
+in forward mode gives for every example and every scalar at once; the nodes are Clenshaw and
+Curtis', as many as closing the integral needs. Those of a rule are also nodes of the next finer
+one, and the first is the source itself, so that no derivative is taken twice.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.func import functional_call
-from transformer_lens import HookedTransformer
+from circuit.attribution.path import clenshaw_curtis
+from circuit.lazy import no_grad, torch
 
-from circuit.attribution.path import path_rule
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
-Values = dict[str, Float[Tensor, " example"]]
-ScalarsOfLogits = Callable[[Float[Tensor, "example vocab"]], Values]
+Values: TypeAlias = "dict[str, Float[Tensor, ' example']]"
+ScalarsOfLogits: TypeAlias = "Callable[[Float[Tensor, 'example vocab']], Values]"
 """Scalars by name from the logits `[example, vocab]` at the examples' positions, in float64."""
 
 TOLERANCE = 0.01
 """The integral closes when its mean absolute gap is at most this share of the mean change."""
-FIRST_NODES, MOST_NODES = 2, 64
+FIRST_INTERVALS, MOST_INTERVALS = 2, 64
+"""Of the quadrature: there is one node more."""
 CHUNK = 32
 """Rows of one forward pass."""
 
@@ -44,7 +46,7 @@ class LineIntegral:
         integral: of the derivative over the line.
         nodes: that the integral took.
         gap: by scalar, `mean |integral - actual| / mean |actual|`; null where nothing changed.
-        closed: whether every gap is within `TOLERANCE`; with `MOST_NODES` it may not be.
+        closed: whether every gap is within `TOLERANCE`; with `MOST_INTERVALS` it may not be.
     """
 
     actual: Values
@@ -74,6 +76,8 @@ class Line:
         target: Mapping[str, Tensor],
         tokens: Int[Tensor, "sequence pos"],
         places: tuple[Int[Tensor, " example"], Int[Tensor, " example"]],
+        *,
+        source_logits: Float[Tensor, "example vocab"] | None = None,
     ) -> None:
         """Describe the line.
 
@@ -82,18 +86,23 @@ class Line:
             source, target: parameters by name.
             places: row and position of each example; no token behind a row's last position is
                 read, which causality allows.
+            source_logits: at the source, where they are known: those at the target of the line
+                before.
         """
         self.model = model
         self.source, self.target = dict(source), dict(target)
         self.delta = {name: target[name] - value for name, value in source.items()}
+        self._source_logits = source_logits
         self._chunks = list(_chunks(tokens, *places))
         self._order = torch.cat([chunk.examples for chunk in self._chunks]).argsort()
 
-    @torch.no_grad()
+    @no_grad
     def logits(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "example vocab"]:
         """Logits at the examples' positions under some weights."""
         parts = [
-            functional_call(self.model, dict(parameters), (chunk.tokens,))[chunk.row, chunk.pos]
+            torch.func.functional_call(self.model, dict(parameters), (chunk.tokens,))[
+                chunk.row, chunk.pos
+            ]
             for chunk in self._chunks
         ]
         return torch.cat(parts)[self._order]
@@ -101,41 +110,50 @@ class Line:
     @cached_property
     def ends(self) -> tuple[Float[Tensor, "example vocab"], Float[Tensor, "example vocab"]]:
         """Logits at the source and at the target, in float64."""
-        return self.logits(self.source).double(), self.logits(self.target).double()
+        known = self._source_logits
+        start = self.logits(self.source).double() if known is None else known
+        return start, self.logits(self.target).double()
 
     def derivatives(self, scalars: ScalarsOfLogits, s: float) -> Values:
         """Derivatives of the scalars with respect to `s`, by one pass in forward mode."""
-        with forward_ad.dual_level():
+        with torch.autograd.forward_ad.dual_level():
             with warnings.catch_warnings():  # the first dual number makes torch script its rules
                 warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
                 dual = {
-                    name: forward_ad.make_dual(value + s * self.delta[name], self.delta[name])
+                    name: torch.autograd.forward_ad.make_dual(
+                        value + s * self.delta[name], self.delta[name]
+                    )
                     for name, value in self.source.items()
                 }
             found = scalars(self.logits(dual).double())
             return {name: _tangent(value) for name, value in found.items()}
 
-    def integrate(self, scalars: ScalarsOfLogits) -> LineIntegral:
-        """Follow the scalars along the line, doubling the nodes until the integral closes."""
+    def integrate(
+        self, scalars: ScalarsOfLogits, progress: Callable[[int, int], None] | None = None
+    ) -> LineIntegral:
+        """Follow the scalars along the line, halving the intervals until the integral closes.
+
+        Args:
+            progress: called with the nodes done and those of the rule that is being taken.
+        """
         start, end = map(scalars, self.ends)
         actual = {name: end[name] - value for name, value in start.items()}
-        first_order = self.derivatives(scalars, 0.0)
-        nodes = FIRST_NODES
+        taken: dict[float, Values] = {}
+        intervals = FIRST_INTERVALS
         while True:
-            integral = self._quadrature(scalars, nodes)
+            rule = clenshaw_curtis(intervals)
+            for s in rule.nodes:
+                if s not in taken:
+                    taken[s] = self.derivatives(scalars, s)
+                    if progress is not None:
+                        progress(len(taken), len(rule.nodes))
+            weighted = [(taken[s], w) for s, w in zip(rule.nodes, rule.weights, strict=True)]
+            integral = {name: _sum(w * values[name] for values, w in weighted) for name in actual}
             gap = {name: _gap(integral[name], value) for name, value in actual.items()}
-            found = LineIntegral(actual, first_order, integral, nodes, gap)
-            if found.closed or nodes == MOST_NODES:
+            found = LineIntegral(actual, taken[0.0], integral, len(rule.nodes), gap)
+            if found.closed or intervals >= MOST_INTERVALS:
                 return found
-            nodes *= 2
-
-    def _quadrature(self, scalars: ScalarsOfLogits, nodes: int) -> Values:
-        rule = path_rule(f"gauss:{nodes}")
-        total: Values = {}
-        for s, weight in zip(rule.nodes, rule.weights, strict=True):
-            for name, value in self.derivatives(scalars, s).items():
-                total[name] = total.get(name, torch.zeros_like(value)) + weight * value
-        return total
+            intervals *= 2
 
 
 @dataclass(frozen=True)
@@ -161,8 +179,12 @@ def _chunks(tokens: Tensor, row: Tensor, pos: Tensor) -> Iterator[_Chunk]:
         yield _Chunk(tokens[rows, :width], own, place[row[own]], pos[own])
 
 
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
 def _tangent(dual: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(dual).tangent
+    tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
     return torch.zeros_like(dual) if tangent is None else tangent.clone()
 
 

@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformer_lens import HookedTransformer
-
-from circuit.attribution.attribute import Attributor, LossScope
+from circuit.attribution.attribute import Attributor, LossScope, check_loss_scope
 from circuit.attribution.groups import Partition, check_partition
 from circuit.attribution.path import path_rule
 from circuit.errors import CircuitError
 from circuit.scalars.base import Scalar
 from circuit.trace.replay import Trace, open_trace
 from circuit.training.session import model_from_state
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 Rows = list[dict[str, Any]]
 
@@ -54,20 +55,21 @@ class Job:
 
     def __post_init__(self) -> None:
         path_rule(self.path)
+        check_loss_scope(self.loss_scope)
         for partition in self.partitions:
             check_partition(partition)
 
-    def prepare(self) -> Worker:
-        """Open the trace and build the scalars, in this process."""
-        return Worker(self)
+    def prepare(self, trace: Trace | None = None) -> Worker:
+        """Build the scalars in this process, on the trace if it is open already."""
+        return Worker(self, trace)
 
 
 class Worker:
     """An opened job; attributes any piece of the trace."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, trace: Trace | None = None) -> None:
         self.job = job
-        self.trace = open_trace(job.trace)
+        self.trace = trace or open_trace(job.trace)
         self.trace.prepare()
         manifest = self.trace.manifest
         self.scalars = tuple(job.scalars(self.trace))

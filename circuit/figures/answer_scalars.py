@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PARTS = {
     "mean_first_order": "first order",
@@ -29,7 +31,7 @@ def parts_of_change(rows: Sequence[Mapping[str, Any]]) -> Figure:
     scalars = list(dict.fromkeys(row["scalar"] for row in rows))
     columns = min(2, max(1, len(scalars)))
     lines = max(1, math.ceil(len(scalars) / columns))
-    figure = Figure(figsize=(3.8 * columns, 1.9 * lines + 0.6), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(3.8 * columns, 1.9 * lines + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for place, scalar in zip(axes.flat, scalars, strict=False):
         own = [row for row in rows if row["scalar"] == scalar]
@@ -74,7 +76,9 @@ def first_order_against_actual(rows: Sequence[Mapping[str, Any]], scalar: str) -
     intervals = list(dict.fromkeys((row["source_step"], row["target_step"]) for row in rows))
     columns = min(4, len(intervals))
     lines = math.ceil(len(intervals) / columns)
-    figure = Figure(figsize=(2.2 * columns + 0.6, 2.2 * lines + 0.8), layout="constrained")
+    figure = mpl.figure.Figure(
+        figsize=(2.2 * columns + 0.6, 2.2 * lines + 0.8), layout="constrained"
+    )
     axes = figure.subplots(lines, columns, squeeze=False)
     for place, interval in zip(axes.flat, intervals, strict=False):
         for switched, label in ((False, "same competitor"), (True, "competitor switched")):

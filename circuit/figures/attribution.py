@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from circuit.attribution.series import Series, Values
 from circuit.figures.style import COLOURS, TERM_NAMES, panels, styled
+from circuit.lazy import np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @styled

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, panels, styled
+from circuit.lazy import mpl, np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -26,7 +27,7 @@ def r_squared_by_scalar(fits: Rows) -> Figure:
     """
     scalars = _unique(fits, "scalar")
     buckets = _unique(fits, "switch_bucket")
-    figure = Figure(
+    figure = mpl.figure.Figure(
         figsize=(6.4, 0.9 + 0.24 * len(scalars) * (len(buckets) + 1)), layout="constrained"
     )
     axes = figure.subplots()
@@ -67,7 +68,9 @@ def actual_against_predicted(points: Rows) -> Figure:
     names, groups = _unique(points, "panel"), _unique(points, "group")
     columns = min(len(names), _WRAP)
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(max(3.6, 2.6 * columns), 0.5 + 2.6 * lines), layout="constrained")
+    figure = mpl.figure.Figure(
+        figsize=(max(3.6, 2.6 * columns), 0.5 + 2.6 * lines), layout="constrained"
+    )
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, name in zip(grid, names, strict=False):
         own = [point for point in points if point["panel"] == name]
@@ -107,7 +110,7 @@ def contributions(fits: Rows, column: str) -> Figure:
     labels = list(fits[0]["mean_contributions"]) if fits else []
     values = np.array([[fit["mean_contributions"][label] for fit in fits] for label in labels])
     most = float(np.abs(values).max()) if values.size else 0.0
-    figure = Figure(
+    figure = mpl.figure.Figure(
         figsize=(2.6 + 0.95 * max(len(fits), 2), 1.6 + 0.24 * len(labels)), layout="constrained"
     )
     axes = figure.subplots()

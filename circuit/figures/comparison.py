@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from circuit.figures.style import COLOURS, panels, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Course = Sequence[tuple[int, float]]
 """Values over optimizer steps."""
@@ -19,7 +22,7 @@ _STYLES = ("-", "--", ":", "-.")
 def ranked_bars(values: Mapping[str, float], *, title: str, label: str) -> Figure:
     """One bar a candidate, the highest at the top and in colour."""
     ranked = sorted(values.items(), key=lambda item: item[1])
-    figure = Figure(figsize=(6.4, 0.8 + 0.24 * len(ranked)), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(6.4, 0.8 + 0.24 * len(ranked)), layout="constrained")
     axes = figure.subplots()
     colours = [_GREY] * (len(ranked) - 1) + [COLOURS[0]]
     axes.barh([name for name, _ in ranked], [value for _, value in ranked], color=colours)

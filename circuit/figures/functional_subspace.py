@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -33,7 +35,7 @@ def written_deltas(means: Rows, scalar: str, path: str) -> Figure:
     lines = list(dict.fromkeys((row["position_role"], row["pair_type"]) for row in own))
     several = len({kind for _, kind in lines}) > 1
     ends = list(dict.fromkeys(row["endpoint_role"] for row in own))
-    figure = Figure(
+    figure = mpl.figure.Figure(
         figsize=(max(4.6, 3.7 * len(ends)), 1.3 + 2.1 * len(lines)), layout="constrained"
     )
     grid = figure.subplots(len(lines), len(ends), sharex=True, sharey="row", squeeze=False)

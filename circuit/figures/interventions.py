@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _QUANTITIES = {"margin": "value margin (logits)", "answer_accuracy": "answer accuracy"}
 
@@ -27,7 +27,7 @@ def margin_and_accuracy(means: Sequence[Mapping[str, Any]], title: str = "") -> 
     ranks = list(dict.fromkeys(row["rank"] for row in pooled))
     steps = list(dict.fromkeys(row["step"] for row in pooled))
     columns = 2 if len(ranks) > 1 else 1
-    figure = Figure(figsize=(4.6 * columns + 1, 4.6), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(4.6 * columns + 1, 4.6), layout="constrained")
     axes = figure.subplots(2, columns, sharex="col", sharey="row", squeeze=False)
     for panels, (quantity, label) in zip(axes, _QUANTITIES.items(), strict=True):
         panels[0].set_ylabel(label)
@@ -40,7 +40,7 @@ def margin_and_accuracy(means: Sequence[Mapping[str, Any]], title: str = "") -> 
     axes[1, 0].set_xlabel("optimizer step")
     if columns == 2:
         axes[1, 1].set_xlabel("rank of the subspace")
-        axes[1, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[1, 1].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     for panel in axes[1]:
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     return figure

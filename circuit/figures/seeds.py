@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, TERM_NAMES, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ROLES = {"winner": COLOURS[0], "runner_up": COLOURS[5], "median": "#808080", "bottom": "#C8C8C8"}
 
@@ -19,7 +21,7 @@ def roles_by_seed(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: of `cross-seed-comparison`.
     """
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(7.2, 3.0), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(_ROLES)
     for place, (role, colour) in enumerate(_ROLES.items()):
@@ -41,7 +43,7 @@ def roles_by_seed(rows: Sequence[Mapping[str, Any]]) -> Figure:
 @styled
 def terms_by_seed(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What each optimizer term contributed to the winner's match and to the winner path's write."""
-    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(7.2, 2.8), layout="constrained")
     titles = {"match": "QK match of the winner head", "write": "write of the winner path"}
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         terms = list(rows[0][f"{name}_terms"])

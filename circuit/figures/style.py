@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-import matplotlib as mpl
 from cycler import cycler
-from matplotlib.figure import Figure
+
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
@@ -61,7 +64,7 @@ def panels(rows: int, *, width: float = 6.4, height: float = 2.4) -> tuple[Figur
     Args:
         width, height: inches; the height is one panel's.
     """
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(width, height * rows), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
     return figure, list(axes[:, 0])
 

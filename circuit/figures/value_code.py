@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, panels, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,7 +42,7 @@ def readability(rows: Rows, group_by: str) -> Figure:
     rows = [row for row in rows if row["group_by"] == group_by]
     roles = list(dict.fromkeys(row["position_role"] for row in rows))
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure = Figure(figsize=(7.4, 0.9 + 2.1 * len(roles)), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(7.4, 0.9 + 2.1 * len(roles)), layout="constrained")
     grid = figure.subplots(len(roles), len(_READOUTS), sharex=True, sharey=True, squeeze=False)
     for line, role in zip(grid, roles, strict=True):
         line[0].set_ylabel(f"accuracy at {role}")

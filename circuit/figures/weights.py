@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from circuit.figures.style import COLOURS, styled
+from circuit.lazy import mpl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _QUANTITIES = {
     "top_singular_value": "top singular value",
@@ -24,7 +26,7 @@ def svd_birth(rows: Sequence[Mapping[str, Any]], winners: Mapping[str, str]) -> 
         winners: the matrices that are drawn, and the component that is marked in each; all others
             are thin lines.
     """
-    figure = Figure(figsize=(3.6 * len(winners), 4.6), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(3.6 * len(winners), 4.6), layout="constrained")
     axes = figure.subplots(2, len(winners), sharex=True, sharey="row", squeeze=False)
     for column, (matrix, winner) in enumerate(winners.items()):
         own = [row for row in rows if row["matrix"] == matrix]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -29,7 +28,6 @@ from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
 
 from circuit.config import Kernels, ModelConfig
-from circuit.errors import CircuitError
 from circuit.model.kernels import use_fast_kernels
 
 
@@ -121,28 +119,3 @@ def initialize(model: HookedTransformer, config: ModelConfig, seed: int) -> None
                 bound = 1.0 / math.sqrt(cast(int, fan_in.get(leaf, cfg.d_model)))
                 drawn.uniform_(-bound, bound, generator=generator)
             parameter.copy_(drawn)
-
-
-def named_tensors(model: HookedTransformer) -> dict[str, Tensor]:
-    """The parameters by name, detached, in their fixed order."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def load_tensors(model: HookedTransformer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy named tensors into the model's parameters.
-
-    Raises:
-        CircuitError: a name, the order of the names, or a shape is not the model's.
-    """
-    own = dict(model.named_parameters())
-    if list(own) != list(tensors):
-        odd = sorted(set(own) ^ set(tensors)) or ["the order of the names"]
-        raise CircuitError(f"the weights do not belong to this model: {odd[0]} does not match")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise CircuitError(
-                    f"{name} has shape {list(tensors[name].shape)}",
-                    expected=f"{list(parameter.shape)}",
-                )
-            parameter.copy_(tensors[name])

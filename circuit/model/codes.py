@@ -7,17 +7,18 @@ is float64 on the CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self, TypeAlias
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
-
+from circuit.lazy import torch
 from circuit.model.stages import run_from
 from circuit.model.subspaces import Basis, group_means, remove
 
-Vectors = Float[Tensor, "read d_model"]
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+Vectors: TypeAlias = "Float[Tensor, 'read d_model']"
 
 _ROUNDING = 1e-12
 """A centroid shorter than this share of the longest vector has no direction."""

@@ -10,14 +10,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
+from typing import TYPE_CHECKING, Any, Literal
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+    from transformer_lens.hook_points import HookPoint
 
 _ADDRESS = re.compile(r"L(\d+)(?:H(\d+)|(MLP))")
 
@@ -60,20 +61,26 @@ def parse_component(
     model: HookedTransformer | None = None,
     *,
     shape: tuple[int, int] | None = None,
+    kind: Literal["head", "MLP"] | None = None,
 ) -> Component:
     """A component from its address.
 
     Args:
         model: if given, the component must exist in it.
         shape: the same where no model is at hand: its layers and heads.
+        kind: what it has to be; None takes either.
 
     Raises:
-        CircuitError: the address is malformed, or there is no such layer or head.
+        CircuitError: the address is malformed, of the other kind, or there is no such layer or
+            head.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise CircuitError(f"unknown component '{address}'", expected="such as L2H1 or L0MLP")
     layer, head = int(match[1]), None if match[3] else int(match[2])
+    if kind is not None and (head is None) != (kind == "MLP"):
+        such = "L2H1" if kind == "head" else "L0MLP"
+        raise CircuitError(f"'{address}' is no {kind}", expected=f"such as {such}")
     if model is not None:
         shape = model.cfg.n_layers, model.cfg.n_heads
     if shape is not None and (layer >= shape[0] or (head is not None and head >= shape[1])):

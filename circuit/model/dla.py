@@ -20,18 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from circuit.errors import CircuitError
+from circuit.lazy import no_grad, torch
 from circuit.model.readout import read_answers
 from circuit.model.stages import stage_hook
 
-Places = tuple[Int[Tensor, " place"], Int[Tensor, " place"]]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+Places: TypeAlias = "tuple[Int[Tensor, ' place'], Int[Tensor, ' place']]"
 """Rows and token positions, of equal length."""
 
 
@@ -126,7 +127,7 @@ def frozen_logits(
     return (centred / scale[..., None] * weight) @ model.W_U
 
 
-@torch.no_grad()
+@no_grad
 def attribute_logits(
     model: HookedTransformer, cache: Mapping[str, Tensor], places: Places
 ) -> LogitAttribution:

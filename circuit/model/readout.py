@@ -7,11 +7,14 @@ no task. The *competitor* of a read is the best of the other value tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from circuit.lazy import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 
 @dataclass(frozen=True)

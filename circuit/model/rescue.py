@@ -7,20 +7,22 @@ and role they come from, and what a read is, the caller knows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.codes import RidgeMap, Vectors
 from circuit.model.subspaces import Basis, identity_basis
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 CONTROLS = ("shuffled_answer_value", "wrong_support_value", "random_subspace", "key_identity")
 DRAWS = 1000
 """Bootstrap draws of an interval."""
 
-Code = Float[Tensor, "read rank"]
+Code: TypeAlias = "Float[Tensor, 'read rank']"
 
 
 def condition_codes(

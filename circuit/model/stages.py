@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
-
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
+from typing import TYPE_CHECKING, cast
 
 from circuit.errors import CircuitError
 from circuit.model.components import Hook
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+    from transformer_lens.hook_points import HookPoint
 
 _LAYER_STAGE = re.compile(r"layer_(\d+)_post_(attn|mlp)")
 
@@ -64,7 +65,7 @@ def read_stages(
     logits, cache = model.run_with_cache(
         tokens, names_filter=list(hooks.values()), return_cache_object=False
     )
-    return cast(Tensor, logits), {stage: cache[hook] for stage, hook in hooks.items()}
+    return cast("Tensor", logits), {stage: cache[hook] for stage, hook in hooks.items()}
 
 
 def run_from(
@@ -92,7 +93,7 @@ def run_from(
         return residual
 
     hooks: list[Hook] = [(hook_name, replace)] if inside else []
-    return cast(Tensor, model.run_with_hooks(residual, start_at_layer=layer, fwd_hooks=hooks))
+    return cast("Tensor", model.run_with_hooks(residual, start_at_layer=layer, fwd_hooks=hooks))
 
 
 @contextmanager

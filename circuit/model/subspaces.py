@@ -9,17 +9,18 @@ device, so that every device gets the same bases. `remove` and `keep` split a ve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.components import Component
 
-Basis = Float[Tensor, "d_model rank"]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+Basis: TypeAlias = "Float[Tensor, 'd_model rank']"
 HeadSubspace = Literal["head_qk_query", "head_qk_key", "head_ov_input", "head_ov_output"]
 
 EMBEDDING_SUBSPACES = ("embedding_key_identity", "embedding_value_identity")

@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import altair as alt
-
 from circuit.attribution.series import Kind, Series
 from circuit.figures.style import TERM_NAMES
+from circuit.lazy import alt
 from circuit.page.asking import trace_folder
 from circuit.page.charts import INK, TICKS, at_step, chart, chosen, colour, exact, named, steps
 from circuit.page.commands import QK, Home, command_for

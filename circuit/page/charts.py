@@ -8,24 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import altair as alt
-
+from circuit.lazy import alt
 from circuit.page.panel import Chart
 
 INK = "var(--ink)"
 CATEGORY = [f"var(--c{number})" for number in range(1, 9)]
 """Okabe and Ito's palette, in a shade for each theme."""
 
-TICKS = alt.ExprRef("max(3, floor(width / 75))")
+TICKS = {"expr": "max(3, floor(width / 75))"}
 """Ticks that the width of a chart has room for."""
-POINT = alt.OverlayMarkDef(size=28, filled=True)
-STEP = alt.param(name="step", value=0)
+POINT = {"size": 28, "filled": True}
 _WIDTH_OF_A_LETTER, _WIDTH_OF_A_SYMBOL = 7, 34
 
 
 def chart(title: str, follows: str, *layers: alt.Chart, height: float = 200) -> Chart:
     """Layers above each other as one chart of the page."""
-    layered = alt.layer(*layers).properties(height=height, width="container").add_params(STEP)
+    step = alt.param(name="step", value=0)
+    layered = alt.layer(*layers).properties(height=height, width="container").add_params(step)
     spec = layered.to_dict()
     for name in ("config", "$schema"):  # the page has one of each for all charts
         spec.pop(name, None)

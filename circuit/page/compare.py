@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import altair as alt
-
 from circuit.errors import CircuitError
 from circuit.figures.style import TERM_NAMES
+from circuit.lazy import alt
 from circuit.page.asking import home_of, trace_folder, with_inputs
 from circuit.page.attribution import attribution_report
 from circuit.page.charts import TICKS, at_step, chart, colour, exact, lines, named

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from circuit.artifacts import find_folder
 from circuit.config import TrainConfig
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.page.panel import Missing, Panel, Source, thinned
 from circuit.runs import Run
 from circuit.tasks.benchmark import Benchmark, load_benchmark

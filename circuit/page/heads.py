@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import altair as alt
-
+from circuit.lazy import alt
 from circuit.page.charts import (
     at_step,
     chart,

@@ -9,10 +9,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import vl_convert
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from circuit.page.panel import Panel, Source
 
 
@@ -31,6 +27,9 @@ def render(
         steps: stops of the slider.
         further: reports that no panel draws.
     """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
     payload = {
         "steps": list(steps),
         "panels": {panel.name: _payload(panel) for panel in panels},
@@ -76,6 +75,8 @@ _SNIPPET = "window.vegaEmbed = vegaEmbed; window.vega = vega;"
 @cache
 def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one module that needs nothing else."""
+    import vl_convert
+
     return vl_convert.javascript_bundle(_SNIPPET).replace("</script", "<\\/script")
 
 

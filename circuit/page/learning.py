@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import altair as alt
-
 from circuit.artifacts import Row
+from circuit.lazy import alt
 from circuit.page.charts import at_step, chart, colour, exact, lines, named, steps
 from circuit.page.panel import Missing, Panel, Record, Source, Table, pick
 

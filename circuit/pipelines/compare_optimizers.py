@@ -150,11 +150,11 @@ def compare_optimizers(
         parts["answer logit written,\nlargest head"] = {
             run.name: run.largest("head_answer_logit_dla") for run in audited
         }
-    figure = courses(
-        parts, title=f"{len(found)} runs by optimizer", groups={r.name: r.group for r in found}
-    )
     summary = summarize(rows)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        figure = courses(
+            parts, title=f"{len(found)} runs by optimizer", groups={r.name: r.group for r in found}
+        )
         return writer.write(
             parameters={"runs": [str(folder) for folder in runs], "split": SPLIT},
             summary=summary,

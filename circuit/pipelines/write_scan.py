@@ -10,16 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
+from typing import TYPE_CHECKING, Any, cast
 
 from circuit.config import TrainConfig
 from circuit.figures.comparison import ranked_bars
+from circuit.lazy import torch
 from circuit.model.components import Component, all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
@@ -28,7 +23,14 @@ from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import PairOptions, open_study
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, fixed_scalars
 from circuit.scalars.functional_write import WritePath, WriteReads
-from circuit.tasks.positions import Batch
+from circuit.tasks.pairs import check_side
+from circuit.tasks.positions import Batch, check_roles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+    from transformer_lens.hook_points import HookPoint
 
 COMMAND = "write-path-selection"
 _ROWS = 512
@@ -48,6 +50,10 @@ class ScanOptions:
     role: str = "prediction"
     side: str = "clean"
     pairs: PairOptions = field(default_factory=PairOptions)
+
+    def __post_init__(self) -> None:
+        check_roles(self.role)
+        check_side(self.side)
 
 
 def write_paths(model: HookedTransformer) -> list[WritePath]:
@@ -98,7 +104,7 @@ def _stages(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str,
     logits, cache = model.run_with_cache(
         tokens, names_filter=list(hooks.values()), return_cache_object=False
     )
-    return cast(Tensor, logits), {name: cache[hook] for name, hook in hooks.items()}
+    return cast("Tensor", logits), {name: cache[hook] for name, hook in hooks.items()}
 
 
 def _without(
@@ -162,10 +168,10 @@ def select_write_paths(
     Raises:
         CircuitError: a checkpoint or probe set of another config, or too few pairs.
     """
-    study = open_study(config, probe_set)
-    pairs = study.pairs(options.pairs)
-    batch = study.side(pairs, options.side)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, checkpoints=[checkpoint])
+        pairs = study.pairs(options.pairs)
+        batch = study.side(pairs, options.side)
         (point,) = study.models([checkpoint])
         writes = final_writes(point.model, batch, options.role, study.vocabulary.value_ids)
         means = {path: float(values.mean()) for path, values in writes.items()}

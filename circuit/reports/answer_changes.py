@@ -8,16 +8,14 @@ exact; the other scalars have no switch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from circuit.attribution.line import Line, LineIntegral, Values
-from circuit.model.build import named_tensors
+from circuit.lazy import torch
 from circuit.model.readout import read_answers
+from circuit.model.weights import named_tensors
 from circuit.reports.inputs import Checkpointed, PairOptions, Study
 from circuit.scalars.answers import (
     ANSWER_SCALARS,
@@ -32,6 +30,9 @@ from circuit.scalars.answers import (
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, Side, TokenLogit, run_relative
 from circuit.tasks.pairs import SIDES, Pair
 from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,23 @@ class DiagnosisOptions:
     switch_buckets: tuple[str, ...] = SWITCH_BUCKETS
     splits: tuple[str, ...] | None = None
     top_k_wrong: int = 5
+
+
+@dataclass(frozen=True)
+class DiagnosisProgress:
+    """How far a diagnosis is: whole checkpoints, and nodes of the line integral in between.
+
+    Attributes:
+        where: interval and side that are integrated.
+        node, nodes: derivatives taken, and those that the present rule takes; a rule that does not
+            close the integral is followed by one with about twice as many.
+    """
+
+    done: int
+    total: int
+    where: str = ""
+    node: int = 0
+    nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,20 +158,44 @@ def interval_changes(
     checkpoints: Sequence[Path],
     pairs: Sequence[Pair],
     options: DiagnosisOptions,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[DiagnosisProgress], None] | None,
 ) -> Iterator[Change]:
     """Every interval, and in it every side."""
     sides = {side: study.side(pairs, side) for side in options.sides}
     source, before = None, {}
+    reached: dict[str, Tensor] = {}  # logits at the last checkpoint, where the next line starts
+    tell = progress or (lambda _: None)
     for done, point in enumerate(study.models(checkpoints), start=1):
         weights = {name: tensor.clone() for name, tensor in named_tensors(point.model).items()}
         if source is not None:
             for side, batch in sides.items():
-                line = Line(point.model, before, weights, batch.tokens, _places(batch))
-                yield _change(line, batch, study, options, source, point, side)
+                line = Line(
+                    point.model,
+                    before,
+                    weights,
+                    batch.tokens,
+                    _places(batch),
+                    source_logits=reached.get(side),
+                )
+                where = f"{source.step} -> {point.step}, {side}"
+                at = DiagnosisProgress(done - 1, len(checkpoints), where)
+
+                def taken(node: int, nodes: int, at: DiagnosisProgress = at) -> None:
+                    tell(replace(at, node=node, nodes=nodes))
+
+                yield _change(
+                    line,
+                    batch,
+                    study,
+                    options,
+                    source,
+                    point,
+                    side,
+                    taken,
+                )
+                reached[side] = line.ends[1]
         source, before = point, weights
-        if progress is not None:
-            progress(done, len(checkpoints))
+        tell(DiagnosisProgress(done, len(checkpoints)))
 
 
 def _places(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -168,6 +210,7 @@ def _change(
     source: Checkpointed,
     target: Checkpointed,
     side: str,
+    progress: Callable[[int, int], None],
 ) -> Change:
     answer, values = batch.reads.answer, study.vocabulary.value_ids
     ends = [read_answers(logits, answer, values) for logits in line.ends]
@@ -188,7 +231,7 @@ def _change(
         source_values=answer_scalars(source_logits, answer, competitors, values),
         target_values=answer_scalars(target_logits, answer, competitors, values),
         switch=switch_part(target_logits, answer, competitors, values),
-        line=line.integrate(smooth),
+        line=line.integrate(smooth, progress),
         source_top=top_wrong(source_logits, answer, values, options.top_k_wrong),
         target_top=top_wrong(target_logits, answer, values, options.top_k_wrong),
     )

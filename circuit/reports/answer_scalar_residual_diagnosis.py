@@ -18,14 +18,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from circuit.artifacts import Row, dump_rows, find_folder
-from circuit.attribution.line import MOST_NODES, TOLERANCE
+from circuit.attribution.line import MOST_INTERVALS, TOLERANCE
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.answer_scalars import first_order_against_actual, parts_of_change
-from circuit.reports.answer_changes import Change, DiagnosisOptions, interval_changes
+from circuit.lazy import pd
+from circuit.reports.answer_changes import (
+    Change,
+    DiagnosisOptions,
+    DiagnosisProgress,
+    interval_changes,
+)
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import choose_checkpoints, open_study
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, check_scalar_names
@@ -49,7 +53,7 @@ def answer_scalar_residual_diagnosis(
     checkpoints: Sequence[Path] | None = None,
     checkpoint_dir: Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[DiagnosisProgress], None] | None = None,
 ) -> ReportResult:
     """Write the report.
 
@@ -61,14 +65,14 @@ def answer_scalar_residual_diagnosis(
     options = options or DiagnosisOptions()
     _check_options(options)
     chosen = choose_checkpoints(checkpoints, checkpoint_dir, least=2)
-    study = open_study(config, probe_set, splits=options.splits)
-    others = len(study.vocabulary.value_ids) - 1
-    if not 1 <= options.top_k_wrong <= others:
-        raise CircuitError(
-            f"--top-k-wrong {options.top_k_wrong}", expected=f"1 to {others}, the wrong values"
-        )
-    pairs = study.pairs(options.pairs)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, splits=options.splits, checkpoints=chosen)
+        others = len(study.vocabulary.value_ids) - 1
+        if not 1 <= options.top_k_wrong <= others:
+            raise CircuitError(
+                f"--top-k-wrong {options.top_k_wrong}", expected=f"1 to {others}, the wrong values"
+            )
+        pairs = study.pairs(options.pairs)
         run = find_folder(config.output_dir, Path(probe_set))
         changes = list(interval_changes(study, chosen, pairs, options, progress))
         pair_rows = [row for change in changes for row in change.rows(pairs, run, options)]
@@ -87,7 +91,7 @@ def answer_scalar_residual_diagnosis(
                 "checkpoints": [str(path) for path in chosen],
                 "config": config.model_dump(mode="json"),
                 "tolerance": TOLERANCE,
-                "most_nodes": MOST_NODES,
+                "most_nodes": MOST_INTERVALS + 1,
                 **asdict(options),
             },
             summary=summary,
@@ -282,7 +286,7 @@ def _law(summary: dict[str, Any]) -> str:
     if still:
         return (
             f"{still} of {len(lines)} line integrals do NOT close to {100 * TOLERANCE:g} % with"
-            f" {MOST_NODES} nodes; the worst gap is {gap}"
+            f" {MOST_INTERVALS + 1} nodes; the worst gap is {gap}"
         )
     return (
         f"first order, curvature and switch sum to the change within {gap}, with {nodes} nodes at"

@@ -22,7 +22,7 @@ from circuit.figures.attribution import changes_by_scalar, groups_of_terms, term
 from circuit.reports.base import ReportResult, ReportWriter, open_report, report_name
 from circuit.reports.inputs import Study, open_study
 from circuit.tasks.benchmark import load_benchmark
-from circuit.trace.replay import Trace
+from circuit.trace.replay import Trace, open_trace
 
 COMMANDS = (
     "bilinear-qk-rank-adam-state-attribution",
@@ -94,7 +94,8 @@ def report_attribution(
     output_dir: str | Path,
     *,
     parameters: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    study: Callable[[Trace], Study],
+    provenance: Callable[[Study], Mapping[str, Any]],
     overwrite: bool = False,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> ReportResult:
@@ -102,16 +103,20 @@ def report_attribution(
 
     Args:
         parameters: of the command, JSON; those of the job and the window are added.
-        provenance: digests of what was read; those of the trace are added.
+        study: of the trace; refuses first what its manifest and rows tell to be impossible.
+        provenance: digests of what was read, given the study; those of study and trace are added.
         progress: called with the last step done, the first and the last of the window.
 
     Raises:
         CircuitError: bad parameters, a folder that is not free, or a step that does not replay.
     """
     with open_report(command, output_dir, overwrite=overwrite) as writer:
-        worker = job.prepare()
-        start, end = options.of(worker.trace)
-        store, lines = worker.trace.store, _Lines()
+        trace = open_trace(job.trace)
+        start, end = options.of(trace)
+        opened = study(trace)
+        origin = {**opened.provenance(), **provenance(opened)}
+        worker = job.prepare(trace)
+        store, lines = trace.store, _Lines()
         found = attribute_window(
             job,
             start,
@@ -135,7 +140,7 @@ def report_attribution(
                 "windows": [list(window) for window in options.windows],
             },
             provenance={
-                **provenance,
+                **origin,
                 "trace": {
                     "config_digest": store.manifest.config.digest(),
                     "benchmark_digest": store.manifest.benchmark_digest,

@@ -5,23 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from circuit.config import TrainConfig
+from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.separation import separation_over_steps
+from circuit.lazy import no_grad, np, torch
 from circuit.model.components import all_heads, parse_component
 from circuit.model.readout import read_answers
-from circuit.model.subspaces import head_factors, svd_of_product
+from circuit.model.stages import stage_hook
+from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Checkpointed, Study, choose_checkpoints, open_study
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
-from circuit.scalars.qk_match import LayerNormMode, ReadMasks, masked_mean, qk_matches
+from circuit.scalars.qk_match import (
+    LayerNormMode,
+    ReadMasks,
+    check_layernorm_mode,
+    masked_mean,
+    qk_matches,
+)
+from circuit.tasks.groups import check_single
+from circuit.tasks.positions import check_roles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 COMMAND = "bilinear-qk-match-separation"
 
@@ -54,6 +63,22 @@ class SeparationOptions:
         for name, given in (("heads", self.heads), ("ranks", self.ranks)):
             if len(set(given)) < len(given):
                 raise CircuitError(f"{name} {', '.join(map(str, given))}", expected="each once")
+        check_layernorm_mode(self.layernorm_mode)
+        check_single(self.query_role)
+        check_roles(self.support_role, self.distractor_role)
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse what a model of this shape does not have.
+
+        Raises:
+            CircuitError: names the head, stage or rank.
+        """
+        for head in self.heads:
+            parse_component(head, shape=(model.layers, model.heads), kind="head")
+        for rank in self.ranks:
+            check_rank("a head", rank, model.d_model // model.heads)
+        if self.context_stage is not None:
+            stage_hook(self.context_stage, model.layers)
 
 
 def bilinear_qk_match_separation(
@@ -75,9 +100,10 @@ def bilinear_qk_match_separation(
     Raises:
         CircuitError: bad options, or a checkpoint or probe set that does not belong to the config.
     """
-    study = open_study(config, probe_set, splits=options.splits)
+    options.check(config.model)
     chosen = choose_checkpoints(checkpoints, checkpoint_dir)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, splits=options.splits, checkpoints=chosen)
         batch = study.reads(options.max_records)
         reads = ReadMasks.of(
             batch,
@@ -105,7 +131,7 @@ def bilinear_qk_match_separation(
         )
 
 
-@torch.no_grad()
+@no_grad
 def _rows(
     point: Checkpointed, study: Study, options: SeparationOptions, reads: ReadMasks
 ) -> Iterator[dict[str, Any]]:

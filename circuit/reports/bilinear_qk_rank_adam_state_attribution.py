@@ -14,13 +14,22 @@ from circuit.attribution.window import Job
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.components import parse_component
+from circuit.model.stages import stage_hook
 from circuit.model.subspaces import check_rank
 from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
 from circuit.reports.base import ReportResult
 from circuit.reports.inputs import PairOptions, Study
-from circuit.scalars.qk_match import LayerNormMode, QKMatch, ReadMasks, qk_matches
-from circuit.tasks.positions import Batch
-from circuit.trace.replay import Trace, open_trace
+from circuit.scalars.qk_match import (
+    LayerNormMode,
+    QKMatch,
+    ReadMasks,
+    check_layernorm_mode,
+    qk_matches,
+)
+from circuit.tasks.groups import check_single
+from circuit.tasks.pairs import check_side
+from circuit.tasks.positions import Batch, check_roles
+from circuit.trace.replay import Trace
 from circuit.training.session import model_from_state
 
 COMMAND = "bilinear-qk-rank-adam-state-attribution"
@@ -72,6 +81,10 @@ class QKOptions:
                 f"pairs of type {self.scored_type} are scored but not built",
                 expected=f"one of {', '.join(self.pairs.types)}",
             )
+        check_layernorm_mode(self.layernorm_mode)
+        check_single(self.query_role)
+        check_roles(self.support_role, self.distractor_role)
+        check_side(self.side)
 
     def to_json(self) -> dict[str, Any]:
         """The parameters as JSON."""
@@ -109,16 +122,28 @@ class QKScalars:
     probe_set: Path
     options: QKOptions
 
+    def study(self, trace: Trace) -> Study:
+        """The study of the trace; first refuses what its model or its steps do not have.
+
+        Raises:
+            CircuitError: names the head, rank, stage or step.
+        """
+        options, model = self.options, trace.manifest.config.model
+        for address in options.heads:
+            parse_component(address, shape=(model.layers, model.heads), kind="head")
+        for rank in options.ranks if set(options.bases) != {"full"} else ():
+            check_rank("a head", rank, model.d_model // model.heads)
+        if options.context_stage is not None:
+            stage_hook(options.context_stage, model.layers)
+        for step in filter(None, map(_STEP_BASIS.fullmatch, options.bases)):
+            trace.check_addressable(int(step[1]))
+        return traced_study(self.config, self.probe_set, trace)
+
     def __call__(self, trace: Trace) -> list[QKMatch]:
         """The scalars on a trace."""
-        options = self.options
-        study = traced_study(self.config, self.probe_set, trace)
+        options, study = self.options, self.study(trace)
         layers, heads = study.config.model.layers, study.config.model.heads
         chosen = list(options.heads) or [f"L{n}H{h}" for n in range(layers) for h in range(heads)]
-        for address in chosen:
-            parse_component(address, shape=(layers, heads))
-        for rank in options.ranks if set(options.bases) != {"full"} else ():
-            check_rank("a head", rank, study.config.model.d_model // heads)
         found: list[QKMatch] = []
         for basis in options.bases:
             step = _STEP_BASIS.fullmatch(basis)
@@ -159,17 +184,20 @@ def bilinear_qk_rank_adam_state_attribution(
     Raises:
         CircuitError: as `report_attribution`.
     """
-    job = Job(trace, QKScalars(config, probe_set, options), path, partitions, loss_scope)
-    study = traced_study(config, probe_set, open_trace(trace))
-    reads = options.reads(options.batch(study))[""]
+    scalars = QKScalars(config, probe_set, options)
+
+    def provenance(study: Study) -> dict[str, Any]:
+        return {"scored_reads": len(options.reads(options.batch(study))[""])}
+
     return report_attribution(
         COMMAND,
-        job,
+        Job(trace, scalars, path, partitions, loss_scope),
         window,
         output_dir,
         parameters={"probe_set": str(probe_set), "optimizer_trace_dir": str(trace)}
         | options.to_json(),
-        provenance=study.provenance() | {"scored_reads": len(reads)},
+        study=scalars.study,
+        provenance=provenance,
         overwrite=overwrite,
         progress=progress,
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from circuit.artifacts import Row
 from circuit.errors import CircuitError
+from circuit.lazy import np
 from circuit.scalars.least_squares import least_squares
 from circuit.tasks.pairs import SIDES
 

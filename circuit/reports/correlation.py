@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
+from circuit.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CHANCE = 0.05
 """Probability of `chance_level`."""
@@ -47,5 +49,7 @@ def chance_level(correlations: int, intervals: int) -> float | None:
     freedom = intervals - 2
     if freedom < 1 or correlations < 1:
         return None
+    from scipy import stats
+
     t = float(stats.t.isf(CHANCE / 2 / correlations, freedom))
     return t / math.sqrt(freedom + t * t)

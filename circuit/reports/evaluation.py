@@ -13,11 +13,11 @@ from circuit.config import TrainConfig
 from circuit.environment import environment_facts, prepare_process
 from circuit.reports.inputs import check_finite
 from circuit.tasks.benchmark import load_benchmark
-from circuit.trace.replay import load_state
+from circuit.trace.replay import load_header, load_state
 from circuit.training.checkpoints import tensors_digest
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.loop import RUN_CONFIG
-from circuit.training.session import encode_split, model_from_state
+from circuit.training.session import check_state, encode_split, model_from_state
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,16 @@ def evaluate_checkpoint(
             split does not exist, or the output file is not an evaluation of this command.
     """
     checkpoint = Path(checkpoint)
-    state = load_state(checkpoint)
-    check_finite(state, checkpoint)
-    # after load_state, which may have replayed with the threads of a trace
-    prepare_process(threads=config.threads, device=config.device)
+    header = load_header(checkpoint)
     names = list(splits or config.tracked_splits)
     benchmark = load_benchmark(
         find_folder(config.benchmark_dir, checkpoint), splits=list(dict.fromkeys(names))
     )
+    check_state(header, config, benchmark.digest)
+    state = load_state(checkpoint)
+    check_finite(state, checkpoint)
+    # after load_state, which may have replayed with the threads of a trace
+    prepare_process(threads=config.threads, device=config.device)
     model = model_from_state(state, config, benchmark)
     evaluations = [
         evaluate(model, encode_split(benchmark, name, config.model), name, progress=progress)

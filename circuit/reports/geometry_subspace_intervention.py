@@ -11,17 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from circuit.artifacts import Row
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.interventions import margin_and_accuracy
+from circuit.lazy import no_grad, pd
 from circuit.model.components import Component, parse_component
 from circuit.model.readout import Answers, read_answers
 from circuit.model.stages import read_stages, stage_hook
@@ -37,7 +33,11 @@ from circuit.model.subspaces import (
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Checkpointed, Study, open_study
 from circuit.reports.interventions import QueryMode, intervene
-from circuit.tasks.positions import Batch, role_mask
+from circuit.tasks.positions import Batch, check_roles, role_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 COMMAND = "geometry-subspace-intervention"
 Operation = Literal["remove", "keep"]
@@ -101,12 +101,12 @@ def geometry_subspace_intervention(
         CircuitError: an option has no meaning for this model or vocabulary; the probe set is of
             another benchmark; a checkpoint is missing, damaged, or of another config or benchmark.
     """
-    study = open_study(config, probe_set, splits=options.splits)
-    head = _check(options, study)
-    batch = study.reads(options.max_records)
     rows: list[Row] = []
     digests, unchanged = {}, 0.0
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        head = _check(options, study)
+        batch = study.reads(options.max_records)
         for done, point in enumerate(study.models(checkpoints), 1):
             clean = _clean(point, study, batch, options.stage)
             rows += _point_rows(point, clean, study, batch, options, head)
@@ -136,7 +136,7 @@ def _check(options: InterventionOptions, study: Study) -> Component | None:
     """Everything that can be wrong before a checkpoint is read; the head."""
     shape, vocabulary = study.config.model, study.vocabulary
     stage_hook(options.stage, shape.layers)
-    role_mask(study.batch, options.position_role)
+    check_roles(options.position_role)
     for name, value, valid in (
         ("operation", options.operation, get_args(Operation)),
         ("query mode", options.query_mode, get_args(QueryMode)),
@@ -169,7 +169,7 @@ class _Clean:
     answers: Answers
 
 
-@torch.no_grad()
+@no_grad
 def _clean(point: Checkpointed, study: Study, batch: Batch, stage: str) -> _Clean:
     logits, states = read_stages(point.model, batch.tokens, stage)
     at = logits[batch.reads.row, batch.reads.key_pos]
@@ -177,7 +177,7 @@ def _clean(point: Checkpointed, study: Study, batch: Batch, stage: str) -> _Clea
     return _Clean(states[stage], read_answers(at, batch.reads.answer, values))
 
 
-@torch.no_grad()
+@no_grad
 def _unchanged(
     point: Checkpointed, clean: _Clean, study: Study, batch: Batch, options: InterventionOptions
 ) -> float:
@@ -198,7 +198,7 @@ def _unchanged(
     return float((found.margin - clean.answers.margin).abs().max())
 
 
-@torch.no_grad()
+@no_grad
 def _point_rows(
     point: Checkpointed,
     clean: _Clean,

@@ -11,22 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import find_folder
 from circuit.config import TrainConfig
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
-from circuit.model.build import load_tensors
+from circuit.lazy import torch
+from circuit.model.weights import load_tensors
 from circuit.tasks.benchmark import Benchmark, load_benchmark
-from circuit.tasks.pairs import Pair, build_pairs, pair_batch
+from circuit.tasks.pairs import Pair, build_pairs, check_pair_types, pair_batch
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import ProbeSet, read_probe_set
 from circuit.tasks.symbolic_kv import Record, Vocabulary
-from circuit.trace.replay import load_state
+from circuit.trace.replay import load_header, load_state
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_step,
@@ -35,6 +33,9 @@ from circuit.training.checkpoints import (
     tensors_digest,
 )
 from circuit.training.session import check_state, model_from_state
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class PairOptions:
     types: tuple[str, ...] = ("support_value",)
     max_per_type: int = 64
     min_per_type: int = 16
+
+    def __post_init__(self) -> None:
+        check_pair_types(self.types, self.max_per_type, self.min_per_type)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Study:
 
     def reads(self, max_records: int | None = None) -> Batch:
         """The first `max_records` reads (all by default) in file order, and the rows they need."""
+        self._prepare()
         encoded = EncodedSplit(self.records, self.vocabulary, self.benchmark.heldout_pairs)
         batch = encoded.batch()
         if max_records is not None and max_records < len(batch.reads):
@@ -111,8 +116,12 @@ class Study:
 
     def side(self, pairs: Sequence[Pair], side: str) -> Batch:
         """One side of pairs: read `i` of the batch is that of pair `i`."""
+        self._prepare()
         batch = pair_batch(pairs, side, self.vocabulary, self.benchmark.heldout_pairs)
         return batch.to(self.config.device)
+
+    def _prepare(self) -> None:
+        prepare_process(threads=self.config.threads, device=self.config.device)
 
     def models(self, checkpoints: Sequence[Path], *, finite: bool = True) -> Iterator[Checkpointed]:
         """The model at each checkpoint, ascending by step; see `models_at`."""
@@ -126,6 +135,23 @@ class Study:
             "benchmark_digest": self.benchmark.digest,
             "probe_set_sha256": self.probe.metadata.sha256,
         }
+
+
+def states_at(
+    config: TrainConfig, benchmark_digest: str, checkpoints: Sequence[Path], *, finite: bool = True
+) -> Iterator[tuple[Path, TrainState]]:
+    """The state at each checkpoint, ascending by step: weights by name, without a model.
+
+    Args, Raises:
+        as `models_at`.
+    """
+    check_headers(config, benchmark_digest, checkpoints)
+    for path in _by_step(checkpoints):
+        state = load_state(path)
+        if finite:
+            check_finite(state, path)
+        prepare_process(threads=config.threads, device=config.device)
+        yield path, state
 
 
 def models_at(
@@ -147,17 +173,23 @@ def models_at(
             step of another; or it holds weights that are not finite.
     """
     model: HookedTransformer | None = None
-    for path in _by_step(checkpoints):
-        state = load_state(path)
-        if finite:
-            check_finite(state, path)
-        prepare_process(threads=config.threads, device=config.device)
+    for path, state in states_at(config, benchmark.digest, checkpoints, finite=finite):
         if model is None:
             model = model_from_state(state, config, benchmark)
         else:
-            check_state(state, config, benchmark.digest)
             load_tensors(model, state.parameters)
         yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
+
+
+def check_headers(config: TrainConfig, benchmark_digest: str, checkpoints: Sequence[Path]) -> None:
+    """Refuse checkpoints of another run by what they say of themselves, before any is read.
+
+    Raises:
+        CircuitError: one is missing, truncated, of another config or benchmark, or of the step of
+            another.
+    """
+    for path in _by_step(checkpoints):
+        check_state(load_header(path), config, benchmark_digest)
 
 
 def open_study(
@@ -165,19 +197,20 @@ def open_study(
     probe_set: str | Path,
     *,
     splits: Sequence[str] | None = None,
+    checkpoints: Sequence[Path] = (),
     benchmark: Benchmark | None = None,
 ) -> Study:
-    """Read what a report needs besides checkpoints.
+    """Read what a report needs besides the weights; nothing here needs torch.
 
     Args:
         splits: of the probe records; None takes all.
+        checkpoints: that the report will read, whose headers are checked.
         benchmark: of the config, where it has been read already.
 
     Raises:
         CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
-            no record of a split.
+            no record of a split; or as `check_headers`.
     """
-    prepare_process(threads=config.threads, device=config.device)
     if benchmark is None:
         benchmark = load_benchmark(find_folder(config.benchmark_dir, Path(probe_set)), splits=[])
     probe = read_probe_set(probe_set, benchmark.digest)
@@ -189,6 +222,7 @@ def open_study(
                 where=probe_set,
                 expected=f"one of {', '.join(held)}",
             )
+    check_headers(config, benchmark.digest, checkpoints)
     records = [r for r in probe.records if splits is None or r.split in splits]
     return Study(config, benchmark, probe, records, None if splits is None else tuple(splits))
 

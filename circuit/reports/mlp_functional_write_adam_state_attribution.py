@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
 from circuit.attribution.window import Job
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.readout import read_answers
 from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
 from circuit.reports.base import ReportResult
-from circuit.reports.inputs import Checkpointed, PairOptions
+from circuit.reports.inputs import Checkpointed, PairOptions, Study
 from circuit.reports.interval_ends import ENDPOINTS, read_interval_at
 from circuit.scalars.answers import OF_THE_TARGET, Competitors, answer_scalars, check_scalar_names
 from circuit.scalars.functional_write import (
@@ -34,11 +32,14 @@ from circuit.scalars.functional_write import (
     readout_gradient,
 )
 from circuit.schemas import ScalarPairRow, read_typed_rows
-from circuit.tasks.pairs import Pair
-from circuit.tasks.positions import Batch
-from circuit.trace.replay import Trace, open_trace
+from circuit.tasks.pairs import Pair, check_side
+from circuit.tasks.positions import Batch, check_roles
+from circuit.trace.replay import Trace
 from circuit.training.checkpoints import tensors_digest
 from circuit.training.session import model_from_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMAND = "mlp-functional-write-adam-state-attribution"
 
@@ -80,6 +81,8 @@ class WriteOptions:
             for value in given:
                 if value not in valid:
                     raise CircuitError(f"unknown {name} '{value}'", expected=", ".join(valid))
+        check_roles(self.role)
+        check_side(self.side)
 
     def to_json(self) -> dict[str, Any]:
         """The parameters as JSON."""
@@ -109,10 +112,21 @@ class WriteScalars:
                 fix="pass --scalar-pair-rows of answer-scalar-residual-diagnosis",
             )
 
+    def study(self, trace: Trace) -> Study:
+        """The study of the trace; first refuses what its model or its steps do not have.
+
+        Raises:
+            CircuitError: names the component or the step.
+        """
+        model = trace.manifest.config.model
+        shape = (model.layers, model.heads)
+        WritePath.parse(self.options.source, self.options.mlp, shape=shape)
+        trace.check_addressable(self.options.reference_step)
+        return traced_study(self.config, self.probe_set, trace)
+
     def __call__(self, trace: Trace) -> list[FunctionalWrite]:
         """The scalars on a trace: readout gradients at the reference step, then frozen."""
-        options = self.options
-        study = traced_study(self.config, self.probe_set, trace)
+        options, study = self.options, self.study(trace)
         state = trace.state(options.reference_step)
         model = model_from_state(state, study.config, study.benchmark)
         point = Checkpointed(
@@ -221,11 +235,14 @@ def mlp_functional_write_adam_state_attribution(
         CircuitError: as `report_attribution`.
     """
     source = WriteScalars(config, probe_set, options, scalar_pair_rows)
-    study = traced_study(config, probe_set, open_trace(trace))
     rows = None if scalar_pair_rows is None else str(scalar_pair_rows)
-    found = study.provenance() | {"pairs": len(study.pairs(options.pairs))}
-    if scalar_pair_rows is not None:  # shards that took their competitors from others do not merge
-        found["scalar_pair_rows_sha256"] = _digest(scalar_pair_rows)
+
+    def provenance(study: Study) -> dict[str, Any]:
+        found: dict[str, Any] = {"pairs": len(study.pairs(options.pairs))}
+        if scalar_pair_rows is not None:  # shards that took competitors from others do not merge
+            found["scalar_pair_rows_sha256"] = _digest(scalar_pair_rows)
+        return found
+
     return report_attribution(
         COMMAND,
         Job(trace, source, path, partitions, loss_scope),
@@ -237,7 +254,8 @@ def mlp_functional_write_adam_state_attribution(
             "scalar_pair_rows": rows,
             **options.to_json(),
         },
-        provenance=found,
+        study=source.study,
+        provenance=provenance,
         overwrite=overwrite,
         progress=progress,
     )

@@ -23,13 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from circuit.artifacts import Row, dump_rows, find_folder
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.functional_subspace import written_deltas
-from circuit.model.components import parse_component
+from circuit.lazy import pd
 from circuit.model.subspaces import check_rank
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import open_study
@@ -118,8 +116,7 @@ def mlp_input_functional_subspace(
             row is named); an option names what does not exist, the rank is too large, or the
             output folder is not free.
     """
-    for address in (wanted.source, wanted.mlp):
-        parse_component(address, shape=(config.model.layers, config.model.heads))
+    WritePath.parse(wanted.source, wanted.mlp, shape=(config.model.layers, config.model.heads))
     intervals = read_intervals(
         scalar_pair_rows,
         pair_types=wanted.pair_types,
@@ -129,13 +126,13 @@ def mlp_input_functional_subspace(
     )
     weights = intervals.weights(wanted.endpoints)
     check_rank("--subspace-rank", wanted.rank, min(len(intervals.first) - 1, config.model.d_model))
-    study = open_study(config, probe_set)
-    batch = study.side(intervals.pairs(study), wanted.side)
-    intervals.check_tokens(batch, study.vocabulary.value_ids)
-    groups = _groups(batch, wanted, study.vocabulary)
     run = find_folder(config.output_dir, Path(probe_set))
     checkpoints = intervals.checkpoints(weights, run)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, checkpoints=checkpoints)
+        batch = study.side(intervals.pairs(study), wanted.side)
+        intervals.check_tokens(batch, study.vocabulary.value_ids)
+        groups = _groups(batch, wanted, study.vocabulary)
         ends = intervals.ends(wanted.endpoints)
         found: dict[int, Measured] = {}
         for done, point in enumerate(study.models(checkpoints), start=1):

@@ -18,18 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row, dump_rows
 from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.progress import heads_over_steps
+from circuit.lazy import np, torch
 from circuit.model.components import Component, parse_component
 from circuit.model.readout import read_answers
 from circuit.reports.base import ReportResult, open_report
@@ -37,7 +32,14 @@ from circuit.reports.correlation import CHANCE, chance_level, pearson
 from circuit.reports.inputs import Checkpointed, PairOptions, Study, open_study
 from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
 from circuit.scalars.head_progress import COLUMNS, REDUNDANT, ScoredReads, head_progress
-from circuit.tasks.pairs import Pair
+from circuit.tasks.groups import check_single
+from circuit.tasks.pairs import Pair, check_side
+from circuit.tasks.positions import check_roles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 COMMAND = "ov-write-progress-report"
 NAME = "ov_write_progress"
@@ -80,6 +82,11 @@ class ProgressOptions:
     pairs: PairOptions = field(default_factory=PairOptions)
     splits: tuple[str, ...] | None = None
     top_k_correlations: int = 32
+
+    def __post_init__(self) -> None:
+        check_single(self.score_query_role)
+        check_roles(self.support_key_role, self.distractor_key_role)
+        check_side(self.record_side)
 
 
 @dataclass(frozen=True)
@@ -129,15 +136,15 @@ def ov_write_progress(
     """
     options = options or ProgressOptions()
     heads = _heads(options.heads, config.model)
-    study = open_study(config, probe_set, splits=options.splits)
-    pairs = study.pairs(options.pairs)
-    reads = ScoredReads.of(
-        study.side(pairs, options.record_side),
-        query_role=options.score_query_role,
-        support_role=options.support_key_role,
-        distractor_role=options.distractor_key_role,
-    )
     with open_report(COMMAND, output_dir, overwrite=overwrite) as report:
+        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        pairs = study.pairs(options.pairs)
+        reads = ScoredReads.of(
+            study.side(pairs, options.record_side),
+            query_role=options.score_query_role,
+            support_role=options.support_key_role,
+            distractor_role=options.distractor_key_role,
+        )
         measured = _measure(study, checkpoints, reads, heads, progress)
         correlations = list(_correlation_rows(measured))
         lags = Counter(reads.batch.reads.lag.tolist())

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-
+from circuit.lazy import torch
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed
 from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
@@ -24,6 +22,9 @@ from circuit.scalars.transfer import (
 from circuit.schemas import RouteRow, Side
 from circuit.tasks.pairs import SIDES, Pair
 from circuit.tasks.symbolic_kv import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONTRAST = "contrast_margin"
 TARGET_SCALARS = (*ANSWER_SCALARS, CONTRAST)

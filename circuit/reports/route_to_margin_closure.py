@@ -97,7 +97,7 @@ def route_to_margin_closure(
     """
     _check(checkpoints, wanted)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=wanted.splits)
+        study = open_study(config, probe_set, splits=wanted.splits, checkpoints=checkpoints)
         keys, values = study.vocabulary.key_ids, study.vocabulary.value_ids
         check_routes(wanted.routes, config.model, num_keys=len(keys), num_values=len(values))
         pairs = study.pairs(wanted.pairs)

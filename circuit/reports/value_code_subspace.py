@@ -15,24 +15,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.value_code import readability
+from circuit.lazy import torch
 from circuit.model.codes import Vectors, mean_at, nearest_centroid, nearest_centroid_without
 from circuit.model.readout import Answers, lens, read_answers
 from circuit.model.stages import read_stages, stage_hook
 from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_basis
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Study, open_study
-from circuit.tasks.groups import group_tokens, nonempty_mask
+from circuit.tasks.groups import check_group, group_tokens, nonempty_mask
 from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 COMMAND = "value-code-subspace-report"
 READABLE = 0.5
@@ -77,12 +78,12 @@ def value_code_subspace(
             probe set is of another run, or the output folder is not free.
     """
     _check_names(options, config.model.layers)
-    study = open_study(config, probe_set, splits=options.splits)
-    batch = study.reads(options.max_records)
-    sites = _sites(batch, options, config.model.d_model)
     rows: list[Row] = []
     digests, worst = {}, 0.0
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        batch = study.reads(options.max_records)
+        sites = _sites(batch, options, config.model.d_model)
         for done, point in enumerate(study.models(checkpoints), start=1):
             with torch.no_grad():
                 logits, activations = read_stages(point.model, batch.tokens, *options.stages)
@@ -146,6 +147,9 @@ def _check_names(options: SubspaceOptions, layers: int) -> None:
             raise CircuitError(
                 ", ".join(names) or "nothing", where=option, expected="at least one, each once"
             )
+    for role in options.position_roles:
+        for group in options.group_by:
+            check_group(group, role)
 
 
 def _sites(batch: Batch, options: SubspaceOptions, width: int) -> list[_Site]:

@@ -17,16 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row, dump_rows
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.value_code import rescue
+from circuit.lazy import no_grad, torch
 from circuit.model.codes import logits_with_code, mean_at
 from circuit.model.readout import Answers, read_answers
 from circuit.model.rescue import (
@@ -42,12 +39,18 @@ from circuit.model.subspaces import check_rank
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Study, open_study
 from circuit.tasks.groups import (
+    check_group,
+    check_single,
     group_tokens,
     is_for_fitting,
     nonempty_mask,
     single_position,
 )
-from circuit.tasks.positions import Batch
+from circuit.tasks.positions import Batch, check_roles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 COMMAND = "value-code-transfer-rescue"
 SCALARS = (
@@ -160,13 +163,13 @@ def value_code_transfer_rescue(
             reads, a checkpoint or probe set is of another run, or the folder is not free.
     """
     _check(options, config)
-    study = open_study(config, probe_set, splits=options.splits)
-    reads = Reads.of(study.reads(options.max_records), options)
-    masks = {role: nonempty_mask(reads.batch, role) for _, role in _sites(options).values()}
     rows: list[Row] = []
     read_rows: list[Row] = []
     digests, shares = {}, {}
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
+        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        reads = Reads.of(study.reads(options.max_records), options)
+        masks = {role: nonempty_mask(reads.batch, role) for _, role in _sites(options).values()}
         for done, point in enumerate(study.models(checkpoints), start=1):
             found = _measure(point.model, reads, masks, options, study)
             rows += _rows(point.step, found, reads, options.seed)
@@ -197,6 +200,9 @@ def _check(options: RescueOptions, config: TrainConfig) -> None:
     layers, width = config.model.layers, config.model.d_model
     for stage in (options.source_stage, options.target_stage, options.context_stage):
         stage_hook(stage, layers)
+    check_single(options.target_position_role)
+    check_group(options.group_by, options.target_position_role)
+    check_roles(*(role for _, role in _sites(options).values()))
     for name, rank in (("basis", options.basis_rank), ("context", options.context_rank)):
         check_rank(f"the {name}", rank, width)
     for control in options.controls:
@@ -238,7 +244,7 @@ class _Found:
     shares: dict[str, float | None]
 
 
-@torch.no_grad()
+@no_grad
 def _measure(
     model: HookedTransformer,
     reads: Reads,

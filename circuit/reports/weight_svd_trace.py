@@ -8,26 +8,29 @@ Per checkpoint the float64 SVD of `W_QK = W_Q W_K^T` and `W_OV = W_V W_O` of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row, dump_rows, find_folder
-from circuit.config import TrainConfig
+from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.weights import svd_birth
-from circuit.model.components import Component, all_heads
+from circuit.lazy import torch
+from circuit.model.components import Component
 from circuit.model.subspaces import svd_of_product
+from circuit.model.weights import layer_weights
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import models_at
+from circuit.reports.inputs import states_at
 from circuit.tasks.benchmark import load_benchmark
+from circuit.training.checkpoints import tensors_digest
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 COMMAND = "weight-svd-trace"
 VALUES = "weight_svd_singular_values"
@@ -99,17 +102,35 @@ class Point:
     spectra: list[Spectra]
 
 
-def weight_spectra(model: HookedTransformer) -> list[Spectra]:
-    """The SVDs of all `W_QK`, `W_OV`, `W_in` and `W_out` of a model."""
-    heads = tuple(all_heads(model))
-    mlps = tuple(Component(layer, None) for layer in range(model.cfg.n_layers))
-    products = {"W_QK": (model.W_Q, model.W_K.mT), "W_OV": (model.W_V, model.W_O)}
+def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Spectra]:
+    """The SVDs of all `W_QK`, `W_OV`, `W_in` and `W_out`.
+
+    Args:
+        tensors: the parameters by name.
+        shape: of the model.
+
+    Raises:
+        CircuitError: a weight is missing.
+    """
+    heads = tuple(Component(n, h) for n in range(shape.layers) for h in range(shape.heads))
+    mlps = tuple(Component(layer, None) for layer in range(shape.layers))
+
+    def weights(name: str) -> Tensor:
+        return layer_weights(tensors, name, shape.layers)
+
+    def of_heads(name: str) -> Tensor:  # [head of any layer, ., .]
+        return weights(f"attn.{name}").flatten(0, 1)
+
+    products = {
+        "W_QK": (of_heads("W_Q"), of_heads("W_K").mT),
+        "W_OV": (of_heads("W_V"), of_heads("W_O")),
+    }
     found = []
     for matrix, (left, right) in products.items():
-        u, s, v = svd_of_product(left.flatten(0, 1), right.flatten(0, 1))
-        found.append(_signed(matrix, heads, u.cpu(), s.cpu(), v.cpu()))
-    for matrix, weights in (("W_in", model.W_in), ("W_out", model.W_out)):
-        u, s, vh = torch.linalg.svd(weights.detach().cpu().double(), full_matrices=False)
+        u, s, v = svd_of_product(left, right)
+        found.append(_signed(matrix, heads, u, s, v))
+    for matrix in MLP_MATRICES:
+        u, s, vh = torch.linalg.svd(weights(f"mlp.{matrix}").double(), full_matrices=False)
         found.append(_signed(matrix, mlps, u, s, vh.mT))
     return found
 
@@ -143,9 +164,10 @@ def weight_svd_trace(
     benchmark = load_benchmark(find_folder(config.benchmark_dir, checkpoints[0]), splits=[])
     points: list[Point] = []
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        for at in models_at(config, benchmark, checkpoints):
-            spectra = [found.top(options.top_vector_ranks) for found in weight_spectra(at.model)]
-            points.append(Point(at.step, at.digest, spectra))
+        for _, state in states_at(config, benchmark.digest, checkpoints):
+            every = weight_spectra(state.parameters, config.model)
+            spectra = [found.top(options.top_vector_ranks) for found in every]
+            points.append(Point(state.step, tensors_digest(state.parameters), spectra))
             if progress:
                 progress(len(points), len(checkpoints))
         last = points[-1].spectra
@@ -158,7 +180,7 @@ def weight_svd_trace(
             rows=rows,
             further={
                 f"{VALUES}.jsonl": dump_rows(values),
-                f"{VALUES}.csv": pd.DataFrame(values).to_csv(index=False, lineterminator="\n"),
+                f"{VALUES}.csv": _csv(values),
                 VECTORS: dump_rows(row for point in points for row in _vector_rows(point, last)),
             },
             page=_page(growth, points),
@@ -175,6 +197,14 @@ def weight_svd_trace(
             },
             device=config.device,
         )
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _check(options: SvdOptions, config: TrainConfig, checkpoints: Sequence[Path]) -> None:
@@ -245,26 +275,23 @@ def _vector_rows(point: Point, last: list[Spectra]) -> Iterator[Row]:
 
 def _growth(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     """Per matrix, its components by growth of the top singular value from first to last step."""
-    table = pd.DataFrame(rows)
+    courses: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        courses.setdefault((row["matrix"], row["component"]), []).append(row)
     found: dict[str, list[dict[str, Any]]] = {}
-    for (matrix, component), course in table.groupby(["matrix", "component"], sort=False):
-        top = course["top_singular_value"].tolist()
+    for (matrix, component), course in courses.items():
+        top = [row["top_singular_value"] for row in course]
         growth = top[-1] - top[0]
-        half = (
-            step
-            for step, value in zip(course["step"].tolist(), top, strict=True)
-            if value >= top[0] + growth / 2
-        )
-        ranks = [row["effective_rank"] for row in (course.iloc[0], course.iloc[-1])]
-        found.setdefault(str(matrix), []).append(
+        half = (row["step"] for row in course if row["top_singular_value"] >= top[0] + growth / 2)
+        found.setdefault(matrix, []).append(
             {
                 "component": component,
                 "first": top[0],
                 "last": top[-1],
                 "growth": growth,
                 "half_growth_step": next(half) if growth > 0 else None,
-                "effective_rank_first": ranks[0],
-                "effective_rank_last": ranks[1],
+                "effective_rank_first": course[0]["effective_rank"],
+                "effective_rank_last": course[-1]["effective_rank"],
             }
         )
     return {

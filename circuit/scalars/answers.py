@@ -21,16 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.readout import read_answers
 from circuit.scalars.base import Cache, Needs
 from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 MOVING = "moving_answer_margin"
 FIXED_SOURCE = "fixed_source_competitor_margin"

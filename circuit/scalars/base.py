@@ -11,19 +11,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
-
+from circuit.lazy import torch
 from circuit.model.components import Hook, parse_component
 from circuit.tasks.symbolic_kv import PAD
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+    from transformer_lens.hook_points import HookPoint
+
 Sequences = tuple[tuple[int, ...], ...]
-Activations = dict[str, Tensor]
+Activations: TypeAlias = "dict[str, Tensor]"
 """Hook point -> activations `[sequence, pos, ...]`."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\..*")
@@ -44,7 +45,7 @@ class Needs:
     ablations: tuple[str, ...] = ()
 
 
-class Cache(Mapping[str, Tensor]):
+class Cache(Mapping[str, "Tensor"]):
     """Activations of a scalar's own sequences: `cache[hook]` is `[sequence, pos, ...]`.
 
     `cache.without("L1H3")[hook]` is the same with that component ablated.

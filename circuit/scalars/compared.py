@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.tasks.positions import Batch, role_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
 
 
 def compared_positions(

@@ -10,26 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.components import Component, parse_component
 from circuit.model.stages import run_from, stage_hook
 from circuit.scalars.base import Cache, Needs, forward_activations
 from circuit.tasks.positions import Batch, role_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+    from transformer_lens.hook_points import HookPoint
 
 Target = Literal["post_mlp_total_delta", "mlp_output_delta", "input_delta"]
 Reference = Literal["post_mlp_gradient", "input_gradient"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 REFERENCES: tuple[Reference, ...] = get_args(Reference)
 
-ReadScalar = Callable[[Float[Tensor, "read vocab"]], Float[Tensor, " read"]]
+ReadScalar: TypeAlias = "Callable[[Float[Tensor, 'read vocab']], Float[Tensor, ' read']]"
 """An answer scalar of the logits at the prediction positions."""
 
 
@@ -41,14 +42,24 @@ class WritePath:
     mlp: Component
 
     @classmethod
-    def parse(cls, source: str, mlp: str, model: HookedTransformer | None = None) -> WritePath:
+    def parse(
+        cls,
+        source: str,
+        mlp: str,
+        model: HookedTransformer | None = None,
+        *,
+        shape: tuple[int, int] | None = None,
+    ) -> WritePath:
         """A path from two addresses, such as `L1H3` and `L1MLP`.
+
+        Args:
+            model, shape: that the addresses must exist in; see `parse_component`.
 
         Raises:
             CircuitError: an address is malformed or not in the model, the second is no MLP, or the
                 source does not write before it.
         """
-        found = cls(parse_component(source, model), parse_component(mlp, model))
+        found = cls(*(parse_component(address, model, shape=shape) for address in (source, mlp)))
         if found.mlp.head is not None:
             raise CircuitError(f"component '{mlp}' is a head", expected="an MLP, such as L1MLP")
         before = found.source.layer < found.mlp.layer or (

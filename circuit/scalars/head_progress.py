@@ -25,13 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
+from circuit.lazy import no_grad, torch
 from circuit.model.components import Component
 from circuit.model.dla import (
     attribute_logits,
@@ -43,6 +40,11 @@ from circuit.model.dla import (
 from circuit.model.readout import read_answers
 from circuit.scalars.compared import compared_positions
 from circuit.tasks.positions import Batch, role_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 MATCHES = ("qk_separation", "attention_support", "attention_distractors")
 DLA = ("head_value_margin_dla", "head_answer_logit_dla", "head_margin_dla")
@@ -127,7 +129,7 @@ class HeadProgress:
     dla_residual: float
 
 
-@torch.no_grad()
+@no_grad
 def head_progress(
     model: HookedTransformer, reads: ScoredReads, heads: Sequence[Component], values: range
 ) -> HeadProgress:

@@ -11,20 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Literal, get_args
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.components import Component, parse_component
 from circuit.model.stages import stage_before, stage_hook
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.compared import compared_positions
 from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 LayerNormMode = Literal["head_ln1", "none"]
 LAYERNORM_MODES: tuple[LayerNormMode, ...] = get_args(LayerNormMode)
@@ -105,6 +106,17 @@ class ReadMasks:
         )
 
 
+def check_layernorm_mode(mode: str) -> None:
+    """Refuse a mode that does not exist.
+
+    Raises:
+        CircuitError: lists those that do.
+    """
+    if mode not in LAYERNORM_MODES:
+        known = " or ".join(LAYERNORM_MODES)
+        raise CircuitError(f"unknown layernorm mode '{mode}'", expected=known)
+
+
 class QKMatch:
     """The QK match of one head at one rank over fixed reads."""
 
@@ -139,10 +151,7 @@ class QKMatch:
         self.component: Component = parse_component(head)
         if self.component.head is None:
             raise CircuitError(f"'{head}' has no QK circuit", expected="a head, such as L2H1")
-        if layernorm_mode not in LAYERNORM_MODES:
-            raise CircuitError(
-                f"unknown layernorm mode '{layernorm_mode}'", expected=" or ".join(LAYERNORM_MODES)
-            )
+        check_layernorm_mode(layernorm_mode)
         if biases and rank is not None:
             raise CircuitError("biases belong to the whole matrix", fix="leave out the rank")
         stage = context_stage or stage_before(self.component.layer)

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, TypeAlias
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.stages import read_stages, run_from
 from circuit.model.subspaces import Basis, keep, remove, subspace_basis
 from circuit.scalars.routes import Route
@@ -25,9 +22,14 @@ from circuit.tasks.pairs import Pair
 from circuit.tasks.positions import Batch, role_mask
 from circuit.tasks.symbolic_kv import Vocabulary
 
-Places = tuple[Int[Tensor, " place"], Int[Tensor, " place"], Int[Tensor, " place"]]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+Places: TypeAlias = "tuple[Int[Tensor, ' place'], Int[Tensor, ' place'], Int[Tensor, ' place']]"
 """Pair, position on the clean side, position on the corrupted side."""
-Residual = Float[Tensor, "row pos d_model"]
+Residual: TypeAlias = "Float[Tensor, 'row pos d_model']"
 
 
 @dataclass(frozen=True)

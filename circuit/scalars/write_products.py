@@ -15,13 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
-from transformer_lens import HookedTransformer
-
+from circuit.lazy import torch
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import Basis, vector_basis
 from circuit.scalars.answers import LOGITS, Competitors, fixed_scalars
@@ -34,6 +30,11 @@ from circuit.scalars.functional_write import (
     readout_gradients,
 )
 from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 PRODUCTS = {
     "g_in_delta_in": ("g_in", "delta_in"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-
-import torch
-from jaxtyping import Bool, Int64
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
-from circuit.tasks.positions import ROLES, Batch, role_mask, role_positions
+from circuit.lazy import torch
+from circuit.tasks.positions import Batch, check_roles, role_mask, role_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int64
+    from torch import Tensor
 
 GROUPS = ("answer_value", "support_value", "query_key", "support_key", "position_token")
 SINGLE_ROLES = ("prediction", "query_key", "support_op", "support_key", "support_value")
@@ -26,9 +28,8 @@ def group_tokens(batch: Batch, group_by: str, role: str) -> Int64[Tensor, " read
         CircuitError: there is no such grouping, or the role has several positions and the token at
             it is asked for.
     """
+    check_group(group_by, role)
     reads = batch.reads
-    if group_by not in GROUPS:
-        raise CircuitError(f"unknown group-by '{group_by}'", expected=f"one of {', '.join(GROUPS)}")
     if group_by == "answer_value":
         return reads.answer
     if group_by == "query_key":
@@ -42,16 +43,39 @@ def group_tokens(batch: Batch, group_by: str, role: str) -> Int64[Tensor, " read
     return batch.tokens[reads.row, at]
 
 
+def check_group(group_by: str, role: str) -> None:
+    """Refuse a grouping that does not exist, or that a role does not allow.
+
+    Raises:
+        CircuitError: as `group_tokens`.
+    """
+    check_roles(role)
+    if group_by not in GROUPS:
+        raise CircuitError(f"unknown group-by '{group_by}'", expected=f"one of {', '.join(GROUPS)}")
+    if group_by == "position_token":
+        check_single(role)
+
+
+def check_single(role: str) -> None:
+    """Refuse a role that does not exist, or that has several positions.
+
+    Raises:
+        CircuitError: lists those that have one.
+    """
+    check_roles(role)
+    if role not in SINGLE_ROLES:
+        raise CircuitError(
+            f"role '{role}' has several positions", expected=f"one of {', '.join(SINGLE_ROLES)}"
+        )
+
+
 def single_position(batch: Batch, role: str) -> Int64[Tensor, " read"]:
     """The position of a role that is one token of each read.
 
     Raises:
         CircuitError: there is no such role, or it has several positions.
     """
-    if role in ROLES and role not in SINGLE_ROLES:
-        raise CircuitError(
-            f"role '{role}' has several positions", expected=f"one of {', '.join(SINGLE_ROLES)}"
-        )
+    check_single(role)
     return role_positions(batch, role)[0][:, 0]
 
 

@@ -17,9 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.symbolic_kv import Program, Read, Record, Vocabulary, Write
 
@@ -48,12 +47,21 @@ class Pair:
 
     def side(self, name: str) -> Record:
         """The record of the side `clean` or `corrupted`. Raises CircuitError for another name."""
-        if name not in SIDES:
-            raise CircuitError(f"unknown side {name!r}", expected=" or ".join(SIDES))
+        check_side(name)
         return self.clean if name == "clean" else self.corrupted
 
 
 SIDES = ("clean", "corrupted")
+
+
+def check_side(name: str) -> None:
+    """Refuse a side that pairs do not have.
+
+    Raises:
+        CircuitError: lists those that they have.
+    """
+    if name not in SIDES:
+        raise CircuitError(f"unknown side {name!r}", expected=" or ".join(SIDES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +216,7 @@ def build_pairs(
         CircuitError: a type is unknown or named twice, the limits contradict each other, or a type
             has fewer than `min_per_type` pairs (the reasons for skipping are listed).
     """
-    _refuse_arguments(types, max_per_type, min_per_type)
+    check_pair_types(types, max_per_type, min_per_type)
     heldout = frozenset(heldout_pairs)
     found: dict[str, list[Pair]] = {kind: [] for kind in types}
     skipped: dict[str, Counter[str]] = {kind: Counter() for kind in types}
@@ -272,7 +280,12 @@ def _pair(kind: str, record: Record, site: _Site) -> Pair:
     return Pair(pair_id, kind, record, corrupted, site.read.index, change.transfer, change.what)
 
 
-def _refuse_arguments(types: Sequence[str], max_per_type: int, min_per_type: int) -> None:
+def check_pair_types(types: Sequence[str], max_per_type: int, min_per_type: int) -> None:
+    """Refuse pair types that do not exist, and limits that contradict each other.
+
+    Raises:
+        CircuitError: as `build_pairs`.
+    """
     unknown = [kind for kind in types if kind not in _TYPES]
     if unknown:
         raise CircuitError(f"unknown pair type {unknown[0]!r}", expected=", ".join(PAIR_TYPES))

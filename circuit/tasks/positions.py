@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
-from jaxtyping import Bool, Int64
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from circuit.errors import CircuitError
+from circuit.lazy import np, torch
 from circuit.tasks.symbolic_kv import PAD, READ, Program, Record, Vocabulary
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int64
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -315,14 +315,24 @@ ROLES = tuple(_ROLE_MASKS)
 """The roles of definitions.md section 2, in its order."""
 
 
+def check_roles(*roles: str) -> None:
+    """Refuse a role that does not exist.
+
+    Raises:
+        CircuitError: lists the roles.
+    """
+    for role in roles:
+        if role not in _ROLE_MASKS:
+            raise CircuitError(f"unknown role {role!r}", expected=", ".join(ROLES))
+
+
 def role_mask(batch: Batch, role: str) -> Bool[Tensor, "read pos"]:
     """Which token positions have a role for each read of the batch.
 
     Raises:
         CircuitError: there is no such role.
     """
-    if role not in _ROLE_MASKS:
-        raise CircuitError(f"unknown role {role!r}", expected=", ".join(ROLES))
+    check_roles(role)
     return _ROLE_MASKS[role](batch)
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from circuit.config import AdamWConfig, TrainConfig
+from circuit.lazy import torch
 from circuit.trace.flat import Flat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TERMS = {
     "adamw": ("weight_decay", "adam_current_gradient", "adam_historical_momentum"),

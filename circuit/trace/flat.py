@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from circuit.lazy import torch
 
-Flat = Float[Tensor, " parameter"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+Flat: TypeAlias = "Float[Tensor, ' parameter']"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from circuit.environment import (
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.trace.compare import state_difference
-from circuit.trace.replay import load_state
+from circuit.trace.replay import load_header, load_state
 from circuit.trace.step import FlatState, TracedStep, Tracer
 from circuit.trace.store import (
     COMMAND,
@@ -109,6 +109,11 @@ def record_trace(
         benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
+        header = None if start is None else load_header(start)
+        _check_window(config, options, 0 if header is None else header.step)
+        folder.refuse_foreign([MANIFEST, ROWS])
+        if header is not None:
+            check_state(header, config, benchmark.digest)
         state = None if start is None else load_state(start)
         # after load_state, which may have replayed with the threads of another trace
         threads = config.threads or run_facts.get("threads")
@@ -151,6 +156,23 @@ def _record(
     )
 
 
+def _check_window(config: TrainConfig, options: RecordOptions, start: int) -> int:
+    """The last step of the window.
+
+    Raises:
+        CircuitError: it is named twice or not at all, or lies outside the run.
+    """
+    if (options.end_step is None) == (options.num_steps is None):
+        raise CircuitError("give one of --end-step and --num-steps")
+    end = options.end_step if options.end_step is not None else start + (options.num_steps or 0)
+    if not start < end <= config.steps:
+        raise CircuitError(
+            f"cannot record steps {start} to {end}",
+            expected=f"an end after {start} and at most the config's {config.steps} steps",
+        )
+    return end
+
+
 def make_manifest(
     session: TrainingSession, options: RecordOptions, start: int, start_digests: dict[str, str]
 ) -> TraceManifest:
@@ -164,14 +186,7 @@ def make_manifest(
         CircuitError: the options name no end, or one that the run does not reach.
     """
     config = session.config
-    if (options.end_step is None) == (options.num_steps is None):
-        raise CircuitError("give one of --end-step and --num-steps")
-    end = options.end_step if options.end_step is not None else start + (options.num_steps or 0)
-    if not start < end <= config.steps:
-        raise CircuitError(
-            f"cannot record steps {start} to {end}",
-            expected=f"an end after {start} and at most the config's {config.steps} steps",
-        )
+    end = _check_window(config, options, start)
     return TraceManifest(
         config=config,
         benchmark_digest=session.benchmark.digest,

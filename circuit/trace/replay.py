@@ -21,10 +21,12 @@ from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, 
 from circuit.trace.step import FlatState, TracedStep, Tracer
 from circuit.trace.store import COMMAND, MANIFEST, TraceManifest, TraceStore
 from circuit.training.checkpoints import (
+    StateHeader,
     TrainState,
     checkpoint_step,
     encode_checkpoint,
     load_checkpoint,
+    read_header,
 )
 from circuit.training.session import TrainingSession, encode_split
 
@@ -150,12 +152,7 @@ class Trace:
         Raises:
             CircuitError: the step is not addressable, or the replay differs.
         """
-        if not self.manifest.is_addressable(step) or step > self.store.last_step:
-            raise CircuitError(
-                f"step {step} of the trace is not addressable",
-                where=self.store.root,
-                expected=self._addressable(),
-            )
+        self.check_addressable(step)
         path = self.store.checkpoint_path(step)
         if self.manifest.is_anchor(step) or path.exists():
             return self._stored(step)
@@ -170,6 +167,22 @@ class Trace:
                     path.relative_to(self.store.root).as_posix(), encode_checkpoint(state)
                 )
         return state
+
+    def check_addressable(self, step: int) -> None:
+        """Refuse a step whose state the trace cannot give.
+
+        Raises:
+            CircuitError: says which it can.
+        """
+        if not self.manifest.is_addressable(step) or step > self.store.last_step:
+            m = self.manifest
+            first = max(m.start_step, m.checkpoint_start_step)
+            every = "every step" if m.checkpoint_every == 1 else f"every {m.checkpoint_every} steps"
+            raise CircuitError(
+                f"step {step} of the trace is not addressable",
+                where=self.store.root,
+                expected=f"{every} from {first} to {self.store.last_step}, or an anchor",
+            )
 
     def verify(
         self,
@@ -265,12 +278,6 @@ class Trace:
             )
         self.drifts.append(drift)
 
-    def _addressable(self) -> str:
-        m = self.manifest
-        first = max(m.start_step, m.checkpoint_start_step)
-        every = "every step" if m.checkpoint_every == 1 else f"every {m.checkpoint_every} steps"
-        return f"{every} from {first} to {self.store.last_step}, or an anchor"
-
 
 def open_trace(path: str | Path, *, allow_drift: bool = False) -> Trace:
     """Open a trace folder for replay.
@@ -294,11 +301,36 @@ def load_state(path: str | Path) -> TrainState:
             another step than its name says.
     """
     path = Path(path)
-    step = checkpoint_step(path)
-    trace_root = path.parent.parent
-    if step is not None and not path.exists() and (trace_root / MANIFEST).exists():
-        return open_trace(trace_root).state(step)
-    state = load_checkpoint(path)
-    if step is not None and state.step != step:
-        raise CircuitError(f"holds the state of step {state.step}", where=path)
+    trace, step = _trace_of(path)
+    state = load_checkpoint(path) if trace is None else trace.state(step)
+    _refuse_misnamed(state, path)
     return state
+
+
+def load_header(path: str | Path) -> StateHeader:
+    """Whose state is behind a checkpoint's name, without reading or replaying it.
+
+    Raises:
+        CircuitError: as `load_state`, as far as descriptions tell.
+    """
+    path = Path(path)
+    trace, step = _trace_of(path)
+    if trace is None:
+        header = read_header(path)
+        _refuse_misnamed(header, path)
+        return header
+    trace.check_addressable(step)
+    return StateHeader(step, trace.manifest.config, trace.manifest.benchmark_digest)
+
+
+def _trace_of(path: Path) -> tuple[Trace | None, int]:
+    """The trace that makes a checkpoint of which there is no file, and the step."""
+    step, root = checkpoint_step(path), path.parent.parent
+    if step is None or path.exists() or not (root / MANIFEST).exists():
+        return None, -1
+    return open_trace(root), step
+
+
+def _refuse_misnamed(state: StateHeader, path: Path) -> None:
+    if checkpoint_step(path) not in (None, state.step):
+        raise CircuitError(f"holds the state of step {state.step}", where=path)

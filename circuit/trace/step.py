@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from circuit.config import TrainConfig
+from circuit.lazy import torch
 from circuit.tasks.symbolic_kv import PAD
 from circuit.trace.decompose import UpdateTerms, decompose
 from circuit.trace.flat import Flat, ParameterLayout
@@ -22,7 +19,12 @@ from circuit.training.checkpoints import TrainState, tensor_digest
 from circuit.training.data_order import Indices
 from circuit.training.optimizers import read_moments
 from circuit.training.session import TrainingSession
-from circuit.training.step import StepOutcome
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from circuit.training.step import StepOutcome
 
 MOMENT_STAGES = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}
 """The optimizer's moments under the names of definitions.md section 4."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import TrainConfig
@@ -28,7 +29,9 @@ from circuit.trace.step import FlatState, Tracer
 from circuit.trace.store import COMMAND, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
 from circuit.trace.writer import TraceWriter, planned_files
 from circuit.training.session import TrainingSession
-from circuit.training.step import StepOutcome
+
+if TYPE_CHECKING:
+    from circuit.training.step import StepOutcome
 
 DEFAULT_FOLDER = "analysis/optimizer_update_trace"
 """Of a run's trace, in the run's folder."""

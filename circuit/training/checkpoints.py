@@ -12,21 +12,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, cast
 
 from circuit.artifacts import atomic_write_bytes
 from circuit.config import TrainConfig, parse_config
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.training.optimizers import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAGIC = b"circuit-state-1\n"
 _FOOTER = struct.Struct(f">Q32s{len(_MAGIC)}s")
@@ -34,12 +36,18 @@ _STEP_NAME = re.compile(r"step_(\d{6,})\.pt")
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """A run after `step` optimizer steps: everything that the next step depends on."""
+class StateHeader:
+    """Whose state it is, and after how many steps: what a checkpoint's description tells."""
 
     step: int
     config: TrainConfig
     benchmark_digest: str
+
+
+@dataclass(frozen=True)
+class TrainState(StateHeader):
+    """A run after `step` optimizer steps: everything that the next step depends on."""
+
     parameters: dict[str, Tensor]
     moments: Moments
     notes: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +135,7 @@ def load_checkpoint(path: str | Path) -> TrainState:
             written by this program, or holding anything but tensors.
     """
     path = Path(path)
-    payload, description = _split(path)
+    payload, description = _read(path, payload=True)
     if hashlib.sha256(payload).hexdigest() != description["payload_sha256"]:
         raise _damaged(path, f"digest mismatch{_locate_damage(payload, description)}")
     groups = _unpickle(path, payload)
@@ -152,8 +160,19 @@ def load_checkpoint(path: str | Path) -> TrainState:
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself (step, config, digests), without reading its tensors."""
-    return _split(Path(path))[1]
+    """What a checkpoint says of itself (step, config, digests), without reading its tensors.
+
+    Raises:
+        CircuitError: missing, truncated, or not written by this program.
+    """
+    return _read(Path(path), payload=False)[1]
+
+
+def read_header(path: str | Path) -> StateHeader:
+    """Whose state a checkpoint holds; raises as `read_description`."""
+    found = read_description(path)
+    config = parse_config(found["config"], TrainConfig, where=path)
+    return StateHeader(found["step"], config, found["benchmark_digest"])
 
 
 def _groups(
@@ -165,30 +184,37 @@ def _groups(
 def _is_as_described(tensor: Any, facts: dict[str, Any]) -> bool:
     """Whether reading the tensor takes no more than the bytes that the file holds for its shape."""
     return (
-        isinstance(tensor, Tensor)
+        isinstance(tensor, torch.Tensor)
         and list(tensor.shape) == facts["shape"]
         and tensor.is_contiguous()  # an expanded tensor claims more than it stores
     )
 
 
-def _split(path: Path) -> tuple[bytes, dict[str, Any]]:
+def _read(path: Path, *, payload: bool) -> tuple[bytes, dict[str, Any]]:
+    """The payload (empty unless asked for) and the verified description."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            if size < _FOOTER.size:
+                raise _damaged(path, "too short to be a checkpoint")
+            handle.seek(size - _FOOTER.size)
+            length, digest, magic = _FOOTER.unpack(handle.read())
+            begins = size - _FOOTER.size - length
+            text = b""
+            if begins >= 0:
+                handle.seek(begins)
+                text = handle.read(length)
+            if magic != _MAGIC or hashlib.sha256(text).digest() != digest:
+                raise _damaged(path, "truncated, altered, or not a checkpoint of this program")
+            description: dict[str, Any] = json.loads(text)
+            if begins != description["payload_bytes"]:
+                raise _damaged(path, f"payload has {begins} bytes, not the recorded number")
+            handle.seek(0)
+            return handle.read(begins) if payload else b"", description
     except FileNotFoundError:
         raise CircuitError("no such checkpoint", where=path, fix=_siblings(path)) from None
     except OSError as error:
         raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
-    if len(data) < _FOOTER.size:
-        raise _damaged(path, "too short to be a checkpoint")
-    length, digest, magic = _FOOTER.unpack(data[-_FOOTER.size :])
-    text = data[-_FOOTER.size - length : -_FOOTER.size] if length < len(data) else b""
-    if magic != _MAGIC or hashlib.sha256(text).digest() != digest:
-        raise _damaged(path, "truncated, altered, or not a checkpoint of this program")
-    description: dict[str, Any] = json.loads(text)
-    payload = data[: -_FOOTER.size - length]
-    if len(payload) != description["payload_bytes"]:
-        raise _damaged(path, f"payload has {len(payload)} bytes, not the recorded number")
-    return payload, description
 
 
 def _unpickle(path: Path, payload: bytes) -> dict[str, dict[str, Tensor]]:
@@ -197,7 +223,7 @@ def _unpickle(path: Path, payload: bytes) -> dict[str, dict[str, Tensor]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise _damaged(path, f"refused: the payload holds more than tensors ({reason})") from None
-    return cast(dict[str, dict[str, Tensor]], groups)
+    return cast("dict[str, dict[str, Tensor]]", groups)
 
 
 def _locate_damage(payload: bytes, description: dict[str, Any]) -> str:

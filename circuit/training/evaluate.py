@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-from transformer_lens import HookedTransformer
-
+from circuit.lazy import no_grad, torch
 from circuit.model.readout import read_answers
 from circuit.tasks.positions import Batch, EncodedSplit, role_mask, shortcut_values
 from circuit.tasks.symbolic_kv import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
 
 BATCH = 256
 SHORTCUTS = range(1, 7)
@@ -102,7 +102,7 @@ def evaluate(
     )
 
 
-@torch.no_grad()
+@no_grad
 def _measure(model: HookedTransformer, batch: Batch, vocab: Vocabulary) -> dict[str, Tensor]:
     """Per-target and per-read figures of one batch, on the CPU."""
     device = model.W_E.device
@@ -110,7 +110,7 @@ def _measure(model: HookedTransformer, batch: Batch, vocab: Vocabulary) -> dict[
     logits, attention = logits_and_attention(model, tokens)
     targets = tokens[:, 1:]
     real = targets != vocab.pad
-    losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     read = _read_figures(logits, batch, vocab)
     for name, role in (("q", "query_key"), ("r", "support_value")):
         mask = role_mask(batch, role).to(device)[:, : attention.shape[-1]]
@@ -139,7 +139,7 @@ def logits_and_attention(model: HookedTransformer, tokens: Tensor) -> tuple[Tens
         names_filter=lambda name: name.endswith("attn.hook_pattern"),
         return_cache_object=False,
     )
-    return cast(Tensor, logits), torch.cat(list(cache.values()), dim=1)
+    return cast("Tensor", logits), torch.cat(list(cache.values()), dim=1)
 
 
 def _read_figures(logits: Tensor, batch: Batch, vocab: Vocabulary) -> dict[str, Tensor]:

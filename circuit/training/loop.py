@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
 from circuit.config import TrainConfig, first_difference, load_config
@@ -42,7 +42,9 @@ from circuit.training.checkpoints import (
 )
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.session import DivergedError, TrainingSession, encode_split
-from circuit.training.step import StepOutcome
+
+if TYPE_CHECKING:
+    from circuit.training.step import StepOutcome
 
 COMMAND = "train"
 RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY = (

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, TypeAlias
 
 from circuit.config import AdamWConfig, SGDConfig, TrainConfig
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 
-Moments = dict[str, dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Moments: TypeAlias = "dict[str, dict[str, Tensor]]"
 """Optimizer state: moment -> parameter name -> tensor of the parameter's shape."""
 
 

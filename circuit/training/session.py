@@ -6,22 +6,24 @@ Train, trace and replay differ in what they do between steps; the session is wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
-
-import torch
-from torch import Tensor
-from transformer_lens import HookedTransformer
+from typing import TYPE_CHECKING, Any, Self
 
 from circuit.config import ModelConfig, TrainConfig, first_difference
 from circuit.errors import CircuitError
-from circuit.model.build import build_model, load_tensors, named_tensors
+from circuit.lazy import torch
+from circuit.model.weights import load_tensors, named_tensors
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
-from circuit.training.checkpoints import TrainState
+from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.data_order import Indices, batch_indices
 from circuit.training.optimizers import build_optimizer, read_moments, write_moments
-from circuit.training.step import StepOutcome, training_step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+    from circuit.training.step import StepOutcome
 
 
 class DivergedError(CircuitError):
@@ -89,6 +91,8 @@ class TrainingSession:
         Raises:
             DivergedError: the training has diverged: loss or gradient are not finite any more.
         """
+        from circuit.training.step import training_step
+
         outcome = training_step(
             self.model,
             self.optimizer,
@@ -161,7 +165,7 @@ def model_from_state(
     return model
 
 
-def check_state(state: TrainState, config: TrainConfig, benchmark_digest: str) -> None:
+def check_state(state: StateHeader, config: TrainConfig, benchmark_digest: str) -> None:
     """Refuse a state of another recipe or another benchmark.
 
     Raises:
@@ -185,6 +189,8 @@ def check_state(state: TrainState, config: TrainConfig, benchmark_digest: str) -
 
 
 def _model_for(config: TrainConfig, benchmark: Benchmark) -> HookedTransformer:
+    from circuit.model.build import build_model
+
     return build_model(
         config.model,
         vocabulary_size=benchmark.vocabulary.size,

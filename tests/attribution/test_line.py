@@ -10,9 +10,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from circuit.attribution import line as module
-from circuit.attribution.line import MOST_NODES, TOLERANCE, Line, Values
+from circuit.attribution.line import MOST_INTERVALS, TOLERANCE, Line, Values
+from circuit.attribution.path import clenshaw_curtis
 from circuit.config import TrainConfig
-from circuit.model.build import build_model, load_tensors, named_tensors
+from circuit.model.build import build_model
+from circuit.model.weights import load_tensors, named_tensors
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, make_batch
 
@@ -138,11 +140,50 @@ def test_nodes_are_doubled_until_it_closes_and_no_further_than_the_limit(
     monkeypatch.setattr(module, "TOLERANCE", 1e-9)
     precise = between(model, ends, batch).integrate(scalars)
     assert precise.closed
-    assert 2 < precise.nodes < MOST_NODES
-    monkeypatch.setattr(module, "MOST_NODES", 2)
+    assert 3 < precise.nodes < MOST_INTERVALS
+    monkeypatch.setattr(module, "MOST_INTERVALS", 2)
     rough = between(model, ends, batch).integrate(scalars)
     assert not rough.closed
-    assert rough.nodes == 2
+    assert rough.nodes == 3
+
+
+def test_a_refined_integral_takes_no_derivative_twice(
+    model: HookedTransformer,
+    ends: tuple[Weights, Weights],
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "TOLERANCE", 1e-9)
+    taken: list[float] = []
+    told: list[tuple[int, int]] = []
+    derivatives = Line.derivatives
+    monkeypatch.setattr(
+        Line, "derivatives", lambda self, f, s: (taken.append(s), derivatives(self, f, s))[1]
+    )
+    found = between(model, ends, batch).integrate(scalars, lambda *at: told.append(at))
+    assert len(taken) == len(set(taken)) == found.nodes
+    assert told[-1] == (found.nodes, found.nodes)
+
+
+def test_logits_that_are_known_are_not_computed_again(
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+) -> None:
+    known = between(model, (ends[1], ends[0]), batch).ends[1]
+    places = (batch.reads.row, batch.reads.key_pos)
+    line = Line(model, *ends, batch.tokens, places, source_logits=known)
+    assert line.ends[0] is known
+    assert torch.equal(known, between(model, ends, batch).ends[0])
+
+
+@pytest.mark.parametrize("intervals", [2, 4, 8, 16])
+def test_clenshaw_and_curtis_rule_is_exact_for_polynomials_and_nested(intervals: int) -> None:
+    rule = clenshaw_curtis(intervals)
+    assert rule.nodes[0] == 0.0
+    assert rule.nodes[-1] == 1.0
+    assert set(rule.nodes) <= set(clenshaw_curtis(2 * intervals).nodes)
+    for degree in range(intervals + 2):
+        total = sum(w * s**degree for s, w in zip(rule.nodes, rule.weights, strict=True))
+        assert total == pytest.approx(1 / (degree + 1), abs=1e-13)
 
 
 def test_nothing_changes_on_a_line_of_no_length(

@@ -16,7 +16,8 @@ from transformer_lens import HookedTransformer
 
 from circuit.config import ModelConfig
 from circuit.errors import CircuitError
-from circuit.model.build import build_model, load_tensors, named_tensors
+from circuit.model.build import build_model
+from circuit.model.weights import load_tensors, named_tensors
 
 VOCABULARY = 19
 

@@ -176,7 +176,7 @@ def test_an_integral_that_does_not_close_is_said_so(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(line, "TOLERANCE", 1e-12)
-    monkeypatch.setattr(line, "MOST_NODES", 4)
+    monkeypatch.setattr(line, "MOST_INTERVALS", 4)
     result = answer_scalar_residual_diagnosis(
         load_config(RUN / "run_config.json", TrainConfig),
         PROBE,

@@ -16,6 +16,7 @@ from circuit.artifacts import read_jsonl
 from circuit.config import ModelConfig
 from circuit.model.build import build_model
 from circuit.model.components import parse_component
+from circuit.model.weights import named_tensors
 from circuit.reports.weight_svd_trace import Spectra, weight_spectra
 from circuit.runs import open_run
 
@@ -45,7 +46,7 @@ def spectra_of(values: torch.Tensor) -> Spectra:
 def test_spectra_are_those_of_the_dense_matrices() -> None:
     shape = ModelConfig(layers=2, heads=2, d_model=16, d_ff=24, max_sequence_length=12)
     model = build_model(shape, vocabulary_size=20, seed=1).requires_grad_(False)
-    found = weight_spectra(model)
+    found = weight_spectra(named_tensors(model), shape)
     assert [spectra.matrix for spectra in found] == ["W_QK", "W_OV", "W_in", "W_out"]
     for spectra in found:
         ranks = 8 if spectra.matrix in ("W_QK", "W_OV") else 16

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuit.config import TrainConfig
-from circuit.model.build import named_tensors
+from circuit.model.weights import named_tensors
 from circuit.tasks.symbolic_kv import PAD
 from circuit.training.optimizers import learning_rate, read_moments
 from circuit.training.session import TrainingSession

@@ -1,0 +1,323 @@
+"""What arguments, configs and headers tell is refused before torch is imported, by every command.
+
+The law runs over all registered commands: each option of each command is given values that cannot
+be right, derived from its declared range or listed here by its name, beside good values for the
+rest. One process types them all; in it torch and whatever is as heavy cannot be imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+from circuit.cli.app import app
+from command_line import type_in
+from typer.models import ArgumentInfo
+
+PROBE = "runs/tiny/analysis/probe_set.jsonl"
+CHECKPOINTS = "runs/tiny/checkpoints"
+PAIR_ROWS = "diagnosis/answer_scalar_residual_diagnosis_pair_rows.jsonl"
+ROUTE_ROWS = "closure/route_to_margin_closure_rows.jsonl"
+ROUTE = "label=r,stage=embedding,position_role=prediction"
+
+GOOD = {
+    "anchor_every": "4",
+    "benchmark_dir": "data/tiny",
+    "checkpoint": f"{CHECKPOINTS}/step_000003.pt",
+    "checkpoint_dir": CHECKPOINTS,
+    "component": "L0MLP",
+    "config": "runs/tiny",
+    "end_step": "12",
+    "examples_per_split": "4",
+    "folder": "trace",
+    "operation": "remove",
+    "optimizer_trace_dir": "trace",
+    "output": "out/it.jsonl",
+    "output_dir": "out",
+    "overrides": "seed=3",
+    "parts": "shard",
+    "probe_set": PROBE,
+    "reference_step": "4",
+    "report": "shard/report.json",
+    "route": ROUTE,
+    "route_closure_rows": ROUTE_ROWS,
+    "run": "runs/tiny",
+    "scalar_pair_rows": PAIR_ROWS,
+    "scale": "smoke",
+    "separation_rows": "separation/bilinear_qk_match_separation_rows.jsonl",
+    "source_component": "L0H1",
+    "source_stage": "embedding",
+    "stage": "embedding",
+    "start_step": "3",
+    "step": "3",
+    "subspace": "full_residual",
+    "target": "reference",
+    "target_stage": "final_norm",
+}
+"""A value of each option that a command may require."""
+
+FROM_START = ("--from-initialization", "--end-step", "12")
+FURTHER = {
+    "bilinear-qk-rank-adam-state-attribution": ("--head", "L1H0"),
+    "trace qk": ("--head", "L1H0"),
+    "optimizer-update-trace": FROM_START,
+    "trace record": FROM_START,
+    "generate-benchmark": ("--set", "output_dir=out"),
+    "train": ("--overwrite",),
+    "mlp-input-functional-subspace-report": ("--subspace-rank", "1"),
+    "reproduce": ("--scale", "smoke", "--dry-run"),
+}
+"""What a command needs that no single option requires."""
+
+BAD: dict[str, tuple[str, ...]] = {
+    "anchor_every": ("0", "x"),
+    "basis": ("nonsense", "step:x"),
+    "benchmark_dir": ("nowhere",),
+    "checkpoint": ("nowhere/step_000003.pt", "other/step_000003.pt", PROBE),
+    "checkpoint_dir": ("nowhere", "data/tiny"),
+    "component": ("nonsense", "L9MLP", "L0H1"),
+    "config": ("nowhere.json", PROBE),
+    "context_position_role": ("nonsense",),
+    "context_stage": ("nonsense", "layer_9_post_mlp"),
+    "control": ("nonsense",),
+    "device": ("nonsense",),
+    "distractor_key_role": ("nonsense",),
+    "end_step": ("9999",),
+    "endpoint_role": ("nonsense",),
+    "fit_fraction": ("2", "nan"),
+    "folder": ("nowhere", "data/tiny"),
+    "group_by": ("nonsense",),
+    "head": ("nonsense", "L9H0", "L0H9"),
+    "head_layer": ("9",),
+    "heads": ("nonsense",),
+    "layernorm_mode": ("nonsense",),
+    "loss_scope": ("nonsense",),
+    "margin_side": ("nonsense",),
+    "operation": ("nonsense",),
+    "optimizer_trace_dir": ("nowhere", "data/tiny"),
+    "output_dir": ("foreign", PROBE),
+    "overrides": ("no_such_field=1", "seed=x"),
+    "pair_type": ("nonsense",),
+    "partition": ("nonsense",),
+    "parts": ("nowhere",),
+    "path": ("nonsense", "gauss:0"),
+    "position_role": ("nonsense",),
+    "probe_set": ("nowhere.jsonl", "data/tiny/train.jsonl"),
+    "query_mode": ("nonsense",),
+    "record_side": ("nonsense",),
+    "reference_step": ("9999",),
+    "reference_vector": ("nonsense",),
+    "report": ("nowhere.json",),
+    "resume_checkpoint": ("nowhere/step_000003.pt",),
+    "ridge_lambda": ("-1", "nan"),
+    "route": ("nonsense", "label=r,stage=layer_9_post_mlp,position_role=prediction"),
+    "route_closure_rows": ("nowhere.jsonl", PROBE, PAIR_ROWS),
+    "route_label": ("nonsense",),
+    "route_pair_source_type": ("nonsense",),
+    "route_pair_type": ("nonsense",),
+    "run": ("nowhere",),
+    "scalar": ("nonsense",),
+    "scalar_pair_rows": ("nowhere.jsonl", PROBE, ROUTE_ROWS),
+    "scale": ("nonsense",),
+    "score": ("nonsense",),
+    "score_query_role": ("nonsense",),
+    "separation_rows": ("nowhere.jsonl", PROBE),
+    "source_component": ("nonsense", "L9H0"),
+    "source_position_role": ("nonsense",),
+    "source_stage": ("nonsense", "layer_9_post_mlp"),
+    "split": ("nonsense",),
+    "stage": ("nonsense", "layer_9_post_mlp"),
+    "start_step": ("9999",),
+    "step": ("9999",),
+    "steps": ("nonsense", "5:3", "0:9999"),
+    "storage": ("nonsense",),
+    "subspace": ("nonsense",),
+    "support_key_role": ("nonsense",),
+    "switch_bucket": ("nonsense",),
+    "target": ("nonsense",),
+    "target_position_role": ("nonsense",),
+    "target_scalar": ("nonsense",),
+    "target_stage": ("nonsense", "layer_9_post_mlp"),
+    "target_vector": ("nonsense",),
+    "train_split": ("nonsense",),
+    "window": ("nonsense", "5:3", "0:9999"),
+}
+"""Values that an option of this name refuses wherever it stands."""
+
+RIGHT = {("mlp-input-functional-subspace-report", "end_step", "9999")}
+"""Values of `BAD` that are right for a command."""
+
+ANY = {"outcome", "output", "profile", "seed"}
+"""Options to which no single value is wrong before the command begins."""
+
+TYPE_ALL = """
+import json, os, shutil, sys
+HEAVY = {"torch", "transformer_lens", "transformers", "pandas", "matplotlib", "sklearn", "scipy"}
+class Blocked(Exception):
+    pass
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HEAVY:
+            raise Blocked(name)
+sys.meta_path.insert(0, Blocker())
+import typer
+from circuit import CircuitError
+from circuit.cli.app import app
+command = typer.main.get_command(app)
+answers = os.fdopen(os.dup(1), "w")
+for stream in (1, 2):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+for line in sys.stdin:
+    words = json.loads(line)
+    shutil.rmtree("out", ignore_errors=True)
+    said = "exit code 0"
+    try:
+        command.main(words, prog_name="circuit")
+    except CircuitError:
+        said = "refused"
+    except SystemExit as end:
+        said = "refused" if end.code == 2 else f"exit code {end.code}"
+    except Blocked as error:
+        said = f"imports {error}"
+    print(json.dumps([said, words]), file=answers, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An option or argument of a command, as its function declares it."""
+
+    name: str
+    words: tuple[str, ...]
+    """That stand before its value."""
+    required: bool
+    takes_value: bool
+    is_integer: bool
+    least: float | None
+
+    def typed(self, value: str) -> tuple[str, ...]:
+        """The parameter with a value, on a command line."""
+        return (*self.words, value)
+
+    @property
+    def bad(self) -> tuple[str, ...] | None:
+        """Values that it has to refuse; None if nothing is known of it."""
+        below = () if self.least is None else (str(int(self.least) - 1),)
+        values = (*BAD.get(self.name, ()), *below, *(("x",) if self.is_integer else ()))
+        return values or (() if self.name in ANY else None)
+
+
+def parameters(function: Callable[..., Any]) -> Iterator[Parameter]:
+    """What a command's function declares."""
+    for name, declared in inspect.signature(function, eval_str=True).parameters.items():
+        if get_origin(declared.annotation) is not Annotated:
+            continue  # the context
+        kind, info = get_args(declared.annotation)[:2]
+        words = () if isinstance(info, ArgumentInfo) else (f"--{name.replace('_', '-')}",)
+        long = [word for word in (info.default, *(info.param_decls or ())) if str(word)[:2] == "--"]
+        required = declared.default is inspect.Parameter.empty
+        inner = get_args(kind)
+        integer = int in (kind, *inner, *itertools.chain(*map(get_args, inner)))
+        yield Parameter(
+            name, tuple(long[:1]) or words, required, kind is not bool, integer, info.min
+        )
+
+
+def commands() -> Iterator[tuple[str, tuple[Parameter, ...]]]:
+    """Every registered command under its words."""
+    groups = [group.typer_instance for group in app.registered_groups]
+    for of in (app, *(group for group in groups if group is not None)):
+        prefix = "" if of is app else f"{of.info.name} "
+        for command in of.registered_commands:
+            assert command.callback is not None
+            yield f"{prefix}{command.name}", tuple(parameters(command.callback))
+
+
+def good_values(name: str, declared: tuple[Parameter, ...]) -> dict[str, tuple[str, ...]]:
+    """What a command needs, each with a value that is right."""
+    return {
+        one.name: one.typed(
+            "tiny_benchmark.json" if name == "generate-benchmark" else GOOD[one.name]
+        )
+        for one in declared
+        if one.required or one.name == "checkpoint_dir"
+    }
+
+
+def right_lines() -> Iterator[list[str]]:
+    """Command lines with nothing wrong."""
+    for name, declared in commands():
+        words = good_values(name, declared).values()
+        yield [*name.split(), *FURTHER.get(name, ()), *itertools.chain(*words)]
+
+
+def wrong_lines() -> Iterator[list[str]]:
+    """Command lines with one wrong value each."""
+    for name, declared in commands():
+        good = good_values(name, declared)
+        for one in declared:
+            for value in one.bad or () if one.takes_value else ():
+                if (name, one.name, value) in RIGHT:
+                    continue
+                words = {**good, one.name: one.typed(value)}.values()
+                yield [*name.split(), *FURTHER.get(name, ()), *itertools.chain(*words)]
+
+
+def test_every_option_says_what_it_refuses() -> None:
+    unsaid = {
+        f"{name}: {one.name}"
+        for name, declared in commands()
+        for one in declared
+        if one.takes_value and one.bad is None
+    }
+    assert unsaid == set()
+
+
+@pytest.fixture
+def desk(trained: Path, traced: Path) -> None:
+    """The tiny run, its trace, row files made from it, and what is not of it."""
+    common = ("--config", str(trained), "--probe-set", PROBE, "--checkpoint-dir", CHECKPOINTS)
+    few = ("--max-pairs-per-type", "4", "--min-pairs-per-type", "1")
+    made = (
+        ("answer-scalar-residual-diagnosis", *few, "--output-dir", "diagnosis"),
+        ("route-to-margin-closure", *few, "--route", ROUTE, "--output-dir", "closure"),
+        ("bilinear-qk-match-separation", "--output-dir", "separation"),
+    )
+    for command, *rest in made:
+        assert type_in((command, *common, *rest)) == 0
+    changed = ("--set", "seed=12", "--set", "output_dir=other", "--set", "steps=3")
+    assert type_in(("train", "--config", str(trained), *changed)) == 0
+    shutil.move("other/checkpoints", "elsewhere")
+    shutil.rmtree("other")
+    shutil.move("elsewhere", "other")
+    Path("foreign").mkdir()
+    Path("foreign/some_report.json").write_text("{}")
+    for name in ("a_report.json", "trace.json", "optimizer_update_trace_rows.jsonl"):
+        Path("foreign", name).write_text("{}")
+
+
+def test_refusals_come_before_torch(desk: None) -> None:
+    typed_lines = list(lines())
+    done = subprocess.run(
+        [sys.executable, "-c", TYPE_ALL],
+        input="".join(json.dumps(words) + "\n" for words in typed_lines),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(outcomes) == len(typed_lines)
+    late = [f"{said}: circuit {shlex.join(words)}" for said, words in outcomes if said != "refused"]
+    print(f"{len(outcomes)} wrong command lines")
+    assert not late, "\n".join(late)

@@ -1,0 +1,25 @@
+"""Importing the library imports nothing heavy, but for what constructs models and trains them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY_BY_NATURE = {"circuit.model.build", "circuit.model.kernels", "circuit.training.step"}
+IMPORT_ALL = f"""
+import pkgutil, sys
+from importlib import import_module
+import circuit
+for module in pkgutil.walk_packages(circuit.__path__, "circuit."):
+    if module.name not in {HEAVY_BY_NATURE} and not module.name.endswith("__main__"):
+        import_module(module.name)
+heavy = "torch transformer_lens transformers jaxtyping numpy pandas matplotlib altair scipy sklearn"
+print(*[name for name in heavy.split() if name in sys.modules])
+"""
+
+
+def test_no_module_imports_a_heavy_library_before_it_uses_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
