@@ -65,7 +65,8 @@ def prepare_process(*, threads: int | None = None, device: str = "cpu") -> int:
     require_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    # the flag of use_deterministic_algorithms(True), which would also import the compiler (seconds)
+    torch.set_deterministic_debug_mode("error")
     # Nothing here reads memory that it has not written; filling it first only costs time.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     _keep_freed_memory()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from copy import copy
 from typing import Annotated
 
 import typer
@@ -78,11 +80,32 @@ for module in (
     module.register(app)
 
 
+def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer:
+    """The program without the commands beside the one that is named, which take time to build.
+
+    Where the words name none, it is the whole program, which says what there is.
+    """
+    name, *rest = [*words, ""]
+    part = copy(whole)
+    for command in whole.registered_commands:
+        if command.name == name:
+            part.registered_commands, part.registered_groups = [command], []
+            return part
+    for group in whole.registered_groups:
+        inner = group.typer_instance
+        if inner is not None and inner.info.name == name:
+            chosen = copy(group)
+            chosen.typer_instance = _narrowed(inner, rest)
+            part.registered_commands, part.registered_groups = [], [chosen]
+            return part
+    return whole
+
+
 def main() -> None:
     """Run the program; a `CircuitError` becomes one line on stderr and exit code 2."""
     try:
         if not shells.answer(sys.argv[1:], os.environ):
-            app(prog_name="circuit")
+            _narrowed(app, sys.argv[1:])(prog_name="circuit")
     except CircuitError as error:
         print_error(error)
         sys.exit(2)

@@ -1,0 +1,89 @@
+"""Whole-process time of commands, and what each imports; against another checkout if one is given.
+
+python benchmarks/commands.py RUN [--against OTHER_PYTHON] [--runs 5]
+
+RUN is the folder of a run with a probe set and a trace (`circuit quickstart` makes one). Each
+command runs in a process of its own, in turn with the other interpreter's (A B A B ...); times are
+processor seconds of the whole process, medians of the runs, the ratio the median of the pairs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def commands(run: Path, out: str) -> dict[str, list[str]]:
+    """What is timed, by a short name; OUT is written anew by each."""
+    probe, trace = run / "analysis/probe_set.jsonl", run / "analysis/optimizer_update_trace"
+    config, to = ("--config", str(run)), ("--output-dir", out)
+    steps = sorted((run / "checkpoints").glob("step_*.pt"))
+    two = [w for p in (steps[len(steps) // 2], steps[-1]) for w in ("--checkpoint", str(p))]
+    probes = ("--probe-set", str(probe))
+    stage = ("--stage", "embedding")
+    qk = ("trace", "qk", *config, *probes, "--optimizer-trace-dir", str(trace), *to)
+    code = ("value-code-subspace-report", *config, *probes, *to, *two)
+    lines = {
+        "help": ("--help",),
+        "trace show": ("trace", "show", str(trace)),
+        "weight-svd-trace, 2 checkpoints": ("weight-svd-trace", *config, *two, *to),
+        "page --compare": ("page", str(run), "--compare", "--output", f"{out}/page.html"),
+        "study compare-optimizers": ("study", "compare-optimizers", "--run", str(run), *to),
+        "answer-scalar-residual-diagnosis": (
+            *("answer-scalar-residual-diagnosis", *config, *probes, *two, *to),
+        ),
+        "refused: unknown head": (*qk, "--head", "L9H9"),
+        "refused: unknown stage": (*code, "--stage", "layer_9_post_mlp"),
+        "refused: window outside": (*qk, "--head", "L0H0", "--end-step", "999999"),
+        "refused: no such checkpoint": (*code[:-1], "nowhere/step_000001.pt", *stage),
+    }
+    return {name: list(words) for name, words in lines.items()}
+
+
+def seconds(words: list[str]) -> float:
+    """Processor seconds of a process and its children; its output is thrown away."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    """Time every command and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--against", help="another interpreter, with a circuit of its own")
+    parser.add_argument("--runs", type=int, default=5)
+    asked = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pythons = [sys.executable, *([asked.against] if asked.against else [])]
+    ours = "import typer, rich, pydantic"
+    floor = statistics.median(seconds([sys.executable, "-c", ours]) for _ in range(asked.runs))
+    print(f"`{ours}`: {floor:.2f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/out"
+        for name, words in commands(asked.run, out).items():
+            times: list[list[float]] = []
+            for _ in range(asked.runs):
+                pair = []
+                for python in pythons:
+                    shutil.rmtree(out, ignore_errors=True)
+                    pair.append(seconds([python, "-m", "circuit.cli", *words]))
+                times.append(pair)
+            here, *other = (statistics.median(column) for column in zip(*times, strict=True))
+            line = f"| {name} | {here:.2f} s | {here / floor:.1f} |"
+            if other:
+                ratio = statistics.median(a / b for a, b in times)
+                line += f" {other[0]:.2f} s | {ratio:.2f} |"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
