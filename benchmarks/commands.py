@@ -34,7 +34,13 @@ def commands(run: Path, out: str) -> dict[str, list[str]]:
         "help": ("--help",),
         "trace show": ("trace", "show", str(trace)),
         "weight-svd-trace, 2 checkpoints": ("weight-svd-trace", *config, *two, *to),
-        "page --compare": ("page", str(run), "--compare", "--output", f"{out}/page.html"),
+        "refused: one run to compare": (
+            "page",
+            str(run),
+            "--compare",
+            "--output",
+            f"{out}/page.html",
+        ),
         "study compare-optimizers": ("study", "compare-optimizers", "--run", str(run), *to),
         "answer-scalar-residual-diagnosis": (
             *("answer-scalar-residual-diagnosis", *config, *probes, *two, *to),

@@ -80,7 +80,7 @@ def parse_component(
     layer, head = int(match[1]), None if match[3] else int(match[2])
     if kind is not None and (head is None) != (kind == "MLP"):
         such = "L2H1" if kind == "head" else "L0MLP"
-        raise CircuitError(f"'{address}' is no {kind}", expected=f"such as {such}")
+        raise CircuitError(f"'{address}' is no {kind}", expected=f"a {kind}, such as {such}")
     if model is not None:
         shape = model.cfg.n_layers, model.cfg.n_heads
     if shape is not None and (layer >= shape[0] or (head is not None and head >= shape[1])):

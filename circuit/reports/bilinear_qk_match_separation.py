@@ -76,7 +76,7 @@ class SeparationOptions:
         for head in self.heads:
             parse_component(head, shape=(model.layers, model.heads), kind="head")
         for rank in self.ranks:
-            check_rank("a head", rank, model.d_model // model.heads)
+            check_rank(next(iter(self.heads), "L0H0"), rank, model.d_model // model.heads)
         if self.context_stage is not None:
             stage_hook(self.context_stage, model.layers)
 

@@ -314,7 +314,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no head": ((), "no head is named; pass --head L2H1, or --heads all"),
     "head": (("--head", "L1H2"), "no component 'L1H2'; expected layers 0-1, heads 0-1"),
     "layer": (("--head-layer", "2", "--head", "0"), "no component 'L2H0'"),
-    "MLP": (("--head", "L1MLP"), "'L1MLP' has no QK circuit; expected a head"),
+    "MLP": (("--head", "L1MLP"), "'L1MLP' is no head; expected a head"),
     "address": (("--head", "one"), "unknown component 'one'"),
     "both": (("--head-layer", "1", "--head", "L1H1"), "--head L1H1 with --head-layer 1"),
     "all and one": (("--heads", "all", "--head", "L1H1"), "'all' alone"),

@@ -236,7 +236,7 @@ def test_equal_inputs_give_equal_bytes(circuit: Circuit) -> None:
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "head": (("--head", "L0H2"), "no component 'L0H2'; expected layers 0-1, heads 0-1"),
-    "MLP": (("--head", "L0MLP"), "'L0MLP' has no QK circuit"),
+    "MLP": (("--head", "L0MLP"), "'L0MLP' is no head"),
     "rank": (("--rank", "9"), "rank 9 of L0H0; expected 1 to 8"),
     "twice": (("--head", "L0H0", "--head", "L0H0"), "expected each once"),
     "rank twice": (("--rank", "2", "--rank", "2"), "expected each once"),
