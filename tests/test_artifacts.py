@@ -308,7 +308,7 @@ KILLED = """
 import hashlib, os, random, signal, sys, time
 from pathlib import Path
 from circuit.artifacts import atomic_write_bytes
-path, kills = Path(sys.argv[1]), int(sys.argv[2])
+path, least = Path(sys.argv[1]), int(sys.argv[2])
 orphan = path.with_name(f".{path.name}.circuit-tmp")
 rng = random.Random(1)
 
@@ -317,42 +317,44 @@ def content():
     return hashlib.sha256(body).digest() + body
 
 atomic_write_bytes(path, content())
-unreadable = orphans = changed = 0
+kills = unreadable = orphans = changed = 0
 last = b""
-for _ in range(kills):
+while kills < least or min(orphans, changed) < least / 10:  # enough of them within a write
+    ready, begun = os.pipe()
     child = os.fork()
     if not child:
         payloads = [content() for _ in range(3)]
+        os.write(begun, b".")
         while True:
             for payload in payloads:
                 atomic_write_bytes(path, payload)
-    time.sleep(0.002 + 0.01 * rng.random())
+    os.read(ready, 1)
+    time.sleep(0.01 * rng.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(ready)
+    os.close(begun)
+    kills += 1
     found = path.read_bytes()
     unreadable += hashlib.sha256(found[32:]).digest() != found[:32]
     orphans += orphan.exists()
     changed += found != last
     last = found
 atomic_write_bytes(path, content())
-print(unreadable, orphans, changed, orphan.exists())
+print(kills, unreadable, orphans, orphan.exists())
 """
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
-    kills = 200
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "state"), str(kills)],
+        [sys.executable, "-c", KILLED, str(tmp_path / "state"), "200"],
         capture_output=True,
         text=True,
         check=True,
     )
-    unreadable, orphans, changed, orphan_left = done.stdout.split()
+    kills, unreadable, orphans, orphan_left = done.stdout.split()
     print(f"kills: unreadable {unreadable} of {kills}; within a write {orphans}")
-    assert unreadable == "0"
-    assert int(orphans) > kills / 10  # else the kills missed the writing
-    assert int(changed) > kills / 10
-    assert orphan_left == "False"
+    assert (unreadable, orphan_left) == ("0", "False")
 
 
 def test_orphaned_temporary_files_are_ignored(tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import calls_of, killed_at
 
 from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.config import BenchmarkConfig, TrainConfig, parse_config
@@ -171,55 +171,23 @@ def test_an_interruption_after_any_write_changes_nothing(
     assert equal == total
 
 
-KILLED = """
-import json, os, random, signal, sys, time
-from circuit.config import TrainConfig, parse_config
-from circuit.training.loop import train
-import circuit.training.evaluate, transformer_lens
-
-payload, kills = json.loads(sys.argv[1]), int(sys.argv[2])
-config = parse_config(payload, TrainConfig, where="argv")
-rng = random.Random(3)
-
-def start():
-    child = os.fork()
-    if not child:
-        train(config, resume=True)
-        os._exit(0)
-    return child
-
-began = time.perf_counter()
-assert os.waitpid(start(), 0)[1] == 0
-whole = time.perf_counter() - began
-os.rename(config.output_dir, "straight")
-died = 0
-for _ in range(kills):
-    child = start()
-    time.sleep(whole * rng.uniform(0.15, 0.35))
-    os.kill(child, signal.SIGKILL)
-    died += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-assert os.waitpid(start(), 0)[1] == 0
-print(died)
-"""
-
-
 def test_a_run_killed_again_and_again_is_the_straight_run(
-    workplace: Path, train_payload: Callable[..., dict[str, Any]]
+    workplace: Path, make_config: MakeConfig
 ) -> None:
-    payload = train_payload(steps=40, checkpoint_every=2, eval_every=10)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(payload), "5"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    killed = int(done.stdout)
-    wrong = differing(outputs(), outputs(Path("straight")))
+    def go_on() -> None:
+        train(make_config(steps=40, checkpoint_every=2, eval_every=10), resume=True)
+
+    whole = calls_of(go_on)
+    expected = outputs()
+    shutil.rmtree(workplace / "runs")
+    rng = random.Random(3)
+    killed = sum(killed_at(whole * rng.uniform(0.15, 0.35), go_on) for _ in range(5))
+    go_on()
+    wrong = differing(outputs(), expected)
     print(f"killed {killed} times while training: files that differ {len(wrong)}")
-    assert killed >= 1
+    assert killed >= 2
     assert wrong == []
-    assert len(outputs()) == len(outputs(Path("straight"))) == 23
+    assert len(outputs()) == len(expected) == 23
 
 
 def test_frequencies_do_not_change_the_training(workplace: Path, make_config: MakeConfig) -> None:
@@ -411,7 +379,9 @@ def test_a_resume_of_nothing_starts_and_a_finished_run_stays(
     assert set(again.evaluations) == {"validation_iid", "heldout_pairs"}
 
 
-def test_impossible_requests_are_refused(workplace: Path, make_config: MakeConfig) -> None:
+def test_impossible_requests_are_refused(
+    workplace: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for stop in (0, 13):
         with pytest.raises(CircuitError, match=f"cannot stop at step {stop}; expected 1 to 12"):
             train(make_config(), stop_at=stop)
@@ -422,6 +392,7 @@ def test_impossible_requests_are_refused(workplace: Path, make_config: MakeConfi
         train(make_config(), resume=True, stop_at=3)
     with pytest.raises(CircuitError, match=r"unknown split 'nowhere'.*expected train, "):
         train(make_config(train_split="nowhere", output_dir="runs/other"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # also where there is one
     with pytest.raises(CircuitError, match="device 'cuda' is not available here"):
         train(make_config(device="cuda", output_dir="runs/other"))
 
