@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent
 RUN = "../artifacts/runs/quickstart"
 """As the notebooks name it: a kernel starts in its notebook's folder."""
 TIMEOUT = 600
-"""Seconds for one cell."""
+"""Seconds for one cell, and for a kernel to start."""
 
 
 def notebooks() -> list[Path]:
@@ -56,6 +56,7 @@ def execute(path: Path, folder: Path) -> NotebookNode:
         notebook,
         km=manager,
         timeout=TIMEOUT,
+        startup_timeout=TIMEOUT,
         record_timing=False,
         coalesce_streams=True,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],

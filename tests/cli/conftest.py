@@ -29,9 +29,11 @@ def desk(
 
 @pytest.fixture
 def circuit(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Types `circuit ...` in the working directory."""
+    """Types `circuit ...` in the working directory, on a machine without a GPU."""
     monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    for device in ("torch.cuda", "torch.backends.mps"):
+        monkeypatch.setattr(f"{device}.is_available", lambda: False)
 
     def run(*words: str) -> Done:
         return type_and_read(words, capsys)

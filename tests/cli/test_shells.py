@@ -11,7 +11,6 @@ import select
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,8 @@ import pytest
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
+HANGS = 600
+"""Seconds of silence after which a shell is given up; no law rests on it."""
 SPAWN = "import pty, sys; pty.spawn(sys.argv[1:])"
 BARE = {
     "bash": ["bash", "--norc", "-i"],
@@ -31,18 +32,20 @@ SOURCE = {
     "zsh": 'eval "$(_CIRCUIT_COMPLETE=source_zsh circuit)"',
     "fish": "env _CIRCUIT_COMPLETE=source_fish circuit | source",
 }
-# Ctrl-G prints the line as it stands, between << and >>; bash lists candidates at the first tab
+# Ctrl-G prints the line as it stands, between << and >>, and empties it (no key does that while the
+# shell is busy: the terminal would take it for its own); bash lists candidates at the first tab
 KEYS = {
     "bash": [
-        r"""bind -x '"\C-g": printf "\x3c\x3c%s\x3e\x3e" "$READLINE_LINE"'""",
+        r"""bind -x '"\C-g": printf "\x3c\x3c%s\x3e\x3e" "$READLINE_LINE"; READLINE_LINE='""",
         "bind 'set show-all-if-ambiguous on'; bind 'set page-completions off'",
         "bind 'set completion-query-items 0'; bind 'set bell-style none'",
     ],
     "zsh": [
-        r"show() { print -rn -- $'\x3c\x3c'$BUFFER$'\x3e\x3e' }; zle -N show; bindkey '^G' show",
+        r"show() { print -rn -- $'\x3c\x3c'$BUFFER$'\x3e\x3e'; BUFFER= }",
+        "zle -N show; bindkey '^G' show",
         "LISTMAX=0; unsetopt beep",
     ],
-    "fish": [r"""bind \cg 'printf "\x3c\x3c%s\x3e\x3e" (commandline)'"""],
+    "fish": [r"""bind \cg 'printf "\x3c\x3c%s\x3e\x3e" (commandline); commandline ""'"""],
 }
 
 
@@ -68,12 +71,11 @@ class Terminal:
         self.process.stdin.write(keys.encode())
         self.process.stdin.flush()
 
-    def read(self, pattern: str, seconds: float = 30) -> str:
+    def read(self, pattern: str) -> str:
         """What is shown up to the end of the pattern."""
         assert self.process.stdout is not None
-        end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown, flags=re.DOTALL)):
-            ready = select.select([self.process.stdout], [], [], end - time.monotonic())[0]
+            ready = select.select([self.process.stdout], [], [], HANGS)[0]
             data = os.read(self.process.stdout.fileno(), 65536) if ready else b""
             assert data, f"{self.shell} shows no {pattern!r} but {self.shown[-2000:]!r}"
             self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data.decode(errors="replace"))
@@ -91,7 +93,6 @@ class Terminal:
         """The line after the tab key, and what was shown meanwhile."""
         self.type(f"{line}\t\x07")
         shown = self.read("<<.*?>>")
-        self.type("\x15")  # an empty line again
         return shown[shown.rindex("<<") + 2 : -2], shown
 
     def close(self) -> None:
@@ -180,14 +181,8 @@ system = pytest.mark.system
 
 
 def check(terminal: Terminal, lines: dict[str, str]) -> None:
-    took = []
     for line, expected in lines.items():
-        began = time.perf_counter()
         assert terminal.tab(line)[0] == expected
-        took.append(time.perf_counter() - began)
-    took.sort()
-    print(f"{terminal.shell}: {took[0]:.2f} to {took[-1]:.2f} s, median {took[len(took) // 2]:.2f}")
-    assert took[0] < 1.5
 
 
 def test_bash_completes(open_shell: Open) -> None:
