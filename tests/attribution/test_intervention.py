@@ -110,5 +110,6 @@ def test_otherwise_half_the_step_leaves_an_eighth_of_the_difference(
             apart[scale] = torch.stack([(e.path - e.value).abs() for e in found.values()])
         ratio = apart[0.25] / apart[0.125]
         print("ratios", (apart[0.5] / apart[0.25]).flatten().tolist(), ratio.flatten().tolist())
-        assert bool((apart[0.25] > 1e-12).any())
-        assert bool(((ratio > 6) & (ratio < 10.5)).all())
+        above_rounding = apart[0.125] > 1e-13
+        assert bool(above_rounding.any())
+        assert bool(((ratio > 6) & (ratio < 10.5))[above_rounding].all())

@@ -195,7 +195,7 @@ def test_some_heads_in_any_order_are_columns_of_all(
     some = head_progress(model, reads, [Component(1, 0), Component(0, 1)], values)
     for name in COLUMNS:
         torch.testing.assert_close(some.columns[name], everyone.columns[name][:, [2, 1]])
-    assert some.dla_residual < 1e-14
+    assert some.dla_residual < 1e-12
 
 
 @pytest.mark.parametrize(

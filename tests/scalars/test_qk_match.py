@@ -204,7 +204,8 @@ def test_the_reads_of_each_lag_are_all_reads(
             assert len(some) == int((lags == lag).sum())
             assert torch.equal(batch.reads.lag[some.chosen], lags[lags == lag])
             scalar = QKMatch("L1H0", some, layers=2, suffix=f".lag{lag}")
-            assert torch.equal(evaluate_scalar(scalar, model), whole[lags == lag])
+            found = evaluate_scalar(scalar, model)
+            torch.testing.assert_close(found, whole[lags == lag], rtol=0, atol=1e-12)
             assert scalar.name == f"qk_match.L1H0.full.lag{lag}"
 
 

@@ -221,7 +221,8 @@ def test_two_runs_have_equal_bits(session_after: SessionAfter, optimizer: dict[s
     start = session_after(0, optimizer=optimizer).state()
     for name, tensor in first.parameters.items():
         assert torch.equal(tensor, second.parameters[name])
-        assert not torch.equal(tensor, start.parameters[name])
+        # the softmax does not see b_K, whose gradient is rounding alone
+        assert name.endswith("b_K") or not torch.equal(tensor, start.parameters[name])
     assert list(first.moments) == list(second.moments)
     for moment, tensors in first.moments.items():
         for name, tensor in tensors.items():
