@@ -5,12 +5,16 @@ The hook must stand before the modules that it checks are first imported, hence 
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -19,6 +23,7 @@ install_import_hook(["circuit.tasks.positions", "circuit.training.step"], "beart
 import beartype  # noqa: E402, F401
 import numpy.typing  # noqa: E402, F401
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 import circuit.lazy  # noqa: E402
 import circuit.tasks.symbolic_kv  # noqa: E402
@@ -28,6 +33,7 @@ with pytest.MonkeyPatch.context() as patch:  # of this module alone: the hook re
     import circuit.tasks.positions  # noqa: F401
 
 from circuit.config import BenchmarkConfig, TrainConfig, parse_config  # noqa: E402
+from circuit.figures import style  # noqa: E402
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
 from circuit.training.session import TrainingSession  # noqa: E402
 
@@ -98,6 +104,64 @@ def _one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(before[0])
     torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_command_line() -> Iterator[None]:
+    """The commands and their options are put together once, not for every line that is typed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
+DRAWING = ("circuit.reports.base.svg", "circuit.reports.optimizer_update_trace.svg")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _sketches() -> Iterator[None]:
+    """Figures are made and not drawn, which would take half of a report's time; see `drawn`."""
+
+    def sketch(figure: Figure) -> str:
+        return f'<svg xmlns="http://www.w3.org/2000/svg"><!-- {len(figure.axes)} axes --></svg>\n'
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAWING:
+            patch.setattr(name, sketch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[None]:
+    """In the module that asks for it, figures are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAWING:
+            patch.setattr(name, style.svg)
+        yield
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Path]:
+    """Makes a folder of that name once a test run, whichever of its processes asks first.
+
+    It is made by a call in it, and to be left as it is.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[], Any]) -> Path:
+        folder, draft = root / f"once_{name}", root / f"draft_{name}"
+        with (root / f"once_{name}.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                patch.chdir(draft)
+                fill()
+                draft.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from command_line import type_in
+from tiny_run import RUN, MadeOnce, trained, trained_once
 
 from circuit.page import PageResult, formation_page
 
-RUN = Path("runs/tiny")
+__all__ = ["bare", "circuit", "other", "page", "told", "told_once", "trained", "trained_once"]
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,24 @@ def follow(result: PageResult) -> None:
 
 
 @pytest.fixture(scope="session")
-def bare_once(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_folder: Path,
-    train_payload: Callable[..., dict[str, Any]],
-) -> Path:
-    """A working directory with a run of two layers (checkpoints 3, 6, 9, 12) and no report."""
-    folder = tmp_path_factory.mktemp("bare")
-    shutil.copytree(tiny_folder, folder / "data" / "tiny")
-    payload = train_payload()
-    payload["model"]["layers"] = 2
-    (folder / "tiny.json").write_text(json.dumps(payload))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert type_in(["train", "--config", "tiny.json"]) == 0
-    return folder
+def told_once(trained_once: Path, made_once: MadeOnce) -> Path:
+    """The tiny run with every report that the page of the bare run asks for."""
 
-
-@pytest.fixture(scope="session")
-def told_once(bare_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with every report that the bare run's page asks for."""
-    folder = tmp_path_factory.mktemp("told") / "place"
-    shutil.copytree(bare_once, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    def fill() -> None:
+        shutil.copytree(trained_once, ".", dirs_exist_ok=True)
+        shutil.rmtree(RUN / "analysis")
         first = formation_page(RUN)
         follow(first)
         formation_page(RUN, overwrite=True)
-    return folder
+
+    return made_once("told", fill)
 
 
 @pytest.fixture
-def bare(bare_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bare run, in a copy of its working directory."""
-    shutil.copytree(bare_once, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return RUN
+def bare(trained: Path) -> Path:
+    """The run without any report or probe set, in a working directory of its own."""
+    shutil.rmtree(trained / "analysis")
+    return trained
 
 
 @pytest.fixture

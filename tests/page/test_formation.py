@@ -180,7 +180,7 @@ def test_a_bare_run_shows_the_commands_that_complete_it(bare: Path, told_once: P
     assert all(panel.charts or panel.example for panel in whole.panels)
 
 
-def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path, bare: Path) -> None:
+def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path) -> None:
     result = formation_page(told, "page.html")
     commands = [source.command for panel in result.panels for source in panel.sources]
     assert len(commands) >= 9

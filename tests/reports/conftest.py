@@ -1,79 +1,49 @@
-"""A tiny trained run with a probe set, and the command line, for the tests of reports."""
+"""The tiny trained run, its trace, answer scalars of it, and the command line."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from command_line import Done, type_and_read, type_in
+from tiny_run import RUN, MadeOnce, circuit, traced, traced_once, trained, trained_once
 
 from circuit.config import TrainConfig, load_config
-from circuit.trace.record import RecordOptions, record_trace
+from circuit.reports.answer_changes import DiagnosisOptions
+from circuit.reports.answer_scalar_residual_diagnosis import answer_scalar_residual_diagnosis
+from circuit.reports.inputs import PairOptions
 
-RUN = Path("runs/tiny")
+__all__ = ["circuit", "traced", "traced_once", "trained", "trained_once"]
+
+
+Diagnose = Callable[[str, PairOptions, Sequence[int]], Path]
 
 
 @pytest.fixture(scope="session")
-def trained_once(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_folder: Path,
-    train_payload: Callable[..., dict[str, Any]],
-) -> Path:
-    """A folder with a run of two layers (checkpoints 3, 6, 9, 12) and a probe set of two splits."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(tiny_folder, folder / "data" / "tiny")
-    payload = train_payload()
-    payload["model"]["layers"] = 2
-    (folder / "tiny.json").write_text(json.dumps(payload))
-    probes = (
-        *("--split", "validation_iid", "--split", "heldout_pairs", "--examples-per-split", "8"),
-        *("--output", str(RUN / "analysis" / "probe_set.jsonl")),
+def diagnose_once(trained_once: Path, made_once: MadeOnce) -> Diagnose:
+    """Diagnoses answer scalars between steps of the run, once for each name; the folder."""
+
+    def diagnose(name: str, pairs: PairOptions, steps: Sequence[int]) -> Path:
+        def fill() -> None:
+            out = Path.cwd() / "answers"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(trained_once)
+                answer_scalar_residual_diagnosis(
+                    load_config(RUN / "run_config.json", TrainConfig),
+                    RUN / "analysis" / "probe_set.jsonl",
+                    out,
+                    DiagnosisOptions(pairs),
+                    checkpoints=[RUN / f"checkpoints/step_{step:06d}.pt" for step in steps],
+                )
+
+        return made_once(name, fill) / "answers"
+
+    return diagnose
+
+
+@pytest.fixture(scope="session")
+def diagnosed_once(diagnose_once: Diagnose) -> Path:
+    """Answer scalars over 3:6, 6:9 and 9:12: two pair types, both sides."""
+    return diagnose_once(
+        "diagnosed", PairOptions(("support_value", "recency"), 6, 3), (3, 6, 9, 12)
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert type_in(("train", "--config", "tiny.json")) == 0
-        assert type_in(("generate-probe-set", "--benchmark-dir", "data/tiny", *probes)) == 0
-    return folder
-
-
-@pytest.fixture
-def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run's folder, relative to the working directory, which is a copy of its own."""
-    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return RUN
-
-
-@pytest.fixture
-def circuit(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
-    """Types `circuit ...` in that working directory."""
-    monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
-
-    def run(*words: str) -> Done:
-        return type_and_read(words, capsys)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def traced_once(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trace of that run, all of its 12 steps, with anchors at 0, 4, 8 and 12."""
-    folder = tmp_path_factory.mktemp("traced") / "trace"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(trained_once)
-        config = load_config(RUN / "run_config.json", TrainConfig)
-        record_trace(config, folder, RecordOptions(end_step=12, anchor_every=4))
-    return folder
-
-
-@pytest.fixture
-def traced(trained: Path, traced_once: Path) -> Path:
-    """A copy of the trace, relative to the working directory."""
-    shutil.copytree(traced_once, "trace")
-    return Path("trace")

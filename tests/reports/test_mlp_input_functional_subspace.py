@@ -20,11 +20,7 @@ from circuit.config import TrainConfig, load_config
 from circuit.errors import CircuitError
 from circuit.figures.functional_subspace import written_deltas
 from circuit.model.components import ablate
-from circuit.reports.answer_changes import DiagnosisOptions
-from circuit.reports.answer_scalar_residual_diagnosis import (
-    PAIR_ROWS,
-    answer_scalar_residual_diagnosis,
-)
+from circuit.reports.answer_scalar_residual_diagnosis import PAIR_ROWS
 from circuit.reports.inputs import PairOptions, Study, open_study
 from circuit.reports.interval_ends import ENDPOINTS, read_intervals
 from circuit.reports.mlp_input_functional_subspace import (
@@ -65,19 +61,15 @@ Circuit = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def desk(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def desk(
+    trained_once: Path, diagnosed_once: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A working directory with the tiny run and scalar pair rows of three intervals."""
     folder = tmp_path_factory.mktemp("functional")
     shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    shutil.copytree(diagnosed_once, folder / ROWS.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        answer_scalar_residual_diagnosis(
-            load_config(RUN / "run_config.json", TrainConfig),
-            PROBE,
-            ROWS.parent,
-            DiagnosisOptions(PairOptions(("support_value", "recency"), 6, 3)),
-            checkpoints=[RUN / "checkpoints" / f"step_{step:06d}.pt" for step in (3, 6, 9, 12)],
-        )
         yield folder
 
 
@@ -324,9 +316,7 @@ def test_the_figure_has_a_panel_a_role_and_end(report: dict[str, Any]) -> None:
     assert expected in drawn
 
 
-def test_the_command_writes_every_file_twice_the_same_and_refuses_to_overwrite(
-    circuit: Circuit, own_desk: list[dict[str, Any]]
-) -> None:
+def test_the_command_writes_every_file(circuit: Circuit, own_desk: list[dict[str, Any]]) -> None:
     done = circuit(*COMMAND)
     assert done.code == 0, done.err
     assert "support_value" in done.out
@@ -339,14 +329,9 @@ def test_the_command_writes_every_file_twice_the_same_and_refuses_to_overwrite(
         f"{NAME}_report.md",
         f"{NAME}_rows.jsonl",
     ]
-    first = {name: (OUTPUT / name).read_bytes() for name in names}
     assert len(read_jsonl(OUTPUT / f"{NAME}_rows.jsonl")) == 3 * 2 * 2 * 6
-    refused = circuit(*COMMAND)
-    assert (refused.code, "--overwrite" in refused.err) == (2, True)
-    again = circuit(*COMMAND, "--overwrite", "--json")
-    assert again.payload["summary"]["pairs"] == 6
-    assert {name: (OUTPUT / name).read_bytes() for name in names} == first
     found = json.loads((OUTPUT / f"{NAME}_report.json").read_text())
+    assert found["summary"]["pairs"] == 6
     assert found["parameters"]["endpoints"] == ["target"]
 
 

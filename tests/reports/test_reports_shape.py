@@ -1,4 +1,4 @@
-"""Laws that hold for every report command: one shape of files, JSON and rows.
+"""Laws that hold for every report command: one shape of files, JSON and rows; equal bytes again.
 
 A command with an `--output-dir` is a report; a new one needs a line in `WORDS`.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import typer.main
 from circuit.cli.app import app
+from command_line import Done, type_and_read
 
 from circuit import read_rows
 from circuit.artifacts import read_jsonl
@@ -97,7 +98,9 @@ class Written:
 
 
 @pytest.fixture(scope="module")
-def desk(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def desk(
+    trained_once: Path, drawn: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A working directory with the tiny run, a trace of three steps, and no report yet."""
     folder = tmp_path_factory.mktemp("shape")
     shutil.copytree(trained_once, folder, dirs_exist_ok=True)
@@ -117,30 +120,27 @@ def written(
     desk: Path,
     done: dict[str, Written],
     request: pytest.FixtureRequest,
-    type_words: Callable[[str], str],
+    type_words: Callable[[str], Done],
 ) -> Written:
     """The report of the test's command, made when it is first asked for."""
     wanted = list(WORDS)[: list(WORDS).index(request.param) + 1]
     sources = [name for name in wanted[:-1] if name in WORDS[request.param]]
     for command in (*sources, request.param):
         if command not in done:
-            out = type_words(f"{command} {WORDS[command]} --output-dir reports/{command} --json")
-            done[command] = Written(command, desk / "reports" / command, json.loads(out))
+            made = type_words(f"{typed(command)} --json")
+            assert made.code == 0, made.err
+            done[command] = Written(command, desk / "reports" / command, made.payload)
     return done[request.param]
 
 
+def typed(command: str) -> str:
+    return f"{command} {WORDS[command]} --output-dir reports/{command}"
+
+
 @pytest.fixture
-def type_words(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """Types `circuit ...`; what it printed."""
-
-    def run(words: str) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            app(words.split(), prog_name="circuit")
-        assert not end.value.code, words
-        return capsys.readouterr().out
-
-    return run
+def type_words(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Done]:
+    """Types `circuit ...`."""
+    return lambda words: type_and_read(words.split(), capsys)
 
 
 every_report = pytest.mark.parametrize("written", list(WORDS), indirect=True)
@@ -219,3 +219,25 @@ def test_its_page_shows_figures_that_exist_and_parse(written: Written) -> None:
         if name.endswith(".svg"):
             assert name in shown
             assert ElementTree.parse(written.folder / name).getroot().tag.endswith("svg")
+
+
+@every_report
+def test_equal_inputs_give_equal_bytes_and_nothing_is_replaced_unasked(
+    written: Written, type_words: Callable[[str], Done]
+) -> None:
+    """All bytes but those of the JSON report, which tells times."""
+
+    def bytes_of() -> dict[str, bytes]:
+        return {name: (written.folder / name).read_bytes() for name in written.files}
+
+    before = bytes_of()
+    refused = type_words(typed(written.command))
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert "--overwrite" in refused.err
+    assert bytes_of() == before
+    done = type_words(f"{typed(written.command)} --overwrite")
+    assert (done.code, written.json["law"][:40] in " ".join(done.out.split())) == (0, True)
+    again = bytes_of()
+    differing = {name for name, data in before.items() if again.get(name) != data}
+    assert again.keys() == before.keys()
+    assert differing <= {f"{report_name(written.command)}_report.json"}

@@ -127,19 +127,6 @@ def test_the_summary_ranks_components_by_growth(circuit: Callable[..., Any]) -> 
             assert course["half_growth_step"] == (min(halves) if course["growth"] > 0 else None)
 
 
-def test_a_second_run_needs_overwrite_and_gives_the_same_bytes(circuit: Callable[..., Any]) -> None:
-    assert circuit(*WORDS).code == 0
-    first = {path.name: path.read_bytes() for path in Path("out").glob("weight_svd*")}
-    refused = circuit(*WORDS)
-    assert (refused.code, "--overwrite" in refused.err) == (2, True)
-    done = circuit(*WORDS, "--overwrite")
-    assert done.code == 0
-    assert "growth of the top singular value" in done.out
-    second = {path.name: path.read_bytes() for path in Path("out").glob("weight_svd*")}
-    differing = {name for name, data in second.items() if first[name] != data}
-    assert differing <= {"weight_svd_trace_report.json"}  # it tells the time
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
