@@ -6,13 +6,12 @@ import ast
 import base64
 import importlib.util
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import type_and_read
 
 import circuit
 
@@ -152,7 +151,9 @@ def test_notebooks_use_public_names_that_exist(path: Path) -> None:
     assert [name for name in reached if name.startswith("_")] == []
 
 
-def test_notebooks_run_on_a_new_quickstart(tmp_path: Path) -> None:
+def test_notebooks_run_on_a_new_quickstart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One test, so that the quickstart (a minute and a half) is made once.
 
     On the machine that made the committed outputs training gives the same weights, and then every
@@ -160,9 +161,10 @@ def test_notebooks_run_on_a_new_quickstart(tmp_path: Path) -> None:
     """
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    command = [sys.executable, "-m", "circuit.cli", "quickstart"]
-    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
+    made = type_and_read(["quickstart"], capsys)
+    assert made.code == 0, made.err
     for path in NOTEBOOKS:
         committed, found = tool.read(path), tool.execute(path, folder)
         assert complaints(found) == []
