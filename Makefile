@@ -52,7 +52,7 @@ layers: $(READY)
 
 unit: $(READY)
 	@echo "== pytest"
-	@$(BIN)/pytest -m "not system and not slow" -n 2
+	@$(BIN)/pytest -m "not system and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-system: $(READY)
 	@$(BIN)/pytest -m system
