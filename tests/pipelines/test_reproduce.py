@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from circuit.cli import main
 from circuit.cli.job import run_commands
+from warm_jobs import warm_python
 
 from circuit.config import TrainConfig, load_config
 from circuit.errors import CircuitError
@@ -68,7 +69,9 @@ def test_the_smoke_run_ends_with_every_output_of_its_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    reproduce(target="paper")
+    with warm_python() as python, monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", python)
+        reproduce(target="paper")
     plan = make_plan(Request("paper", SCALES["smoke"]))
     assert plan.jobs == ()
     missing = [p for p in plan.outputs if not any(SMOKE.glob(p.replace("SELECTED", "L*")))]
