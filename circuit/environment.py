@@ -131,7 +131,7 @@ def environment_facts(device: str = "cpu") -> Facts:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "onednn": torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "attention": "explicit scores and softmax (TransformerLens)",
+        "attention": "explicit scores and softmax",
         "variables": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
         },

@@ -157,7 +157,8 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     size = trace_bytes(store)
     facts = {
         "run": manifest.config.name,
-        "model": f"{shape.layers} layers, {shape.heads} heads, d_model {shape.d_model}",
+        "model": f"{shape.layers} layers, {shape.heads} heads, d_model {shape.d_model},"
+        f" {manifest.config.kernels} kernels",
         "optimizer": manifest.config.optimizer.name,
         "steps": f"{manifest.start_step} to {store.last_step}"
         + ("" if store.complete else f" (stopped; planned to {manifest.end_step})"),

@@ -232,7 +232,13 @@ def test_wrong_options_are_one_line(
 def test_show_says_what_is_in_a_trace(trace_folder: Path, run: Run) -> None:
     code, out, err = run("trace", "show", trace_folder)
     assert (code, err) == (0, "")
-    for fact in ("1 layers, 2 heads, d_model 16", "adamw", "0 to 12", "4, every 4 steps", "MB"):
+    for fact in (
+        "1 layers, 2 heads, d_model 16, fast kernels",
+        "adamw",
+        "0 to 12",
+        "4, every 4 steps",
+        "MB",
+    ):
         assert fact in out
     assert any(block in out for block in "▁▂▃▄▅▆▇█")
     code, out, _ = run("trace", "show", trace_folder, "--json")
