@@ -40,7 +40,7 @@ def rewrite_trace(folder: Path) -> None:
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     (folder / MANIFEST).write_text(dump_json(manifest | {"digest": digest}))
     for path in sorted((folder / "checkpoints").glob("*.pt")):
-        payload, description = checkpoints._split(path)
+        payload, description = checkpoints._read(path, payload=True)
         text = json.dumps(description | {"config": as_recorded(description["config"])}).encode()
         footer = checkpoints._FOOTER.pack(
             len(text), hashlib.sha256(text).digest(), checkpoints._MAGIC
