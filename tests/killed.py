@@ -12,7 +12,10 @@ Work = Callable[[], Any]
 
 
 def calls_of(work: Work) -> int:
-    """Does some work; how many calls and returns it was made of, in Python and in C."""
+    """Does some work; how many calls and returns it was made of, in Python and in C.
+
+    Work that was never done before in this process counts its imports, too, which a fork has not.
+    """
     count = 0
 
     def counted(*_: Any) -> None:

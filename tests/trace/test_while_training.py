@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from circuit.cli.app import app
 from command_line import type_and_read
+from killed import calls_of, killed_at
 from typer.main import get_command
 
 from circuit import artifacts
@@ -188,38 +188,19 @@ def test_a_stop_before_any_write_of_either_changes_nothing(
     assert stops > len(straight[0]) + len(straight[1])
 
 
-def in_child(config: TrainConfig, kill_after: float | None = None) -> bool:
-    """Trains and traces in a forked process, killed after some seconds; whether it died of that."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            traced(config, resume=True)
-            status = 0
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     workplace: Path, make_config: MakeConfig, apart: tuple[Files, Files], bytes_of: BytesOf
 ) -> None:
-    began = time.perf_counter()
-    in_child(make_config())
-    whole = time.perf_counter() - began
-    rng, died = random.Random(4), 0
+    def go_on() -> None:
+        traced(make_config(), resume=True)
+
+    whole, rng = calls_of(go_on), random.Random(4)
     for _ in range(3):
         shutil.rmtree("runs")
-        for _ in range(3):
-            died += in_child(make_config(), whole * rng.uniform(0.2, 0.9))
-        in_child(make_config())
+        died = sum(killed_at(whole * rng.uniform(0.2, 0.9), go_on) for _ in range(3))
+        go_on()
+        assert died >= 1
         assert (run_bytes(), bytes_of(TRACE)) == apart
-    assert died >= 1
 
 
 @pytest.mark.parametrize("behind", ["rows", "anchor", "all", "another run"])
