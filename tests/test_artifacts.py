@@ -319,7 +319,8 @@ def content():
 atomic_write_bytes(path, content())
 kills = unreadable = orphans = changed = 0
 last = b""
-while kills < least or min(orphans, changed) < least / 10:  # enough of them within a write
+# enough of them within a write, unless the first ones have shown what is to be shown
+while kills < least or (not unreadable and min(orphans, changed) < least / 10):
     ready, begun = os.pipe()
     child = os.fork()
     if not child:
