@@ -82,7 +82,7 @@ def train_traced(
     record = recorder.result()
     if record is None:
         return result, None
-    return result, _report(config, recorder.options, record, earlier, began)
+    return result, _report(config, recorder.planned, record, earlier, began)
 
 
 def _report(

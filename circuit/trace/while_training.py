@@ -43,6 +43,7 @@ class TraceRecorder:
     Attributes:
         folder: of the trace; None is `DEFAULT_FOLDER` in the run's.
         options: what to record; without an end, up to the run's last step.
+        planned: the same for the run that it was opened for, with its end.
     """
 
     def __init__(self, folder: str | Path | None = None, options: RecordOptions | None = None):
@@ -76,8 +77,8 @@ class TraceRecorder:
             raise CircuitError(
                 "is the run's own folder", where=root, expected="a folder of the trace's own"
             )
-        if self.options.end_step is None and self.options.num_steps is None:
-            self.options = replace(self.options, end_step=config.steps)
+        endless = self.options.end_step is None and self.options.num_steps is None
+        self.planned = replace(self.options, end_step=config.steps) if endless else self.options
         self._resume = resume
         outputs = OutputFolder(root, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
         with outputs as self._outputs, ExitStack() as self._open:
@@ -91,7 +92,7 @@ class TraceRecorder:
         if store is not None:
             check_settings(self._manifest, store)
             _check_reached(store, session)
-        self._outputs.refuse_foreign(planned_files(self._manifest))
+        self._outputs.refuse_foreign([*planned_files(self._manifest), WHILE_TRAINING])
 
     def begin(self) -> None:
         """See `Recorder.begin`."""
@@ -139,7 +140,7 @@ class TraceRecorder:
                 fix="resume it without a trace and record one with `circuit trace record`, or"
                 " start anew with --overwrite",
             )
-        return make_manifest(session, self.options, 0, digests)
+        return make_manifest(session, self.planned, 0, digests)
 
 
 def _check_reached(store: TraceStore, session: TrainingSession) -> None:

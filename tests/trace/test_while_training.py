@@ -22,7 +22,7 @@ from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace.record import RecordOptions, RecordResult
 from circuit.trace.replay import open_trace
-from circuit.trace.store import WHILE_TRAINING
+from circuit.trace.store import MANIFEST, ROWS, WHILE_TRAINING
 from circuit.trace.while_training import DEFAULT_FOLDER, TraceRecorder
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 from circuit.training.loop import Progress, train
@@ -265,6 +265,31 @@ def test_what_cannot_be_traced_is_refused_before_anything_is_written(
     left = {path for path in Path().rglob("*") if path.is_file() and path.parts[0] != "data"}
     assert {path for path in left if path.suffix != ".lock"} == {foreign}
     assert foreign.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", [MANIFEST, ROWS, "checkpoints/step_000008.pt", WHILE_TRAINING])
+def test_a_foreign_file_in_a_traces_place_keeps_the_run_that_was_to_be_replaced(
+    workplace: Path, make_config: MakeConfig, name: str
+) -> None:
+    train(make_config())
+    before = run_bytes()
+    foreign = TRACE / name
+    foreign.parent.mkdir(parents=True, exist_ok=True)
+    foreign.write_bytes(b"mine")
+    with pytest.raises(CircuitError, match="exists and was not written by"):
+        traced(make_config(), overwrite=True)
+    assert (run_bytes(), foreign.read_bytes()) == (before, b"mine")
+
+
+def test_a_recorder_without_an_end_traces_each_run_to_its_own(
+    workplace: Path, make_config: MakeConfig
+) -> None:
+    recorder = TraceRecorder()
+    for steps in (2, 3, 1):
+        config = make_config(steps=steps, output_dir=f"runs/{steps}")
+        train(config, recorder=recorder)
+        store = open_trace(recorder.folder_of(config)).store
+        assert (store.manifest.end_step, store.complete) == (steps, True)
 
 
 def test_overwriting_replaces_run_and_trace_and_needs_to_be_asked_for(
