@@ -26,7 +26,14 @@ from circuit.trace.record import (
     stopped_trace,
 )
 from circuit.trace.step import FlatState, Tracer
-from circuit.trace.store import COMMAND, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
+from circuit.trace.store import (
+    COMMAND,
+    MANIFEST,
+    ROWS,
+    WHILE_TRAINING,
+    TraceManifest,
+    TraceStore,
+)
 from circuit.trace.writer import TraceWriter, planned_files
 from circuit.training.session import TrainingSession
 
@@ -82,6 +89,7 @@ class TraceRecorder:
         self._resume = resume
         outputs = OutputFolder(root, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
         with outputs as self._outputs, ExitStack() as self._open:
+            self._outputs.refuse_foreign([MANIFEST, ROWS, WHILE_TRAINING])  # before a model is made
             yield
 
     def prepare(self, session: TrainingSession) -> None:

@@ -149,6 +149,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "target_scalar": ("nonsense",),
     "target_stage": ("nonsense", "layer_9_post_mlp"),
     "target_vector": ("nonsense",),
+    "trace": ("foreign", PROBE),
     "train_split": ("nonsense",),
     "window": ("nonsense", "5:3", "0:9999"),
 }

@@ -111,7 +111,7 @@ def test_every_column_is_what_a_loop_over_reads_and_heads_computes(
     with torch.no_grad():
         logits, cache = model.run_with_cache(batch.tokens, return_cache_object=False)
     at = (batch.reads.row, batch.reads.key_pos)
-    assert torch.equal(found.logits, logits[at])
+    torch.testing.assert_close(found.logits, logits[at], rtol=0, atol=1e-12)
     last = cache[last_residual_hook(2)][at]
     for number, head in enumerate(all_heads(model)):
         W_O = model.blocks[head.layer].attn.W_O[head.head]

@@ -326,9 +326,9 @@ def test_an_ablated_run_is_the_ablated_models(
 
     shared = SharedBatch.merge([Weights(Needs(reads.sequences, hooks, (component,)))])
     found = Cache(shared.run(model))
-    _, plain = model.run_with_cache(shared.tokens)
+    _, plain = model.run_with_cache(shared.tokens, names_filter=list(hooks))
     with ablate(model, component):
-        _, ablated = model.run_with_cache(shared.tokens)
+        _, ablated = model.run_with_cache(shared.tokens, names_filter=list(hooks))
     for hook in hooks:
         assert torch.equal(found[hook], plain[hook])
         assert torch.equal(found.without(component)[hook], ablated[hook])

@@ -365,7 +365,7 @@ def test_the_changed_fact_is_named(trace_folder: Path, monkeypatch: pytest.Monke
 
 def moved_at(patch: pytest.MonkeyPatch, at: int) -> None:
     """After one step three elements of one tensor are not what they should be."""
-    real = session_module.training_step
+    real = step_module.training_step
 
     def step_aside(
         model: Any, optimizer: Any, tokens: Any, config: Any, step: int, **kw: Any
@@ -376,7 +376,7 @@ def moved_at(patch: pytest.MonkeyPatch, at: int) -> None:
                 model.ln_final.b[:3] += 1e-3
         return outcome
 
-    patch.setattr(session_module, "training_step", step_aside)
+    patch.setattr(step_module, "training_step", step_aside)
 
 
 def drifted(trace: Trace, same: Same, states: list[TrainState]) -> dict[int, bool]:

@@ -20,7 +20,7 @@ from circuit.cli import main
 from circuit.artifacts import read_jsonl
 from circuit.config import TrainConfig
 from circuit.trace.replay import open_trace
-from circuit.training import session as session_module
+from circuit.training import step as step_module
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.loop import train
 
@@ -271,7 +271,7 @@ def test_verify_ends_with_the_law(trace_folder: Path, run: Run) -> None:
 def test_verify_fails_with_step_stage_tensor_and_count(
     trace_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = session_module.training_step
+    real = step_module.training_step
 
     def step_aside(*args: Any, **kw: Any) -> Any:
         outcome = real(*args, **kw)
@@ -280,7 +280,7 @@ def test_verify_fails_with_step_stage_tensor_and_count(
                 args[0].ln_final.b[:3] += 1e-3
         return outcome
 
-    monkeypatch.setattr(session_module, "training_step", step_aside)
+    monkeypatch.setattr(step_module, "training_step", step_aside)
     code, out, _ = run("trace", "verify", trace_folder)
     assert code == 1
     assert "anchor 8: parameters ln_final.b: 3 of 16 elements differ" in out
