@@ -171,8 +171,9 @@ def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None
             f" {percent(best['value'])}"
         )
     print_written([result.folder])
-    traced = None if recorder is None else recorder.folder_of(settings)
-    analysis = (path for path in (result.folder / "analysis").rglob("*") if path.is_file())
+    traced = None if recorder is None else recorder.folder_of(settings).resolve()
+    folder = (result.folder / "analysis").resolve()
+    analysis = (path for path in folder.rglob("*") if path.is_file())
     if result.first_step == 0 and any(
         traced is None or not path.is_relative_to(traced) for path in analysis
     ):

@@ -107,11 +107,11 @@ class TraceRecorder:
         if not self._resume:
             self._outputs.clear()
         self._writer: TraceWriter | None = None
-        if self._first <= self._manifest.end_step:
+        if self._first < self._manifest.end_step:
             writer = TraceWriter(self._outputs, self._manifest, Tracer(self._session))
             self._writer = self._open.enter_context(writer)
-        # after the manifest, which a folder that holds anything of a trace has to hold
-        self._outputs.write_text(WHILE_TRAINING, dump_json({"schema_version": 1}))
+            # after the manifest, which a folder that holds anything of a trace has to hold
+            self._outputs.write_text(WHILE_TRAINING, dump_json({"schema_version": 1}))
 
     def advance(self) -> StepOutcome:
         """See `Recorder.advance`; beyond the trace's last step nothing is recorded."""

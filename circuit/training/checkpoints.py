@@ -170,9 +170,9 @@ def read_description(path: str | Path) -> dict[str, Any]:
 
 def read_header(path: str | Path) -> StateHeader:
     """Whose state a checkpoint holds; raises as `read_description`."""
-    found = read_description(path)
-    config = parse_config(found["config"], TrainConfig, where=path)
-    return StateHeader(found["step"], config, found["benchmark_digest"])
+    description = read_description(path)
+    config = parse_config(description["config"], TrainConfig, where=path)
+    return StateHeader(description["step"], config, description["benchmark_digest"])
 
 
 def _groups(

@@ -326,6 +326,17 @@ def test_a_historical_replay_executes_the_steps_again(
     assert not (TRACE / WHILE_TRAINING).exists()
 
 
+def test_a_trace_that_was_executed_again_stays_so_while_its_run_goes_on_beyond_it(
+    workplace: Path, make_config: MakeConfig, recording: Recording
+) -> None:
+    again = {"end_step": 7, "require_historical_replay": True}
+    train(make_config(), stop_at=7)
+    assert {3, 6, 7} <= {*recording(make_config(), TRACE, **again).history}
+    traced(make_config(), end_step=7, resume=True)
+    assert not (TRACE / WHILE_TRAINING).exists()
+    assert {3, 6, 7} <= {*recording(make_config(), TRACE, resume=True, **again).history}
+
+
 # --- as it is typed -------------------------------------------------------------------------------
 
 
@@ -347,8 +358,9 @@ def config_file(workplace: Path, make_config: MakeConfig) -> str:
     [
         (("--trace", "--overwrite"), TRACE),
         (("--trace=elsewhere", "--trace-anchor-every", "5"), Path("elsewhere")),
+        (("--trace=runs/../runs/tiny/analysis/it", "--overwrite"), RUN / "analysis/it"),
     ],
-    ids=["without a folder", "with one"],
+    ids=["without a folder", "with one", "with one spelled another way"],
 )
 def test_a_typed_trace_is_the_one_that_trace_record_makes(
     config_file: str,
