@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from circuit.runs import Run, attribute, open_run, read_rows
     from circuit.trace.replay import Trace, open_trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "Run": "circuit.runs",

@@ -246,7 +246,7 @@ class TrainConfig(_Config):
     @classmethod
     def _read_earlier_record(cls, payload: Any) -> Any:
         """Version 0.1.0 recorded `compile` and `optimizer.fused`, and ran plain kernels."""
-        if not isinstance(payload, dict) or "kernels" in payload or "compile" not in payload:
+        if not isinstance(payload, dict) or "compile" not in payload:
             return payload
         recorded = dict(payload)
         removed = {"compile": recorded.pop("compile")}
@@ -256,7 +256,7 @@ class TrainConfig(_Config):
         for name, value in removed.items():
             if value is not False:
                 raise ValueError(f"'{name}' is {value!r}, which only version 0.1.0 can run")
-        return {**recorded, "kernels": "plain"}
+        return {"kernels": "plain", **recorded}
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

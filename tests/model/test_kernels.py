@@ -249,7 +249,7 @@ def test_a_component_that_transformer_lens_changes_runs_as_it_is_and_says_so(
     changed = {**kernels._FAST, LayerNorm: (*kernels._FAST[LayerNorm][:2], "another source")}
     monkeypatch.setattr(kernels, "_FAST", changed)
     kernels._is_known.cache_clear()
-    with pytest.warns(UserWarning, match="changed LayerNorm: it runs as written there"):
+    with pytest.warns(UserWarning, match="changed LayerNorm, or hides it: it runs as written"):
         use_fast_kernels(plain)
     assert type(plain.ln_final) is LayerNorm
     assert type(plain.blocks[0]).__name__ == "FastBlock"

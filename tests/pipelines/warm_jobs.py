@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +81,12 @@ def _work(folder: str, words: list[str], outputs: list[int]) -> None:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.chdir(folder)
         code = run_commands(split_commands(words))
+    except BaseException:
+        traceback.print_exc()  # the fork ends before anybody could
+        raise
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 

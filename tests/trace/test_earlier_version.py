@@ -88,3 +88,4 @@ def test_what_was_recorded_with_a_removed_setting_is_refused_by_name(
         load_config(path, TrainConfig)
     path.write_text(json.dumps(as_recorded(whole.model_dump(mode="json"))))
     assert load_config(path, TrainConfig) == whole
+    assert load_config(path, TrainConfig, ["kernels=fast"]).kernels == "fast"
