@@ -23,6 +23,10 @@ Facts = dict[str, Any]
 
 _VARIABLES = ("ATEN_", "MKL_", "ONEDNN_", "DNNL_", "OMP_", "CUBLAS_")
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACES = (":4096:8", ":16:8")
+"""The values with which cuBLAS is deterministic, of which torch accepts no other."""
+
 BIT_FACTS = (
     "torch",
     "torch_build",
@@ -50,16 +54,14 @@ def prepare_process(*, threads: int | None = None, device: str = "cpu") -> int:
 
     Args:
         threads: None keeps torch's number.
-        device: `cuda` needs `CUBLAS_WORKSPACE_CONFIG`, which is set here if it is not.
+        device: see `require_device`.
 
     Returns:
         The number of threads in use.
 
     Raises:
-        CircuitError: the device is not available here.
+        CircuitError: as `require_device`.
     """
-    if device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     require_device(device)
@@ -89,10 +91,14 @@ def _keep_freed_memory() -> None:
 
 
 def require_device(device: str) -> None:
-    """Refuse a device that this machine or this torch does not have.
+    """Refuse a device that is not here; make cuBLAS deterministic before its first call.
+
+    cuBLAS and torch read `CUBLAS_WORKSPACE_CONFIG` once, at a process's first matrix product on
+    `cuda`; it is set here if it is not.
 
     Raises:
-        CircuitError: names the device and those that are available.
+        CircuitError: names the device and those that are available; or the variable has a value
+            with which products are not deterministic.
     """
     import torch
 
@@ -107,6 +113,15 @@ def require_device(device: str) -> None:
             expected=f"one of {', '.join(available)}",
             fix="set --device, CIRCUIT_DEVICE or the config's device",
         )
+    if device == "cuda":
+        workspace = os.environ.setdefault(CUBLAS_WORKSPACE, _WORKSPACES[0])
+        if workspace not in _WORKSPACES:
+            raise CircuitError(
+                f"{CUBLAS_WORKSPACE} is '{workspace}', with which products on cuda are not"
+                " deterministic",
+                expected=" or ".join(_WORKSPACES),
+                fix="set it so, or unset it",
+            )
 
 
 def environment_facts(device: str = "cpu") -> Facts:

@@ -28,6 +28,7 @@ from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
 
 from circuit.config import Kernels, ModelConfig
+from circuit.environment import require_device
 from circuit.model.kernels import use_fast_kernels
 
 
@@ -69,7 +70,11 @@ def build_model(
             to rounding.
         device: where the model lives; the weights are drawn on the CPU, so that they are the same
             on every device.
+
+    Raises:
+        CircuitError: as `circuit.environment.require_device`.
     """
+    require_device(device)
     cfg = HookedTransformerConfig(
         n_layers=config.layers,
         n_heads=config.heads,

@@ -57,8 +57,8 @@ class ParameterLayout:
         return self.starts[at], self.starts[at + 1]
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Flat:
-        """Named tensors as one new vector on the CPU."""
-        return torch.cat([tensors[name].detach().reshape(-1).cpu() for name in self.names])
+        """Named tensors of one device as one new vector on the CPU, in one copy."""
+        return torch.cat([tensors[name].detach().reshape(-1) for name in self.names]).cpu()
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector, by name and in shape."""

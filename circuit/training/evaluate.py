@@ -110,7 +110,11 @@ def _measure(model: HookedTransformer, batch: Batch, vocab: Vocabulary) -> dict[
     logits, attention = logits_and_attention(model, tokens)
     targets = tokens[:, 1:]
     real = targets != vocab.pad
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    # one row a target: of [batch, vocab, pos] CUDA has no deterministic form
+    rows = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    losses = rows.view_as(targets)
     read = _read_figures(logits, batch, vocab)
     for name, role in (("q", "query_key"), ("r", "support_value")):
         mask = role_mask(batch, role).to(device)[:, : attention.shape[-1]]

@@ -1,0 +1,36 @@
+"""Every report runs on a stand-in for a GPU, which refuses what a GPU refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import type_in
+from stand_in import stand_in_gpu
+from test_reports_shape import ANALYSIS, RUN, WORDS
+
+from circuit.runs import open_run
+from circuit.trace.record import RecordOptions, record_trace
+
+WHERE = {name: f"{words} --output-dir reports/{name}" for name, words in WORDS.items()}
+
+
+@pytest.fixture(scope="module")
+def desk(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the tiny run on a machine with a GPU, and a trace that was recorded there."""
+    folder = tmp_path_factory.mktemp("gpu")
+    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CIRCUIT_DEVICE", "cuda")
+        with stand_in_gpu():
+            config = open_run(RUN).config.replace(device="cuda")
+            record_trace(config, f"{ANALYSIS}/trace", RecordOptions(end_step=3))
+            yield folder
+
+
+@pytest.mark.parametrize("command", list(WHERE))
+def test_it_runs(desk: Path, command: str) -> None:
+    assert type_in([*command.split(), *WHERE[command].split()]) == 0
