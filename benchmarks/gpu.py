@@ -73,7 +73,7 @@ def prepare(folder: Path, *, tiny: bool, steps: int) -> TrainConfig:
     payload["splits"] = {name: payload["splits"][name] for name in names}
     if tiny:
         for split in payload["splits"].values():
-            split["samples"] = 64
+            split["samples"] = 32
     write_benchmark(parse_config(payload, BenchmarkConfig, where="benchmark"))
     write_probe_set(folder / "data", folder / "probe_set.jsonl", ["validation_iid"], 11)
     config = load_config(CONFIGS / "train/symbolic_kv_formation.json", TrainConfig)
@@ -166,7 +166,7 @@ def _checkout(trace: Trace) -> Column:
 def _attribution(trace: Trace, probe_set: Path) -> Column:
     """One head's QK match over the last steps: do the contributions add up?"""
     config, end = trace.manifest.config, trace.store.last_step
-    start = max(0, end - 20)
+    start = end - config.steps // 4
     options = QKOptions(heads=(HEAD,), ranks=(4,), pairs=PairOptions(min_per_type=4))
     model = model_from_state(trace.store.anchor(0), config, trace.benchmark)
     attributor = Attributor(model, QKScalars(config, probe_set, options)(trace))
