@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -53,12 +52,24 @@ def commands(run: Path, out: str) -> dict[str, list[str]]:
     return {name: list(words) for name, words in lines.items()}
 
 
-def seconds(words: list[str]) -> float:
-    """Processor seconds of a process and its children; its output is thrown away."""
+def seconds(words: list[str], code: int = 0) -> float:
+    """Processor seconds of a process and its children, which has to end with that code."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != code:
+        raise SystemExit(
+            f"{' '.join(words)}: exit code {done.returncode}, not {code}\n{done.stderr}"
+        )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def timed(python: str, name: str, run: Path) -> float:
+    """Seconds of a command, which writes into a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = commands(run, f"{folder}/out")[name]
+        code = 2 if name.startswith("refused") else 0
+        return seconds([python, "-m", "circuit.cli", *words], code)
 
 
 def main() -> None:
@@ -73,22 +84,14 @@ def main() -> None:
     ours = "import typer, rich, pydantic"
     floor = statistics.median(seconds([sys.executable, "-c", ours]) for _ in range(asked.runs))
     print(f"`{ours}`: {floor:.2f} s")
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/out"
-        for name, words in commands(asked.run, out).items():
-            times: list[list[float]] = []
-            for _ in range(asked.runs):
-                pair = []
-                for python in pythons:
-                    shutil.rmtree(out, ignore_errors=True)
-                    pair.append(seconds([python, "-m", "circuit.cli", *words]))
-                times.append(pair)
-            here, *other = (statistics.median(column) for column in zip(*times, strict=True))
-            line = f"| {name} | {here:.2f} s | {here / floor:.1f} |"
-            if other:
-                ratio = statistics.median(a / b for a, b in times)
-                line += f" {other[0]:.2f} s | {ratio:.2f} |"
-            print(line, flush=True)
+    for name in commands(asked.run, "out"):
+        times = [[timed(python, name, asked.run) for python in pythons] for _ in range(asked.runs)]
+        here, *other = (statistics.median(column) for column in zip(*times, strict=True))
+        line = f"| {name} | {here:.2f} s | {here / floor:.1f} |"
+        if other:
+            ratio = statistics.median(a / b for a, b in times)
+            line += f" {other[0]:.2f} s | {ratio:.2f} |"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
