@@ -105,7 +105,7 @@ def main() -> None:
     for run in timed.values():
         run()
     rounds = [{name: run() for name, run in timed.items()} for _ in range(args.rounds)]
-    print(f"{torch.backends.cpu.get_cpu_capability()}, {threads} threads, {args.rounds} rounds")
+    print(f"{torch.backends.cpu.get_cpu_capability()}, threads {threads}, {args.rounds} rounds")
     print(f"{'ms':>10}" + "".join(f"{part:>11}" for part in (*PARTS, "step", "/ floor")))
     for name in timed:
         parts = [
@@ -113,8 +113,8 @@ def main() -> None:
         ]
         whole = statistics.median(sum(r[name]) for r in rounds)
         ratio = statistics.median(sum(r[name]) / sum(r["floor"]) for r in rounds)
-        shown = parts if len(parts) == len(PARTS) else [float("nan")] * len(PARTS)
-        print(f"{name:>10}" + "".join(f"{ms:11.1f}" for ms in (*shown, whole)) + f"{ratio:11.2f}")
+        shown = [f"{ms:11.1f}" for ms in parts] if len(parts) > 1 else [f"{'-':>11}"] * len(PARTS)
+        print(f"{name:>10}" + "".join(shown) + f"{whole:11.1f}{ratio:11.2f}")
     for name in timed.keys() - {"fast", "floor"}:
         gain = statistics.median(sum(r[name]) / sum(r["fast"]) for r in rounds)
         print(f"{name} / fast = {gain:.2f}")

@@ -255,7 +255,10 @@ class TrainConfig(_Config):
             removed["optimizer.fused"] = recorded["optimizer"].pop("fused", False)
         for name, value in removed.items():
             if value is not False:
-                raise ValueError(f"'{name}' is {value!r}, which only version 0.1.0 can run")
+                raise ValueError(
+                    f"'{name}' is {json.dumps(value)}, which only version 0.1.0 can run; remove it"
+                    " for a run with the kernels of today"
+                )
         return {"kernels": "plain", **recorded}
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ def test_what_was_recorded_with_a_removed_setting_is_refused_by_name(
     recorded = as_recorded(whole.model_dump(mode="json"), **{removed: True})
     path = tmp_path / "run_config.json"
     path.write_text(json.dumps(recorded))
-    with pytest.raises(CircuitError, match=rf"'(optimizer\.)?{removed}' is True, which only"):
+    with pytest.raises(CircuitError, match=rf"'(optimizer\.)?{removed}' is true, which only"):
         load_config(path, TrainConfig)
     path.write_text(json.dumps(as_recorded(whole.model_dump(mode="json"))))
     assert load_config(path, TrainConfig) == whole
