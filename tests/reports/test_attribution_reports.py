@@ -377,7 +377,7 @@ def test_another_run_is_refused(qk: Circuit) -> None:
     Path("other.json").write_text(json.dumps({**config, "seed": 12}))
     done = qk("out", *HEAD, base=("--config", "other.json", *BASE[2:]))
     assert done.code == 2
-    assert "is not that of the trace: seed is 11 there and 12 here; pass the run_config.json" in done.err
+    assert "is not that of the trace: seed is 11 there and 12 here" in done.err
 
 
 def test_a_window_in_which_nothing_moves_has_null_closures(qk: Circuit) -> None:
