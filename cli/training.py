@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,6 +183,32 @@ def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None
             + ("" if traced is None else ", but for the trace"),
             soft_wrap=True,
         )
+    if recorder is None and result.first_step:
+        _note_trace_behind(result)
+
+
+def _note_trace_behind(result: TrainResult) -> None:
+    """Say so where a run that was traced has gone on without its trace."""
+    from circuit.trace.store import MANIFEST, TraceStore
+    from circuit.trace.while_training import DEFAULT_FOLDER
+
+    folder = result.folder / DEFAULT_FOLDER
+    if not (folder / MANIFEST).exists():
+        return
+    store = TraceStore(folder)
+    manifest = store.manifest
+    if store.last_step >= min(result.step, manifest.end_step):
+        return
+    words = ["circuit", "trace", "record", "--config", str(result.folder / "run_config.json")]
+    words += ["--from-initialization", "--end-step", str(manifest.end_step), "--resume"]
+    words += ["--output-dir", str(folder), "--anchor-every", str(manifest.anchor_every)]
+    words += ["--checkpoint-every", str(manifest.checkpoint_every)]
+    words += ["--top-k-parameters", str(manifest.top_k_parameters)]
+    stdout.print(
+        f"note: the trace in {folder} ends at step {store.last_step}; finish it with: "
+        + shlex.join(words),
+        soft_wrap=True,
+    )
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -449,3 +450,17 @@ def test_ctrl_c_stops_run_and_trace_at_one_step(
     assert type_and_read([*words, "--resume"], capsys).code == 0
     kept = {name: run_bytes()[name] for name in apart[0]}  # a checkpoint of step 5 beside them
     assert (kept, bytes_of(TRACE)) == apart
+
+
+def test_a_run_that_leaves_its_trace_behind_says_how_to_finish_it(
+    config_file: str, capsys: pytest.CaptureFixture[str], bytes_of: BytesOf
+) -> None:
+    words = ["train", "--config", config_file]
+    few = ("--trace-anchor-every", "5", "--stop-at-step", "4")
+    assert type_and_read([*words, "--trace", *few], capsys).code == 0
+    done = type_and_read([*words, "--resume"], capsys)
+    said, command = done.out.rstrip().splitlines()[-1].split(" ends at step 4; finish it with: ")
+    assert said == f"note: the trace in {TRACE}"
+    assert type_and_read(shlex.split(command)[1:], capsys).code == 0
+    assert open_trace(TRACE).verify().steps == 12
+    assert "note" not in type_and_read([*words, "--resume"], capsys).out
