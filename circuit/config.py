@@ -300,6 +300,14 @@ class TrainConfig(_Config):
         payload = self.model_dump(mode="json")
         return {field: payload[field] for field in fields}
 
+    def recipe_difference(self, theirs: TrainConfig) -> str | None:
+        """The first field of this recipe that another config has otherwise, with both values."""
+        other = theirs.recipe()
+        for field, value in self.recipe().items():
+            if other.get(field) != value:
+                return first_difference(field, other.get(field), value)
+        return None
+
 
 ConfigT = TypeVar("ConfigT", bound=_Config)
 

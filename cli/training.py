@@ -188,16 +188,20 @@ def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None
 
 
 def _note_trace_behind(result: TrainResult) -> None:
-    """Say so where a run that was traced has gone on without its trace."""
-    from circuit.trace.store import MANIFEST, TraceStore
+    """Say so where a run that was traced while it trained has gone on without its trace."""
+    from circuit.trace.store import WHILE_TRAINING, TraceStore
     from circuit.trace.while_training import DEFAULT_FOLDER
 
     folder = result.folder / DEFAULT_FOLDER
-    if not (folder / MANIFEST).exists():
+    if not (folder / WHILE_TRAINING).exists():
         return
-    store = TraceStore(folder)
-    manifest = store.manifest
-    if store.last_step >= min(result.step, manifest.end_step):
+    try:
+        store = TraceStore(folder)
+        manifest, last = store.manifest, store.last_step
+    except CircuitError as error:  # the run is sound, whatever has become of its trace
+        stdout.print(f"note: the trace of this run cannot be read: {error}", soft_wrap=True)
+        return
+    if last >= min(result.step, manifest.end_step):
         return
     words = ["circuit", "trace", "record", "--config", str(result.folder / "run_config.json")]
     words += ["--from-initialization", "--end-step", str(manifest.end_step), "--resume"]
@@ -205,8 +209,7 @@ def _note_trace_behind(result: TrainResult) -> None:
     words += ["--checkpoint-every", str(manifest.checkpoint_every)]
     words += ["--top-k-parameters", str(manifest.top_k_parameters)]
     stdout.print(
-        f"note: the trace in {folder} ends at step {store.last_step}; finish it with: "
-        + shlex.join(words),
+        f"note: the trace in {folder} ends at step {last}; finish it with: " + shlex.join(words),
         soft_wrap=True,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 from circuit.artifacts import dump_row, find_folder, read_jsonl
 from circuit.attribution.series import Series, check_windows
 from circuit.attribution.window import Job, attribute_window
-from circuit.config import TrainConfig, first_difference
+from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.attribution import changes_by_scalar, groups_of_terms, terms_and_closure
 from circuit.reports.base import ReportResult, ReportWriter, open_report, report_name
@@ -64,10 +64,8 @@ def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
         CircuitError: config or probe set belong to another run than the trace.
     """
     manifest = trace.manifest
-    ours, theirs = config.recipe(), manifest.config.recipe()
-    if ours != theirs:
-        differing = next(field for field in ours if ours[field] != theirs.get(field))
-        difference = first_difference(differing, theirs.get(differing), ours[differing])
+    difference = config.recipe_difference(manifest.config)
+    if difference is not None:
         raise CircuitError(
             f"config {config.name} is not that of the trace: {difference}",
             where=trace.path,

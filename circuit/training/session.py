@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from circuit.config import ModelConfig, TrainConfig, first_difference
+from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
@@ -171,14 +171,12 @@ def check_state(state: StateHeader, config: TrainConfig, benchmark_digest: str) 
     Raises:
         CircuitError: the first recipe field that differs is named.
     """
-    ours, theirs = config.recipe(), state.config.recipe()
-    for field, value in ours.items():
-        if theirs.get(field) != value:
-            raise CircuitError(
-                f"the checkpoint of step {state.step} belongs to another config:"
-                f" {first_difference(field, theirs.get(field), value)}",
-                fix="pass the run_config.json that stands beside the checkpoint's folder",
-            )
+    difference = config.recipe_difference(state.config)
+    if difference is not None:
+        raise CircuitError(
+            f"the checkpoint of step {state.step} belongs to another config: {difference}",
+            fix="pass the run_config.json that stands beside the checkpoint's folder",
+        )
     if state.benchmark_digest != benchmark_digest:
         raise CircuitError(
             f"the checkpoint of step {state.step} was trained on another benchmark: digest"

@@ -458,6 +458,10 @@ def test_a_run_that_leaves_its_trace_behind_says_how_to_finish_it(
     words = ["train", "--config", config_file]
     few = ("--trace-anchor-every", "5", "--stop-at-step", "4")
     assert type_and_read([*words, "--trace", *few], capsys).code == 0
+    (TRACE / ROWS).rename("rows")
+    done = type_and_read([*words, "--resume", "--stop-at-step", "5"], capsys)
+    assert (done.code, "note: the trace of this run cannot be read" in done.out) == (0, True)
+    Path("rows").rename(TRACE / ROWS)
     done = type_and_read([*words, "--resume"], capsys)
     said, command = done.out.rstrip().splitlines()[-1].split(" ends at step 4; finish it with: ")
     assert said == f"note: the trace in {TRACE}"
