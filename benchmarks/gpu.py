@@ -23,17 +23,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.series import Series
-from circuit.config import BenchmarkConfig, TrainConfig, load_config, parse_config
+from circuit.config import BenchmarkConfig, Kernels, TrainConfig, load_config, parse_config
 from circuit.environment import CUBLAS_WORKSPACE, prepare_process
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
 from circuit.reports.inputs import PairOptions
-from circuit.tasks.benchmark import write_benchmark
+from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
 from circuit.trace.replay import Trace, open_trace
@@ -94,12 +94,12 @@ def measure(config: TrainConfig, folder: Path, run: Run) -> tuple[Column, Trace]
         torch.cuda.reset_peak_memory_stats()
     root = Path(config.output_dir)
     options = RecordOptions(anchor_every=config.steps // 4)
+    rates = _rates(config)  # before `train` is timed, so that every import and kernel is warm
     began = time.perf_counter()
     train(config, recorder=TraceRecorder(root / "trace", options))
     seconds = time.perf_counter() - began
     trace = open_trace(root / "trace")
-    column = _facts(trace)
-    column["steps a second, plain"] = Figure(f"{1 / _plain_seconds(trace):.1f}")
+    column = _facts(trace) | rates
     column["steps a second, traced, evaluations included"] = Figure(f"{config.steps / seconds:.1f}")
     column |= _again(config, trace, options, run)
     column |= _checkout(trace)
@@ -124,21 +124,27 @@ def _facts(trace: Trace) -> Column:
     }
 
 
-def _plain_seconds(trace: Trace) -> float:
-    """Median seconds of a step without a trace."""
-    session = TrainingSession.start(trace.manifest.config, trace.benchmark)
-    seconds = []
-    for _ in range(min(20, trace.manifest.config.steps)):
-        began = time.perf_counter()
-        session.advance()  # it reads the loss, for which the device has to be done
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def _rates(config: TrainConfig) -> Column:
+    """Steps a second without a trace, by kernels; the two take turns."""
+    benchmark = load_benchmark(config.benchmark_dir)
+    kinds = get_args(Kernels)
+    sessions = [TrainingSession.start(config.replace(kernels=kind), benchmark) for kind in kinds]
+    seconds: list[list[float]] = [[] for _ in kinds]
+    for _ in range(min(20, config.steps)):
+        for session, times in zip(sessions, seconds, strict=True):
+            began = time.perf_counter()
+            session.advance()  # it reads the loss, for which the device has to be done
+            times.append(time.perf_counter() - began)
+    return {
+        f"steps a second, {kind} kernels": Figure(f"{1 / statistics.median(times):.1f}")
+        for kind, times in zip(kinds, seconds, strict=True)
+    }
 
 
 def _again(config: TrainConfig, trace: Trace, options: RecordOptions, run: Run) -> Column:
     """A second execution and a verification, each in a process of its own."""
     root = Path(config.output_dir)
-    words = ("--config", str(root / "run_config.json"), "--from-initialization")
+    words: tuple[str, ...] = ("--config", str(root / "run_config.json"), "--from-initialization")
     words += ("--end-step", str(config.steps), "--anchor-every", str(options.anchor_every))
     words += ("--require-historical-replay", "--output-dir", str(root / "again"), "--json")
     again = json.loads(run(("optimizer-update-trace", *words)))
