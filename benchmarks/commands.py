@@ -5,6 +5,7 @@ python benchmarks/commands.py RUN [--against OTHER_PYTHON] [--runs 5]
 RUN is the folder of a run with a probe set and a trace (`circuit quickstart` makes one). Each
 command runs in a process of its own, in turn with the other interpreter's (A B A B ...); times are
 processor seconds of the whole process, medians of the runs, the ratio the median of the pairs'.
+What Typer and pydantic take before any program has done anything comes first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+IMPORTS = "import typer, rich, pydantic"
+SMALLEST = f"""
+{IMPORTS}
+from pathlib import Path
+class Config(pydantic.BaseModel):
+    steps: int
+app = typer.Typer()
+@app.command()
+def one(config: Path = typer.Option(Path("x")), steps: int = 3) -> None:
+    raise typer.Exit(2)
+@app.command()
+def other() -> None:
+    pass
+app()
+"""
+"""Two commands, one of them with two options and a model, which refuses at once."""
 
 
 def commands(run: Path, out: str) -> dict[str, list[str]]:
@@ -80,10 +98,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # compiled modules are kept, as they usually are
     pythons = [sys.executable, *([asked.against] if asked.against else [])]
-    ours = "import typer, rich, pydantic"
-    floor = statistics.median(seconds([sys.executable, "-c", ours]) for _ in range(asked.runs))
-    print(f"`{ours}`: {floor:.2f} s")
+    imports = [seconds([sys.executable, "-c", IMPORTS]) for _ in range(asked.runs)]
+    floor = statistics.median(imports)
+    print(f"`{IMPORTS}`: {floor:.2f} s")
+    smallest = [seconds([sys.executable, "-c", SMALLEST, "one"], 2) for _ in range(asked.runs)]
+    shown = statistics.median(smallest)
+    print(f"| refused by the smallest Typer program | {shown:.2f} s | {shown / floor:.1f} |")
     for name in commands(asked.run, "out"):
         times = [[timed(python, name, asked.run) for python in pythons] for _ in range(asked.runs)]
         here, *other = (statistics.median(column) for column in zip(*times, strict=True))
