@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from circuit.errors import CircuitError
+from circuit.strict_json import parse_json
 
 Row = Mapping[str, Any]
 """One JSON object of a row file."""
@@ -35,11 +36,11 @@ def dump_row(row: Row) -> str:
     NaN and infinity are refused.
     """
     body = json.dumps(row, allow_nan=False, ensure_ascii=False)
-    return json.dumps({**row, ROW_DIGEST: _row_digest(body)}, ensure_ascii=False)
+    return json.dumps({**row, ROW_DIGEST: _row_digest(body.encode())}, ensure_ascii=False)
 
 
-def _row_digest(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()[:16]
+def _row_digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def dump_rows(rows: Iterable[Row]) -> str:
@@ -153,7 +154,7 @@ def iter_jsonl(path: Path, *, holding: str = "") -> Iterator[dict[str, Any]]:
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     fix = "the file is damaged or was edited; make it again"
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise CircuitError(f"not a JSON object ({error})", where=where, fix=fix) from None
     if not isinstance(row, dict):
@@ -165,7 +166,9 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
             where=where,
             expected="a row file of this program (a benchmark or probe set is none)",
         )
-    if stored != _row_digest(json.dumps(row, ensure_ascii=False)):
+    # of the text as it stands, and not of what was read from it: no other way of writing counts
+    body, _, _ = line.rpartition(f', "{ROW_DIGEST}": '.encode())
+    if stored != _row_digest(body + b"}"):
         raise CircuitError("the row does not match its digest", where=where, fix=fix)
     return row
 
@@ -404,7 +407,7 @@ class OutputFolder:
         if not manifest.exists():
             return
         try:
-            payload = json.loads(manifest.read_text(encoding="utf-8"))
+            payload = parse_json(manifest.read_text(encoding="utf-8"))
             owned = payload["files"]
             if payload["command"] != self.command or not all(isinstance(n, str) for n in owned):
                 raise ValueError("not a manifest of this command")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,6 +24,7 @@ from pydantic import (
 
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides, advice, apply_overrides, causes
+from circuit.strict_json import parse_json
 
 Device = Literal["cpu", "cuda", "mps"]
 Kernels = Literal["fast", "plain"]
@@ -33,6 +34,11 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
 """What NumPy's RandomState takes (circuit/training/data_order.py)."""
+
+
+def _digest_of(payload: dict[str, Any]) -> str:
+    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class _Config(BaseModel):
@@ -64,9 +70,8 @@ class _Config(BaseModel):
         return json.dumps(payload, indent=2) + "\n"
 
     def digest(self) -> str:
-        """sha256 of the config's canonical JSON (sorted keys, no spaces)."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """sha256 of the config's canonical JSON."""
+        return _digest_of(self.model_dump(mode="json"))
 
 
 class Range(_Config):
@@ -216,16 +221,10 @@ class BestConfig(_Config):
     metric: Literal["answer_accuracy", "value_accuracy", "token_accuracy"] = "answer_accuracy"
 
 
-class TrainConfig(_Config):
-    """One training run."""
+class Recipe(_Config):
+    """What decides the weights of every step, given the benchmark."""
 
-    name: str
-    output_dir: FolderName
-    benchmark_dir: FolderName
     seed: RunSeed
-    device: Device = "cpu"
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
     kernels: Kernels = "fast"
     """Of forward and backward pass (circuit/model/kernels.py): they decide bits. `plain` is what
     TransformerLens wrote, and what every run recorded before there was a choice has used."""
@@ -236,11 +235,68 @@ class TrainConfig(_Config):
     optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
     schedule: ScheduleConfig = ScheduleConfig()
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide bits, as JSON: `steps` only where the schedule depends on it."""
+        payload = self.model_dump(mode="json", include=set(Recipe.model_fields))
+        steps = payload.pop("steps")
+        return payload if self.schedule.name == "constant" else payload | {"steps": steps}
+
+    def recipe_digest(self) -> str:
+        """sha256 of the recipe: equal recipes on equal benchmarks are one run, bit for bit."""
+        return _digest_of(self.deciding())
+
+    def recipe_difference(self, theirs: Recipe) -> str | None:
+        """The first field of this recipe that another one has otherwise, with both values."""
+        other = theirs.deciding()
+        for field, value in self.deciding().items():
+            if other.get(field) != value:
+                return first_difference(field, other.get(field), value)
+        return None
+
+
+class Machine(_Config):
+    """What executes the recipe; it decides bits too, so that a run records what it had."""
+
+    device: Device = "cpu"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
+
+
+class Places(_Config):
+    """What a run is called and where it lies; one that lies elsewhere is the same run."""
+
+    name: str
+    output_dir: FolderName
+    """Of a run's own `run_config.json` it is the folder that holds it, wherever that is now."""
+    benchmark_dir: FolderName
+
+
+class Bookkeeping(_Config):
+    """What is written down while the recipe runs; no weight depends on it."""
+
     log_every: PositiveInt = 50
     eval_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 250
     tracked_splits: list[str] = ["validation_iid", "heldout_pairs"]
     best: BestConfig = BestConfig(split="heldout_pairs")
+
+
+class TrainConfig(Bookkeeping, Recipe, Machine, Places):
+    """One training run: four roles in one flat file."""
+
+    def digest(self) -> str:
+        """sha256 of what the run is; not of where it lies."""
+        return _digest_of(self.model_dump(mode="json", exclude=set(Places.model_fields)))
+
+    def provenance(self, benchmark_digest: str) -> dict[str, Any]:
+        """What a report records of the run that it is about; equal recipes are one run."""
+        return {
+            **self.origin(),
+            "config_digest": self.digest(),
+            "recipe_digest": self.recipe_digest(),
+            "benchmark_digest": benchmark_digest,
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -287,32 +343,17 @@ class TrainConfig(_Config):
         made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
         return made.remembering(self)
 
-    def recipe(self) -> dict[str, Any]:
-        """The fields that decide the weights of every step, given the benchmark.
-
-        Names, folders, device, threads and the frequencies of logging are not among them; `steps`
-        is only where the schedule depends on it.
-        """
-        fields = ["seed", "model", "batch_size", "train_split", "optimizer", "schedule"]
-        fields += ["gradient_clip", "kernels"]
-        if self.schedule.name != "constant":
-            fields.append("steps")
-        payload = self.model_dump(mode="json")
-        return {field: payload[field] for field in fields}
-
-    def recipe_difference(self, theirs: TrainConfig) -> str | None:
-        """The first field of this recipe that another config has otherwise, with both values."""
-        other = theirs.recipe()
-        for field, value in self.recipe().items():
-            if other.get(field) != value:
-                return first_difference(field, other.get(field), value)
-        return None
-
 
 ConfigT = TypeVar("ConfigT", bound=_Config)
 
 
-def load_config(path: str | Path, kind: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    path: str | Path,
+    kind: type[ConfigT],
+    overrides: Sequence[str] = (),
+    *,
+    places: Mapping[str, str] | None = None,
+) -> ConfigT:
     """Read and validate one JSON config file.
 
     Args:
@@ -320,6 +361,7 @@ def load_config(path: str | Path, kind: type[ConfigT], overrides: Sequence[str] 
         kind: `TrainConfig` or `BenchmarkConfig`.
         overrides: `field=value`, applied in order before validation (circuit/overrides.py); the
             config remembers them.
+        places: fields that the file's place decides, whatever stands in it.
 
     Raises:
         CircuitError: the file is missing, is not JSON, or a field is unknown, missing, of the
@@ -331,12 +373,40 @@ def load_config(path: str | Path, kind: type[ConfigT], overrides: Sequence[str] 
     earlier = None
     if isinstance(payload, dict) and _ORIGIN in payload:
         earlier = _parse_origin(payload.pop(_ORIGIN), path)
+    if isinstance(payload, dict):
+        payload |= places or {}
     payload = apply_overrides(payload, overrides, kind)
     made = parse_config(payload, kind, where=path, overrides=overrides)
     made._overrides = (
         Overrides(config=str(path), set=list(overrides), earlier=earlier) if overrides else earlier
     )
     return made
+
+
+RUN_CONFIG = "run_config.json"
+"""In the folder of a run: the values in use."""
+
+
+def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training config: a file, or the folder of a run.
+
+    A run's own `run_config.json` speaks of the folder that holds it, whether the run was made there
+    or has been copied or moved since; its benchmark is looked for above it.
+
+    Args:
+        where: as said.
+        overrides: as for `load_config`; one of them may name another `output_dir`.
+
+    Raises:
+        CircuitError: as `load_config`.
+    """
+    path = Path(where)
+    if (path / RUN_CONFIG).is_file():
+        path = path / RUN_CONFIG
+    if path.name != RUN_CONFIG:
+        return load_config(path, TrainConfig, overrides)
+    run = {"output_dir": str(path.parent)}
+    return load_config(path, TrainConfig, overrides, places=run)
 
 
 _ORIGIN = "overrides"
@@ -351,13 +421,15 @@ def _read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
-        return json.loads(text)
+        return parse_json(text)
     except RecursionError:
         raise CircuitError("not valid JSON (nested too deeply)", where=path) from None
     except json.JSONDecodeError as error:
         raise CircuitError(
             f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}:{error.colno}"
         ) from None
+    except ValueError as error:
+        raise CircuitError(f"not valid JSON ({error})", where=path) from None
 
 
 def _parse_origin(payload: Any, path: Path) -> Overrides:

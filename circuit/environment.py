@@ -7,7 +7,6 @@ so that the command line can read this module without it.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
+from circuit.strict_json import parse_json
 
 Facts = dict[str, Any]
 """Recorded facts, all JSON."""
@@ -160,7 +160,7 @@ def recorded_facts(path: Path) -> Facts:
         CircuitError: the file is damaged.
     """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

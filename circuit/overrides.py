@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from circuit.errors import CircuitError
+from circuit.strict_json import RepeatedKeyError, parse_json
 
 Kind = type[BaseModel]
 Path = tuple[str, ...]
@@ -82,28 +83,12 @@ def parse_override(text: str) -> tuple[Path, Any]:
             where=_option(text),
             expected="field=value, such as seed=11 or optimizer.learning_rate=0.001",
         )
-    doubled: list[str] = []
-
-    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        doubled.extend(name for name in names if names.count(name) > 1)
-        return dict(pairs)
-
     try:
-        found = json.loads(value, parse_constant=_no_json, object_pairs_hook=fields)
+        return path, parse_json(value)
+    except RepeatedKeyError as error:
+        raise CircuitError(str(error), where=_option(text), fix="set each field once") from None
     except (ValueError, RecursionError):
         return path, value  # text, whatever the part of it that was read
-    if doubled:
-        raise CircuitError(
-            f"'{doubled[0]}' stands twice in an object",
-            where=_option(text),
-            fix="set each field once",
-        )
-    return path, found
-
-
-def _no_json(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity, which Python would take
 
 
 def causes(field: Path, texts: Sequence[str]) -> list[str]:

@@ -34,7 +34,8 @@ from circuit.trace.record import RecordOptions
 from circuit.trace.step import TracedStep
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
-from circuit.training.loop import BEST, Progress, TrainResult, train
+from circuit.training.loop import Progress, TrainResult, train
+from circuit.training.run_folder import BEST
 from circuit.training.session import encode_split, model_from_state
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from circuit.artifacts import find_folder, read_jsonl
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.groups import Partition, check_partition
 from circuit.attribution.series import Series
-from circuit.config import TrainConfig, load_config
+from circuit.config import RUN_CONFIG, load_run_config
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
 from circuit.scalars.base import Scalar
@@ -29,7 +29,7 @@ from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.symbolic_kv import Vocabulary
 from circuit.trace.replay import Trace
 from circuit.training.checkpoints import TrainState, list_checkpoints, load_checkpoint
-from circuit.training.loop import BEST, METRICS, RUN_CONFIG
+from circuit.training.run_folder import BEST, METRICS
 from circuit.training.session import encode_split, model_from_state
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Run:
                 expected="the folder of a run",
                 fix="train one with `circuit train` or `circuit quickstart`",
             )
-        self.config = load_config(self.path / RUN_CONFIG, TrainConfig)
+        self.config = load_run_config(self.path)
         self._splits: dict[str, EncodedSplit] = {}
 
     def __repr__(self) -> str:

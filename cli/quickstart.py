@@ -38,7 +38,7 @@ def quickstart(as_json: options.Json = False) -> None:
     config = library.quickstart_configs()[1]
     with progress_bar(not as_json) as bar:
         result = library.quickstart(
-            training_progress=TrainBar(bar, config.steps),
+            training_progress=TrainBar(bar, config),
             trace_progress=StepBar(bar, "tracing", config.steps),
             attribution_progress=AttributionBar(bar),
         )

@@ -111,7 +111,7 @@ def train(
                 overwrite=not resume,
                 resume=resume,
                 stop=interrupted,
-                progress=TrainBar(bar, settings.steps),
+                progress=TrainBar(bar, settings),
             )
             stdout.print(f"step {result.step}, from {result.first_step}, {result.seconds:.0f} s")
             if report is not None:

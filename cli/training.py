@@ -40,6 +40,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")
     ] = False,
+    resume_from: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Go on from the checkpoint of this step; with --overwrite, drop later ones."
+        ),
+    ] = None,
     stop_at_step: Annotated[
         int | None, typer.Option(min=1, help="Stop here, with a checkpoint, ready for --resume.")
     ] = None,
@@ -72,10 +78,11 @@ def train(
                 recorder,
                 overwrite=overwrite,
                 resume=resume,
+                resume_from=resume_from,
                 allow_drift=allow_drift,
                 stop_at=stop_at_step,
                 stop=interrupted,
-                progress=TrainBar(bar, settings.steps),
+                progress=TrainBar(bar, settings, resumes=resume),
             )
         except KeyboardInterrupt:  # the second one: no time for a checkpoint
             bar.stop()
@@ -270,12 +277,10 @@ def load_train_config(
         CircuitError: as `load_config`, or a field has an option and a --set of its own: one of
             them would be lost, and the record tells only the --set.
     """
-    from circuit.config import TrainConfig, load_config
+    from circuit.config import load_run_config
     from circuit.overrides import parse_override
 
-    if (path / "run_config.json").is_file():
-        path = path / "run_config.json"
-    settings = load_config(path, TrainConfig, overrides or ())
+    settings = load_run_config(path, overrides or ())
     said = {parse_override(text)[0][0]: text for text in overrides or ()}
     given = {"device": device, "threads": threads, "train_split": train_split}
     for name, value in given.items():
@@ -294,13 +299,19 @@ def load_train_config(
 class TrainBar:
     """Shows the progress of a training run on a bar."""
 
-    def __init__(self, bar: Bar, steps: int) -> None:
+    def __init__(self, bar: Bar, config: TrainConfig, *, resumes: bool = False) -> None:
         self.bar = bar
-        self.task = bar.add_task("training", total=steps, note="")
+        self.task = bar.add_task("training", total=config.steps, note="")
         self.accuracy = ""
+        self.resumed = config.output_dir if resumes else None
+        """Folder of a run that is to go on, until its first step is known."""
 
     def __call__(self, progress: Progress) -> None:
         """Move the bar; remember the last accuracies."""
+        if self.resumed and progress.step == 0:
+            message = f"{self.resumed} holds no saved state to resume from: starting at step 0"
+            stderr.print(message, soft_wrap=True)
+        self.resumed = None
         if progress.evaluation is not None:
             done = progress.evaluation
             note = f"{done.split} answer accuracy {percent(done.answer_accuracy)}"

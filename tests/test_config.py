@@ -353,7 +353,7 @@ def test_formation_and_generalization_carry_the_contracts_values() -> None:
         load_config(CONFIGS / "train" / f"symbolic_kv_{name}.json", TrainConfig)
         for name in ("formation", "generalization")
     )
-    assert formation.recipe() == generalization.recipe()
+    assert formation.deciding() == generalization.deciding()
     assert formation.name == "symbolic_kv_reference_formation"
     assert generalization.name == "symbolic_kv_heldout_generalization"
     for config in (formation, generalization):
@@ -361,7 +361,7 @@ def test_formation_and_generalization_carry_the_contracts_values() -> None:
         assert config.benchmark_dir == "data/generated/symbolic_kv_stream_learnability"
         assert config.steps == 16000
     assert formation.checkpoint_every == 250 < generalization.checkpoint_every
-    recipe = formation.recipe()
+    recipe = formation.deciding()
     assert recipe["seed"] == 7
     assert recipe["batch_size"] == 128
     assert recipe["gradient_clip"] == 1.0
@@ -408,12 +408,12 @@ def test_the_fifteen_ablation_runs_differ_in_optimizer_and_folder_only() -> None
     for config in configs:
         assert config.steps == 6000
         assert config.benchmark_dir == formation.benchmark_dir
-        recipes = formation.recipe(), config.recipe()
+        recipes = formation.deciding(), config.deciding()
         assert {f: v for f, v in recipes[0].items() if f != "optimizer"} == {
             f: v for f, v in recipes[1].items() if f != "optimizer"
         }
     baseline = next(config for config in configs if config.name == "adamw_baseline")
-    assert baseline.recipe() == formation.recipe()
+    assert baseline.deciding() == formation.deciding()
 
 
 @pytest.mark.parametrize(
@@ -436,12 +436,12 @@ def test_the_fifteen_ablation_runs_differ_in_optimizer_and_folder_only() -> None
 def test_the_recipe_holds_what_moves_the_weights(field: str, value: Any, moves: bool) -> None:
     before = parse_config(FULL_TRAIN, TrainConfig, where="test")
     after = parse_config({**FULL_TRAIN, field: value}, TrainConfig, where="test")
-    assert (after.recipe() != before.recipe()) is moves
+    assert (after.deciding() != before.deciding()) is moves
 
 
 def test_the_number_of_steps_is_of_the_recipe_only_where_the_schedule_needs_it(
     make_config: Callable[..., TrainConfig],
 ) -> None:
     for name, moves in (("constant", False), ("cosine", True), ("linear", True)):
-        recipes = [make_config(steps=n, schedule={"name": name}).recipe() for n in (12, 13)]
+        recipes = [make_config(steps=n, schedule={"name": name}).deciding() for n in (12, 13)]
         assert (recipes[0] != recipes[1]) is moves

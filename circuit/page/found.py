@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.page.commands import command_of
 from circuit.page.panel import Source
+from circuit.strict_json import parse_json
 
 _SUFFIX = "_report.json"
 
@@ -117,7 +117,7 @@ def _run_overrides(run: Path) -> Mapping[str, Any] | None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
+        payload = parse_json(path.read_text(encoding="utf-8"))
         _ = payload["command"], payload["summary"].keys(), payload["parameters"].keys()
         _ = float(payload["provenance"]["started_unix"])
         if "overrides" in payload["provenance"]:

@@ -6,7 +6,6 @@ report is missing or has not the numbers. Nothing is computed here but compariso
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from circuit.pipelines.cross_seed import COMPARISON as SEEDS
 from circuit.pipelines.cross_seed import ROOT as SEED_ROOT
 from circuit.pipelines.jobs import Job, report_file
 from circuit.pipelines.study import PAPER, Study
+from circuit.strict_json import parse_json
 
 Numbers = dict[str, float | int | str | None]
 Verdict = tuple[bool, Numbers]
@@ -84,7 +84,7 @@ class _Reader:
 
     def json(self, path: str) -> dict[str, Any]:
         try:
-            payload = json.loads((self.root / path).read_text(encoding="utf-8"))
+            payload = parse_json((self.root / path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise _MissingError(f"{path} is not there") from None
         return dict(payload)

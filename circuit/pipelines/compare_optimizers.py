@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import dump_rows, read_jsonl
-from circuit.config import AdamWConfig, TrainConfig, load_config
+from circuit.config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
 from circuit.errors import CircuitError
 from circuit.figures.comparison import Course, courses
 from circuit.reports.base import ReportResult, open_report
-from circuit.training.loop import METRICS, RUN_CONFIG, SUMMARY
+from circuit.strict_json import parse_json
+from circuit.training.run_folder import METRICS, SUMMARY
 
 COMMAND = "optimizer-comparison"
 SPLIT = "validation_iid"
@@ -51,10 +51,10 @@ class ComparedRun:
         outcome = folder / OUTCOME
         diverged = None
         if outcome.is_file():
-            diverged = json.loads(outcome.read_text(encoding="utf-8"))["diverged"]
+            diverged = parse_json(outcome.read_text(encoding="utf-8"))["diverged"]
         if diverged is None and not (folder / SUMMARY).is_file():
             raise CircuitError(f"holds no {SUMMARY}", where=folder, fix="finish the run first")
-        config = load_config(folder / RUN_CONFIG, TrainConfig)
+        config = load_run_config(folder / RUN_CONFIG)
         rows = read_jsonl(folder / METRICS, tolerate_torn_tail=diverged is not None)
         shown = [r for r in rows if r["kind"] == "evaluation" and r["split"] == SPLIT]
         audits = sorted(folder.glob(f"analysis/{_AUDIT}/*/{_AUDIT}_means.jsonl"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from circuit.errors import CircuitError
 from circuit.figures.seeds import roles_by_seed, terms_by_seed
 from circuit.pipelines.selection import ROLES
 from circuit.reports.base import ReportResult, open_report
+from circuit.strict_json import parse_json
 
 COMMAND = "cross-seed-comparison"
 _SEED = re.compile(r"seed_(\d{4})")
@@ -50,7 +50,7 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
         match = _SEED.search(str(path))
         try:
             text = path.read_bytes()
-            payload = json.loads(text)
+            payload = parse_json(text)
             kind = _KINDS[payload["command"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise CircuitError(

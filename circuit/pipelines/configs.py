@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from circuit.config import BenchmarkConfig, TrainConfig, parse_config
 from circuit.pipelines.scales import LONG, PILOTS, SWEEP, Scale
+from circuit.strict_json import parse_json
 
 BENCHMARK = "configs/benchmark/symbolic_kv_base.json"
 FORMATION = "configs/train/symbolic_kv_formation.json"
@@ -33,7 +33,7 @@ def contract_configs(scale: Scale) -> list[str]:
 def shipped(path: str) -> dict[str, Any]:
     """The JSON of one of the contract's configs, from the package."""
     text = Path(str(files("circuit.configs"))).joinpath(*Path(path).parts[1:])
-    payload = json.loads(text.read_text(encoding="utf-8"))
+    payload = parse_json(text.read_text(encoding="utf-8"))
     assert isinstance(payload, dict)
     return payload
 

@@ -6,17 +6,17 @@ the same benchmark. Otherwise what it would become is not what a run from the st
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from circuit import __version__
-from circuit.config import TrainConfig
+from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.errors import CircuitError
 from circuit.pipelines.commands import BENCHMARK_FILE
+from circuit.strict_json import parse_json
 from circuit.trace.store import TraceStore
 from circuit.training.checkpoints import list_checkpoints, read_description
-from circuit.training.loop import ENVIRONMENT, RUN_CONFIG
+from circuit.training.run_folder import ENVIRONMENT
 
 
 def run_goes_on(config: TrainConfig, traced: Path | None = None) -> bool:
@@ -75,7 +75,7 @@ def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
+        payload = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return payload if isinstance(payload, dict) else None

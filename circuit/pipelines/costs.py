@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from circuit.pipelines.jobs import Job
 from circuit.pipelines.scales import CONTRACT_UNIT, Scale
+from circuit.strict_json import parse_json
 
 SMALLER = {"full": 1.0, "short": 0.14, "smoke": 0.05}
 """Cost of a unit of work at a scale, over that of the contract's model and data (measured)."""
@@ -44,13 +44,13 @@ class Cost:
 
 def rates(kind: str) -> dict[str, Any]:
     """The entry of a rule, the defaults filled in."""
-    table = json.loads(files("circuit.pipelines").joinpath("resources.json").read_text())
+    table = parse_json(files("circuit.pipelines").joinpath("resources.json").read_text())
     return {**table["default"], **table["rules"].get(kind, {})}
 
 
 def needs_of(scale: Scale) -> dict[str, dict[str, Any]]:
     """Threads and resources of every rule, as Snakemake takes them; cards where they are used."""
-    table = json.loads(files("circuit.pipelines").joinpath("resources.json").read_text())
+    table = parse_json(files("circuit.pipelines").joinpath("resources.json").read_text())
     found = {}
     for kind, own in table["rules"].items():
         entry = {**table["default"], **own}

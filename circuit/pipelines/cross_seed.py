@@ -6,7 +6,6 @@ attributions are known only when the winners are: they are made by rules with wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from circuit.pipelines.commands import (
 from circuit.pipelines.configs import FORMATION, HORIZON
 from circuit.pipelines.jobs import Job, Words, checkpoints, options, report_file
 from circuit.pipelines.scales import Scale
+from circuit.strict_json import parse_json
 
 TARGET = "cross-seed"
 ROOT = "artifacts/runs/symbolic_kv_cross_seed_adam"
@@ -173,7 +173,7 @@ def write_address(report: str | Path) -> str:
 
 
 def _selected(report: str | Path) -> dict[str, Any]:
-    payload = json.loads(Path(report).read_text(encoding="utf-8"))
+    payload = parse_json(Path(report).read_text(encoding="utf-8"))
     return dict(payload["summary"]["selected"])
 
 

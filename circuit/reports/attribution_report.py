@@ -7,7 +7,6 @@ shards joined by `merge_attributions` give the bytes of an unsharded run.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from circuit.errors import CircuitError
 from circuit.figures.attribution import changes_by_scalar, groups_of_terms, terms_and_closure
 from circuit.reports.base import ReportResult, ReportWriter, open_report, report_name
 from circuit.reports.inputs import Study, open_study
+from circuit.strict_json import parse_json
 from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.replay import Trace, open_trace
 
@@ -280,7 +280,7 @@ def _read_shard(folder: Path) -> _Shard:
         if not path.exists():
             continue
         try:
-            payload = json.loads(path.read_text(encoding="utf-8"))
+            payload = parse_json(path.read_text(encoding="utf-8"))
             shard = _Shard(folder, command, payload)
             _ = shard.start, shard.end, shard.settings(), shard.trace["state_at_end"]
             return shard

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import OutputFolder, dump_json, find_folder
-from circuit.config import TrainConfig
+from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.environment import environment_facts, prepare_process
 from circuit.reports.inputs import check_finite
+from circuit.strict_json import parse_json
 from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.replay import load_header, load_state
 from circuit.training.checkpoints import tensors_digest
 from circuit.training.evaluate import Evaluation, evaluate
-from circuit.training.loop import RUN_CONFIG
 from circuit.training.session import check_state, encode_split, model_from_state
 
 
@@ -91,7 +90,7 @@ def evaluate_checkpoint(
 def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:
     """The evaluations of the same weights that stand in the file."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_text(encoding="utf-8"))
         same = all(report[key] == value for key, value in of.items())
         return dict(report["evaluations"]) if same else {}
     except (OSError, ValueError, KeyError, TypeError):

@@ -130,9 +130,7 @@ class Study:
     def provenance(self) -> dict[str, Any]:
         """Digests of what was read, and the config's overrides."""
         return {
-            **self.config.origin(),
-            "config_digest": self.config.digest(),
-            "benchmark_digest": self.benchmark.digest,
+            **self.config.provenance(self.benchmark.digest),
             "probe_set_sha256": self.probe.metadata.sha256,
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import TrainConfig
 from circuit.figures.style import svg
 from circuit.figures.trace import terms_over_steps
+from circuit.strict_json import parse_json
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceStore
@@ -104,9 +104,8 @@ def _report(
         "summary": summary,
         "provenance": {
             "environment": store.manifest.environment,
+            **config.provenance(store.manifest.benchmark_digest),
             **_origin([*earlier, *config.origin().values()]),
-            "config_digest": config.digest(),
-            "benchmark_digest": store.manifest.benchmark_digest,
             "started_unix": began,
             "seconds": time.time() - began,
             "steps_of_this_call": record.steps,
@@ -125,7 +124,7 @@ def _recorded_overrides(trace: Path) -> list[dict[str, Any]]:
     """The records of overrides in the report of a trace; none where there is no such report."""
     try:
         report = (trace / f"{NAME}_report.json").read_text(encoding="utf-8")
-        found = json.loads(report)["provenance"]
+        found = parse_json(report)["provenance"]
         first = [found["overrides"]] if "overrides" in found else []
         return [*first, *found.get("further_overrides", ())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -190,9 +190,7 @@ def weight_svd_trace(
                 )
             },
             provenance={
-                **config.origin(),
-                "config_digest": config.digest(),
-                "benchmark_digest": benchmark.digest,
+                **config.provenance(benchmark.digest),
                 "parameters_sha256": {str(point.step): point.digest for point in points},
             },
             device=config.device,

@@ -20,6 +20,7 @@ from circuit.artifacts import OutputFolder
 from circuit.config import BenchmarkConfig
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
+from circuit.strict_json import parse_json
 from circuit.tasks.checks import BenchmarkFigures, check_benchmark
 from circuit.tasks.generator import Pair, Progress, draw_splits
 from circuit.tasks.symbolic_kv import Record, Vocabulary, record_from_json, record_to_json
@@ -262,8 +263,10 @@ def _read_metadata(folder: Path) -> BenchmarkMetadata:
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
-        return BenchmarkMetadata.model_validate_json(text)
-    except ValidationError as error:
+        return BenchmarkMetadata.model_validate_json(json.dumps(parse_json(text)))
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise _edited(path, f"not valid JSON ({error})") from None
         first: Any = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise _edited(path, f"field '{field}': {first['msg']}") from None

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from circuit.artifacts import OutputFolder
 from circuit.errors import CircuitError
+from circuit.strict_json import parse_json
 from circuit.tasks.benchmark import (
     Benchmark,
     Sha256,
@@ -215,12 +216,13 @@ def _read_metadata(path: Path) -> ProbeSetMetadata:
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=where) from None
     try:
-        return ProbeSetMetadata.model_validate_json(text)
-    except ValidationError as error:
-        first: Any = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        return ProbeSetMetadata.model_validate_json(json.dumps(parse_json(text)))
+    except (ValueError, RecursionError) as error:
+        said = f"not valid JSON ({error})"
+        if isinstance(error, ValidationError):
+            first: Any = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+            said = f"field '{field}': {first['msg']}"
         raise CircuitError(
-            f"field '{field}': {first['msg']}",
-            where=where,
-            fix="draw the probe set again with --overwrite",
+            said, where=where, fix="draw the probe set again with --overwrite"
         ) from None

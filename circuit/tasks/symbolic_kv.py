@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from circuit.errors import CircuitError
+from circuit.strict_json import parse_json
 
 PAD, BOS, EOS, WRITE, READ = range(5)
 """Token ids of `<pad> <bos> <eos> W R`; keys and then values follow."""
@@ -297,10 +298,10 @@ def record_from_json(line: str, vocab: Vocabulary, *, where: object) -> Record:
             a token is unknown.
     """
     try:
-        payload = json.loads(line)
-    except json.JSONDecodeError as error:
+        payload = parse_json(line)
+    except (ValueError, RecursionError) as error:
         raise CircuitError(
-            f"not valid JSON ({error.msg} at column {error.colno})",
+            f"not valid JSON ({error})",
             where=where,
             expected="one complete record",
         ) from None

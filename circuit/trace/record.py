@@ -39,7 +39,7 @@ from circuit.training.checkpoints import (
     load_checkpoint,
     read_description,
 )
-from circuit.training.loop import BEST, ENVIRONMENT
+from circuit.training.run_folder import BEST, ENVIRONMENT
 from circuit.training.session import TrainingSession, check_state
 
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"

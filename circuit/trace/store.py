@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from circuit.artifacts import dump_json, read_jsonl
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
+from circuit.strict_json import parse_json
 from circuit.training.checkpoints import TrainState, checkpoint_name, load_checkpoint
 
 COMMAND = "optimizer-update-trace"
@@ -181,7 +182,7 @@ class TraceStore:
         state = load_checkpoint(path)
         if state.step != step or state.benchmark_digest != self.manifest.benchmark_digest:
             raise CircuitError(f"is not the state of step {step} of this trace", where=path)
-        if state.config.recipe() != self.manifest.config.recipe():
+        if state.config.deciding() != self.manifest.config.deciding():
             raise CircuitError(
                 f"the anchor of step {step} belongs to another config than {MANIFEST}", where=path
             )
@@ -214,7 +215,7 @@ class TraceStore:
 
 def _read_manifest(path: Path) -> TraceManifest:
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
+        payload = parse_json(path.read_text(encoding="utf-8"))
         stored = payload.pop("digest")
     except (FileNotFoundError, NotADirectoryError):
         raise CircuitError(

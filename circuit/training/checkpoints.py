@@ -25,6 +25,7 @@ from circuit.artifacts import atomic_write_bytes
 from circuit.config import TrainConfig, parse_config
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.strict_json import parse_json
 from circuit.training.optimizers import Moments
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _read(path: Path, *, payload: bool) -> tuple[bytes, dict[str, Any]]:
                 text = handle.read(length)
             if magic != _MAGIC or hashlib.sha256(text).digest() != digest:
                 raise _damaged(path, "truncated, altered, or not a checkpoint of this program")
-            description: dict[str, Any] = json.loads(text)
+            description: dict[str, Any] = parse_json(text)
             if begins != description["payload_bytes"]:
                 raise _damaged(path, f"payload has {begins} bytes, not the recorded number")
             handle.seek(0)

@@ -3,8 +3,8 @@
 The run folder: `run_config.json` (the values in use, and the overrides if there are any),
 `environment.json`, `metrics.jsonl` (no clock, so that equal runs give equal bytes),
 `checkpoints/step_NNNNNN.pt` and `best.pt`, and, once the last step is done, `summary.json`. Within
-one step the order is rows, best, checkpoint; a resumed run keeps the rows up to its checkpoint and
-writes the others again.
+one step the order is rows, best, checkpoint. Both are full states: a resumed run goes on from the
+last of them, keeps the rows up to it, and writes the others again.
 
 A `Recorder` takes the run's steps in the loop's place and records them. What it writes of a step
 stands before the run's own files of that step do, and is on the disk before a checkpoint is: the
@@ -21,39 +21,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
-from circuit.config import TrainConfig, first_difference, load_config
+from circuit.artifacts import OutputFolder, RowLog, dump_json, find_folder, read_jsonl
+from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.environment import (
-    changed_facts,
     environment_facts,
     prepare_process,
-    recorded_facts,
 )
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import load_benchmark
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
-from circuit.training.checkpoints import (
-    TrainState,
-    checkpoint_name,
-    encode_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-)
+from circuit.training.checkpoints import checkpoint_name, encode_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate
+from circuit.training.run_folder import (
+    BEST,
+    ENVIRONMENT,
+    METRICS,
+    METRICS_ROWS,
+    SUMMARY,
+    earlier_run,
+)
 from circuit.training.session import DivergedError, TrainingSession, encode_split
 
 if TYPE_CHECKING:
     from circuit.training.step import StepOutcome
 
 COMMAND = "train"
-RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY = (
-    "run_config.json",
-    "environment.json",
-    "metrics.jsonl",
-    "summary.json",
-)
-BEST = "checkpoints/best.pt"
 
 
 class Recorder(Protocol):
@@ -118,6 +111,7 @@ def train(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    resume_from: int | None = None,
     allow_drift: bool = False,
     stop_at: int | None = None,
     stop: Callable[[], bool] | None = None,
@@ -126,10 +120,15 @@ def train(
 ) -> TrainResult:
     """Train a run, or go on with it.
 
+    A resumed run has to have this recipe. What decides no bits may be another: how often it is
+    logged, evaluated and saved, and, under a constant schedule, its last step.
+
     Args:
-        overwrite: replace the files of an earlier run in the same folder, and only those.
-        resume: continue from the last checkpoint; the result equals, bit for bit, a run that was
-            never interrupted.
+        overwrite: replace the files of an earlier run in the same folder, and only those; with
+            `resume_from`, those of its later steps.
+        resume: continue from the last saved state, or start where there is none; the result
+            equals, bit for bit, a run that was never interrupted.
+        resume_from: continue from the checkpoint of this step instead.
         allow_drift: resume also where the environment differs and bits may too.
         stop_at: stop after this step, with a checkpoint, ready to be resumed.
         stop: asked after every step; True stops there, with a checkpoint.
@@ -144,73 +143,49 @@ def train(
     last = config.steps if stop_at is None else stop_at
     if not 1 <= last <= config.steps:
         raise CircuitError(f"cannot stop at step {last}", expected=f"1 to {config.steps}")
+    resume = resume or resume_from is not None
     outputs = OutputFolder(
         config.output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True
     )
     recording: AbstractContextManager[None] = nullcontext()
     if recorder is not None:
-        recording = recorder.open(config, overwrite=overwrite, resume=resume)
+        recording = recorder.open(config, overwrite=overwrite and not resume, resume=resume)
     with outputs as folder, recording:
+        earlier = earlier_run(config, folder) if resume else None
+        if earlier is None and resume_from:
+            raise CircuitError(
+                "there is no run to resume", where=folder.root, fix="check the folder"
+            )
         splits = list(dict.fromkeys([config.train_split, *config.tracked_splits]))
-        benchmark = load_benchmark(config.benchmark_dir, splits=splits)
+        benchmark = load_benchmark(find_folder(config.benchmark_dir, folder.root), splits=splits)
         threads = config.threads
-        if resume and threads is None:
-            threads = recorded_facts(folder.root / ENVIRONMENT).get("threads")
+        if earlier is not None and threads is None:
+            threads = earlier.facts.get("threads")
         prepare_process(threads=threads, device=config.device)
         tracked = {
             name: encode_split(benchmark, name, config.model) for name in config.tracked_splits
         }
-        state = _saved(config, folder, allow_drift) if resume else None
+        state = None
+        if earlier is not None:
+            earlier.refuse_changed_facts(environment_facts(config.device), allow_drift)
+            state = earlier.state(resume_from, drop_later=overwrite)
         session = TrainingSession(config, benchmark, state=state)
         if session.step > last:
             raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
         folder.refuse_foreign(_planned(config))
         if recorder is not None:
             recorder.prepare(session)
-        if state is None:
+        notes, rows = {}, 0
+        if earlier is not None and state is not None:
+            notes = earlier.notes(state)
+            rows = earlier.rows(state)
+            earlier.go_on(state)
+        else:
             folder.clear()
             folder.write_text(RUN_CONFIG, config.to_json(origin=True))
             folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
-        notes = {} if state is None else state.notes
-        return _Loop(config, folder, session, tracked, notes, last, stop, progress, recorder).run()
-
-
-def _saved(config: TrainConfig, folder: OutputFolder, drift: bool) -> TrainState | None:
-    """The state that a resumed run goes on from, or None if it saved none yet."""
-    saved = list_checkpoints(folder.root / "checkpoints")
-    _refuse_another_run(config, folder, bool(saved))
-    if not saved:
-        return None
-    before = recorded_facts(folder.root / ENVIRONMENT)
-    changed = changed_facts(before, environment_facts(config.device))
-    if changed and not drift:
-        raise CircuitError(
-            f"the environment has changed ({'; '.join(changed)}), so the bits would",
-            where=folder.root,
-            fix="resume where the run was started, or pass --allow-drift",
-        )
-    return load_checkpoint(saved[max(saved)])
-
-
-def _refuse_another_run(config: TrainConfig, folder: OutputFolder, has_states: bool) -> None:
-    """A resume must find the run that this config describes, with the states to go on from."""
-    path = folder.root / RUN_CONFIG
-    if not path.exists():
-        return
-    theirs = load_config(path, TrainConfig).model_dump(mode="json")
-    for name, ours in config.model_dump(mode="json").items():
-        if name not in ("device", "threads") and ours != theirs[name]:
-            raise CircuitError(
-                f"cannot resume with another config: {first_difference(name, theirs[name], ours)}",
-                where=path,
-                fix="resume with the run's own run_config.json, or start anew with --overwrite",
-            )
-    if not has_states and any((folder.root / name).exists() for name in (BEST, SUMMARY)):
-        raise CircuitError(
-            "the run's step checkpoints are gone, so it cannot be resumed",
-            where=folder.root / "checkpoints",
-            fix="bring one back, or start anew with --overwrite",
-        )
+        loop = _Loop(config, folder, session, tracked, notes, last, stop, progress, recorder)
+        return loop.run(rows)
 
 
 def _planned(config: TrainConfig) -> list[str]:
@@ -246,18 +221,21 @@ class _Loop:
         self.tracked = tracked
         self.recorder = recorder
 
-    def run(self) -> TrainResult:
+    def run(self, kept_rows: int) -> TrainResult:
+        """Every step; of a resumed run's rows so many must still be there."""
         config, session = self.config, self.session
         first, began = session.step, time.perf_counter()
         self.folder.claim([METRICS])
         log = RowLog(self.folder.path(METRICS), last_step=first if first else None)
-        self._refuse_lost_rows(first)
+        self._refuse_lost_rows(first, kept_rows)
         advance = session.advance if self.recorder is None else self.recorder.advance
         try:
             if self.recorder is not None:
                 self.recorder.begin()
             if first == 0:
                 self._evaluate(log)
+            elif self._checkpoint_due() and not self._checkpoint().exists():
+                self._save_checkpoint(log)  # of a run that ended between its best and this one
             while session.step < self.last:
                 outcome = advance()
                 self.progress(Progress(session.step, config.steps, float(outcome.loss)))
@@ -283,30 +261,41 @@ class _Loop:
             self.folder.write_text(SUMMARY, dump_json(_summary(result)))
         return replace(result, files=self.folder.owned)
 
-    def _refuse_lost_rows(self, first: int) -> None:
+    def _refuse_lost_rows(self, first: int, expected: int) -> None:
         """A resumed run must still have the rows of its steps so far."""
-        rows = read_jsonl(self.folder.path(METRICS))
-        found = sum(row["kind"] == "train" for row in rows)
-        if found != first // self.config.log_every:
+        self.rows = len(read_jsonl(self.folder.path(METRICS)))
+        if self.rows != expected:
             raise CircuitError(
-                f"holds {found} training rows up to step {first}",
+                f"holds {self.rows} rows up to step {first}",
                 where=self.folder.path(METRICS),
-                expected=f"{first // self.config.log_every}",
-                fix="rows were lost; start anew with --overwrite",
+                expected=str(expected),
+                fix="rows were lost; resume from an earlier checkpoint with --resume-from, or start"
+                " anew with --overwrite",
             )
+
+    def _write(self, log: RowLog, row: dict[str, Any]) -> None:
+        log.append(row)
+        self.rows += 1
 
     def _after_step(self, outcome: StepOutcome, log: RowLog) -> None:
         config, step = self.config, outcome.step
         end = step == config.steps
         if step % config.log_every == 0 or end:
-            log.append(self._step_row(outcome))
+            self._write(log, self._step_row(outcome))
         if step % config.eval_every == 0 or end:
             self._evaluate(log)
-        if step % config.checkpoint_every == 0 or step == self.last:
-            log.sync()
-            if self.recorder is not None:
-                self.recorder.sync()
-            self._save(f"checkpoints/{checkpoint_name(step)}")
+        if self._checkpoint_due():
+            self._save_checkpoint(log)
+
+    def _checkpoint_due(self) -> bool:
+        step = self.session.step
+        return step % self.config.checkpoint_every == 0 or step == self.last
+
+    def _checkpoint(self) -> Path:
+        return self.folder.root / "checkpoints" / checkpoint_name(self.session.step)
+
+    def _save_checkpoint(self, log: RowLog) -> None:
+        self._save(self._checkpoint().relative_to(self.folder.root).as_posix(), log)
 
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
         targets = outcome.tokens[:, 1:]
@@ -337,7 +326,7 @@ class _Loop:
                     where=f"config {self.config.name}",
                     fix="lower the learning rate or clip the gradient",
                 )
-            log.append({"kind": "evaluation", "step": step, **evaluation.to_row()})
+            self._write(log, {"kind": "evaluation", "step": step, **evaluation.to_row()})
             self.progress(Progress(step, self.config.steps, evaluation=evaluation))
         best = self.config.best
         value = getattr(self.evaluations[best.split], best.metric)
@@ -348,10 +337,15 @@ class _Loop:
                 "metric": best.metric,
                 "value": value,
             }
-            self._save(BEST)
+            self._save(BEST, log)
 
-    def _save(self, name: str) -> None:
-        self.folder.write_bytes(name, encode_checkpoint(self.session.state(self.notes)))
+    def _save(self, name: str, log: RowLog) -> None:
+        """A state to go on from: what was recorded up to it is on the disk before it is."""
+        log.sync()
+        if self.recorder is not None:
+            self.recorder.sync()
+        notes = {**self.notes, METRICS_ROWS: self.rows}
+        self.folder.write_bytes(name, encode_checkpoint(self.session.state(notes)))
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""What stands in a run's folder before it goes on: whose it is, and the states to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from circuit.artifacts import OutputFolder, read_jsonl
+from circuit.config import RUN_CONFIG, Bookkeeping, TrainConfig, load_run_config
+from circuit.environment import changed_facts, recorded_facts
+from circuit.errors import CircuitError
+from circuit.training.checkpoints import (
+    TrainState,
+    checkpoint_name,
+    encode_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_header,
+)
+
+ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.json"
+BEST = "checkpoints/best.pt"
+METRICS_ROWS = "metrics_rows"
+"""Note of a state: rows that `metrics.jsonl` held when it was saved."""
+
+
+def saved_states(run: Path) -> dict[int, Path]:
+    """The full states of a run, by step, ascending: step checkpoints, and the best one.
+
+    A best state that is damaged is left out where there are others.
+
+    Raises:
+        CircuitError: it is the only one, and damaged.
+    """
+    found = list_checkpoints(run / "checkpoints")
+    best = run / BEST
+    if best.exists():
+        try:
+            found.setdefault(read_header(best).step, best)
+        except CircuitError:
+            if not found:
+                raise
+    return dict(sorted(found.items()))
+
+
+def earlier_run(config: TrainConfig, folder: OutputFolder) -> EarlierRun | None:
+    """The run that stands in a folder; None where nothing of one does.
+
+    Raises:
+        CircuitError: as `EarlierRun`.
+    """
+    if (folder.root / RUN_CONFIG).exists() or saved_states(folder.root):
+        return EarlierRun(config, folder)
+    return None
+
+
+class EarlierRun:
+    """A run that stands in a folder, and that a config is to go on with.
+
+    Attributes:
+        config: with which it was trained so far.
+        facts: of the environment, as recorded.
+        states: the saved ones, by step.
+    """
+
+    def __init__(self, config: TrainConfig, folder: OutputFolder) -> None:
+        """Read what it is.
+
+        Raises:
+            CircuitError: it is another one, or its config or its states are gone.
+        """
+        self.root, self.folder, self.wanted = folder.root, folder, config
+        path = self.root / RUN_CONFIG
+        self.config = load_run_config(path)
+        difference = config.recipe_difference(self.config)
+        if difference is not None:
+            raise CircuitError(
+                f"cannot resume with another config: {difference}",
+                where=path,
+                fix="resume with the run's own run_config.json, or start anew with --overwrite",
+            )
+        self.facts = recorded_facts(self.root / ENVIRONMENT)
+        self.states = saved_states(self.root)
+        if not self.states and self._had_states():
+            raise CircuitError(
+                "the run's checkpoints are gone, so it cannot be resumed",
+                where=self.root / "checkpoints",
+                fix="bring one back, or start anew with --overwrite",
+            )
+
+    def refuse_changed_facts(self, now: Mapping[str, Any], allow_drift: bool) -> None:
+        """Refuse an environment with other bits.
+
+        Raises:
+            CircuitError: names what has changed since the run's states were made.
+        """
+        changed = changed_facts(self.facts, now) if self.states else []
+        if changed and not allow_drift:
+            raise CircuitError(
+                f"the environment has changed ({'; '.join(changed)}), so the bits would",
+                where=self.root,
+                fix="resume where the run was started, or pass --allow-drift",
+            )
+
+    def state(self, step: int | None, *, drop_later: bool) -> TrainState | None:
+        """The state to go on from: the last one, or that of a step; None if none was saved yet.
+
+        Args:
+            step: whose checkpoint is asked for.
+            drop_later: states of later steps may be removed.
+
+        Raises:
+            CircuitError: there is no such checkpoint, it is damaged, or there are later ones.
+        """
+        if step is None:
+            return load_checkpoint(self.states[max(self.states)]) if self.states else None
+        if step not in self.states:
+            raise CircuitError(
+                f"no checkpoint of step {step} to resume from",
+                where=self.root / "checkpoints",
+                expected=f"one of {', '.join(map(str, self.states)) or '(none)'}",
+            )
+        later = [other for other in self.states if other > step]
+        if later and not drop_later:
+            raise CircuitError(
+                f"{len(later)} later checkpoint{'s' if len(later) > 1 else ''}, up to step"
+                f" {later[-1]}, would no longer be of this run",
+                where=self.root / "checkpoints",
+                fix="pass --overwrite, too, to drop them; or copy the run and go on with the copy",
+            )
+        return load_checkpoint(self.states[step])
+
+    def notes(self, state: TrainState) -> dict[str, Any]:
+        """The loop's notes, without a best evaluation that is no longer asked for."""
+        best = state.notes.get("best")
+        asked = self.wanted.best
+        if best is None or (best["split"], best["metric"]) != (asked.split, asked.metric):
+            return {}
+        return {"best": best}
+
+    def rows(self, state: TrainState) -> int:
+        """How many rows `metrics.jsonl` has to hold up to a state."""
+        if METRICS_ROWS in state.notes:
+            return int(state.notes[METRICS_ROWS])
+        # saved by version 0.1.0, which did not count; what it has is taken for whole
+        rows = read_jsonl(self.root / METRICS, tolerate_torn_tail=True)
+        return sum(row["step"] <= state.step for row in rows)
+
+    def go_on(self, state: TrainState) -> None:
+        """Drop what is of later steps, and record the config that is in use from now on."""
+        later = {f"checkpoints/{checkpoint_name(s)}" for s in self.states if s > state.step}
+        best = self.root / BEST
+        lost_best = best.exists() and read_header(best).step > state.step
+        if lost_best:
+            later.add(BEST)
+        if state.step < self.wanted.steps:
+            later.add(SUMMARY)
+        self.folder.remove([name for name in self.folder.owned if name in later])
+        best_step = self.notes(state).get("best", {}).get("step")
+        if lost_best and best_step in self.states:
+            best_state = load_checkpoint(self.states[best_step])
+            self.folder.write_bytes(BEST, encode_checkpoint(best_state))
+        kept = {"steps", *Bookkeeping.model_fields}
+        ours, theirs = (c.model_dump(include=kept) for c in (self.wanted, self.config))
+        if ours != theirs:
+            machine = {"device": self.config.device, "threads": self.config.threads}
+            used = self.wanted.replace(**machine)
+            self.folder.write_text(RUN_CONFIG, used.to_json(origin=True))
+
+    def _had_states(self) -> bool:
+        """Whether rows or a summary tell of steps after which a state was saved."""
+        if (self.root / SUMMARY).exists():
+            return True
+        metrics = self.root / METRICS
+        rows = read_jsonl(metrics, tolerate_torn_tail=True) if metrics.exists() else []
+        return any(row["step"] > self.config.checkpoint_every for row in rows)
