@@ -167,8 +167,8 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
             expected="a row file of this program (a benchmark or probe set is none)",
         )
     # of the text as it stands, and not of what was read from it: no other way of writing counts
-    body, _, _ = line.rpartition(f', "{ROW_DIGEST}": '.encode())
-    if stored != _row_digest(body + b"}"):
+    tail = f', "{ROW_DIGEST}": "{stored}"}}'.encode()
+    if not line.endswith(tail) or stored != _row_digest(line.removesuffix(tail) + b"}"):
         raise CircuitError("the row does not match its digest", where=where, fix=fix)
     return row
 

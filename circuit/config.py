@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -405,7 +406,10 @@ def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainCo
         path = path / RUN_CONFIG
     if path.name != RUN_CONFIG:
         return load_config(path, TrainConfig, overrides)
-    run = {"output_dir": str(path.parent)}
+    folder, here = Path(os.path.normpath(path.parent.absolute())), Path.cwd()
+    # below the working directory, however it was named, so that equal runs give equal records
+    named = folder.relative_to(here) if folder.is_relative_to(here) else path.parent
+    run = {"output_dir": named.as_posix()}
     return load_config(path, TrainConfig, overrides, places=run)
 
 

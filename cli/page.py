@@ -65,8 +65,16 @@ def _print(result: PageResult, as_json: bool) -> None:
     if as_json:
         panels = {panel.name: [s.file for s in panel.sources] for panel in result.panels}
         missing = {one.what: one.command for one in result.missing}
-        paths = [str(result.path)]
-        print_json({"bytes": result.size, "panels": panels, "missing": missing, "paths": paths})
+        paths, left_out = [str(result.path)], list(result.left_out)
+        print_json(
+            {
+                "bytes": result.size,
+                "panels": panels,
+                "missing": missing,
+                "left_out": left_out,
+                "paths": paths,
+            }
+        )
         return
     width = max(len(panel.name) for panel in result.panels)
     for panel in result.panels:
@@ -75,6 +83,8 @@ def _print(result: PageResult, as_json: bool) -> None:
         charts = f"{len(panel.charts)} charts" if len(panel.charts) != 1 else "1 chart"
         line = f"{panel.name:<{width}}  {charts:<9}  from {files[0]}{more}"
         stdout.print(line, soft_wrap=True)
+    for report in result.left_out:
+        stdout.print(f"left out, a report of another run: {report}", soft_wrap=True)
     if result.missing:
         stdout.print("not there yet; these make it:")
         for one in result.missing:

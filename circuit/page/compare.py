@@ -14,7 +14,7 @@ from circuit.page.asking import home_of, trace_folder, with_inputs
 from circuit.page.attribution import attribution_report
 from circuit.page.charts import TICKS, at_step, chart, colour, exact, lines, named
 from circuit.page.commands import QK, SEPARATION, Home, command_for
-from circuit.page.formation import PageResult, metrics_of, page_folder
+from circuit.page.formation import PageResult, left_out_fact, metrics_of, page_folder
 from circuit.page.found import Reports
 from circuit.page.heads import match_rows, separation_report
 from circuit.page.html import render
@@ -62,15 +62,16 @@ def comparison_page(
         names = _names(opened)
         members = [_Member(n, r, Reports(r.path)) for n, r in zip(names, opened, strict=True)]
         panels = [_settings(members), _learning(members), _separation(members), _shares(members)]
+        left_out = [f"{m.name}: {file}" for m in members for file in m.reports.left_out]
         text = render(
             title=f"{len(members)} runs compared",
-            facts=names,
+            facts=[*names, *left_out_fact(left_out)],
             panels=panels,
             steps=slider_steps(panels, []),
             further=[],
         )
         folder.write_text(path.name, text)
-    return PageResult(path, path.stat().st_size, tuple(panels))
+    return PageResult(path, path.stat().st_size, tuple(panels), tuple(left_out))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

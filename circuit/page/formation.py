@@ -36,6 +36,8 @@ class PageResult:
     path: Path
     size: int
     panels: tuple[Panel, ...]
+    left_out: tuple[str, ...] = ()
+    """Reports that stand in the run's folder and are of another run."""
 
     @property
     def missing(self) -> list[Missing]:
@@ -64,7 +66,8 @@ def formation_page(
     opened = open_run(run)
     path = Path(output) if output is not None else opened.path / FILE
     with page_folder(path, overwrite=overwrite) as folder:
-        panels, further, steps = _panels(opened, progress)
+        reports = Reports(opened.path)
+        panels, further, steps = _panels(opened, reports, progress)
         config = opened.config
         shape = config.model
         text = render(
@@ -73,13 +76,19 @@ def formation_page(
                 f"{shape.layers} layers, {shape.heads} heads, width {shape.d_model}",
                 f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
                 f"seed {config.seed}",
+                *left_out_fact(reports.left_out),
             ],
             panels=panels,
             steps=steps,
             further=further,
         )
         folder.write_text(path.name, text)
-    return PageResult(path, path.stat().st_size, tuple(panels))
+    return PageResult(path, path.stat().st_size, tuple(panels), tuple(reports.left_out))
+
+
+def left_out_fact(reports: Sequence[str]) -> list[str]:
+    """What a page says of reports that it does not draw because they are of another run."""
+    return [f"left out, as reports of another run: {', '.join(reports)}"] if reports else []
 
 
 def page_folder(path: Path, *, overwrite: bool) -> OutputFolder:
@@ -94,11 +103,11 @@ def metrics_of(run: Run) -> list[Row]:
 
 
 def _panels(
-    run: Run, progress: Callable[[int, int], None] | None
+    run: Run, reports: Reports, progress: Callable[[int, int], None] | None
 ) -> tuple[list[Panel], list[Source], list[int]]:
     home = home_of(run)
     folder = home.folder
-    reports, rows = Reports(run.path), metrics_of(run)
+    rows = metrics_of(run)
     winner = winner_of(reports)
     first = [
         learning_panel(rows, folder),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import Row, iter_jsonl
-from circuit.config import TrainConfig, load_config
+from circuit.config import RUN_CONFIG, TrainConfig, load_config
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.page.commands import command_of
 from circuit.page.panel import Source
 from circuit.strict_json import parse_json
+from circuit.training.run_folder import Identity
 
 _SUFFIX = "_report.json"
 
@@ -95,10 +96,16 @@ class Reports:
         """
         self.run = run
         self.by_command: dict[str, list[Found]] = {}
+        self.left_out: list[str] = []
+        """Reports of another run that stand here, relative to the run's folder."""
         own = _run_overrides(run)
+        identity = Identity.of(run) if (run / RUN_CONFIG).exists() else None
         for path in sorted((run / "analysis").rglob(f"*{_SUFFIX}")):
             found = Found(run, path, _read(path), own)
-            self.by_command.setdefault(found.command, []).append(found)
+            if identity is not None and identity.denies(found.payload["provenance"]):
+                self.left_out.append(path.relative_to(run).as_posix())
+            else:
+                self.by_command.setdefault(found.command, []).append(found)
 
     def all(self, command: str) -> list[Found]:
         """Those of a command, the oldest first."""
@@ -110,7 +117,7 @@ class Reports:
 
 
 def _run_overrides(run: Path) -> Mapping[str, Any] | None:
-    path = run / "run_config.json"
+    path = run / RUN_CONFIG
     overrides = load_config(path, TrainConfig).overrides if path.exists() else None
     return None if overrides is None else overrides.to_json()
 

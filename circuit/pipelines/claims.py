@@ -18,6 +18,7 @@ from circuit.pipelines.cross_seed import ROOT as SEED_ROOT
 from circuit.pipelines.jobs import Job, report_file
 from circuit.pipelines.study import PAPER, Study
 from circuit.strict_json import parse_json
+from circuit.training.run_folder import refuse_another_runs
 
 Numbers = dict[str, float | int | str | None]
 Verdict = tuple[bool, Numbers]
@@ -87,6 +88,7 @@ class _Reader:
             payload = parse_json((self.root / path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise _MissingError(f"{path} is not there") from None
+        refuse_another_runs(self.root / path, payload.get("provenance", {}))
         return dict(payload)
 
     def summary(self, kind: str, name: str = "", target: str = "reference") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from circuit.figures.seeds import roles_by_seed, terms_by_seed
 from circuit.pipelines.selection import ROLES
 from circuit.reports.base import ReportResult, open_report
 from circuit.strict_json import parse_json
+from circuit.training.run_folder import refuse_another_runs
 
 COMMAND = "cross-seed-comparison"
 _SEED = re.compile(r"seed_(\d{4})")
@@ -52,10 +53,12 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
             text = path.read_bytes()
             payload = parse_json(text)
             kind = _KINDS[payload["command"]]
-        except (OSError, ValueError, KeyError, TypeError):
+            _ = payload["provenance"].keys()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CircuitError(
                 "is no report of the cross-seed study", where=path, expected=", ".join(_KINDS)
             ) from None
+        refuse_another_runs(path, payload["provenance"])
         if match is None:
             raise CircuitError("stands in no folder seed_NNNN", where=path)
         seed = int(match[1])

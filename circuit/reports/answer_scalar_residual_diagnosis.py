@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import Row, dump_rows, find_folder
+from circuit.artifacts import Row, dump_rows
 from circuit.attribution.line import MOST_INTERVALS, TOLERANCE
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
@@ -73,7 +73,7 @@ def answer_scalar_residual_diagnosis(
                 f"--top-k-wrong {options.top_k_wrong}", expected=f"1 to {others}, the wrong values"
             )
         pairs = study.pairs(options.pairs)
-        run = find_folder(config.output_dir, Path(probe_set))
+        run = Path(config.output_dir)
         changes = list(interval_changes(study, chosen, pairs, options, progress))
         pair_rows = [row for change in changes for row in change.rows(pairs, run, options)]
         table = _long_table(pair_rows)

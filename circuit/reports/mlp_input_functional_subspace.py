@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import Row, dump_rows, find_folder
+from circuit.artifacts import Row, dump_rows
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.functional_subspace import written_deltas
@@ -126,7 +126,7 @@ def mlp_input_functional_subspace(
     )
     weights = intervals.weights(wanted.endpoints)
     check_rank("--subspace-rank", wanted.rank, min(len(intervals.first) - 1, config.model.d_model))
-    run = find_folder(config.output_dir, Path(probe_set))
+    run = Path(config.output_dir)
     checkpoints = intervals.checkpoints(weights, run)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
         study = open_study(config, probe_set, checkpoints=checkpoints)

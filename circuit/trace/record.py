@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from circuit.artifacts import OutputFolder
+from circuit.artifacts import OutputFolder, find_folder
 from circuit.config import TrainConfig
 from circuit.environment import (
     changed_facts,
@@ -106,7 +106,8 @@ def record_trace(
         raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
     outputs = OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
     with outputs as folder:
-        benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
+        data = find_folder(config.benchmark_dir, Path(config.output_dir))
+        benchmark = load_benchmark(data, splits=[config.train_split])
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
         header = None if start is None else load_header(start)
@@ -254,8 +255,12 @@ def check_settings(manifest: TraceManifest, store: TraceStore) -> None:
     Raises:
         CircuitError: names them.
     """
-    ours, theirs = (m.model_dump(exclude={"environment"}) for m in (manifest, store.manifest))
+    aside = {"environment", "config"}
+    ours, theirs = (m.model_dump(exclude=aside) for m in (manifest, store.manifest))
     differing = [name for name in ours if ours[name] != theirs[name]]
+    recipe = manifest.config.recipe_difference(store.manifest.config)
+    if recipe is not None:
+        differing.append(f"the config's {recipe}")
     differing += changed_facts(store.manifest.environment, manifest.environment)
     if differing:
         raise CircuitError(

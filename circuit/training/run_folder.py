@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,52 @@ def saved_states(run: Path) -> dict[int, Path]:
             if not found:
                 raise
     return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run it is, wherever it lies: its recipe, and the benchmark that its states tell."""
+
+    recipe: str
+    benchmark: str | None
+    """None where no state is left to tell."""
+
+    @classmethod
+    def of(cls, run: Path) -> Identity:
+        """That of the run in a folder.
+
+        Raises:
+            CircuitError: there is no config, or a damaged one.
+        """
+        saved = list_checkpoints(run / "checkpoints")
+        benchmark = read_header(saved[max(saved)]).benchmark_digest if saved else None
+        return cls(load_run_config(run / RUN_CONFIG).recipe_digest(), benchmark)
+
+    def denies(self, provenance: Mapping[str, Any]) -> bool:
+        """Whether a report tells that it is of another run; version 0.1.0 did not tell."""
+        recipe = provenance.get("recipe_digest", self.recipe)
+        benchmark = provenance.get("benchmark_digest", self.benchmark)
+        return recipe != self.recipe or self.benchmark not in (None, benchmark)
+
+
+def run_above(path: Path) -> Path | None:
+    """The folder of the run that a file stands in, if it stands in one."""
+    return next((f for f in path.absolute().parents if (f / RUN_CONFIG).is_file()), None)
+
+
+def refuse_another_runs(report: Path, provenance: Mapping[str, Any]) -> None:
+    """Refuse a report that stands in the folder of a run and is of another one.
+
+    Raises:
+        CircuitError: the run was trained anew, with other settings, after the report was made.
+    """
+    run = run_above(report)
+    if run is not None and Identity.of(run).denies(provenance):
+        raise CircuitError(
+            "is a report of another run than the one that it stands in",
+            where=report,
+            fix="make it again, or move it away",
+        )
 
 
 def earlier_run(config: TrainConfig, folder: OutputFolder) -> EarlierRun | None:

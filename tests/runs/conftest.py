@@ -1,0 +1,5 @@
+"""The tiny trained run, its trace, and the command line."""
+
+from tiny_run import circuit, traced, traced_once, trained, trained_once
+
+__all__ = ["circuit", "traced", "traced_once", "trained", "trained_once"]
