@@ -9,7 +9,7 @@ Unlike torch's fake tensors it has values, so that whole commands run on it, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten: Any = torch.ops.aten
 
@@ -112,7 +111,7 @@ class _Operations(TorchDispatchMode):
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._efficientzerotensor.default:  # forward mode's zero, which has no memory
         func = aten.zeros.default
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    tensors = _tensors((*args, *kwargs.values()))
     on_device = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     target = kwargs.get("device")
     if target is not None:
@@ -120,22 +119,43 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to_device = _says_gpu(target)
     else:
         to_device = bool(on_device)
+    if not on_device and not to_device:
+        return func(*args, **kwargs)
     if on_device:
         _refuse(func, args, tensors)
     outer = {id(tensor.inner): tensor for tensor in on_device}
     outer |= {id(tensor): tensor for tensor in tensors if not isinstance(tensor, OnDevice)}
 
-    def unwrap(leaf: Any) -> Any:
-        return leaf.inner if isinstance(leaf, OnDevice) else leaf
+    def unwrap(tensor: Tensor) -> Tensor:
+        return tensor.inner if isinstance(tensor, OnDevice) else tensor
 
-    def wrap(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if id(leaf) in outer:
-            return outer[id(leaf)]
-        return OnDevice(leaf) if to_device else leaf
+    def wrap(tensor: Tensor) -> Tensor:
+        if id(tensor) in outer:
+            return outer[id(tensor)]
+        return OnDevice(tensor) if to_device else tensor
 
-    return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
+    inside = {name: _each(unwrap, value) for name, value in kwargs.items()}
+    return _each(wrap, func(*_each(unwrap, args), **inside))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among an operation's arguments, which are nested in lists and tuples alone."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Arguments or results with their tensors changed (torch's trees would take twice the time)."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_each(change, inside) for inside in value])
+    return value
 
 
 def _refuse(func: Any, args: Any, tensors: list[Tensor]) -> None:
