@@ -87,6 +87,7 @@ page $run --output page.html
 
 DECIDING = ("rows", "rows of traces", "CSVs", "checkpoints")
 CLOCKS = {"started_unix", "seconds", "seconds_of_last_call", "steps_per_second"}
+CLOCKS |= {"sha256"}  # of a file, clocks included; every file is compared itself
 KINDS = {".jsonl": "rows", ".csv": "CSVs", ".pt": "checkpoints", ".json": "JSON"}
 
 
