@@ -38,10 +38,8 @@ def state_difference(one: TrainState, other: TrainState) -> Difference | None:
     groups: list[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]] = [
         ("parameters", one.parameters, other.parameters)
     ]
-    groups += [
-        (MOMENT_STAGES[moment], one.moments[moment], other.moments[moment])
-        for moment in one.moments
-    ]
+    past, others = one.past_moments(), other.past_moments()
+    groups += [(MOMENT_STAGES[moment], past[moment], others[moment]) for moment in past]
     for stage, ours, theirs in groups:
         for name, tensor in ours.items():
             apart = _bits(tensor) != _bits(theirs[name])

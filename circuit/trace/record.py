@@ -116,6 +116,8 @@ def record_trace(
         if header is not None:
             check_state(header, config, benchmark.digest)
         state = None if start is None else load_state(start)
+        if state is not None:
+            state.past_moments(start)
         # after load_state, which may have replayed with the threads of another trace
         threads = config.threads or run_facts.get("threads")
         prepare_process(threads=threads, device=config.device)

@@ -48,7 +48,7 @@ class FlatState:
         return cls(
             state.step,
             layout.flatten(state.parameters),
-            {name: layout.flatten(tensors) for name, tensors in state.moments.items()},
+            {name: layout.flatten(tensors) for name, tensors in state.past_moments().items()},
         )
 
     def stages(self) -> dict[str, str]:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _MAGIC = b"circuit-state-1\n"
 _FOOTER = struct.Struct(f">Q32s{len(_MAGIC)}s")
+_ABSENT = "absent"
+"""What a description says of moments that are not known; it says nothing of those that are."""
 _STEP_NAME = re.compile(r"step_(\d{6,})\.pt")
 
 
@@ -50,9 +52,40 @@ class TrainState(StateHeader):
     """A run after `step` optimizer steps: everything that the next step depends on."""
 
     parameters: dict[str, Tensor]
-    moments: Moments
+    moments: Moments | None
+    """None where the optimizer's moments are not known (imported weights): see `past_moments`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Small JSON facts of the loop (the best evaluation so far)."""
+
+    def past_moments(self, where: object | None = None) -> Moments:
+        """The moments from which the next step can be taken.
+
+        Args:
+            where: the state was read from, for the message.
+
+        Raises:
+            CircuitError: the state has none, or such as no past leaves behind: after a step they
+                are a sum over the gradients so far, and zero in every parameter only without one.
+        """
+        if self.moments is None:
+            wrong = "holds no optimizer moments"
+        elif (empty := self._empty_moment()) is not None:
+            wrong = f"holds {empty} that is zero in every parameter, which no step leaves behind"
+        else:
+            return self.moments
+        raise CircuitError(
+            f"the state of step {self.step} {wrong}, so the next step cannot be taken from it",
+            where=where,
+            expected="a checkpoint that the training itself has written",
+            fix="reports on its weights work; to train on or to trace, train with `circuit train`",
+        )
+
+    def _empty_moment(self) -> str | None:
+        """The moment that tells of no gradient, though steps have been taken."""
+        if self.step == 0 or self.moments is None:
+            return None
+        names = [name for name in ("exp_avg_sq", "momentum_buffer") if self.moments.get(name)]
+        return next((n for n in names if not any(t.any() for t in self.moments[n].values())), None)
 
 
 def checkpoint_name(step: int) -> str:
@@ -95,7 +128,7 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
 
 def encode_checkpoint(state: TrainState) -> bytes:
     """A checkpoint's bytes; equal states give equal bytes."""
-    groups = _groups(state.parameters, state.moments)
+    groups = _groups(state.parameters, state.moments or {})
     buffer = io.BytesIO()  # a path would put its name into the bytes
     torch.save(
         {
@@ -110,6 +143,7 @@ def encode_checkpoint(state: TrainState) -> bytes:
         "config": state.config.model_dump(mode="json"),
         "benchmark_digest": state.benchmark_digest,
         "notes": state.notes,
+        **({"moments": _ABSENT} if state.moments is None else {}),
         "payload_bytes": len(payload),
         "payload_sha256": hashlib.sha256(payload).hexdigest(),
         "tensors": {
@@ -155,7 +189,7 @@ def load_checkpoint(path: str | Path) -> TrainState:
         config=config,
         benchmark_digest=description["benchmark_digest"],
         parameters=groups.pop("parameters"),
-        moments=groups,
+        moments=None if description.get("moments") == _ABSENT else groups,
         notes=description["notes"],
     )
 

@@ -161,7 +161,7 @@ class EarlierRun:
             CircuitError: there is no such checkpoint, it is damaged, or there are later ones.
         """
         if step is None:
-            return load_checkpoint(self.states[max(self.states)]) if self.states else None
+            return self._load(max(self.states)) if self.states else None
         if step not in self.states:
             raise CircuitError(
                 f"no checkpoint of step {step} to resume from",
@@ -176,7 +176,12 @@ class EarlierRun:
                 where=self.root / "checkpoints",
                 fix="pass --overwrite, too, to drop them; or copy the run and go on with the copy",
             )
-        return load_checkpoint(self.states[step])
+        return self._load(step)
+
+    def _load(self, step: int) -> TrainState:
+        state = load_checkpoint(self.states[step])
+        state.past_moments(self.states[step])
+        return state
 
     def notes(self, state: TrainState) -> dict[str, Any]:
         """The loop's notes, without a best evaluation that is no longer asked for."""

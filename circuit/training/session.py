@@ -51,11 +51,12 @@ class TrainingSession:
         self.step = 0
         if state is not None:
             check_state(state, config, benchmark.digest)
+            moments = state.past_moments()
             load_tensors(self.model, state.parameters)
             self.step = state.step
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)
         if state is not None:
-            write_moments(self.model, self.optimizer, config.optimizer, state.moments, state.step)
+            write_moments(self.model, self.optimizer, config.optimizer, moments, state.step)
 
     @classmethod
     def start(cls, config: TrainConfig, benchmark: Benchmark) -> Self:
