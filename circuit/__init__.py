@@ -13,6 +13,7 @@ from circuit.errors import CircuitError
 if TYPE_CHECKING:
     from circuit.runs import Run, attribute, open_run, read_rows
     from circuit.trace.replay import Trace, open_trace
+    from circuit.training.imported import import_checkpoints
 
 __version__ = "0.2.0.dev0"
 
@@ -20,6 +21,7 @@ _HOME = {
     "Run": "circuit.runs",
     "Trace": "circuit.trace.replay",
     "attribute": "circuit.runs",
+    "import_checkpoints": "circuit.training.imported",
     "open_trace": "circuit.trace.replay",
     "open_run": "circuit.runs",
     "read_rows": "circuit.runs",
@@ -31,6 +33,7 @@ __all__ = [
     "Trace",
     "__version__",
     "attribute",
+    "import_checkpoints",
     "open_run",
     "open_trace",
     "read_rows",

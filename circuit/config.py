@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -18,8 +18,11 @@ from pydantic import (
     Discriminator,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -178,6 +181,16 @@ class ModelConfig(_Config):
     initialization: Literal["pytorch_default", "gpt2"] = "pytorch_default"
     embedding_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the initial embeddings; null is the scheme's (1, or 0.02 for gpt2)."""
+    tied_unembedding: bool = True
+    """Whether the unembedding is the embedding. False is written, True is not: dumps and digests
+    of configs that know no other are what they were."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = dump(self)
+        if self.tied_unembedding:
+            made.pop("tied_unembedding", None)
+        return made
 
     @model_validator(mode="after")
     def _head_width(self) -> ModelConfig:
@@ -249,6 +262,8 @@ class Recipe(_Config):
 
     def recipe_difference(self, theirs: Recipe) -> str | None:
         """The first field of this recipe that another one has otherwise, with both values."""
+        if isinstance(theirs, ImportedConfig) != isinstance(self, ImportedConfig):
+            return "one of them was trained elsewhere and imported"
         other = theirs.deciding()
         for field, value in self.deciding().items():
             if other.get(field) != value:
@@ -282,6 +297,7 @@ class Bookkeeping(_Config):
     tracked_splits: list[str] = ["validation_iid", "heldout_pairs"]
     best: BestConfig = BestConfig(split="heldout_pairs")
 
+<<<<<<< HEAD
 
 class TrainConfig(Bookkeeping, Recipe, Machine, Places):
     """One training run: four roles in one flat file."""
@@ -298,6 +314,15 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
             "recipe_digest": self.recipe_digest(),
             "benchmark_digest": benchmark_digest,
         }
+=======
+    @model_validator(mode="wrap")
+    @classmethod
+    def _trained_elsewhere(cls, payload: Any, read: ValidatorFunctionWrapHandler) -> TrainConfig:
+        """A file with `imported` is that of an `ImportedConfig`."""
+        if cls is TrainConfig and isinstance(payload, dict) and "imported" in payload:
+            return ImportedConfig.model_validate(payload)
+        return cast(TrainConfig, read(payload))
+>>>>>>> 6697ed6 (Make runs of weights that were trained elsewhere, and give models to plain TransformerLens)
 
     @model_validator(mode="before")
     @classmethod
@@ -320,6 +345,8 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if isinstance(self, ImportedConfig):
+            return self
         if self.best.split not in self.tracked_splits:
             raise ValueError(
                 f"best.split {self.best.split!r} is not among tracked_splits {self.tracked_splits}"
@@ -343,6 +370,87 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
         }
         made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
         return made.remembering(self)
+
+
+class ImportedFile(_Config):
+    """A file whose weights are a state of an imported run."""
+
+    step: NonNegativeInt
+    file: str
+    """Its name, without its folder."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Imported(_Config):
+    """What is known of a run that was trained elsewhere."""
+
+    files: Annotated[list[ImportedFile], Field(min_length=1)]
+    zero: list[str] = []
+    """Kinds of biases that the files do not hold, such as `attn.b_Q`: exactly zero."""
+    assumed: dict[str, Any] = {}
+    """Settings of the model that weights do not tell, as HookedTransformerConfig names them."""
+
+
+def _unknown() -> Any:
+    """A field without a value, and without a place in the file."""
+    return Field(default=None, exclude=True)
+
+
+class ImportedConfig(TrainConfig):
+    """A run of which weights at some steps are known, and no recipe (circuit/training/imported.py).
+
+    Whoever asks for a field of the recipe is refused with the reason: what only needs the weights
+    works, and whatever would take a step does not.
+    """
+
+    imported: Imported
+    kernels: Kernels = "plain"
+    seed: RunSeed = _unknown()
+    steps: PositiveInt = _unknown()
+    batch_size: PositiveInt = _unknown()
+    train_split: str = _unknown()
+    optimizer: AdamWConfig | SGDConfig = _unknown()
+    schedule: ScheduleConfig = _unknown()
+    gradient_clip: float | None = _unknown()
+    log_every: PositiveInt = _unknown()
+    eval_every: PositiveInt = _unknown()
+    checkpoint_every: PositiveInt = _unknown()
+    best: BestConfig = _unknown()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _UNKNOWN:
+            raise CircuitError(
+                f"'{name}' is not known: the run was trained elsewhere and imported, so no step of"
+                " it can be taken, neither to train on nor to trace",
+                where=f"config {self.name}",
+                expected="a run of `circuit train`",
+                fix="reports on its checkpoints work",
+            )
+        return super().__getattribute__(name)
+
+    @model_validator(mode="after")
+    def _no_recipe(self) -> Self:
+        given = sorted(_UNKNOWN & self.model_fields_set)
+        if given:
+            raise ValueError(f"'{given[0]}' belongs to a recipe, and an imported run has none")
+        return self
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the weights: the files that they were read from, and their shape."""
+        payload = self.model_dump(mode="json")
+        files = json.dumps(payload["imported"], sort_keys=True).encode()
+        of = {"imported": hashlib.sha256(files).hexdigest()[:16]}
+        return of | {field: payload[field] for field in ("model", "kernels")}
+
+    @model_serializer(mode="wrap")
+    def _without_initialization(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = dump(self)
+        for unknown in ("initialization", "embedding_std"):
+            made["model"].pop(unknown, None)
+        return made
+
+
+_UNKNOWN = {name for name, field in ImportedConfig.model_fields.items() if field.exclude}
 
 
 ConfigT = TypeVar("ConfigT", bound=_Config)

@@ -23,6 +23,7 @@ from circuit.attribution.series import Series
 from circuit.config import RUN_CONFIG, load_run_config
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
+from circuit.model.standard import standard_model
 from circuit.scalars.base import Scalar
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
@@ -101,13 +102,19 @@ class Run:
             )
         return load_checkpoint(found)
 
-    def model(self, step: int | str = "best") -> HookedTransformer:
+    def model(self, step: int | str = "best", *, untied: bool = False) -> HookedTransformer:
         """The model after `step` optimizer steps, or the best one.
+
+        Args:
+            untied: as plain TransformerLens has it, with a `W_U` of its own, for tools that read
+                that from the `state_dict` (`process_weights_`, `SVDInterpreter`); a copy whose
+                logits are equal to rounding (circuit/model/standard.py).
 
         Raises:
             CircuitError: as `checkpoint`; or it belongs to another config or benchmark.
         """
-        return model_from_state(self.checkpoint(step), self.config, self.benchmark)
+        model = model_from_state(self.checkpoint(step), self.config, self.benchmark)
+        return standard_model(model) if untied else model
 
     def batch(self, split: str, indices: Sequence[int] | torch.Tensor | None = None) -> Batch:
         """Records of a split (all by default) as tokens `[batch, pos]` with read indices.

@@ -15,6 +15,7 @@ from circuit import CircuitError, __version__
 from . import (
     answers,
     attribution,
+    checkpoints,
     data,
     functional,
     interventions,
@@ -64,6 +65,7 @@ for module in (
     page,
     data,
     training,
+    checkpoints,
     trace,
     attribution,
     weights,

@@ -125,6 +125,7 @@ def artifact(pattern: str) -> Callable[[str], list[str]]:
     return lambda incomplete: _paths(incomplete, Path("artifacts").rglob(pattern))
 
 
+weights = artifact("*.safetensors")
 scalar_pair_rows = artifact("answer_scalar_residual_diagnosis_pair_rows.jsonl")
 
 

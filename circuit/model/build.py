@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from copy import copy
 from typing import cast
 
 import torch
@@ -90,16 +91,32 @@ def build_model(
         device=device,
         dtype=dtype,
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated.*", category=DeprecationWarning)
-        model = HookedTransformer(cfg, move_to_device=False)
-    model.unembed = TiedUnembed(model.cfg, model.embed)
+    model = _construct(cfg)
+    if config.tied_unembedding:
+        model.unembed = TiedUnembed(model.cfg, model.embed)
     if kernels == "fast":
         use_fast_kernels(model)
     model.to(device, print_details=False)
     model.setup()
     initialize(model, config, seed)
     return model
+
+
+def build_standard(cfg: HookedTransformerConfig) -> HookedTransformer:
+    """A HookedTransformer of TransformerLens's own classes throughout; weights are not set.
+
+    Args:
+        cfg: its shape, device and dtype; left as it is.
+    """
+    model = _construct(copy(cfg))
+    model.to(cfg.device or "cpu", print_details=False)
+    return model
+
+
+def _construct(cfg: HookedTransformerConfig) -> HookedTransformer:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated.*", category=DeprecationWarning)
+        return HookedTransformer(cfg, move_to_device=False)
 
 
 def initialize(model: HookedTransformer, config: ModelConfig, seed: int) -> None:

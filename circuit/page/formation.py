@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from circuit.artifacts import OutputFolder, Row, read_jsonl
+from circuit.config import ImportedConfig, TrainConfig
 from circuit.page.asking import home_of, with_inputs
 from circuit.page.attribution import attribution_panels
 from circuit.page.example import example_panel
@@ -74,8 +75,7 @@ def formation_page(
             title=config.name,
             facts=[
                 f"{shape.layers} layers, {shape.heads} heads, width {shape.d_model}",
-                f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
-                f"seed {config.seed}",
+                *_training_facts(config),
                 *left_out_fact(reports.left_out),
             ],
             panels=panels,
@@ -89,6 +89,13 @@ def formation_page(
 def left_out_fact(reports: Sequence[str]) -> list[str]:
     """What a page says of reports that it does not draw because they are of another run."""
     return [f"left out, as reports of another run: {', '.join(reports)}"] if reports else []
+
+
+def _training_facts(config: TrainConfig) -> list[str]:
+    if isinstance(config, ImportedConfig):
+        return [f"trained elsewhere, {len(config.imported.files)} states imported"]
+    optimizer = config.optimizer
+    return [f"{optimizer.name}, learning rate {optimizer.learning_rate:g}", f"seed {config.seed}"]
 
 
 def page_folder(path: Path, *, overwrite: bool) -> OutputFolder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from circuit.config import ModelConfig, TrainConfig
+from circuit.config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
@@ -193,7 +193,7 @@ def _model_for(config: TrainConfig, benchmark: Benchmark) -> HookedTransformer:
     return build_model(
         config.model,
         vocabulary_size=benchmark.vocabulary.size,
-        seed=config.seed,
+        seed=0 if isinstance(config, ImportedConfig) else config.seed,
         kernels=config.kernels,
         device=config.device,
     )

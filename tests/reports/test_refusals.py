@@ -39,6 +39,7 @@ GOOD = {
     "config": "runs/tiny/run_config.json",
     "end_step": "12",
     "examples_per_split": "4",
+    "files": f"{CHECKPOINTS}/step_000003.pt",
     "folder": "trace",
     "operation": "remove",
     "optimizer_trace_dir": "trace",
@@ -94,6 +95,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "distractor_key_role": ("nonsense",),
     "end_step": ("9999",),
     "endpoint_role": ("nonsense",),
+    "files": ("nowhere", "data/tiny"),
     "fit_fraction": ("2", "nan"),
     "folder": ("nowhere", "data/tiny"),
     "group_by": ("nonsense",),
@@ -158,7 +160,10 @@ BAD: dict[str, tuple[str, ...]] = {
 INCOMPLETE = {"trace merge", "study compare-seeds"}
 """Commands that read what other commands take long to make; even their good values are refused."""
 
-RIGHT = {("mlp-input-functional-subspace-report", "end_step", "9999")}
+RIGHT = {
+    ("mlp-input-functional-subspace-report", "end_step", "9999"),
+    ("import-checkpoints", "step", "9999"),
+}
 """Values of `BAD` that are right for a command."""
 
 ANY = {"outcome", "output", "profile", "seed"}
@@ -307,7 +312,8 @@ def desk(trained: Path, traced: Path, benchmark_payload: Callable[[], dict[str, 
     shutil.move("elsewhere", "other")
     Path("foreign").mkdir()
     Path("foreign/some_report.json").write_text("{}")
-    for name in ("a_report.json", "trace.json", "optimizer_update_trace_rows.jsonl"):
+    names = ["a_report.json", "trace.json", "optimizer_update_trace_rows.jsonl"]
+    for name in (*names, "run_config.json", "model.safetensors"):
         Path("foreign", name).write_text("{}")
 
 

@@ -1,0 +1,100 @@
+"""A model of ours as plain TransformerLens has it: for its own tools, and for other programs.
+
+Our models tie the unembedding to the embedding and run fast kernels, which TransformerLens's tools
+that read `state_dict()["unembed.W_U"]` (`process_weights_`, `SVDInterpreter`) do not know. A
+standard model holds a `W_U` and a `b_U` of its own, in TransformerLens's classes throughout. Its
+weights are copies: training it would no longer tie them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from circuit.lazy import no_grad, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+"""Files of an exported model."""
+
+IMPORTS = "import json, pathlib, safetensors.torch, transformer_lens as tl"
+LOAD = (
+    "cfg = tl.HookedTransformerConfig.from_dict(json.loads(pathlib.Path({config!r}).read_text()))",
+    "model = tl.HookedTransformer(cfg)",
+    "model.load_state_dict(safetensors.torch.load_file({weights!r}))",
+)
+"""How plain TransformerLens loads one, behind the imports."""
+
+
+def standard_model(model: HookedTransformer) -> HookedTransformer:
+    """The same function as a standard `HookedTransformer`: untied, without fast kernels.
+
+    Returns:
+        A model whose logits are those of `model`: with plain kernels the same operations on the
+        same numbers, with fast ones equal to rounding.
+    """
+    from circuit.model.build import build_standard
+
+    made = build_standard(model.cfg)
+    made.load_state_dict(standard_tensors(model))
+    return made.train(model.training)
+
+
+def standard_tensors(model: HookedTransformer) -> dict[str, Tensor]:
+    """The `state_dict` of the standard model: contiguous, none of its tensors shares memory.
+
+    `unembed.W_U` is `[d_model, d_vocab]`, `unembed.b_U` `[d_vocab]`.
+    """
+    tensors = {
+        **model.state_dict(),
+        "unembed.W_U": model.unembed.W_U,
+        "unembed.b_U": model.unembed.b_U,
+    }
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def standard_weights(model: HookedTransformer) -> bytes:
+    """These tensors as a safetensors file."""
+    from safetensors.torch import save
+
+    return save(standard_tensors(model))
+
+
+def standard_config(model: HookedTransformer) -> dict[str, Any]:
+    """The model's HookedTransformerConfig as JSON; device and dtype are the loader's choice."""
+    settings = model.cfg.to_dict()
+    return {
+        name: float(value) if isinstance(value, float) else value  # NumPy's among them
+        for name, value in settings.items()
+        if name not in ("device", "dtype")
+    }
+
+
+def load_standard(config: Mapping[str, Any], weights: bytes) -> HookedTransformer:
+    """What plain TransformerLens makes of an exported model, on the CPU.
+
+    Args:
+        config: content of `config.json`.
+        weights: content of `model.safetensors`.
+    """
+    from safetensors.torch import load
+    from transformer_lens import HookedTransformerConfig
+
+    from circuit.model.build import build_standard
+
+    made = build_standard(HookedTransformerConfig.from_dict({**config, "device": "cpu"}))
+    made.load_state_dict(load(weights))
+    return made
+
+
+@no_grad
+def largest_gap(model: HookedTransformer, other: HookedTransformer) -> float:
+    """Largest absolute difference of their logits over random tokens of full length (seed 0)."""
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(cfg.d_vocab, (8, cfg.n_ctx), generator=generator)
+    ours = model(tokens.to(cfg.device)).cpu()
+    return float((ours - other(tokens.to(other.cfg.device)).cpu()).abs().max())

@@ -1,0 +1,92 @@
+"""export: the model of a checkpoint as plain TransformerLens loads it.
+
+`model.safetensors` holds its state_dict with an unembedding of its own, `config.json` its
+HookedTransformerConfig. What was written is read again and compared with the run's model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from circuit.artifacts import OutputFolder, dump_json, find_folder
+from circuit.config import TrainConfig
+from circuit.environment import prepare_process
+from circuit.model.standard import (
+    CONFIG,
+    IMPORTS,
+    LOAD,
+    WEIGHTS,
+    largest_gap,
+    load_standard,
+    standard_config,
+    standard_weights,
+)
+from circuit.tasks.benchmark import load_benchmark
+from circuit.trace.replay import load_header, load_state
+from circuit.training.session import check_state, model_from_state
+
+COMMAND = "export"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported model.
+
+    Attributes:
+        step: of the checkpoint.
+        paths: of the files.
+        gap: largest absolute difference between the logits of the files' model, as TransformerLens
+            computes it, and those of the run's.
+        kernels: with which the run's model was computed.
+        load: the Python lines that load it, after their imports.
+    """
+
+    step: int
+    paths: list[Path]
+    gap: float
+    kernels: str
+    load: list[str]
+
+    @property
+    def law(self) -> str:
+        """What was checked, with its number."""
+        return (
+            "loaded again by plain TransformerLens, the files give the run's logits"
+            f" ({self.kernels} kernels) to {self.gap:.2g}, over 8 rows of random tokens"
+        )
+
+
+def export_checkpoint(
+    config: TrainConfig, checkpoint: str | Path, output_dir: str | Path, *, overwrite: bool = False
+) -> ExportResult:
+    """Write the model of a checkpoint for other programs.
+
+    Args:
+        checkpoint: a file, or an addressable step of a trace.
+        output_dir: folder of the two files.
+        overwrite: replace an earlier export there, and nothing else.
+
+    Raises:
+        CircuitError: the checkpoint is missing, damaged, or of another config or benchmark; the
+            folder is not free.
+    """
+    checkpoint = Path(checkpoint)
+    with OutputFolder(output_dir, COMMAND, overwrite=overwrite) as folder:
+        folder.refuse_foreign([WEIGHTS, CONFIG])
+        header = load_header(checkpoint)
+        benchmark = load_benchmark(find_folder(config.benchmark_dir, checkpoint), splits=[])
+        check_state(header, config, benchmark.digest)
+        state = load_state(checkpoint)
+        prepare_process(threads=config.threads, device=config.device)
+        model = model_from_state(state, config, benchmark)
+        weights, settings = standard_weights(model), standard_config(model)
+        gap = largest_gap(model, load_standard(settings, weights))
+        folder.clear(planned=[WEIGHTS, CONFIG])
+        paths = [
+            folder.write_bytes(WEIGHTS, weights),
+            folder.write_text(CONFIG, dump_json(settings)),
+        ]
+        weights_path, config_path = map(str, paths)
+        lines = [line.format(config=config_path, weights=weights_path) for line in LOAD]
+    return ExportResult(state.step, paths, gap, config.kernels, [IMPORTS, *lines])

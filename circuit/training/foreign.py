@@ -1,0 +1,274 @@
+"""Weights that another program has saved: a file in, tensors of this study's model out.
+
+A `.safetensors` file, or a `torch.save` of a `state_dict`, of a HookedTransformer, in any order of
+names. Nothing in a file is executed. The shape of the model is read off the tensors; a file that is
+not of pre-LN, learned absolute positions, one causal attention and one MLP a block, with biases, is
+refused with the name and the shape that say so.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from circuit.config import ModelConfig, parse_config
+from circuit.errors import CircuitError
+from circuit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = dict[str, Tensor]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training loops keep a model's state_dict beside other things."""
+
+BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out")
+"""Kinds that a file may leave out in every block: without a bias is with a bias of zero."""
+
+_KIND = "a HookedTransformer with LayerNorm, learned positions and one MLP a block"
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def read_tensors(path: Path, payload: bytes) -> Tensors:
+    """The named tensors of a file; nothing in it is executed.
+
+    Args:
+        path: of the file, whose suffix tells the format.
+        payload: its bytes.
+
+    Raises:
+        CircuitError: it is damaged, holds more than tensors, or no state_dict.
+    """
+    if path.suffix == ".safetensors":
+        content: Any = _read_safetensors(path, payload)
+    else:
+        content = _read_pickle(path, payload)
+    found = _unwrapped(content, path)
+    prefix = next((n.removesuffix("embed.W_E") for n in found if _is_embedding(n)), "")
+    named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    for name, tensor in named.items():
+        if tensor.layout != torch.strided or _claimed(tensor) > tensor.untyped_storage().nbytes():
+            raise CircuitError(f"{name} is not stored in full", where=path)
+    return named
+
+
+def _is_embedding(name: str) -> bool:
+    """`embed.W_E`, behind what wrappers such as `module.` put before it."""
+    return name == "embed.W_E" or name.endswith(".embed.W_E")
+
+
+def _claimed(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _read_safetensors(path: Path, payload: bytes) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(payload)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CircuitError(f"is no safetensors file ({error})", where=path) from None
+
+
+def _read_pickle(path: Path, payload: bytes) -> Any:
+    # torch's own message advises to load the file in a way that executes it: it is not passed on
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, TypeError) as error:
+        named = _GLOBAL.search(str(error))
+        what = f" (it names {named[1]})" if named else ""
+        raise CircuitError(
+            f"refused: it holds more than tensors{what}, and reading that would run its code",
+            where=path,
+            fix="save the tensors alone where the file comes from:"
+            " safetensors.torch.save_file or torch.save of model.state_dict()",
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError):
+        raise CircuitError(
+            "is damaged, or no file of torch.save", where=path, fix="save it again"
+        ) from None
+
+
+def _unwrapped(content: Any, path: Path) -> Tensors:
+    """The state_dict in what was saved: itself, or under one of `WRAPPERS`."""
+    if isinstance(content, Mapping):
+        for key in WRAPPERS:
+            if _is_state_dict(content.get(key)):
+                return dict(content[key])
+        if _is_state_dict(content):
+            return dict(content)
+        if "parameters" in content:
+            raise CircuitError(
+                "is a checkpoint of this program",
+                where=path,
+                fix="open the run that it belongs to; nothing is to be imported",
+            )
+    keys = list(content) if isinstance(content, Mapping) else type(content).__name__
+    raise CircuitError(
+        f"holds no state_dict: {keys if isinstance(keys, str) else keys[:5]}",
+        where=path,
+        expected=f"named tensors, or those under one of {', '.join(WRAPPERS)}",
+    )
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items())
+    )
+
+
+def infer_model(tensors: Mapping[str, Tensor], where: Path) -> ModelConfig:
+    """The shape of the model, from tensors whose names and shapes tell it.
+
+    Raises:
+        CircuitError: one that tells it is missing, or it is no model of this study.
+    """
+
+    def shape(name: str, axes: str) -> list[int]:
+        if name not in tensors:
+            raise CircuitError(f"holds no {name}", where=where, expected=_KIND, fix=_held(tensors))
+        found = list(tensors[name].shape)
+        if len(found) != len(axes.split()):
+            raise CircuitError(f"{name} has shape {found}", where=where, expected=f"[{axes}]")
+        return found
+
+    d_model = shape("embed.W_E", "d_vocab d_model")[1]
+    heads, _, d_head = shape("blocks.0.attn.W_Q", "head d_model d_head")
+    if heads * d_head != d_model:
+        raise CircuitError(
+            f"blocks.0.attn.W_Q has {heads} heads of width {d_head}",
+            where=where,
+            expected=f"heads whose widths add up to d_model {d_model}",
+        )
+    payload = {
+        "layers": 1 + max(int(found[1]) for n in tensors if (found := _BLOCK.fullmatch(n))),
+        "heads": heads,
+        "d_model": d_model,
+        "d_ff": shape("blocks.0.mlp.W_in", "d_model d_mlp")[1],
+        "max_sequence_length": shape("pos_embed.W_pos", "n_ctx d_model")[0],
+    }
+    return parse_config(payload, ModelConfig, where=where)
+
+
+def _held(tensors: Mapping[str, Tensor]) -> str:
+    names = list(tensors)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"the file holds {', '.join(names[:4])}{more}"
+
+
+def expected_shapes(config: ModelConfig, vocabulary_size: int) -> dict[str, list[int]]:
+    """Names and shapes of the model's parameters, in the order of `named_parameters()`."""
+    d, heads = config.d_model, config.heads
+    width = d // heads
+    block = {"ln1.w": [d], "ln1.b": [d], "ln2.w": [d], "ln2.b": [d]}
+    block |= {"attn.W_Q": [heads, d, width], "attn.W_O": [heads, width, d]}
+    block |= {"attn.b_Q": [heads, width], "attn.b_O": [d]}
+    block |= {"attn.W_K": [heads, d, width], "attn.W_V": [heads, d, width]}
+    block |= {"attn.b_K": [heads, width], "attn.b_V": [heads, width]}
+    block |= {"mlp.W_in": [d, config.d_ff], "mlp.b_in": [config.d_ff]}
+    block |= {"mlp.W_out": [config.d_ff, d], "mlp.b_out": [d]}
+    shapes = {"embed.W_E": [vocabulary_size, d], "pos_embed.W_pos": [config.max_sequence_length, d]}
+    for layer in range(config.layers):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    shapes |= {"ln_final.w": [d], "ln_final.b": [d]}
+    if not config.tied_unembedding:
+        shapes |= {"unembed.W_U": [d, vocabulary_size], "unembed.b_U": [vocabulary_size]}
+    return shapes
+
+
+def absent_biases(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Kinds of biases that no block holds, and that are zero therefore."""
+    held = {found[2] for name in tensors if (found := _BLOCK.fullmatch(name))}
+    return [kind for kind in BIASES if kind not in held]
+
+
+def is_tied(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the unembedding is the embedding, value by value, and its bias is zero."""
+    matrix, bias = tensors.get("unembed.W_U"), tensors.get("unembed.b_U")
+    same = matrix is None or torch.equal(matrix, tensors["embed.W_E"].T)
+    return same and (bias is None or not bool(bias.any()))
+
+
+def fitted(
+    tensors: Mapping[str, Tensor], config: ModelConfig, vocabulary_size: int, where: Path
+) -> Tensors:
+    """A file's tensors as the model's parameters: by name, in the model's order, float32.
+
+    Args:
+        tensors: of the file.
+        config: the model's shape; untied, it also takes a file whose unembedding is tied.
+        vocabulary_size: number of tokens of the benchmark.
+        where: the file, for messages.
+
+    Raises:
+        CircuitError: a name is missing or unknown, a shape is another, or values have no exact
+            float32 form.
+    """
+    shapes = expected_shapes(config, vocabulary_size)
+    zero = absent_biases(tensors)
+    given = dict(tensors)
+    _drop_buffers(given, config, where)
+    if config.tied_unembedding:
+        given = {n: t for n, t in given.items() if not n.startswith("unembed.")}
+    elif "unembed.W_U" not in given:
+        given["unembed.W_U"] = given["embed.W_E"].T
+    for name in shapes:
+        block = _BLOCK.fullmatch(name)
+        if name not in given and (block[2] in zero if block else name == "unembed.b_U"):
+            given[name] = torch.zeros(shapes[name])
+    _check_names(given, shapes, where)
+    for name, shape in shapes.items():
+        if list(given[name].shape) != shape:
+            raise CircuitError(
+                f"{name} has shape {list(given[name].shape)}",
+                where=where,
+                expected=f"{shape}, as the benchmark's {vocabulary_size} tokens and the other"
+                " tensors and files ask for",
+            )
+    return {name: _as_float32(name, given[name], where) for name in shapes}
+
+
+def _check_names(given: Mapping[str, Tensor], shapes: Mapping[str, Any], where: Path) -> None:
+    missing = [name for name in shapes if name not in given]
+    unknown = [name for name in given if name not in shapes]
+    if not missing and not unknown:
+        return
+    parts = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("holds no", missing), ("holds the unknown", unknown))
+        if names
+    ]
+    raise CircuitError(" and ".join(parts), where=where, expected=_KIND)
+
+
+def _drop_buffers(given: Tensors, config: ModelConfig, where: Path) -> None:
+    """Remove what TransformerLens keeps beside parameters, where it is that of causal attention."""
+    length = config.max_sequence_length
+    causal = torch.ones(length, length).tril().bool()
+    for name in [name for name in given if name.endswith((".attn.mask", ".attn.IGNORE"))]:
+        buffer = given.pop(name)  # the mask is empty since it is made where it is used
+        if name.endswith(".mask") and buffer.numel() and not torch.equal(buffer.bool(), causal):
+            raise CircuitError(f"{name} is not causal over {length} positions", where=where)
+
+
+def _as_float32(name: str, tensor: Tensor, where: Path) -> Tensor:
+    made = tensor.detach().to(torch.float32)
+    if not tensor.is_floating_point() or not torch.equal(made.to(tensor.dtype), tensor):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CircuitError(f"{name} holds values that are not finite", where=where)
+        raise CircuitError(
+            f"{name} is {tensor.dtype} and has no exact float32 form",
+            where=where,
+            fix="save the tensors as float32 (`tensor.float()`), which rounds them",
+        )
+    return made.contiguous().clone()

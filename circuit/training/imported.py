@@ -1,0 +1,250 @@
+"""A run of weights that were trained elsewhere: `circuit import-checkpoints`.
+
+A series of files (circuit/training/foreign.py) becomes a run's folder: `run_config.json`, which
+holds what is known (the benchmark, the model's shape, the files with their digests) and no recipe,
+and `checkpoints/step_NNNNNN.pt`, which hold weights and no optimizer moments, and say so. What only
+needs weights works on it; what would take a step is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from circuit.artifacts import OutputFolder
+from circuit.config import ImportedConfig, ModelConfig, TrainConfig, parse_config
+from circuit.errors import CircuitError
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.training.checkpoints import TrainState, checkpoint_name, encode_checkpoint
+from circuit.training.foreign import (
+    SUFFIXES,
+    absent_biases,
+    fitted,
+    infer_model,
+    is_tied,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMMAND = "import-checkpoints"
+RUN_CONFIG = "run_config.json"
+TRACKED = ("validation_iid", "heldout_pairs")
+"""Splits that `evaluate` takes by default, where the benchmark has them."""
+
+ASSUMED = {
+    "act_fn": "gelu",
+    "eps": 1e-5,
+    "attention_dir": "causal",
+    "use_attn_scale": True,
+    "positional_embedding_type": "standard",
+}
+"""Settings that weights do not tell; a HookedTransformerConfig beside the files does."""
+
+_STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_ ]?(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """A run that was made of files.
+
+    Attributes:
+        config: of the run.
+        folder: where it stands.
+        files: written, relative to the folder.
+    """
+
+    config: ImportedConfig
+    folder: Path
+    files: list[str]
+
+
+def import_checkpoints(
+    paths: Sequence[str | Path],
+    benchmark_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    steps: Sequence[int] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportResult:
+    """Make a run of files of weights.
+
+    Args:
+        paths: files, or folders of them.
+        benchmark_dir: of the benchmark that the model was trained on.
+        output_dir: the run's folder.
+        steps: one a file, in their order; None takes them from the files' names.
+        overwrite: replace an earlier import there, and nothing else.
+        progress: called with files done and their number.
+
+    Raises:
+        CircuitError: a file is missing, damaged, holds more than tensors, or is no model of this
+            study or of this benchmark; a step is not told or told twice; the folder is not free.
+    """
+    files = list_files(paths)
+    by_step = dict(sorted(zip(steps_of(files, steps), files, strict=True)))
+    told = _told_settings(files)
+    report = progress or (lambda done, total: None)
+    with OutputFolder(output_dir, COMMAND, overwrite=overwrite) as folder:
+        names = [RUN_CONFIG, *(f"checkpoints/{checkpoint_name(step)}" for step in by_step)]
+        folder.refuse_foreign(names)
+        benchmark = load_benchmark(benchmark_dir, splits=[])
+        config = _survey(by_step, benchmark, Path(benchmark_dir), folder.root, told)
+        folder.clear(planned=names)
+        for done, entry in enumerate(config.imported.files, start=1):
+            path = by_step[entry.step]
+            digest, tensors = _read(path)
+            if digest != entry.sha256:
+                raise CircuitError("has changed while it was imported", where=path)
+            state = TrainState(
+                step=entry.step,
+                config=config,
+                benchmark_digest=benchmark.digest,
+                parameters=fitted(tensors, config.model, benchmark.vocabulary.size, path),
+                moments=None,
+            )
+            folder.write_bytes(
+                f"checkpoints/{checkpoint_name(entry.step)}", encode_checkpoint(state)
+            )
+            report(done, len(by_step))
+        folder.write_text(RUN_CONFIG, config.to_json())  # last: a run is there when it is whole
+        return ImportResult(config, folder.root, folder.owned)
+
+
+def list_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that are named, and those in the folders that are, by name.
+
+    Raises:
+        CircuitError: there is none, or one does not exist.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES)
+            if not inside:
+                raise CircuitError(
+                    "holds no file of weights", where=path, expected=", ".join(SUFFIXES)
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise CircuitError("no such file or folder", where=path)
+    if not found:
+        raise CircuitError("no file is named", expected="files of weights, or folders of them")
+    return found
+
+
+def steps_of(files: Sequence[Path], given: Sequence[int] | None = None) -> list[int]:
+    """The step of each file: as given, else from its name (`step_000100`, `checkpoint-100`, `100`).
+
+    Raises:
+        CircuitError: a name tells none, or several; two files have the same; or the numbers of
+            files and steps differ.
+    """
+    if given and len(given) != len(files):
+        raise CircuitError(
+            f"{len(given)} steps for {len(files)} files",
+            expected="one step a file, in the order of the files, or none",
+        )
+    steps = list(given) if given else [_named_step(path) for path in files]
+    for step, path in zip(steps, files, strict=True):
+        if steps.count(step) > 1:
+            same = [str(f) for s, f in zip(steps, files, strict=True) if s == step]
+            raise CircuitError(f"{len(same)} files of step {step}: {', '.join(same)}", where=path)
+    return steps
+
+
+def _named_step(path: Path) -> int:
+    found = _STEP.findall(path.stem) or re.findall(r"\d+", path.stem)
+    if len(found) != 1:
+        raise CircuitError(
+            f"its name tells {'no step' if not found else 'several numbers: ' + ', '.join(found)}",
+            where=path,
+            expected="a name such as step_000100.safetensors or checkpoint-100.pt",
+            fix="rename it, or give the step of every file",
+        )
+    return int(found[0])
+
+
+def _survey(
+    by_step: dict[int, Path],
+    benchmark: Benchmark,
+    benchmark_dir: Path,
+    folder: Path,
+    told: dict[str, Any],
+) -> ImportedConfig:
+    """Read every file once: the config of the run that they make, or the first refusal."""
+    model: ModelConfig | None = None
+    files: list[dict[str, Any]] = []
+    tied, zero = True, None
+    for step, path in by_step.items():
+        digest, tensors = _read(path)
+        model = model or infer_model(tensors, path)
+        untied = model.model_copy(update={"tied_unembedding": False})
+        made = fitted(tensors, untied, benchmark.vocabulary.size, path)
+        tied = tied and is_tied(made)
+        absent = absent_biases(tensors)
+        if zero is not None and absent != zero:
+            raise CircuitError(
+                "holds other kinds of biases than the files before it",
+                where=path,
+                expected=f"all but {', '.join(zero) or 'none'}",
+            )
+        zero = absent
+        files.append({"step": step, "file": path.name, "sha256": digest})
+    assert model is not None
+    splits = [name for name in TRACKED if name in benchmark.files] or list(benchmark.files)
+    known = {
+        "name": folder.resolve().name,
+        "output_dir": str(folder),
+        "benchmark_dir": str(benchmark_dir),
+        "model": model.model_copy(update={"tied_unembedding": tied}).model_dump(mode="json"),
+        "tracked_splits": splits,
+        "imported": {
+            "files": files,
+            "zero": zero,
+            "assumed": {name: value for name, value in ASSUMED.items() if name not in told},
+        },
+    }
+    return cast(ImportedConfig, parse_config(known, TrainConfig, where=folder))
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """sha256 of a file, and its tensors."""
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
+    return hashlib.sha256(payload).hexdigest(), read_tensors(path, payload)
+
+
+def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
+    """Settings that a HookedTransformerConfig beside the files tells: `config.json`.
+
+    Raises:
+        CircuitError: they are not those of this study's model.
+    """
+    told: dict[str, Any] = {}
+    for path in dict.fromkeys(file.parent / "config.json" for file in files):
+        try:
+            payload = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # none, or of something else
+        if not isinstance(payload, dict) or "act_fn" not in payload:
+            continue
+        wanted = ASSUMED | {"normalization_type": "LN", "attn_only": False, "gated_mlp": False}
+        for name, value in wanted.items():
+            if name in payload and payload[name] != value:
+                raise CircuitError(
+                    f"{name} is {payload[name]!r}", where=path, expected=f"{value!r}"
+                )
+        told |= {name: payload[name] for name in ASSUMED if name in payload}
+    return told

@@ -1,0 +1,121 @@
+"""Commands that take weights in and out: import-checkpoints, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import complete, options
+from .output import print_json, print_written, progress_bar, stdout, table
+from .training import load_train_config
+
+if TYPE_CHECKING:
+    from circuit.training.imported import ImportResult
+
+PANEL = "Weights of other programs"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("import-checkpoints", rich_help_panel=PANEL)(import_checkpoints)
+    app.command("export", rich_help_panel=PANEL)(export)
+
+
+def import_checkpoints(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help=".safetensors or torch files of a state_dict, or folders of them.",
+            autocompletion=complete.weights,
+        ),
+    ],
+    benchmark_dir: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the benchmark that the model was trained on.",
+            autocompletion=complete.benchmark,
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the run.")],
+    step: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, help="Step of a file, one for each in their order; from their names by default."
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make a run of HookedTransformer weights that were trained elsewhere."""
+    from circuit.training.imported import import_checkpoints as make_run
+
+    with progress_bar(not as_json) as bar:
+        task = bar.add_task("files", total=None, note="")
+        result = make_run(
+            files,
+            benchmark_dir,
+            output_dir,
+            steps=step,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print_json(
+            {
+                "name": result.config.name,
+                "config": result.config.model_dump(mode="json"),
+                "paths": [str(result.folder / name) for name in result.files],
+            }
+        )
+        return
+    _print_import(result)
+
+
+def _print_import(result: ImportResult) -> None:
+    known, model = result.config.imported, result.config.model
+    shown = table(None, ["file", "step", "sha256"])
+    for file in known.files:
+        shown.add_row(file.file, str(file.step), file.sha256[:12])
+    stdout.print(shown)
+    stdout.print(
+        f"{model.layers} layers, {model.heads} heads of width {model.d_model // model.heads},"
+        f" d_model {model.d_model}, d_mlp {model.d_ff}, {model.max_sequence_length} positions;"
+        f" unembedding {'tied' if model.tied_unembedding else 'of its own'}",
+        soft_wrap=True,
+    )
+    if known.zero:
+        stdout.print(f"in no file, so zero: {', '.join(known.zero)}", soft_wrap=True)
+    if known.assumed:
+        told = ", ".join(f"{name} {value}" for name, value in known.assumed.items())
+        stdout.print(f"assumed, since weights do not tell it: {told}", soft_wrap=True)
+    print_written([result.folder])
+    stdout.print(
+        "weights alone, without recipe and optimizer moments: reports work; training on and traces"
+        " are refused",
+        soft_wrap=True,
+    )
+
+
+def export(
+    config: options.TrainConfigPath,
+    checkpoint: options.Checkpoint,
+    output_dir: Annotated[Path, typer.Option(help="Folder of model.safetensors and config.json.")],
+    overrides: options.Set = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a checkpoint's model as safetensors, as plain TransformerLens loads it."""
+    settings = load_train_config(config, overrides)
+    from circuit.reports.export import export_checkpoint
+
+    result = export_checkpoint(settings, checkpoint, output_dir, overwrite=overwrite)
+    if as_json:
+        paths = [str(path) for path in result.paths]
+        print_json({"law": result.law, "gap": result.gap, "load": result.load, "paths": paths})
+        return
+    print_written(result.paths)
+    for line in result.load:
+        stdout.print(line, soft_wrap=True)
+    stdout.print(result.law, soft_wrap=True)
