@@ -91,10 +91,15 @@ def load_standard(config: Mapping[str, Any], weights: bytes) -> HookedTransforme
 
 
 @no_grad
-def largest_gap(model: HookedTransformer, other: HookedTransformer) -> float:
-    """Largest absolute difference of their logits over random tokens of full length (seed 0)."""
+def logit_gap(model: HookedTransformer, other: HookedTransformer) -> tuple[float, float]:
+    """Their logits over 8 rows of random tokens of full length (seed 0).
+
+    Returns:
+        The largest absolute difference, and the largest absolute logit of `model`.
+    """
     cfg = model.cfg
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(cfg.d_vocab, (8, cfg.n_ctx), generator=generator)
     ours = model(tokens.to(cfg.device)).cpu()
-    return float((ours - other(tokens.to(other.cfg.device)).cpu()).abs().max())
+    theirs = other(tokens.to(other.cfg.device)).cpu()
+    return float((ours - theirs).abs().max()), float(ours.abs().max())

@@ -17,8 +17,8 @@ from circuit.model.standard import (
     IMPORTS,
     LOAD,
     WEIGHTS,
-    largest_gap,
     load_standard,
+    logit_gap,
     standard_config,
     standard_weights,
 )
@@ -38,6 +38,7 @@ class ExportResult:
         paths: of the files.
         gap: largest absolute difference between the logits of the files' model, as TransformerLens
             computes it, and those of the run's.
+        largest: of these logits, in absolute value.
         kernels: with which the run's model was computed.
         load: the Python lines that load it, after their imports.
     """
@@ -45,6 +46,7 @@ class ExportResult:
     step: int
     paths: list[Path]
     gap: float
+    largest: float
     kernels: str
     load: list[str]
 
@@ -53,7 +55,8 @@ class ExportResult:
         """What was checked, with its number."""
         return (
             "loaded again by plain TransformerLens, the files give the run's logits"
-            f" ({self.kernels} kernels) to {self.gap:.2g}, over 8 rows of random tokens"
+            f" ({self.kernels} kernels) to {self.gap:.2g}, of logits up to {self.largest:.3g},"
+            " over 8 rows of random tokens"
         )
 
 
@@ -81,7 +84,7 @@ def export_checkpoint(
         prepare_process(threads=config.threads, device=config.device)
         model = model_from_state(state, config, benchmark)
         weights, settings = standard_weights(model), standard_config(model)
-        gap = largest_gap(model, load_standard(settings, weights))
+        gap, largest = logit_gap(model, load_standard(settings, weights))
         folder.clear(planned=[WEIGHTS, CONFIG])
         paths = [
             folder.write_bytes(WEIGHTS, weights),
@@ -89,4 +92,4 @@ def export_checkpoint(
         ]
         weights_path, config_path = map(str, paths)
         lines = [line.format(config=config_path, weights=weights_path) for line in LOAD]
-    return ExportResult(state.step, paths, gap, config.kernels, [IMPORTS, *lines])
+    return ExportResult(state.step, paths, gap, largest, config.kernels, [IMPORTS, *lines])
