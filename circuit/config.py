@@ -297,7 +297,6 @@ class Bookkeeping(_Config):
     tracked_splits: list[str] = ["validation_iid", "heldout_pairs"]
     best: BestConfig = BestConfig(split="heldout_pairs")
 
-<<<<<<< HEAD
 
 class TrainConfig(Bookkeeping, Recipe, Machine, Places):
     """One training run: four roles in one flat file."""
@@ -314,7 +313,7 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
             "recipe_digest": self.recipe_digest(),
             "benchmark_digest": benchmark_digest,
         }
-=======
+
     @model_validator(mode="wrap")
     @classmethod
     def _trained_elsewhere(cls, payload: Any, read: ValidatorFunctionWrapHandler) -> TrainConfig:
@@ -322,7 +321,6 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
         if cls is TrainConfig and isinstance(payload, dict) and "imported" in payload:
             return ImportedConfig.model_validate(payload)
         return cast(TrainConfig, read(payload))
->>>>>>> 6697ed6 (Make runs of weights that were trained elsewhere, and give models to plain TransformerLens)
 
     @model_validator(mode="before")
     @classmethod

@@ -309,7 +309,7 @@ def test_an_imported_run_says_what_is_known_and_no_more(imported: Path) -> None:
     assert [file["sha256"] for file in payload["imported"]["files"]] == digests
     config = load_config(imported / "run_config.json", TrainConfig)
     assert isinstance(config, ImportedConfig)
-    assert config.replace(name="other").recipe() == config.recipe()
+    assert config.replace(name="other").deciding() == config.deciding()
     for step in (0, 100, 200):
         path = imported / f"checkpoints/step_{step:06d}.pt"
         state = load_checkpoint(path)
