@@ -18,8 +18,8 @@ from pathlib import Path
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.window import Job, attribute_window
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
-from circuit.trace.replay import Trace, open_trace
-from circuit.training.session import TrainingSession, model_from_state
+from circuit.trace.replay import ReplayedRun
+from circuit.training.session import TrainingSession
 
 RULES = ("midpoint", "simpson")
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--workers", action="store_true")
     parser.add_argument("--window", type=int, default=400, help="steps that --workers attributes")
     args = parser.parse_args()
-    trace = open_trace(args.trace)
+    trace = ReplayedRun.open(args.trace)
     start = trace.manifest.start_step if args.start is None else args.start
     ratios = {}
     for what, heads in (("one head", (args.head,)), ("all heads", ())):
@@ -50,14 +50,14 @@ def main() -> None:
         print(f"{name}: {ratio:.2f} plain training steps per traced and attributed step")
 
 
-def _measure(trace: Trace, source: QKScalars, rule: str, start: int, steps: int) -> float:
+def _measure(trace: ReplayedRun, source: QKScalars, rule: str, start: int, steps: int) -> float:
     """Median ratio of a replayed and attributed step to a plain one."""
     state = trace.state(start)
-    model = model_from_state(state, trace.manifest.config, trace.benchmark)
+    model = trace.setup.model(state)
     attributor = Attributor(model, source(trace), rule=rule)
-    plain = TrainingSession.restore(state, trace.manifest.config, trace.benchmark)
+    plain = TrainingSession(trace.setup, state=state)
     times: dict[str, list[float]] = {"plain": [], "attributed": []}
-    replay = trace.steps(start, start + steps)
+    replay = trace.replay(start, start + steps)
     for _ in range(steps):
         trace.prepare()
         began = time.perf_counter()
@@ -75,7 +75,7 @@ def _measure(trace: Trace, source: QKScalars, rule: str, start: int, steps: int)
     return statistics.median(attributed / base for attributed, base in pairs)
 
 
-def _workers(args: argparse.Namespace, trace: Trace, start: int) -> None:
+def _workers(args: argparse.Namespace, trace: ReplayedRun, start: int) -> None:
     """Wall time of one window with one and with two processes."""
     source = QKScalars(trace.manifest.config, args.probe_set, QKOptions(heads=(args.head,)))
     job, end = Job(args.trace, source), start + args.window

@@ -23,8 +23,8 @@ from circuit.reports.geometry_subspace_intervention import (
     InterventionOptions,
     geometry_subspace_intervention,
 )
-from circuit.reports.inputs import open_study
-from circuit.runs import open_run
+from circuit.reports.inputs import open_inputs
+from circuit.runs.opening import open_run
 from circuit.training.checkpoints import list_checkpoints
 
 RANK = 16
@@ -60,7 +60,7 @@ def main() -> None:
 @torch.no_grad()
 def naive_seconds(folder: str, probes: Path, checkpoint: Path, stage: str, sample: int) -> float:
     """Seconds of one read by itself: hook, whole forward pass, logits at the prediction."""
-    study = open_study(open_run(folder).config, probes)
+    study = open_inputs(open_run(folder).config, probes)
     (point,) = study.models([checkpoint])
     vocabulary, batch = study.vocabulary, study.batch
     basis = subspace_basis(

@@ -27,8 +27,8 @@ from typing import Any, get_args
 
 import torch
 
-from circuit.attribution.attribute import Attributor
 from circuit.attribution.series import Series
+from circuit.attribution.window import attributor_of
 from circuit.config import BenchmarkConfig, Kernels, TrainConfig, load_config, parse_config
 from circuit.environment import CUBLAS_WORKSPACE, prepare_process
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
@@ -36,12 +36,13 @@ from circuit.reports.inputs import PairOptions
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
-from circuit.trace.replay import Trace, open_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import FlatState
 from circuit.trace.store import ROWS
 from circuit.trace.while_training import TraceRecorder
 from circuit.training.loop import train
-from circuit.training.session import TrainingSession, model_from_state
+from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HEAD = "L1H1"
@@ -86,7 +87,7 @@ def prepare(folder: Path, *, tiny: bool, steps: int) -> TrainConfig:
     return config.replace(**changes)
 
 
-def measure(config: TrainConfig, folder: Path, run: Run) -> tuple[Column, Trace]:
+def measure(config: TrainConfig, folder: Path, run: Run) -> tuple[Column, ReplayedRun]:
     """Train, trace, execute again, verify, check out and attribute on the config's device."""
     config = config.replace(output_dir=str(folder / config.device))
     prepare_process(threads=config.threads, device=config.device)
@@ -98,7 +99,7 @@ def measure(config: TrainConfig, folder: Path, run: Run) -> tuple[Column, Trace]
     began = time.perf_counter()
     train(config, recorder=TraceRecorder(root / "trace", options))
     seconds = time.perf_counter() - began
-    trace = open_trace(root / "trace")
+    trace = ReplayedRun.open(root / "trace")
     column = _facts(trace) | rates
     column["steps a second, traced, evaluations included"] = Figure(f"{config.steps / seconds:.1f}")
     column |= _again(config, trace, options, run)
@@ -111,7 +112,7 @@ def measure(config: TrainConfig, folder: Path, run: Run) -> tuple[Column, Trace]
     return column, trace
 
 
-def _facts(trace: Trace) -> Column:
+def _facts(trace: ReplayedRun) -> Column:
     """The facts that decide bits, as the trace has recorded them."""
     facts, on_gpu = trace.manifest.environment, trace.manifest.config.device == "cuda"
     workspace = facts["variables"].get(CUBLAS_WORKSPACE, "")
@@ -128,7 +129,9 @@ def _rates(config: TrainConfig) -> Column:
     """Steps a second without a trace, by kernels; the two take turns."""
     benchmark = load_benchmark(config.benchmark_dir)
     kinds = get_args(Kernels)
-    sessions = [TrainingSession.start(config.replace(kernels=kind), benchmark) for kind in kinds]
+    sessions = [
+        TrainingSession(Setup(config.replace(kernels=kind), benchmark=benchmark)) for kind in kinds
+    ]
     seconds: list[list[float]] = [[] for _ in kinds]
     for _ in range(min(20, config.steps)):
         for session, times in zip(sessions, seconds, strict=True):
@@ -141,7 +144,7 @@ def _rates(config: TrainConfig) -> Column:
     }
 
 
-def _again(config: TrainConfig, trace: Trace, options: RecordOptions, run: Run) -> Column:
+def _again(config: TrainConfig, trace: ReplayedRun, options: RecordOptions, run: Run) -> Column:
     """A second execution and a verification, each in a process of its own."""
     root = Path(config.output_dir)
     words: tuple[str, ...] = ("--config", str(root / "run_config.json"), "--from-initialization")
@@ -157,7 +160,7 @@ def _again(config: TrainConfig, trace: Trace, options: RecordOptions, run: Run) 
     }
 
 
-def _checkout(trace: Trace) -> Column:
+def _checkout(trace: ReplayedRun) -> Column:
     """A random step between two anchors, against its row."""
     anchors, steps = trace.manifest.anchors(), range(1, trace.store.last_step)
     step = random.Random(0).choice([step for step in steps if step not in anchors])
@@ -169,15 +172,15 @@ def _checkout(trace: Trace) -> Column:
     return {"checked out": Figure(text, equal), "seconds of it": Figure(f"{seconds:.2f}")}
 
 
-def _attribution(trace: Trace, probe_set: Path) -> Column:
+def _attribution(trace: ReplayedRun, probe_set: Path) -> Column:
     """One head's QK match over the last steps: do the contributions add up?"""
     config, end = trace.manifest.config, trace.store.last_step
     start = end - config.steps // 4
     options = QKOptions(heads=(HEAD,), ranks=(4,), pairs=PairOptions(min_per_type=4))
-    model = model_from_state(trace.store.anchor(0), config, trace.benchmark)
-    attributor = Attributor(model, QKScalars(config, probe_set, options)(trace))
+    source = QKScalars(config, probe_set, options)
+    attributor = attributor_of(trace, source.scalars(source.inputs(trace)))
     rows, seconds = [], []
-    steps = trace.steps(start, end)
+    steps = trace.replay(start, end)
     for _ in range(start, end):
         began = time.perf_counter()
         rows += attributor.step(next(steps)).rows(("circuit",))
@@ -192,7 +195,7 @@ def _attribution(trace: Trace, probe_set: Path) -> Column:
     }
 
 
-def compare(one: Trace, other: Trace) -> Column:
+def compare(one: ReplayedRun, other: ReplayedRun) -> Column:
     """What two devices must share: initial weights and batches; and how near their losses are."""
     ours, theirs = one.store.read_rows(), other.store.read_rows()
     pairs = list(zip(ours, theirs, strict=True))

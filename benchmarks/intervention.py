@@ -19,7 +19,7 @@ from circuit.attribution.attribute import Attributor
 from circuit.attribution.intervention import effects
 from circuit.model.build import build_model
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
@@ -32,19 +32,20 @@ def main() -> None:
     parser.add_argument("--head", default="L1H2")
     parser.add_argument("--steps", type=int, nargs="+", required=True)
     args = parser.parse_args()
-    trace = open_trace(args.trace)
+    trace = ReplayedRun.open(args.trace)
     config = trace.manifest.config
-    scalars = QKScalars(config, args.probe_set, QKOptions(heads=(args.head,)))(trace)
+    source = QKScalars(config, args.probe_set, QKOptions(heads=(args.head,)))
+    scalars = source.scalars(source.inputs(trace))
     model = build_model(
         config.model,
-        vocabulary_size=trace.benchmark.vocabulary.size,
+        vocabulary_size=trace.setup.benchmark.vocabulary.size,
         seed=config.seed,
         dtype=torch.float64,
     )
     attributor = Attributor(model, scalars, rule="gauss:4")
     orders = []
     for number in args.steps:
-        (traced,) = trace.steps(number - 1, number)
+        (traced,) = trace.replay(number - 1, number)
         theta, terms = traced.before.parameters, traced.update.named()
         print(f"step {number}, {scalars[0].name}")
         apart: dict[str, list[float]] = {name: [] for name in terms}

@@ -16,7 +16,7 @@ from pathlib import Path
 from circuit.config import TrainConfig, load_config
 from circuit.environment import prepare_process
 from circuit.model.components import all_heads
-from circuit.reports.inputs import PairOptions, open_study
+from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.reports.ov_write_progress import ProgressOptions, ov_write_progress
 from circuit.scalars.head_progress import ScoredReads, head_progress
 from circuit.training.checkpoints import list_checkpoints
@@ -35,7 +35,7 @@ def main() -> None:
     probe = RUN / "analysis" / "probe_set.jsonl"
     checkpoints = list(list_checkpoints(RUN / "checkpoints").values())[:16]
     pairs = PairOptions(max_per_type=args.pairs)
-    study = open_study(config, probe)
+    study = open_inputs(config, probe)
     reads = ScoredReads.of(study.side(study.pairs(pairs), "clean"))
     for point in study.models(checkpoints[:1]):
         heads = all_heads(point.model)

@@ -20,10 +20,11 @@ from circuit.config import TrainConfig, load_config
 from circuit.environment import prepare_process
 from circuit.tasks.benchmark import load_benchmark
 from circuit.trace.record import RecordOptions, record_trace, trace_row
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import Tracer
 from circuit.training.checkpoints import encode_checkpoint
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 
 def main() -> None:
@@ -35,8 +36,8 @@ def main() -> None:
     config = load_config("configs/train/symbolic_kv_formation.json", TrainConfig)
     config = config.replace(threads=prepare_process(threads=args.threads))
     benchmark = load_benchmark(config.benchmark_dir, splits=[config.train_split])
-    plain = TrainingSession(config, benchmark)
-    tracer = Tracer(TrainingSession(config, benchmark))
+    plain = TrainingSession(Setup(config, benchmark=benchmark))
+    tracer = Tracer(TrainingSession(Setup(config, benchmark=benchmark)))
     times: dict[str, list[float]] = {"plain": [], "traced": [], "anchor": []}
     for _ in range(args.steps):
         began = time.perf_counter()
@@ -60,7 +61,7 @@ def main() -> None:
         steps = random.Random(0).sample(range(1, 100), 3)
         for step in steps:
             began = time.perf_counter()
-            open_trace(path).state(step)
+            ReplayedRun.open(path).state(step)
             print(f"checkout of step {step:>3}: {time.perf_counter() - began:.2f} s")
     ratio = statistics.median(ratios) + anchor / 50 / (plain_ms / 1e3)
     print(f"traced / plain = {ratio:.3f} (median over pairs, anchors included)")

@@ -11,31 +11,29 @@ from typing import TYPE_CHECKING, Any
 from circuit.errors import CircuitError
 
 if TYPE_CHECKING:
-    from circuit.runs import Run, attribute, open_run, read_rows
-    from circuit.trace.replay import Trace, open_trace
+    from circuit.attribution.window import attribute
+    from circuit.runs.base import Run
+    from circuit.runs.opening import open_run
+    from circuit.runs.rows import read_rows
     from circuit.training.imported import import_checkpoints
 
 __version__ = "0.2.0.dev0"
 
 _HOME = {
-    "Run": "circuit.runs",
-    "Trace": "circuit.trace.replay",
-    "attribute": "circuit.runs",
+    "Run": "circuit.runs.base",
+    "attribute": "circuit.attribution.window",
     "import_checkpoints": "circuit.training.imported",
-    "open_trace": "circuit.trace.replay",
-    "open_run": "circuit.runs",
-    "read_rows": "circuit.runs",
+    "open_run": "circuit.runs.opening",
+    "read_rows": "circuit.runs.rows",
 }
 
 __all__ = [
     "CircuitError",
     "Run",
-    "Trace",
     "__version__",
     "attribute",
     "import_checkpoints",
     "open_run",
-    "open_trace",
     "read_rows",
 ]
 

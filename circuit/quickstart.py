@@ -27,16 +27,14 @@ from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
     bilinear_qk_rank_adam_state_attribution,
 )
 from circuit.reports.optimizer_update_trace import TraceReport, optimizer_update_trace
-from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
+from circuit.runs.checkpointed import open_folder
+from circuit.tasks.benchmark import Benchmark, write_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
 from circuit.trace.step import TracedStep
-from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
 from circuit.training.loop import Progress, TrainResult, train
-from circuit.training.run_folder import BEST
-from circuit.training.session import encode_split, model_from_state
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -115,12 +113,11 @@ def quickstart(
         overwrite=True,
         progress=trace_progress,
     )
-    benchmark = load_benchmark(config.benchmark_dir)
-    state = load_checkpoint(training.folder / BEST)
-    model = model_from_state(state, config, benchmark)
-    splits = {name: encode_split(benchmark, name) for name in benchmark.splits}
-    evaluations = [evaluate(model, split, name) for name, split in splits.items()]
-    example = explain_read(model, benchmark, splits[EXAMPLE_SPLIT])
+    run = open_folder(training.folder)
+    model, setup = run.model(), run.setup
+    names = benchmark_config.splits
+    evaluations = [evaluate(model, setup.split(name), name) for name in names]
+    example = explain_read(model, setup.benchmark, setup.split(EXAMPLE_SPLIT))
     separation, attribution = _attribute(config, trace, attribution_progress)
     return QuickstartResult(
         training,

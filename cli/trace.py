@@ -201,9 +201,9 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
-    from circuit.trace.replay import open_trace
+    from circuit.trace.replay import ReplayedRun
 
-    trace = open_trace(folder)
+    trace = ReplayedRun.open(folder)
     start, end = parse_window(steps) if steps else (None, None)
     with progress_bar(not as_json) as bar:
         last = trace.store.last_step if end is None else end
@@ -247,10 +247,10 @@ def checkout(
 ) -> None:
     """Write the state after any step as a checkpoint file, replayed and verified."""
     from circuit.artifacts import OutputFolder
-    from circuit.trace.replay import open_trace
+    from circuit.trace.replay import ReplayedRun
     from circuit.training.checkpoints import encode_checkpoint
 
-    trace = open_trace(folder, allow_drift=allow_drift)
+    trace = ReplayedRun.open(folder, allow_drift=allow_drift)
     if output is None:
         trace.state(step, cache=True)
         if trace.drifts:

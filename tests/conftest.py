@@ -36,6 +36,7 @@ from circuit.config import BenchmarkConfig, TrainConfig, parse_config  # noqa: E
 from circuit.figures import style  # noqa: E402
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
 from circuit.training.session import TrainingSession  # noqa: E402
+from circuit.training.setup import Setup  # noqa: E402
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
@@ -216,7 +217,7 @@ def session_after(make_config: MakeConfig, tiny: Benchmark) -> Callable[..., Tra
     """A tiny run in memory after some steps; keywords replace fields of its config."""
 
     def advance(steps: int, **changes: Any) -> TrainingSession:
-        session = TrainingSession.start(make_config(**changes), tiny)
+        session = TrainingSession(Setup(make_config(**changes), benchmark=tiny))
         for _ in range(steps):
             session.advance()
         return session

@@ -15,11 +15,12 @@ from circuit.artifacts import dump_rows, read_jsonl
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.weights import named_tensors
-from circuit.runs import open_run, read_rows
+from circuit.runs.opening import open_run
+from circuit.runs.rows import read_rows
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import evaluate
 from circuit.training.loop import train
-from circuit.training.session import encode_split
+from circuit.training.setup import encode_split
 
 RUN = Path("runs/tiny")
 
@@ -36,7 +37,7 @@ def test_a_runs_models_are_its_checkpoints(trained: TrainConfig) -> None:
     run = open_run(RUN)
     assert run.config == trained
     assert run.steps == [4, 8]
-    assert repr(run) == f"Run({RUN}: 1 layers, 2 heads, 2 checkpoints, 4 to 8)"
+    assert repr(run) == f"CheckpointedRun({RUN}: 1 layers, 2 heads, 2 checkpoints, 4 to 8)"
     for step in (4, 8, "best"):
         name = "best.pt" if step == "best" else f"step_{step:06d}.pt"
         saved = load_checkpoint(RUN / "checkpoints" / name)

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from circuit.attribution.attribute import Attributor, LossScope, check_loss_scope
 from circuit.attribution.groups import Partition, check_partition
 from circuit.attribution.path import path_rule
+from circuit.attribution.series import Series
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.scalars.base import Scalar
-from circuit.trace.replay import Trace, open_trace
-from circuit.training.session import model_from_state
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from circuit.trace.replay import ReplayedRun
 
 Rows = list[dict[str, Any]]
 
@@ -31,7 +29,14 @@ Rows = list[dict[str, Any]]
 class ScalarSource(Protocol):
     """Makes the scalars of an attribution; picklable, for it is called in every process."""
 
-    def __call__(self, trace: Trace) -> Sequence[Scalar]:
+    def inputs(self, run: ReplayedRun) -> Any:
+        """What the scalars are made of, read once.
+
+        Raises:
+            CircuitError: the run does not have what is asked for.
+        """
+
+    def scalars(self, inputs: Any) -> Sequence[Scalar]:
         """The scalars, the same ones whenever it is called."""
 
 
@@ -41,14 +46,14 @@ class Job:
 
     Attributes:
         trace: folder of the trace.
-        scalars: makes the scalars.
+        source: makes the scalars.
         path: path rule.
         partitions: of the parameters, listed in the rows.
         loss_scope: see `Attributor`.
     """
 
     trace: Path
-    scalars: ScalarSource
+    source: ScalarSource
     path: str = "simpson"
     partitions: tuple[Partition, ...] = ("circuit",)
     loss_scope: LossScope = "full_lm"
@@ -59,31 +64,78 @@ class Job:
         for partition in self.partitions:
             check_partition(partition)
 
-    def prepare(self, trace: Trace | None = None) -> Worker:
-        """Build the scalars in this process, on the trace if it is open already."""
-        return Worker(self, trace)
+    def prepare(self, run: ReplayedRun | None = None, inputs: Any = None) -> Worker:
+        """Build the scalars in this process, on the run and the inputs if they are open already."""
+        run = run or ReplayedRun.open(self.trace)
+        return Worker(self, run, self.source.inputs(run) if inputs is None else inputs)
 
 
 class Worker:
     """An opened job; attributes any piece of the trace."""
 
-    def __init__(self, job: Job, trace: Trace | None = None) -> None:
+    def __init__(self, job: Job, run: ReplayedRun, inputs: Any) -> None:
         self.job = job
-        self.trace = trace or open_trace(job.trace)
-        self.trace.prepare()
-        manifest = self.trace.manifest
-        self.scalars = tuple(job.scalars(self.trace))
-        names = [scalar.name for scalar in self.scalars]
-        if not names or len(set(names)) < len(names):
-            raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
-        state = self.trace.store.anchor(manifest.start_step)
-        model: HookedTransformer = model_from_state(state, manifest.config, self.trace.benchmark)
-        self.attributor = Attributor(model, self.scalars, rule=job.path, loss_scope=job.loss_scope)
+        self.run = run
+        run.prepare()
+        self.scalars = tuple(job.source.scalars(inputs))
+        self.attributor = attributor_of(run, self.scalars, rule=job.path, loss_scope=job.loss_scope)
 
     def steps(self, start: int, end: int) -> Iterator[Rows]:
         """The rows of each step that takes state `start` to state `end`."""
-        for traced in self.trace.steps(start, end):
-            yield self.attributor.step(traced).rows(self.job.partitions)
+        for step in self.run.replay(start, end):
+            yield self.attributor.step(step).rows(self.job.partitions)
+
+
+def attributor_of(run: ReplayedRun, scalars: Sequence[Scalar], **options: Any) -> Attributor:
+    """An attributor on a model of its own.
+
+    Args:
+        options: of `Attributor`; `dtype` of its model.
+
+    Raises:
+        CircuitError: there is no scalar, two share a name, or as `Attributor`.
+    """
+    names = [scalar.name for scalar in scalars]
+    if not names or len(set(names)) < len(names):
+        raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
+    model = run.setup.model(run.state(run.manifest.start_step))
+    dtype = options.pop("dtype", None) or torch.float32
+    return Attributor(model.to(dtype, print_details=False), scalars, **options)
+
+
+def attribute(
+    run: ReplayedRun,
+    scalars: Iterable[Scalar],
+    start: int,
+    end: int,
+    *,
+    rule: str = "simpson",
+    partitions: Sequence[Partition] = ("circuit",),
+    dtype: torch.dtype | None = None,
+) -> dict[str, Series]:
+    """Attribute scalars over the steps that take state `start` to state `end` of a run.
+
+    Replay sets torch's intra-op threads to those of the run, and leaves them so.
+
+    Args:
+        run: whose steps can be executed again: `circuit.open_run` of a trace.
+        scalars: the step-by-step changes of each are split by the terms of the update.
+        rule: path rule: `midpoint`, `simpson` or `gauss:N`.
+        partitions: of the parameters, whose groups are listed.
+        dtype: of the model that evaluates scalars and gradients, float32 by default. In float64,
+            what is left is the path rule's error alone.
+
+    Returns:
+        One `Series` a scalar, by name.
+
+    Raises:
+        CircuitError: the window is not recorded, a step does not replay, two scalars share a
+            name, or there is no such rule or partition.
+    """
+    chosen = [check_partition(partition) for partition in partitions]
+    attributor = attributor_of(run, list(scalars), rule=rule, dtype=dtype)
+    steps = run.replay(start, end)
+    return Series.collect(row for step in steps for row in attributor.step(step).rows(chosen))
 
 
 def attribute_window(
@@ -116,7 +168,7 @@ def attribute_window(
             yield rows
             done(number)
         return
-    pieces = cut_at_anchors(open_trace(job.trace), start, end, at_least=4 * workers)
+    pieces = cut_at_anchors(ReplayedRun.open(job.trace), start, end, at_least=4 * workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _open, (job,)) as pool:
         waiting: list[Future[list[Rows]]] = [pool.submit(_piece, *piece) for piece in pieces]
@@ -129,14 +181,16 @@ def attribute_window(
                 future.cancel()
 
 
-def cut_at_anchors(trace: Trace, start: int, end: int, *, at_least: int) -> list[tuple[int, int]]:
+def cut_at_anchors(
+    run: ReplayedRun, start: int, end: int, *, at_least: int
+) -> list[tuple[int, int]]:
     """At least so many consecutive pieces of a window, cut at anchors, if there are so many.
 
     Raises:
         CircuitError: the window is not recorded.
     """
-    trace.store.check_window(start, end)
-    inner = [step for step in trace.manifest.anchors() if start < step < end]
+    run.store.check_window(start, end)
+    inner = [step for step in run.manifest.anchors() if start < step < end]
     stride = max(1, (len(inner) + 1) // at_least)
     cuts = [start, *inner[stride - 1 :: stride], end]
     return list(itertools.pairwise(cuts))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from circuit.artifacts import find_folder
 from circuit.errors import CircuitError
 from circuit.page.commands import TRACE, Home, command_for, probe_set_command
 from circuit.page.found import Reports
 from circuit.page.panel import Missing
-from circuit.runs import Run
-from circuit.tasks.benchmark import load_benchmark
+from circuit.runs.checkpointed import CheckpointedRun
 
 PROBES = 96
 """Records of the probe set that the page asks for, at most."""
 
 
-def home_of(run: Run) -> Home:
+def home_of(run: CheckpointedRun) -> Home:
     """The run as the page's commands name it."""
     config, steps = run.config, run.steps
     shape = config.model
@@ -35,7 +33,9 @@ def trace_folder(reports: Reports) -> str | None:
     return None if found is None else found.path.parent.relative_to(found.run).as_posix()
 
 
-def with_inputs(missing: Sequence[Missing], run: Run, reports: Reports) -> list[Missing]:
+def with_inputs(
+    missing: Sequence[Missing], run: CheckpointedRun, reports: Reports
+) -> list[Missing]:
     """The same, after the probe set and the trace that the commands read and that do not exist."""
     wanted = []
     probe_set = run.path / "analysis" / "probe_set.jsonl"
@@ -47,12 +47,11 @@ def with_inputs(missing: Sequence[Missing], run: Run, reports: Reports) -> list[
     return [*wanted, *missing]
 
 
-def _probe_set(run: Run) -> str:
+def _probe_set(run: CheckpointedRun) -> str:
     config = run.config
     split = config.tracked_splits[0] if config.tracked_splits else config.train_split
     try:
-        folder = find_folder(config.benchmark_dir, run.path)
-        records = load_benchmark(folder, splits=[]).files[split].records
+        records = run.setup.benchmark.files[split].records
     except (CircuitError, KeyError):  # the benchmark is not here; the example's panel says so
         records = PROBES
     return probe_set_command(config.output_dir, config.benchmark_dir, split, min(PROBES, records))

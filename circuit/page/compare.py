@@ -20,7 +20,7 @@ from circuit.page.heads import match_rows, separation_report
 from circuit.page.html import render
 from circuit.page.learning import EVALUATED, METRICS, evaluations
 from circuit.page.panel import Missing, Panel, Record, Source, Table, slider_steps
-from circuit.runs import Run, open_run
+from circuit.runs.checkpointed import CheckpointedRun, open_folder
 
 FILE = "comparison.html"
 """Name of the page beside the first run's folder."""
@@ -32,7 +32,7 @@ class _Member:
     """One of the compared runs."""
 
     name: str
-    run: Run
+    run: CheckpointedRun
     reports: Reports
 
     @property
@@ -54,7 +54,7 @@ def comparison_page(
     """
     if len(runs) < 2:
         raise CircuitError(f"{len(runs)} run to compare", expected="two or more", where="RUN")
-    opened = [open_run(run) for run in runs]
+    opened = [open_folder(run) for run in runs]
     if len({run.path.resolve() for run in opened}) < len(opened):
         raise CircuitError("a run is named twice", where="RUN", fix="name each once")
     path = Path(output) if output is not None else opened[0].path.parent / FILE
@@ -74,7 +74,7 @@ def comparison_page(
     return PageResult(path, path.stat().st_size, tuple(panels), tuple(left_out))
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[CheckpointedRun]) -> list[str]:
     """The runs' names; where two have the same, those of their folders, then with their parents."""
     for name in (
         lambda run: run.config.name,

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from circuit.artifacts import find_folder
 from circuit.config import TrainConfig
-from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.page.panel import Missing, Panel, Source, thinned
-from circuit.runs import Run
-from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.training.evaluate import logits_and_attention
-from circuit.training.session import encode_split, model_from_state
+from circuit.training.setup import Setup
 
 STEPS = 25
 """Checkpoints that are looked at, at most."""
@@ -31,7 +28,10 @@ _DIGITS = 4
 
 
 def example_panel(
-    run: Run, home: str, winner: str | None, progress: Callable[[int, int], None] | None = None
+    run: CheckpointedRun,
+    home: str,
+    winner: str | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Panel:
     """Attention from the reads of one sequence, at the chosen step; on the CPU.
 
@@ -47,15 +47,16 @@ def example_panel(
     train = f"circuit train --config {home}/run_config.json --overwrite"
     if not run.steps:
         return Panel(*head, missing=[Missing("checkpoints of the run", train)])
+    setup = run.setup.with_config(run.config.model_copy(update={"device": "cpu"}))
+    split = run.config.tracked_splits[0] if run.config.tracked_splits else run.config.train_split
     try:
-        split, benchmark = _benchmark(run)
+        setup.benchmark.records(split)
     except CircuitError as error:
         command = "circuit generate-benchmark --config configs/benchmark/NAME.json"
         missing = [Missing("the run's benchmark", command)]
         return Panel(*head, missing=missing, notes=[_told(error)])
-    config = run.config.model_copy(update={"device": "cpu"})
-    batch = _choose(encode_split(benchmark, split, config.model))
-    example = _look(run, config, benchmark, batch, progress)
+    batch = _choose(setup.split(split))
+    example = _look(run, setup, batch, progress)
     example["winner"] = winner or example["heads"][-1]
     return Panel(
         *head,
@@ -73,13 +74,6 @@ def _told(error: CircuitError) -> str:
     return f"Not drawn: {error.what}."
 
 
-def _benchmark(run: Run) -> tuple[str, Benchmark]:
-    """A split of the run, and its benchmark with that split alone."""
-    split = run.config.tracked_splits[0] if run.config.tracked_splits else run.config.train_split
-    folder = find_folder(run.config.benchmark_dir, run.path)
-    return split, load_benchmark(folder, splits=[split])
-
-
 def _choose(records: EncodedSplit) -> Batch:
     """The first record that holds a read of the largest lag."""
     reads = records.batch(range(min(SEARCHED, len(records)))).reads
@@ -87,21 +81,20 @@ def _choose(records: EncodedSplit) -> Batch:
 
 
 def _look(
-    run: Run,
-    config: TrainConfig,
-    benchmark: Benchmark,
+    run: CheckpointedRun,
+    setup: Setup,
     batch: Batch,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """The sequence, its reads of the largest lags, and what each checkpoint makes of them."""
-    prepare_process(threads=config.threads)
-    text = benchmark.vocabulary.tokens
+    setup.prepare()
+    text = setup.benchmark.vocabulary.tokens
     reads = sorted(batch.reads.lag.argsort(descending=True, stable=True)[:READS].tolist())
     at = batch.reads.key_pos[reads]
     found: dict[str, Any] = {
         "sample_id": batch.sample_ids[0],
         "tokens": [text[token] for token in batch.tokens[0, : int(batch.lengths[0])].tolist()],
-        "heads": _heads(config),
+        "heads": _heads(setup.config),
         "reads": [_read(batch, read, text) for read in reads],
         "steps": thinned(run.steps, STEPS),
         "attention": [],
@@ -109,7 +102,7 @@ def _look(
     }
     for done, step in enumerate(found["steps"], start=1):
         with torch.no_grad():
-            model = model_from_state(run.checkpoint(step), config, benchmark)
+            model = setup.model(run.state(step))
             logits, attention = logits_and_attention(model, batch.tokens)
         weights = attention[0][:, at].double()  # [head, read, key]
         found["attention"].append(

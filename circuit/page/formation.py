@@ -17,7 +17,7 @@ from circuit.page.html import render
 from circuit.page.learning import METRICS, lag_panel, learning_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
 from circuit.page.value_code import interventions_panel, readability_panel, rescue_panel
-from circuit.runs import Run, open_run
+from circuit.runs.checkpointed import CheckpointedRun, open_folder
 
 COMMAND = "page"
 FILE = "formation.html"
@@ -64,7 +64,7 @@ def formation_page(
     Raises:
         CircuitError: there is no run, a report or row file is damaged, or the name is not free.
     """
-    opened = open_run(run)
+    opened = open_folder(run)
     path = Path(output) if output is not None else opened.path / FILE
     with page_folder(path, overwrite=overwrite) as folder:
         reports = Reports(opened.path)
@@ -103,14 +103,14 @@ def page_folder(path: Path, *, overwrite: bool) -> OutputFolder:
     return OutputFolder(path.parent, f"{COMMAND}.{path.stem}", overwrite=overwrite)
 
 
-def metrics_of(run: Run) -> list[Row]:
+def metrics_of(run: CheckpointedRun) -> list[Row]:
     """Rows of the run's metrics; none where it has not logged yet."""
     path = run.path / METRICS
     return list(read_jsonl(path, tolerate_torn_tail=True)) if path.exists() else []
 
 
 def _panels(
-    run: Run, reports: Reports, progress: Callable[[int, int], None] | None
+    run: CheckpointedRun, reports: Reports, progress: Callable[[int, int], None] | None
 ) -> tuple[list[Panel], list[Source], list[int]]:
     home = home_of(run)
     folder = home.folder

@@ -20,7 +20,7 @@ from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
 from circuit.pipelines.selection import name_roles, rank_candidates
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import PairOptions, open_study
+from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, fixed_scalars
 from circuit.scalars.functional_write import WritePath, WriteReads
 from circuit.tasks.pairs import check_side
@@ -169,11 +169,11 @@ def select_write_paths(
         CircuitError: a checkpoint or probe set of another config, or too few pairs.
     """
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, checkpoints=[checkpoint])
-        pairs = study.pairs(options.pairs)
-        batch = study.side(pairs, options.side)
-        (point,) = study.models([checkpoint])
-        writes = final_writes(point.model, batch, options.role, study.vocabulary.value_ids)
+        inputs = open_inputs(config, probe_set, checkpoints=[checkpoint])
+        pairs = inputs.pairs(options.pairs)
+        batch = inputs.side(pairs, options.side)
+        (point,) = inputs.models([checkpoint])
+        writes = final_writes(point.model, batch, options.role, inputs.vocabulary.value_ids)
         means = {path: float(values.mean()) for path, values in writes.items()}
         ranked = rank_candidates(means)
         roles = name_roles(ranked)
@@ -213,7 +213,7 @@ def select_write_paths(
                     label="mean of g_out . δ_total (logits)",
                 )
             },
-            provenance=study.provenance() | {"weights_sha256": point.digest},
+            provenance=inputs.provenance() | {"weights_sha256": point.digest},
         )
 
 

@@ -16,7 +16,7 @@ from circuit.attribution.line import Line, LineIntegral, Values
 from circuit.lazy import torch
 from circuit.model.readout import read_answers
 from circuit.model.weights import named_tensors
-from circuit.reports.inputs import Checkpointed, PairOptions, Study
+from circuit.reports.inputs import Checkpointed, Inputs, PairOptions
 from circuit.scalars.answers import (
     ANSWER_SCALARS,
     FIXED_SOURCE,
@@ -154,18 +154,18 @@ def _token_logits(tokens: Tensor, logits: Tensor) -> list[list[TokenLogit]]:
 
 
 def interval_changes(
-    study: Study,
+    inputs: Inputs,
     checkpoints: Sequence[Path],
     pairs: Sequence[Pair],
     options: DiagnosisOptions,
     progress: Callable[[DiagnosisProgress], None] | None,
 ) -> Iterator[Change]:
     """Every interval, and in it every side."""
-    sides = {side: study.side(pairs, side) for side in options.sides}
+    sides = {side: inputs.side(pairs, side) for side in options.sides}
     source, before = None, {}
     reached: dict[str, Tensor] = {}  # logits at the last checkpoint, where the next line starts
     tell = progress or (lambda _: None)
-    for done, point in enumerate(study.models(checkpoints), start=1):
+    for done, point in enumerate(inputs.models(checkpoints), start=1):
         weights = {name: tensor.clone() for name, tensor in named_tensors(point.model).items()}
         if source is not None:
             for side, batch in sides.items():
@@ -186,7 +186,7 @@ def interval_changes(
                 yield _change(
                     line,
                     batch,
-                    study,
+                    inputs,
                     options,
                     source,
                     point,
@@ -205,14 +205,14 @@ def _places(batch: Batch) -> tuple[Tensor, Tensor]:
 def _change(
     line: Line,
     batch: Batch,
-    study: Study,
+    inputs: Inputs,
     options: DiagnosisOptions,
     source: Checkpointed,
     target: Checkpointed,
     side: str,
     progress: Callable[[int, int], None],
 ) -> Change:
-    answer, values = batch.reads.answer, study.vocabulary.value_ids
+    answer, values = batch.reads.answer, inputs.vocabulary.value_ids
     ends = [read_answers(logits, answer, values) for logits in line.ends]
     competitors = Competitors(ends[0].competitor, ends[1].competitor)
     wanted = {_smooth(name) for name in options.scalars}

@@ -31,7 +31,7 @@ from circuit.reports.answer_changes import (
     interval_changes,
 )
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import choose_checkpoints, open_study
+from circuit.reports.inputs import choose_checkpoints, open_inputs
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, check_scalar_names
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow
 from circuit.tasks.pairs import SIDES, Pair
@@ -66,15 +66,15 @@ def answer_scalar_residual_diagnosis(
     _check_options(options)
     chosen = choose_checkpoints(checkpoints, checkpoint_dir, least=2)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=options.splits, checkpoints=chosen)
-        others = len(study.vocabulary.value_ids) - 1
+        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=chosen)
+        others = len(inputs.vocabulary.value_ids) - 1
         if not 1 <= options.top_k_wrong <= others:
             raise CircuitError(
                 f"--top-k-wrong {options.top_k_wrong}", expected=f"1 to {others}, the wrong values"
             )
-        pairs = study.pairs(options.pairs)
+        pairs = inputs.pairs(options.pairs)
         run = Path(config.output_dir)
-        changes = list(interval_changes(study, chosen, pairs, options, progress))
+        changes = list(interval_changes(inputs, chosen, pairs, options, progress))
         pair_rows = [row for change in changes for row in change.rows(pairs, run, options)]
         table = _long_table(pair_rows)
         rows = _mean_rows(table, options, _nodes(changes))
@@ -100,7 +100,7 @@ def answer_scalar_residual_diagnosis(
             figures=figures,
             further={PAIR_ROWS: dump_rows(row.model_dump() for row in pair_rows)},
             provenance={
-                **study.provenance(),
+                **inputs.provenance(),
                 "checkpoint_digests": {
                     str(point.step): point.digest
                     for change in changes

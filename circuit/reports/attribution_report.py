@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import dump_row, find_folder, read_jsonl
+from circuit.artifacts import dump_row, read_jsonl
 from circuit.attribution.series import Series, check_windows
 from circuit.attribution.window import Job, attribute_window
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.attribution import changes_by_scalar, groups_of_terms, terms_and_closure
 from circuit.reports.base import ReportResult, ReportWriter, open_report, report_name
-from circuit.reports.inputs import Study, open_study
+from circuit.reports.inputs import Inputs
 from circuit.strict_json import parse_json
-from circuit.tasks.benchmark import load_benchmark
-from circuit.trace.replay import Trace, open_trace
+from circuit.trace.replay import ReplayedRun
 
 COMMANDS = (
     "bilinear-qk-rank-adam-state-attribution",
@@ -41,7 +39,7 @@ class WindowOptions:
     windows: tuple[tuple[int, int], ...] = ()
     workers: int = 1
 
-    def of(self, trace: Trace) -> tuple[int, int]:
+    def of(self, trace: ReplayedRun) -> tuple[int, int]:
         """The window in a trace; all of it by default.
 
         Raises:
@@ -54,40 +52,6 @@ class WindowOptions:
         return start, end
 
 
-def traced_study(config: TrainConfig, probe_set: Path, trace: Trace) -> Study:
-    """The study of a traced run, with the trace's config and the recording's threads.
-
-    Of the given config the overrides stay, for the record; what else it says beside the recipe
-    decides nothing here, and no digest knows it, so that shards merge.
-
-    Raises:
-        CircuitError: config or probe set belong to another run than the trace.
-    """
-    manifest = trace.manifest
-    difference = config.recipe_difference(manifest.config)
-    if difference is not None:
-        raise CircuitError(
-            f"config {config.name} is not that of the trace: {difference}",
-            where=trace.path,
-            fix="pass the run_config.json of the traced run",
-        )
-    if config.device != manifest.config.device:
-        raise CircuitError(
-            f"device '{config.device}', but the trace was recorded on '{manifest.config.device}'",
-            where=trace.path,
-            fix="replay is exact on the recording's device only; leave --device out",
-        )
-    benchmark = load_benchmark(find_folder(config.benchmark_dir, probe_set), splits=[])
-    if benchmark.digest != manifest.benchmark_digest:
-        raise CircuitError(
-            f"the benchmark in {config.benchmark_dir} is not the one that was traced",
-            where=trace.path,
-        )
-    threads = manifest.environment["threads"]
-    study = open_study(config.replace(threads=threads), probe_set, benchmark=benchmark)
-    return replace(study, config=manifest.config.replace(threads=threads).remembering(config))
-
-
 def report_attribution(
     command: str,
     job: Job,
@@ -95,8 +59,7 @@ def report_attribution(
     output_dir: str | Path,
     *,
     parameters: Mapping[str, Any],
-    study: Callable[[Trace], Study],
-    provenance: Callable[[Study], Mapping[str, Any]],
+    provenance: Callable[[Inputs], Mapping[str, Any]],
     overwrite: bool = False,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> ReportResult:
@@ -104,19 +67,18 @@ def report_attribution(
 
     Args:
         parameters: of the command, JSON; those of the job and the window are added.
-        study: of the trace; refuses first what its manifest and rows tell to be impossible.
-        provenance: digests of what was read, given the study; those of study and trace are added.
+        provenance: digests of what was read, given the inputs; those of inputs and trace are added.
         progress: called with the last step done, the first and the last of the window.
 
     Raises:
         CircuitError: bad parameters, a folder that is not free, or a step that does not replay.
     """
     with open_report(command, output_dir, overwrite=overwrite) as writer:
-        trace = open_trace(job.trace)
+        trace = ReplayedRun.open(job.trace)
         start, end = options.of(trace)
-        opened = study(trace)
-        origin = {**opened.provenance(), **provenance(opened)}
-        worker = job.prepare(trace)
+        inputs = job.source.inputs(trace)
+        origin = {**inputs.provenance(), **provenance(inputs)}
+        worker = job.prepare(trace, inputs)
         store, lines = trace.store, _Lines()
         found = attribute_window(
             job,

@@ -16,7 +16,7 @@ from circuit.model.readout import read_answers
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Checkpointed, Study, choose_checkpoints, open_study
+from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
 from circuit.scalars.qk_match import (
     LayerNormMode,
@@ -103,8 +103,8 @@ def bilinear_qk_match_separation(
     options.check(config.model)
     chosen = choose_checkpoints(checkpoints, checkpoint_dir)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=options.splits, checkpoints=chosen)
-        batch = study.reads(options.max_records)
+        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=chosen)
+        batch = inputs.reads(options.max_records)
         reads = ReadMasks.of(
             batch,
             query_role=options.query_role,
@@ -112,8 +112,8 @@ def bilinear_qk_match_separation(
             distractor_role=options.distractor_role,
         )
         rows: list[dict[str, Any]] = []
-        for done, point in enumerate(study.models(chosen), start=1):
-            rows += _rows(point, study, options, reads)
+        for done, point in enumerate(inputs.models(chosen), start=1):
+            rows += _rows(point, inputs, options, reads)
             if progress is not None:
                 progress(done, len(chosen))
         summary = summarize(rows)
@@ -127,13 +127,13 @@ def bilinear_qk_match_separation(
             rows=rows,
             page=_page(summary, len(reads)),
             figures={"separation": separation_over_steps(rows, summary["winner"]["score"])},
-            provenance=study.provenance(),
+            provenance=inputs.provenance(),
         )
 
 
 @no_grad
 def _rows(
-    point: Checkpointed, study: Study, options: SeparationOptions, reads: ReadMasks
+    point: Checkpointed, inputs: Inputs, options: SeparationOptions, reads: ReadMasks
 ) -> Iterator[dict[str, Any]]:
     model = point.model
     addresses = options.heads or tuple(str(head) for head in all_heads(model))
@@ -150,10 +150,10 @@ def _rows(
     shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
     hooks = shared.hooks[None] | {"unembed.hook_out"}
     runs = forward_activations(model, shared.tokens, hooks)
-    batch = study.reads(options.max_records)
+    batch = inputs.reads(options.max_records)
     at = runs["unembed.hook_out"][batch.reads.row, batch.reads.key_pos][reads.chosen]
     lag = batch.reads.lag[reads.chosen]
-    margin = read_answers(at, batch.reads.answer[reads.chosen], study.vocabulary.value_ids).margin
+    margin = read_answers(at, batch.reads.answer[reads.chosen], inputs.vocabulary.value_ids).margin
     groups = {"all": torch.ones_like(lag, dtype=torch.bool)}
     groups |= {str(n): lag == n for n in torch.unique(lag).tolist()}
     cache = Cache({None: runs})

@@ -16,9 +16,9 @@ from circuit.errors import CircuitError
 from circuit.model.components import parse_component
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import check_rank
-from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
+from circuit.reports.attribution_report import WindowOptions, report_attribution
 from circuit.reports.base import ReportResult
-from circuit.reports.inputs import PairOptions, Study
+from circuit.reports.inputs import Inputs, PairOptions, traced_inputs
 from circuit.scalars.qk_match import (
     LayerNormMode,
     QKMatch,
@@ -29,8 +29,7 @@ from circuit.scalars.qk_match import (
 from circuit.tasks.groups import check_single
 from circuit.tasks.pairs import check_side
 from circuit.tasks.positions import Batch, check_roles
-from circuit.trace.replay import Trace
-from circuit.training.session import model_from_state
+from circuit.trace.replay import ReplayedRun
 
 COMMAND = "bilinear-qk-rank-adam-state-attribution"
 _STEP_BASIS = re.compile(r"step:(\d+)")
@@ -90,14 +89,14 @@ class QKOptions:
         """The parameters as JSON."""
         return asdict(self)
 
-    def batch(self, study: Study) -> Batch:
+    def batch(self, inputs: Inputs) -> Batch:
         """The scored side of the scored pairs."""
         pairs = [
             pair
-            for pair in study.pairs(self.pairs)
+            for pair in inputs.pairs(self.pairs)
             if self.scored_type is None or pair.type == self.scored_type
         ]
-        return study.side(pairs, self.side)
+        return inputs.side(pairs, self.side)
 
     def reads(self, batch: Batch) -> dict[str, ReadMasks]:
         """The scored reads by suffix of their scalars' names: all, and those of each lag."""
@@ -122,13 +121,13 @@ class QKScalars:
     probe_set: Path
     options: QKOptions
 
-    def study(self, trace: Trace) -> Study:
-        """The study of the trace; first refuses what its model or its steps do not have.
+    def inputs(self, run: ReplayedRun) -> Inputs:
+        """Of the trace; first refuses what its model or its steps do not have.
 
         Raises:
             CircuitError: names the head, rank, stage or step.
         """
-        options, model = self.options, trace.manifest.config.model
+        options, model = self.options, run.config.model
         for address in options.heads:
             parse_component(address, shape=(model.layers, model.heads), kind="head")
         for rank in options.ranks if set(options.bases) != {"full"} else ():
@@ -136,22 +135,22 @@ class QKScalars:
         if options.context_stage is not None:
             stage_hook(options.context_stage, model.layers)
         for step in filter(None, map(_STEP_BASIS.fullmatch, options.bases)):
-            trace.check_addressable(int(step[1]))
-        return traced_study(self.config, self.probe_set, trace)
+            run.check_addressable(int(step[1]))
+        return traced_inputs(self.config, self.probe_set, run)
 
-    def __call__(self, trace: Trace) -> list[QKMatch]:
+    def scalars(self, inputs: Inputs) -> list[QKMatch]:
         """The scalars on a trace."""
-        options, study = self.options, self.study(trace)
-        layers, heads = study.config.model.layers, study.config.model.heads
+        options = self.options
+        layers, heads = inputs.config.model.layers, inputs.config.model.heads
         chosen = list(options.heads) or [f"L{n}H{h}" for n in range(layers) for h in range(heads)]
         found: list[QKMatch] = []
+        reads_by_suffix = options.reads(options.batch(inputs))
         for basis in options.bases:
             step = _STEP_BASIS.fullmatch(basis)
             model = None
             if step is not None:
-                state = trace.state(int(step[1]))
-                model = model_from_state(state, study.config, study.benchmark)
-            for suffix, reads in options.reads(options.batch(study)).items():
+                model = inputs.point(int(step[1])).model
+            for suffix, reads in reads_by_suffix.items():
                 found += qk_matches(
                     chosen,
                     reads,
@@ -186,8 +185,8 @@ def bilinear_qk_rank_adam_state_attribution(
     """
     scalars = QKScalars(config, probe_set, options)
 
-    def provenance(study: Study) -> dict[str, Any]:
-        return {"scored_reads": len(options.reads(options.batch(study))[""])}
+    def provenance(inputs: Inputs) -> dict[str, Any]:
+        return {"scored_reads": len(options.reads(options.batch(inputs))[""])}
 
     return report_attribution(
         COMMAND,
@@ -196,7 +195,6 @@ def bilinear_qk_rank_adam_state_attribution(
         output_dir,
         parameters={"probe_set": str(probe_set), "optimizer_trace_dir": str(trace)}
         | options.to_json(),
-        study=scalars.study,
         provenance=provenance,
         overwrite=overwrite,
         progress=progress,

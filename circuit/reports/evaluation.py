@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import OutputFolder, dump_json, find_folder
+from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import RUN_CONFIG, TrainConfig
-from circuit.environment import environment_facts, prepare_process
+from circuit.environment import environment_facts
 from circuit.reports.inputs import check_finite
 from circuit.strict_json import parse_json
-from circuit.tasks.benchmark import load_benchmark
-from circuit.trace.replay import load_header, load_state
+from circuit.trace.states import States
 from circuit.training.checkpoints import tensors_digest
 from circuit.training.evaluate import Evaluation, evaluate
-from circuit.training.session import check_state, encode_split, model_from_state
+from circuit.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,18 @@ def evaluate_checkpoint(
             split does not exist, or the output file is not an evaluation of this command.
     """
     checkpoint = Path(checkpoint)
-    header = load_header(checkpoint)
-    names = list(splits or config.tracked_splits)
-    benchmark = load_benchmark(
-        find_folder(config.benchmark_dir, checkpoint), splits=list(dict.fromkeys(names))
-    )
-    check_state(header, config, benchmark.digest)
-    state = load_state(checkpoint)
+    setup = Setup(config, checkpoint)
+    states = States(setup)
+    header = states.header(checkpoint)
+    names = list(dict.fromkeys(splits or config.tracked_splits))
+    for name in names:
+        setup.benchmark.records(name)  # refused before anything heavy is imported
+    setup.check(header)
+    state = states.state(checkpoint)
     check_finite(state, checkpoint)
-    # after load_state, which may have replayed with the threads of a trace
-    prepare_process(threads=config.threads, device=config.device)
-    model = model_from_state(state, config, benchmark)
-    evaluations = [
-        evaluate(model, encode_split(benchmark, name, config.model), name, progress=progress)
-        for name in dict.fromkeys(names)
-    ]
+    setup.prepare()  # after the state, which may have been replayed with the threads of a trace
+    model = setup.model(state)
+    evaluations = [evaluate(model, setup.split(name), name, progress=progress) for name in names]
     holders = (folder for folder in checkpoint.parents if (folder / RUN_CONFIG).is_file())
     run = next(holders, Path(config.output_dir))
     path = output or run / "evaluation" / f"{checkpoint.stem}.json"
@@ -73,7 +69,7 @@ def evaluate_checkpoint(
         of = {
             "step": state.step,
             "parameters_sha256": tensors_digest(state.parameters),
-            "benchmark_digest": benchmark.digest,
+            "benchmark_digest": setup.benchmark.digest,
         }
         earlier = _earlier(path, of) if path.name in folder.owned else {}
         report = {

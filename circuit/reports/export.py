@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from circuit.artifacts import OutputFolder, dump_json, find_folder
+from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import TrainConfig
-from circuit.environment import prepare_process
 from circuit.model.standard import (
     CONFIG,
     IMPORTS,
@@ -22,9 +21,8 @@ from circuit.model.standard import (
     standard_config,
     standard_weights,
 )
-from circuit.tasks.benchmark import load_benchmark
-from circuit.trace.replay import load_header, load_state
-from circuit.training.session import check_state, model_from_state
+from circuit.trace.states import States
+from circuit.training.setup import Setup
 
 COMMAND = "export"
 
@@ -77,12 +75,12 @@ def export_checkpoint(
     checkpoint = Path(checkpoint)
     with OutputFolder(output_dir, COMMAND, overwrite=overwrite) as folder:
         folder.refuse_foreign([WEIGHTS, CONFIG])
-        header = load_header(checkpoint)
-        benchmark = load_benchmark(find_folder(config.benchmark_dir, checkpoint), splits=[])
-        check_state(header, config, benchmark.digest)
-        state = load_state(checkpoint)
-        prepare_process(threads=config.threads, device=config.device)
-        model = model_from_state(state, config, benchmark)
+        setup = Setup(config, checkpoint)
+        states = States(setup)
+        setup.check(states.header(checkpoint))
+        state = states.state(checkpoint)
+        setup.prepare()
+        model = setup.model(state)
         weights, settings = standard_weights(model), standard_config(model)
         gap, largest = logit_gap(model, load_standard(settings, weights))
         folder.clear(planned=[WEIGHTS, CONFIG])

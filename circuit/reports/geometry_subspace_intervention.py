@@ -31,7 +31,7 @@ from circuit.model.subspaces import (
     subspace_basis,
 )
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Checkpointed, Study, open_study
+from circuit.reports.inputs import Checkpointed, Inputs, open_inputs
 from circuit.reports.interventions import QueryMode, intervene
 from circuit.tasks.positions import Batch, check_roles, role_mask
 
@@ -104,13 +104,13 @@ def geometry_subspace_intervention(
     rows: list[Row] = []
     digests, unchanged = {}, 0.0
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        head = _check(options, study)
-        batch = study.reads(options.max_records)
-        for done, point in enumerate(study.models(checkpoints), 1):
-            clean = _clean(point, study, batch, options.stage)
-            rows += _point_rows(point, clean, study, batch, options, head)
-            unchanged = max(unchanged, _unchanged(point, clean, study, batch, options))
+        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        head = _check(options, inputs)
+        batch = inputs.reads(options.max_records)
+        for done, point in enumerate(inputs.models(checkpoints), 1):
+            clean = _clean(point, inputs, batch, options.stage)
+            rows += _point_rows(point, clean, inputs, batch, options, head)
+            unchanged = max(unchanged, _unchanged(point, clean, inputs, batch, options))
             digests[str(point.step)] = point.digest
             if progress:
                 progress(done, len(checkpoints))
@@ -125,16 +125,16 @@ def geometry_subspace_intervention(
             rows=rows,
             page=_page(options, means),
             figures={"geometry_subspace_intervention": margin_and_accuracy(means, _title(options))},
-            provenance={**study.provenance(), "parameters_sha256": digests},
+            provenance={**inputs.provenance(), "parameters_sha256": digests},
             law=f"running on from {options.stage} with nothing changed gives the baseline margins"
             f" to within {unchanged:.1g} logits",
             device=config.device,
         )
 
 
-def _check(options: InterventionOptions, study: Study) -> Component | None:
+def _check(options: InterventionOptions, inputs: Inputs) -> Component | None:
     """Everything that can be wrong before a checkpoint is read; the head."""
-    shape, vocabulary = study.config.model, study.vocabulary
+    shape, vocabulary = inputs.config.model, inputs.vocabulary
     stage_hook(options.stage, shape.layers)
     check_roles(options.position_role)
     for name, value, valid in (
@@ -170,16 +170,16 @@ class _Clean:
 
 
 @no_grad
-def _clean(point: Checkpointed, study: Study, batch: Batch, stage: str) -> _Clean:
+def _clean(point: Checkpointed, inputs: Inputs, batch: Batch, stage: str) -> _Clean:
     logits, states = read_stages(point.model, batch.tokens, stage)
     at = logits[batch.reads.row, batch.reads.key_pos]
-    values = study.vocabulary.value_ids
+    values = inputs.vocabulary.value_ids
     return _Clean(states[stage], read_answers(at, batch.reads.answer, values))
 
 
 @no_grad
 def _unchanged(
-    point: Checkpointed, clean: _Clean, study: Study, batch: Batch, options: InterventionOptions
+    point: Checkpointed, clean: _Clean, inputs: Inputs, batch: Batch, options: InterventionOptions
 ) -> float:
     """Largest difference of margins between the clean run and running on with nothing changed.
 
@@ -194,7 +194,7 @@ def _unchanged(
         lambda x: x,
         "batch_union",
     )
-    found = read_answers(logits, batch.reads.answer, study.vocabulary.value_ids)
+    found = read_answers(logits, batch.reads.answer, inputs.vocabulary.value_ids)
     return float((found.margin - clean.answers.margin).abs().max())
 
 
@@ -202,15 +202,15 @@ def _unchanged(
 def _point_rows(
     point: Checkpointed,
     clean: _Clean,
-    study: Study,
+    inputs: Inputs,
     batch: Batch,
     options: InterventionOptions,
     head: Component | None,
 ) -> Iterator[Row]:
     """The rows of one checkpoint, rank by rank, read by read."""
-    reads, vocabulary = batch.reads, study.vocabulary
+    reads, vocabulary = batch.reads, inputs.vocabulary
     role, operation = options.position_role, _OPERATIONS[options.operation]
-    facts = _read_facts(study, batch)
+    facts = _read_facts(inputs, batch)
     for rank in options.each_rank:
         basis = subspace_basis(
             point.model,
@@ -233,17 +233,17 @@ def _point_rows(
         columns = {
             "positions": role_mask(batch, role).sum(1).tolist(),
             "subspace_share": _share(clean.states, batch, role, basis).tolist(),
-            **_columns("baseline", clean.answers, study),
-            **_columns("intervened", intervened, study),
+            **_columns("baseline", clean.answers, inputs),
+            **_columns("intervened", intervened, inputs),
         }
         for i, fact in enumerate(facts):
             own = {name: column[i] for name, column in columns.items()}
             yield {"step": point.step, "rank": rank, **fact, **own}
 
 
-def _read_facts(study: Study, batch: Batch) -> list[dict[str, Any]]:
+def _read_facts(inputs: Inputs, batch: Batch) -> list[dict[str, Any]]:
     """What names each read."""
-    reads, records, names = batch.reads, study.records, study.vocabulary.tokens
+    reads, records, names = batch.reads, inputs.records, inputs.vocabulary.tokens
     columns = zip(
         reads.row.tolist(),
         reads.index.tolist(),
@@ -265,8 +265,8 @@ def _read_facts(study: Study, batch: Batch) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(prefix: str, found: Answers, study: Study) -> dict[str, list[Any]]:
-    names = study.vocabulary.tokens
+def _columns(prefix: str, found: Answers, inputs: Inputs) -> dict[str, list[Any]]:
+    names = inputs.vocabulary.tokens
     return {
         f"{prefix}_margin": found.margin.tolist(),
         f"{prefix}_answer_correct": found.is_answer.tolist(),

@@ -1,30 +1,29 @@
 """What most reports read: a config, a probe set of its benchmark, checkpoints, pairs.
 
-study = open_study(config, probe_set, splits=["validation_iid"])
-for point in study.models([folder / "step_000250.pt", ...]):
+inputs = open_inputs(config, probe_set, splits=["validation_iid"])
+for point in inputs.models([folder / "step_000250.pt", ...]):
     point.step, point.model, point.digest
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit.artifacts import find_folder
 from circuit.config import TrainConfig
-from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors
-from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.pairs import Pair, build_pairs, check_pair_types, pair_batch
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import ProbeSet, read_probe_set
 from circuit.tasks.symbolic_kv import Record, Vocabulary
-from circuit.trace.replay import load_header, load_state
+from circuit.trace.replay import ReplayedRun
+from circuit.trace.states import States
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_step,
@@ -32,7 +31,7 @@ from circuit.training.checkpoints import (
     read_description,
     tensors_digest,
 )
-from circuit.training.session import check_state, model_from_state
+from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -62,18 +61,33 @@ class PairOptions:
 
 
 @dataclass(frozen=True)
-class Study:
-    """A run's config, its benchmark, and probe records of that benchmark.
+class Inputs:
+    """Probe records of a run's benchmark, and the way to the run's models.
 
     Attributes:
+        setup: the run's config, with its benchmark.
+        states: by the names of checkpoints.
         records: the probe records of the chosen splits, in file order.
+        run: the trace that is attributed, if one is.
     """
 
-    config: TrainConfig
-    benchmark: Benchmark
+    setup: Setup
+    states: States
     probe: ProbeSet
     records: list[Record]
     splits: tuple[str, ...] | None
+    run: ReplayedRun | None = None
+    _pairs: dict[PairOptions, list[Pair]] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the run."""
+        return self.setup.config
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """Of the run."""
+        return self.setup.benchmark
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -87,7 +101,7 @@ class Study:
 
     def reads(self, max_records: int | None = None) -> Batch:
         """The first `max_records` reads (all by default) in file order, and the rows they need."""
-        self._prepare()
+        self.setup.prepare()
         encoded = EncodedSplit(self.records, self.vocabulary, self.benchmark.heldout_pairs)
         batch = encoded.batch()
         if max_records is not None and max_records < len(batch.reads):
@@ -99,33 +113,60 @@ class Study:
         return batch.to(self.config.device)
 
     def pairs(self, options: PairOptions) -> list[Pair]:
-        """Pairs of the records (definitions.md section 2).
+        """Pairs of the records (definitions.md section 2), built once.
 
         Raises:
             CircuitError: too few of a type, with the reasons.
         """
-        built = build_pairs(
-            self.records,
-            self.vocabulary,
-            self.benchmark.heldout_pairs,
-            types=options.types,
-            max_per_type=options.max_per_type,
-            min_per_type=options.min_per_type,
-        )
-        return list(built.pairs)
+        if options not in self._pairs:
+            built = build_pairs(
+                self.records,
+                self.vocabulary,
+                self.benchmark.heldout_pairs,
+                types=options.types,
+                max_per_type=options.max_per_type,
+                min_per_type=options.min_per_type,
+            )
+            self._pairs[options] = list(built.pairs)
+        return self._pairs[options]
 
     def side(self, pairs: Sequence[Pair], side: str) -> Batch:
         """One side of pairs: read `i` of the batch is that of pair `i`."""
-        self._prepare()
+        self.setup.prepare()
         batch = pair_batch(pairs, side, self.vocabulary, self.benchmark.heldout_pairs)
         return batch.to(self.config.device)
 
-    def _prepare(self) -> None:
-        prepare_process(threads=self.config.threads, device=self.config.device)
-
     def models(self, checkpoints: Sequence[Path], *, finite: bool = True) -> Iterator[Checkpointed]:
-        """The model at each checkpoint, ascending by step; see `models_at`."""
-        return models_at(self.config, self.benchmark, checkpoints, finite=finite)
+        """The model at each checkpoint, ascending by step.
+
+        One model is loaded again and again: use it before asking for the next.
+
+        Args:
+            finite: refuse weights that are not finite, of which most numbers cannot be taken.
+
+        Raises:
+            CircuitError: a checkpoint is missing, damaged, of another config or benchmark, or of
+                the step of another; or it holds weights that are not finite.
+        """
+        model: HookedTransformer | None = None
+        for path, state in states_at(self.setup, self.states, checkpoints, finite=finite):
+            if model is None:
+                model = self.setup.model(state)
+            else:
+                load_tensors(model, state.parameters)
+            yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
+
+    def point(self, step: int) -> Checkpointed:
+        """A step of the trace that is attributed, with a model of its own.
+
+        Raises:
+            CircuitError: the step does not replay.
+        """
+        assert self.run is not None, "only a report on a trace asks for its steps"
+        state = self.run.state(step)
+        path = self.run.store.checkpoint_path(step)
+        digest = tensors_digest(state.parameters)
+        return Checkpointed(step, path, digest, self.setup.model(state))
 
     def provenance(self) -> dict[str, Any]:
         """Digests of what was read, and the config's overrides."""
@@ -136,50 +177,23 @@ class Study:
 
 
 def states_at(
-    config: TrainConfig, benchmark_digest: str, checkpoints: Sequence[Path], *, finite: bool = True
+    setup: Setup, states: States, checkpoints: Sequence[Path], *, finite: bool = True
 ) -> Iterator[tuple[Path, TrainState]]:
     """The state at each checkpoint, ascending by step: weights by name, without a model.
 
     Args, Raises:
-        as `models_at`.
+        as `Inputs.models`.
     """
-    check_headers(config, benchmark_digest, checkpoints)
+    check_headers(setup, states, checkpoints)
     for path in _by_step(checkpoints):
-        state = load_state(path)
+        state = states.state(path)
         if finite:
             check_finite(state, path)
-        prepare_process(threads=config.threads, device=config.device)
+        setup.prepare()  # a trace replays with threads of its own
         yield path, state
 
 
-def models_at(
-    config: TrainConfig,
-    benchmark: Benchmark,
-    checkpoints: Sequence[Path],
-    *,
-    finite: bool = True,
-) -> Iterator[Checkpointed]:
-    """The model at each checkpoint, ascending by step.
-
-    One model is loaded again and again: use it before asking for the next.
-
-    Args:
-        finite: refuse weights that are not finite, of which most numbers cannot be taken.
-
-    Raises:
-        CircuitError: a checkpoint is missing, damaged, of another config or benchmark, or of the
-            step of another; or it holds weights that are not finite.
-    """
-    model: HookedTransformer | None = None
-    for path, state in states_at(config, benchmark.digest, checkpoints, finite=finite):
-        if model is None:
-            model = model_from_state(state, config, benchmark)
-        else:
-            load_tensors(model, state.parameters)
-        yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
-
-
-def check_headers(config: TrainConfig, benchmark_digest: str, checkpoints: Sequence[Path]) -> None:
+def check_headers(setup: Setup, states: States, checkpoints: Sequence[Path]) -> None:
     """Refuse checkpoints of another run by what they say of themselves, before any is read.
 
     Raises:
@@ -187,31 +201,67 @@ def check_headers(config: TrainConfig, benchmark_digest: str, checkpoints: Seque
             another.
     """
     for path in _by_step(checkpoints):
-        check_state(load_header(path), config, benchmark_digest)
+        setup.check(states.header(path))
 
 
-def open_study(
+def open_inputs(
     config: TrainConfig,
     probe_set: str | Path,
     *,
     splits: Sequence[str] | None = None,
     checkpoints: Sequence[Path] = (),
-    benchmark: Benchmark | None = None,
-) -> Study:
+) -> Inputs:
     """Read what a report needs besides the weights; nothing here needs torch.
 
     Args:
         splits: of the probe records; None takes all.
         checkpoints: that the report will read, whose headers are checked.
-        benchmark: of the config, where it has been read already.
 
     Raises:
         CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
             no record of a split; or as `check_headers`.
     """
-    if benchmark is None:
-        benchmark = load_benchmark(find_folder(config.benchmark_dir, Path(probe_set)), splits=[])
-    probe = read_probe_set(probe_set, benchmark.digest)
+    inputs = _inputs(Setup(config, probe_set), probe_set, splits)
+    check_headers(inputs.setup, inputs.states, checkpoints)
+    return inputs
+
+
+def traced_inputs(config: TrainConfig, probe_set: Path, run: ReplayedRun) -> Inputs:
+    """The inputs of a report on a trace, with the trace's config and the recording's threads.
+
+    Of the given config the overrides stay, for the record; what else it says beside the recipe
+    decides nothing here, and no digest knows it, so that shards merge.
+
+    Raises:
+        CircuitError: config or probe set belong to another run than the trace.
+    """
+    difference = config.recipe_difference(run.config)
+    if difference is not None:
+        raise CircuitError(
+            f"config {config.name} is not that of the trace: {difference}",
+            where=run.path,
+            fix="pass the run_config.json of the traced run",
+        )
+    if config.device != run.config.device:
+        raise CircuitError(
+            f"device '{config.device}', but the trace was recorded on '{run.config.device}'",
+            where=run.path,
+            fix="replay is exact on the recording's device only; leave --device out",
+        )
+    setup = Setup(config, probe_set)
+    if setup.benchmark.digest != run.manifest.benchmark_digest:
+        raise CircuitError(
+            f"the benchmark in {config.benchmark_dir} is not the one that was traced",
+            where=run.path,
+        )
+    run.setup = setup.with_config(run.config)  # both share what is read and built
+    threads = run.manifest.environment["threads"]
+    recorded = run.config.replace(threads=threads).remembering(config)
+    return replace(_inputs(setup.with_config(recorded), probe_set), run=run)
+
+
+def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = None) -> Inputs:
+    probe = read_probe_set(probe_set, setup.benchmark.digest)
     held = list(probe.metadata.counts)
     for split in splits or ():
         if split not in held:
@@ -220,9 +270,8 @@ def open_study(
                 where=probe_set,
                 expected=f"one of {', '.join(held)}",
             )
-    check_headers(config, benchmark.digest, checkpoints)
     records = [r for r in probe.records if splits is None or r.split in splits]
-    return Study(config, benchmark, probe, records, None if splits is None else tuple(splits))
+    return Inputs(setup, States(setup), probe, records, None if splits is None else tuple(splits))
 
 
 def choose_checkpoints(

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from circuit.errors import CircuitError
-from circuit.reports.inputs import Checkpointed, PairOptions, Study
+from circuit.reports.inputs import Checkpointed, Inputs, PairOptions
 from circuit.scalars.answers import FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.scalars.write_products import Readout
 from circuit.schemas import RowKey, ScalarPairRow, find_checkpoint, read_typed_rows
@@ -138,14 +138,14 @@ class Intervals:
         """The checkpoint of each step, below the run's folder or one above the row file."""
         return [find_checkpoint(w.name, run, self.path) for w in weights.values()]
 
-    def pairs(self, study: Study) -> list[Pair]:
+    def pairs(self, inputs: Inputs) -> list[Pair]:
         """The pairs of the rows, in their order, built again from the probe records.
 
         Raises:
             CircuitError: the probe records do not give a row's pair.
         """
         types = tuple(dict.fromkeys(row.pair_type for row in self.first))
-        built = study.pairs(PairOptions(types, max(len(study.batch.reads), 1), 0))
+        built = inputs.pairs(PairOptions(types, max(len(inputs.batch.reads), 1), 0))
         by_id = {pair.pair_id: pair for pair in built}
         for row in self.first:
             if row.pair_id not in by_id:

@@ -16,9 +16,9 @@ from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.readout import read_answers
-from circuit.reports.attribution_report import WindowOptions, report_attribution, traced_study
+from circuit.reports.attribution_report import WindowOptions, report_attribution
 from circuit.reports.base import ReportResult
-from circuit.reports.inputs import Checkpointed, PairOptions, Study
+from circuit.reports.inputs import Checkpointed, Inputs, PairOptions, traced_inputs
 from circuit.reports.interval_ends import ENDPOINTS, read_interval_at
 from circuit.scalars.answers import OF_THE_TARGET, Competitors, answer_scalars, check_scalar_names
 from circuit.scalars.functional_write import (
@@ -34,9 +34,7 @@ from circuit.scalars.functional_write import (
 from circuit.schemas import ScalarPairRow, read_typed_rows
 from circuit.tasks.pairs import Pair, check_side
 from circuit.tasks.positions import Batch, check_roles
-from circuit.trace.replay import Trace
-from circuit.training.checkpoints import tensors_digest
-from circuit.training.session import model_from_state
+from circuit.trace.replay import ReplayedRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,34 +110,28 @@ class WriteScalars:
                 fix="pass --scalar-pair-rows of answer-scalar-residual-diagnosis",
             )
 
-    def study(self, trace: Trace) -> Study:
-        """The study of the trace; first refuses what its model or its steps do not have.
+    def inputs(self, run: ReplayedRun) -> Inputs:
+        """Of the trace; first refuses what its model or its steps do not have.
 
         Raises:
             CircuitError: names the component or the step.
         """
-        model = trace.manifest.config.model
+        model = run.config.model
         shape = (model.layers, model.heads)
         WritePath.parse(self.options.source, self.options.mlp, shape=shape)
-        trace.check_addressable(self.options.reference_step)
-        return traced_study(self.config, self.probe_set, trace)
+        run.check_addressable(self.options.reference_step)
+        return traced_inputs(self.config, self.probe_set, run)
 
-    def __call__(self, trace: Trace) -> list[FunctionalWrite]:
+    def scalars(self, inputs: Inputs) -> list[FunctionalWrite]:
         """The scalars on a trace: readout gradients at the reference step, then frozen."""
-        options, study = self.options, self.study(trace)
-        state = trace.state(options.reference_step)
-        model = model_from_state(state, study.config, study.benchmark)
-        point = Checkpointed(
-            state.step,
-            trace.store.checkpoint_path(state.step),
-            tensors_digest(state.parameters),
-            model,
-        )
+        options = self.options
+        point = inputs.point(options.reference_step)
+        model = point.model
         path = WritePath.parse(options.source, options.mlp, model)
-        pairs = study.pairs(options.pairs)
-        batch = study.side(pairs, options.side)
+        pairs = inputs.pairs(options.pairs)
+        batch = inputs.side(pairs, options.side)
         reads = WriteReads.of(batch, options.role)
-        values = study.vocabulary.value_ids
+        values = inputs.vocabulary.value_ids
         output = options.reference_vector == "post_mlp_gradient"
         stage = path.output_stage if output else path.input_stage
         found = []
@@ -159,7 +151,7 @@ class WriteScalars:
                         path,
                         reads,
                         reference,
-                        layers=study.config.model.layers,
+                        layers=inputs.config.model.layers,
                         target=options.target_vector,
                         name=f"functional_write.{path}.{name}.{endpoint}",
                     )
@@ -237,8 +229,8 @@ def mlp_functional_write_adam_state_attribution(
     source = WriteScalars(config, probe_set, options, scalar_pair_rows)
     rows = None if scalar_pair_rows is None else str(scalar_pair_rows)
 
-    def provenance(study: Study) -> dict[str, Any]:
-        found: dict[str, Any] = {"pairs": len(study.pairs(options.pairs))}
+    def provenance(inputs: Inputs) -> dict[str, Any]:
+        found: dict[str, Any] = {"pairs": len(inputs.pairs(options.pairs))}
         if scalar_pair_rows is not None:  # shards that took competitors from others do not merge
             found["scalar_pair_rows_sha256"] = _digest(scalar_pair_rows)
         return found
@@ -254,7 +246,6 @@ def mlp_functional_write_adam_state_attribution(
             "scalar_pair_rows": rows,
             **options.to_json(),
         },
-        study=source.study,
         provenance=provenance,
         overwrite=overwrite,
         progress=progress,

@@ -30,7 +30,7 @@ from circuit.figures.functional_subspace import written_deltas
 from circuit.lazy import pd
 from circuit.model.subspaces import check_rank
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import open_study
+from circuit.reports.inputs import open_inputs
 from circuit.reports.interval_ends import ENDPOINTS, End, Intervals, read_intervals
 from circuit.scalars.answers import FIXED_SOURCE, check_scalar_names
 from circuit.scalars.functional_write import WritePath
@@ -129,13 +129,13 @@ def mlp_input_functional_subspace(
     run = Path(config.output_dir)
     checkpoints = intervals.checkpoints(weights, run)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, checkpoints=checkpoints)
-        batch = study.side(intervals.pairs(study), wanted.side)
-        intervals.check_tokens(batch, study.vocabulary.value_ids)
-        groups = _groups(batch, wanted, study.vocabulary)
+        inputs = open_inputs(config, probe_set, checkpoints=checkpoints)
+        batch = inputs.side(intervals.pairs(inputs), wanted.side)
+        intervals.check_tokens(batch, inputs.vocabulary.value_ids)
+        groups = _groups(batch, wanted, inputs.vocabulary)
         ends = intervals.ends(wanted.endpoints)
         found: dict[int, Measured] = {}
-        for done, point in enumerate(study.models(checkpoints), start=1):
+        for done, point in enumerate(inputs.models(checkpoints), start=1):
             step = list(weights)[done - 1]
             weights[step].check(point, scalar_pair_rows)
             readouts = {end.readout(s) for end in ends if end.step == step for s in wanted.scalars}
@@ -165,7 +165,7 @@ def mlp_input_functional_subspace(
             },
             further={f"{writer.name}_group_rows.jsonl": dump_rows(group_rows)},
             provenance={
-                **study.provenance(),
+                **inputs.provenance(),
                 "scalar_pair_rows_sha256": hashlib.sha256(
                     scalar_pair_rows.read_bytes()
                 ).hexdigest(),

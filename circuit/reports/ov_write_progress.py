@@ -29,7 +29,7 @@ from circuit.model.components import Component, parse_component
 from circuit.model.readout import read_answers
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.correlation import CHANCE, chance_level, pearson
-from circuit.reports.inputs import Checkpointed, PairOptions, Study, open_study
+from circuit.reports.inputs import Checkpointed, Inputs, PairOptions, open_inputs
 from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
 from circuit.scalars.head_progress import COLUMNS, REDUNDANT, ScoredReads, head_progress
 from circuit.tasks.groups import check_single
@@ -137,15 +137,15 @@ def ov_write_progress(
     options = options or ProgressOptions()
     heads = _heads(options.heads, config.model)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as report:
-        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        pairs = study.pairs(options.pairs)
+        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        pairs = inputs.pairs(options.pairs)
         reads = ScoredReads.of(
-            study.side(pairs, options.record_side),
+            inputs.side(pairs, options.record_side),
             query_role=options.score_query_role,
             support_role=options.support_key_role,
             distractor_role=options.distractor_key_role,
         )
-        measured = _measure(study, checkpoints, reads, heads, progress)
+        measured = _measure(inputs, checkpoints, reads, heads, progress)
         correlations = list(_correlation_rows(measured))
         lags = Counter(reads.batch.reads.lag.tolist())
         summary = {
@@ -176,7 +176,7 @@ def ov_write_progress(
             page=_page(summary),
             figures={NAME: heads_over_steps(means)},
             provenance={
-                **study.provenance(),
+                **inputs.provenance(),
                 "parameters_sha256": dict(
                     zip(map(str, measured.steps), measured.digests, strict=True)
                 ),
@@ -203,16 +203,16 @@ def _heads(names: Sequence[str], shape: ModelConfig) -> list[Component]:
 
 
 def _measure(
-    study: Study,
+    inputs: Inputs,
     checkpoints: Sequence[Path],
     reads: ScoredReads,
     heads: list[Component],
     progress: Callable[[int, int], None] | None,
 ) -> Measured:
-    values, answer = study.vocabulary.value_ids, reads.batch.reads.answer.cpu()
+    values, answer = inputs.vocabulary.value_ids, reads.batch.reads.answer.cpu()
     points: list[Checkpointed] = []
     columns, logits, residuals = [], [], []
-    for point in study.models(checkpoints, finite=False):
+    for point in inputs.models(checkpoints, finite=False):
         found = head_progress(point.model, reads, heads, values)
         points.append(point)
         columns.append(torch.stack([found.columns[name].T for name in COLUMNS]).cpu().double())

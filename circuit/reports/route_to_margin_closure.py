@@ -32,7 +32,7 @@ from circuit.reports.closure import (
     number,
     warnings_of,
 )
-from circuit.reports.inputs import PairOptions, Study, open_study
+from circuit.reports.inputs import Inputs, PairOptions, open_inputs
 from circuit.reports.route_rows import (
     TARGET_SCALARS,
     WHOLE,
@@ -97,14 +97,14 @@ def route_to_margin_closure(
     """
     _check(checkpoints, wanted)
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=wanted.splits, checkpoints=checkpoints)
-        keys, values = study.vocabulary.key_ids, study.vocabulary.value_ids
+        inputs = open_inputs(config, probe_set, splits=wanted.splits, checkpoints=checkpoints)
+        keys, values = inputs.vocabulary.key_ids, inputs.vocabulary.value_ids
         check_routes(wanted.routes, config.model, num_keys=len(keys), num_values=len(values))
-        pairs = study.pairs(wanted.pairs)
-        sides = PairSides.of(pairs, study.side(pairs, "clean"), study.side(pairs, "corrupted"))
+        pairs = inputs.pairs(wanted.pairs)
+        sides = PairSides.of(pairs, inputs.side(pairs, "clean"), inputs.side(pairs, "corrupted"))
         for route in wanted.routes:
             sides.places(route.position_role)  # refuses unequal counts before any model is loaded
-        scored = _scored(study, checkpoints, sides, wanted.routes, progress)
+        scored = _scored(inputs, checkpoints, sides, wanted.routes, progress)
         rows = route_rows(
             scored,
             pairs,
@@ -140,7 +140,7 @@ def route_to_margin_closure(
                 f"{writer.name}_fits.jsonl": dump_rows(fits),
                 f"{writer.name}_mean_scores.jsonl": dump_rows(means),
             },
-            provenance=study.provenance()
+            provenance=inputs.provenance()
             | {"checkpoint_digests": {str(one.step): one.digest for one in scored}},
             law=_law(scored),
             device=config.device,
@@ -148,21 +148,21 @@ def route_to_margin_closure(
 
 
 def _scored(
-    study: Study,
+    inputs: Inputs,
     checkpoints: Sequence[Path],
     sides: PairSides,
     routes: Sequence[Route],
     progress: Callable[[int], None] | None,
 ) -> list[Scored]:
     scored: list[Scored] = []
-    for point in study.models(checkpoints):
+    for point in inputs.models(checkpoints):
         if scored and point.step <= scored[-1].step:
             raise CircuitError(
                 f"holds step {point.step}, after one of step {scored[-1].step}",
                 where=point.path,
                 expected="checkpoints of ascending steps",
             )
-        scored.append(score_checkpoint(point, sides, routes, study.vocabulary))
+        scored.append(score_checkpoint(point, sides, routes, inputs.vocabulary))
         if progress is not None:
             progress(point.step)
     return scored

@@ -27,7 +27,7 @@ from circuit.model.readout import Answers, lens, read_answers
 from circuit.model.stages import read_stages, stage_hook
 from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_basis
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Study, open_study
+from circuit.reports.inputs import Inputs, open_inputs
 from circuit.tasks.groups import check_group, group_tokens, nonempty_mask
 from circuit.tasks.positions import Batch
 
@@ -81,17 +81,17 @@ def value_code_subspace(
     rows: list[Row] = []
     digests, worst = {}, 0.0
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        batch = study.reads(options.max_records)
+        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        batch = inputs.reads(options.max_records)
         sites = _sites(batch, options, config.model.d_model)
-        for done, point in enumerate(study.models(checkpoints), start=1):
+        for done, point in enumerate(inputs.models(checkpoints), start=1):
             with torch.no_grad():
                 logits, activations = read_stages(point.model, batch.tokens, *options.stages)
-            final = _answers(logits[batch.reads.row, batch.reads.key_pos], batch, study)
+            final = _answers(logits[batch.reads.row, batch.reads.key_pos], batch, inputs)
             for stage in options.stages:
                 for site in sites:
                     vectors = mean_at(activations[stage], batch.reads.row, site.mask)
-                    seen = _lens_answers(point.model, stage, vectors, batch, study)
+                    seen = _lens_answers(point.model, stage, vectors, batch, inputs)
                     if (stage, site.role) == ("final_norm", "prediction"):
                         gap = (seen.margin - final.margin).abs().max()
                         worst = max(worst, float(gap))
@@ -120,7 +120,7 @@ def value_code_subspace(
             rows=rows,
             page=_page(rows, summary, options),
             figures=figures,
-            provenance={**study.provenance(), "parameters_sha256": digests},
+            provenance={**inputs.provenance(), "parameters_sha256": digests},
             law=law,
             device=config.device,
         )
@@ -169,15 +169,15 @@ def _sites(batch: Batch, options: SubspaceOptions, width: int) -> list[_Site]:
     return sites
 
 
-def _answers(logits: Tensor, batch: Batch, study: Study) -> Answers:
-    return read_answers(logits.cpu(), batch.reads.answer.cpu(), study.vocabulary.value_ids)
+def _answers(logits: Tensor, batch: Batch, inputs: Inputs) -> Answers:
+    return read_answers(logits.cpu(), batch.reads.answer.cpu(), inputs.vocabulary.value_ids)
 
 
 def _lens_answers(
-    model: HookedTransformer, stage: str, vectors: Vectors, batch: Batch, study: Study
+    model: HookedTransformer, stage: str, vectors: Vectors, batch: Batch, inputs: Inputs
 ) -> Answers:
     with torch.no_grad():
-        return _answers(lens(model, stage, vectors.to(model.W_E)), batch, study)
+        return _answers(lens(model, stage, vectors.to(model.W_E)), batch, inputs)
 
 
 def _rows(

@@ -37,7 +37,7 @@ from circuit.model.rescue import (
 from circuit.model.stages import read_stages, stage_hook
 from circuit.model.subspaces import check_rank
 from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Study, open_study
+from circuit.reports.inputs import Inputs, open_inputs
 from circuit.tasks.groups import (
     check_group,
     check_single,
@@ -167,11 +167,11 @@ def value_code_transfer_rescue(
     read_rows: list[Row] = []
     digests, shares = {}, {}
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        study = open_study(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        reads = Reads.of(study.reads(options.max_records), options)
+        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
+        reads = Reads.of(inputs.reads(options.max_records), options)
         masks = {role: nonempty_mask(reads.batch, role) for _, role in _sites(options).values()}
-        for done, point in enumerate(study.models(checkpoints), start=1):
-            found = _measure(point.model, reads, masks, options, study)
+        for done, point in enumerate(inputs.models(checkpoints), start=1):
+            found = _measure(point.model, reads, masks, options, inputs)
             rows += _rows(point.step, found, reads, options.seed)
             read_rows += _read_rows(point.step, found.values, reads)
             shares[str(point.step)] = found.shares
@@ -190,7 +190,7 @@ def value_code_transfer_rescue(
             page=_page(summary),
             figures={"value_code_transfer_rescue": rescue(rows, SHOWN, options.controls)},
             further={"value_code_transfer_rescue_read_rows.jsonl": dump_rows(read_rows)},
-            provenance={**study.provenance(), "parameters_sha256": digests},
+            provenance={**inputs.provenance(), "parameters_sha256": digests},
             law=_law(rows),
             device=config.device,
         )
@@ -250,7 +250,7 @@ def _measure(
     reads: Reads,
     masks: Mapping[str, Tensor],
     options: RescueOptions,
-    study: Study,
+    inputs: Inputs,
 ) -> _Found:
     """Run every condition at one checkpoint."""
     sites, batch = _sites(options), reads.batch
@@ -283,7 +283,7 @@ def _measure(
             logits[name].append(logits_with_code(model, *place, written).cpu())
     answer = batch.reads.answer.cpu()[reads.held_out]
     whole = {name: torch.cat(parts) for name, parts in logits.items()}
-    answers = {n: read_answers(x, answer, study.vocabulary.value_ids) for n, x in whole.items()}
+    answers = {n: read_answers(x, answer, inputs.vocabulary.value_ids) for n, x in whole.items()}
     rivals = [answers[name].competitor[:, None] for name in ("clean", "removed")]
     values = {name: _scalars(whole[name], answers[name], rivals) for name in codes}
     share, key = removed_share(vectors["target"], basis, batch.reads.key.cpu())

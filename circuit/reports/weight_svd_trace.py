@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit.artifacts import Row, dump_rows, find_folder
+from circuit.artifacts import Row, dump_rows
 from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.weights import svd_birth
@@ -25,8 +25,9 @@ from circuit.model.subspaces import svd_of_product
 from circuit.model.weights import layer_weights
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import states_at
-from circuit.tasks.benchmark import load_benchmark
+from circuit.trace.states import States
 from circuit.training.checkpoints import tensors_digest
+from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -161,10 +162,10 @@ def weight_svd_trace(
     """
     options = options or SvdOptions()
     _check(options, config, checkpoints)
-    benchmark = load_benchmark(find_folder(config.benchmark_dir, checkpoints[0]), splits=[])
+    setup = Setup(config, checkpoints[0])
     points: list[Point] = []
     with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        for _, state in states_at(config, benchmark.digest, checkpoints):
+        for _, state in states_at(setup, States(setup), checkpoints):
             every = weight_spectra(state.parameters, config.model)
             spectra = [found.top(options.top_vector_ranks) for found in every]
             points.append(Point(state.step, tensors_digest(state.parameters), spectra))
@@ -190,7 +191,7 @@ def weight_svd_trace(
                 )
             },
             provenance={
-                **config.provenance(benchmark.digest),
+                **config.provenance(setup.benchmark.digest),
                 "parameters_sha256": {str(point.step): point.digest for point in points},
             },
             device=config.device,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +68,7 @@ class Benchmark:
         vocabulary: its tokens.
         heldout_pairs: the held-out (key token id, value token id).
         splits: records by split name; a loaded benchmark holds the splits that were asked for.
+        read: reads and verifies a split of a loaded benchmark.
         figures: everything the checks measured, and their warnings.
         files: record count and sha256 of every split's file, loaded or not.
         digest: sha256 that names the benchmark.
@@ -80,28 +81,29 @@ class Benchmark:
     figures: BenchmarkFigures
     files: dict[str, SplitFile]
     digest: str
+    read: Callable[[str], list[Record]] | None = field(default=None, compare=False)
 
     def records(self, split: str) -> list[Record]:
-        """The records of a split in file order.
+        """The records of a split in file order; read when they are first asked for.
 
         Raises:
-            CircuitError: there is no such split, or it was not loaded.
+            CircuitError: there is no such split, or its file is not what was written.
         """
+        if split not in self.files:
+            raise _unknown_split(split, self.files)
         if split not in self.splits:
-            raise _unknown_split(split, self.splits)
+            assert self.read is not None, "what was generated holds all of its splits"
+            self.splits[split] = self.read(split)
         return self.splits[split]
 
     def save(self, write: WriteFile) -> None:
         """Write every split, then `metadata.json`, through `write(name, text)`.
 
         Raises:
-            CircuitError: some splits of this benchmark were not loaded.
+            CircuitError: a split has to be read for it, and is not what was written.
         """
-        missing = self.files.keys() - self.splits.keys()
-        if missing:
-            raise CircuitError(f"splits not loaded: {', '.join(sorted(missing))}")
-        for split, records in self.splits.items():
-            write(f"{split}.jsonl", records_to_jsonl(records, self.vocabulary))
+        for split in self.files:
+            write(f"{split}.jsonl", records_to_jsonl(self.records(split), self.vocabulary))
         metadata = BenchmarkMetadata(
             schema_version=SCHEMA_VERSION,
             name=self.config.name,
@@ -166,6 +168,8 @@ def write_benchmark(
 def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> Benchmark:
     """Read a benchmark's metadata and the named splits (all by default), and verify them.
 
+    The others are read when their records are asked for.
+
     Raises:
         CircuitError: the folder or a file is missing, a split is unknown, a line is no record, or
             a digest or count is not the recorded one; file and line are named.
@@ -200,6 +204,7 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
         figures=metadata.figures,
         files=metadata.splits,
         digest=metadata.digest,
+        read=lambda split: _read_split(folder, split, metadata, vocab),
     )
 
 

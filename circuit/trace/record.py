@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from circuit.artifacts import OutputFolder, find_folder
+from circuit.artifacts import OutputFolder
 from circuit.config import TrainConfig
 from circuit.environment import (
     changed_facts,
@@ -20,9 +20,8 @@ from circuit.environment import (
     recorded_facts,
 )
 from circuit.errors import CircuitError
-from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.trace.compare import state_difference
-from circuit.trace.replay import load_header, load_state
+from circuit.trace.states import States
 from circuit.trace.step import FlatState, TracedStep, Tracer
 from circuit.trace.store import (
     COMMAND,
@@ -40,7 +39,8 @@ from circuit.training.checkpoints import (
     read_description,
 )
 from circuit.training.run_folder import BEST, ENVIRONMENT
-from circuit.training.session import TrainingSession, check_state
+from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup, check_state
 
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
 
@@ -106,29 +106,30 @@ def record_trace(
         raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
     outputs = OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
     with outputs as folder:
-        data = find_folder(config.benchmark_dir, Path(config.output_dir))
-        benchmark = load_benchmark(data, splits=[config.train_split])
+        setup = Setup(config)
+        states = States(setup)
+        setup.benchmark.records(config.train_split)  # refused before anything heavy is imported
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
-        header = None if start is None else load_header(start)
+        header = None if start is None else states.header(start)
         _check_window(config, options, 0 if header is None else header.step)
         folder.refuse_foreign([MANIFEST, ROWS])
         if header is not None:
-            check_state(header, config, benchmark.digest)
-        state = None if start is None else load_state(start)
+            setup.check(header)
+        state = None if start is None else states.state(start)
         if state is not None:
             state.past_moments(start)
-        # after load_state, which may have replayed with the threads of another trace
+        # after the state, which may have replayed with the threads of another trace
         threads = config.threads or run_facts.get("threads")
         prepare_process(threads=threads, device=config.device)
-        session = TrainingSession(config, benchmark, state=state)
+        session = TrainingSession(setup, state=state)
         digests = FlatState.of(session.state()).stages()
         manifest = make_manifest(session, options, session.step, digests)
         history = _History(config, manifest, options.require_historical_replay, run_facts)
         if resume:
             if options.require_historical_replay:
                 _refuse_unexecuted(folder)
-            session = _resumed(folder, manifest, benchmark) or session
+            session = _resumed(folder, manifest, setup) or session
         else:
             folder.clear(planned=planned_files(manifest))
         return _record(folder, manifest, session, history, progress or (lambda _: None))
@@ -192,7 +193,7 @@ def make_manifest(
     end = _check_window(config, options, start)
     return TraceManifest(
         config=config,
-        benchmark_digest=session.benchmark.digest,
+        benchmark_digest=session.benchmark_digest,
         start_step=start,
         end_step=end,
         anchor_every=options.anchor_every,
@@ -207,9 +208,7 @@ def make_manifest(
     )
 
 
-def _resumed(
-    folder: OutputFolder, manifest: TraceManifest, benchmark: Benchmark
-) -> TrainingSession | None:
+def _resumed(folder: OutputFolder, manifest: TraceManifest, setup: Setup) -> TrainingSession | None:
     """The session at the last anchor of a stopped recording, or None if there is none yet."""
     store = stopped_trace(folder)
     if store is None:
@@ -230,7 +229,7 @@ def _resumed(
     stored = [s for s in manifest.anchors() if s <= last and store.checkpoint_path(s).exists()]
     if not stored:
         return None
-    return TrainingSession.restore(store.anchor(stored[-1]), manifest.config, benchmark)
+    return TrainingSession(setup, state=store.anchor(stored[-1]))
 
 
 def stopped_trace(folder: OutputFolder) -> TraceStore | None:

@@ -1,34 +1,30 @@
 """Replay a trace: iterate its steps again, check out any step, verify it all.
 
-`open_trace(path)` gives a `Trace`. `trace.steps(a, b)` takes state `a` to state `b` and yields the
-steps `a+1 .. b`; every replayed step is compared with the recorded one by digest. Replay runs with
-the recorded thread count, whatever the machine has.
+`circuit.open_run(path)` gives a `ReplayedRun`. `run.replay(a, b)` takes state `a` to state `b` and
+yields the steps `a+1 .. b`; every replayed step is compared with the recorded one by digest. Replay
+runs with the recorded thread count, whatever the machine has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
-from circuit.artifacts import OutputFolder, find_folder
-from circuit.environment import changed_facts, environment_facts, prepare_process
+from circuit.artifacts import OutputFolder
+from circuit.config import TrainConfig
+from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
-from circuit.tasks.benchmark import Benchmark, load_benchmark
-from circuit.tasks.positions import EncodedSplit
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
 from circuit.trace.step import FlatState, TracedStep, Tracer
-from circuit.trace.store import COMMAND, MANIFEST, TraceManifest, TraceStore
-from circuit.training.checkpoints import (
-    StateHeader,
-    TrainState,
-    checkpoint_step,
-    encode_checkpoint,
-    load_checkpoint,
-    read_header,
-)
-from circuit.training.session import TrainingSession, encode_split
+from circuit.trace.store import COMMAND, TraceManifest, TraceStore
+from circuit.training.checkpoints import StateHeader, TrainState, encode_checkpoint
+from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 
 @dataclass(frozen=True)
@@ -71,24 +67,62 @@ class Verification:
         return f"replayed {self.steps} steps, {len(self.drifts)} differ, {where}"
 
 
-class Trace:
-    """A recorded trace that can be executed again.
+@dataclass(frozen=True)
+class _Executed:
+    """One step of a pass, with what it differs in."""
+
+    step: TracedStep
+    drift: Drift | None
+    sound: bool
+    """Whether no step since the pass's last anchor has differed."""
+    tracer: Tracer
+
+
+class ReplayedRun:
+    """A recorded trace, whose steps can be executed again (a `circuit.runs.base.Run`).
 
     Attributes:
         store: the files.
+        setup: what its config names, read and built once.
         allow_drift: go on where a replayed step differs, restarting at each anchor.
         drifts: steps that differed so far (only with `allow_drift`).
     """
 
-    def __init__(self, store: TraceStore, *, allow_drift: bool = False) -> None:
+    def __init__(
+        self, store: TraceStore, *, allow_drift: bool = False, setup: Setup | None = None
+    ) -> None:
+        """Read nothing but the manifest.
+
+        Args:
+            store: the files.
+            allow_drift: as said.
+            setup: of a run; taken where it is this one.
+        """
         self.store = store
+        manifest = store.manifest
+        self.setup = Setup(manifest.config, store.root, benchmark_digest=manifest.benchmark_digest)
+        if setup is not None and setup.is_of(manifest.config, manifest.benchmark_digest):
+            self.setup = setup.with_config(manifest.config)
         self.allow_drift = allow_drift
         self.drifts: list[Drift] = []
+        self._walk: Iterator[_Executed] = iter(())
+        self._walked_to: int | None = None
+
+    @classmethod
+    def open(
+        cls, where: str | Path, *, allow_drift: bool = False, setup: Setup | None = None
+    ) -> Self:
+        """Open a trace's folder or manifest; for the arguments see `__init__`.
+
+        Raises:
+            CircuitError: there is no trace, or its manifest is damaged.
+        """
+        return cls(TraceStore(where), allow_drift=allow_drift, setup=setup)
 
     def __repr__(self) -> str:
         m = self.manifest
         return (
-            f"Trace({self.store.root}: steps {m.start_step} to {self.store.last_step} of"
+            f"ReplayedRun({self.store.root}: steps {m.start_step} to {self.store.last_step} of"
             f" {m.end_step}, {len(m.anchors())} anchors, {m.config.optimizer.name})"
         )
 
@@ -98,30 +132,39 @@ class Trace:
         return self.store.root
 
     @property
+    def config(self) -> TrainConfig:
+        """Of the run."""
+        return self.manifest.config
+
+    @property
     def manifest(self) -> TraceManifest:
         """What was recorded, from where, with what."""
         return self.store.manifest
 
-    @cached_property
-    def benchmark(self) -> Benchmark:
-        """The benchmark of the run, checked to be the recorded one.
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose state can be asked for, ascending."""
+        recorded = range(self.manifest.start_step, self.store.last_step + 1)
+        return [step for step in recorded if self.manifest.is_addressable(step)]
+
+    def header(self, step: int) -> StateHeader:
+        """Whose state that of a step is, without making it.
 
         Raises:
-            CircuitError: it is missing, damaged, or another one.
+            CircuitError: the step is not addressable.
         """
-        config = self.manifest.config
-        folder = find_folder(config.benchmark_dir, self.store.root)
-        benchmark = load_benchmark(folder, splits=[config.train_split])
-        if benchmark.digest != self.manifest.benchmark_digest:
-            raise CircuitError(
-                f"the benchmark is not the one that was traced: digest"
-                f" {benchmark.digest[:12]}, recorded {self.manifest.benchmark_digest[:12]}",
-                where=config.benchmark_dir,
-                fix="regenerate it from the config that the run used",
-            )
-        return benchmark
+        self.check_addressable(step)
+        return StateHeader(step, self.config, self.manifest.benchmark_digest)
 
-    def steps(self, start: int, end: int) -> Iterator[TracedStep]:
+    def model(self, step: int) -> HookedTransformer:
+        """The model after a step.
+
+        Raises:
+            CircuitError: as `state`.
+        """
+        return self.setup.model(self.state(step))
+
+    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         """Execute the steps that take state `start` to state `end`, again.
 
         Yields:
@@ -132,19 +175,15 @@ class Trace:
                 first stage that differs and the changed facts are named), unless `allow_drift`.
         """
         self.store.check_window(start, end)
-        anchor = self.store.anchor_before(start)
-        tracer = self._tracer_at(anchor)
-        while tracer.session.step < end:
-            self.prepare()  # whoever looks at a step may change the thread count before the next
-            step = tracer.advance()
-            self._check(step)
-            if step.step > start:
-                yield step
-            if self.drifts and self.manifest.is_anchor(step.step) and step.step < end:
-                tracer = self._tracer_at(step.step)
+        for executed in self._execute(start, end):
+            self._accept(executed)
+            if executed.step.step > start:
+                yield executed.step
 
     def state(self, step: int, *, cache: bool = False) -> TrainState:
         """The state after a step: an anchor, or replayed from the anchor before it and verified.
+
+        States that are asked for in ascending order are made in one pass.
 
         Args:
             cache: keep the state as `checkpoints/step_NNNNNN.pt` in the trace.
@@ -156,12 +195,9 @@ class Trace:
         path = self.store.checkpoint_path(step)
         if self.manifest.is_anchor(step) or path.exists():
             return self._stored(step)
-        tracer = self._tracer_at(self.store.anchor_before(step))
-        drifts = len(self.drifts)
-        while tracer.session.step < step:
-            self._check(tracer.advance())
-        state = tracer.train_state()
-        if cache and len(self.drifts) == drifts:  # only the recorded state is kept
+        executed = self._walk_to(step)
+        state = executed.tracer.train_state()
+        if cache and executed.sound:  # only the recorded state is kept
             with OutputFolder(self.store.root, COMMAND, resume=True) as folder:
                 folder.write_bytes(
                     path.relative_to(self.store.root).as_posix(), encode_checkpoint(state)
@@ -193,7 +229,7 @@ class Trace:
     ) -> Verification:
         """Replay a window (all by default) and compare every step and every anchor in it.
 
-        Unlike `steps`, it does not stop at a difference: a replay that differs restarts at the
+        Unlike `replay`, it does not stop at a difference: a replay that differs restarts at the
         next anchor.
         """
         start = self.manifest.start_step if start is None else start
@@ -202,49 +238,68 @@ class Trace:
         drifts: list[Drift] = []
         apart: list[tuple[int, Difference]] = []
         compared = 0
-        tracer = self._tracer_at(self.store.anchor_before(start))
         # a replay that differs is taken on to the next anchor, which tells tensor and elements
-        while tracer.session.step < (self._next_anchor(end) if drifts and not apart else end):
-            step = tracer.advance()
-            drift = self._drift(step) if start < step.step <= end else None
-            if drift is not None:
-                drifts.append(drift)
+        for executed in self._execute(start, self._next_anchor(end)):
+            step = executed.step
+            if executed.drift is not None and start < step.step <= end:
+                drifts.append(executed.drift)
             if self.manifest.is_anchor(step.step):
                 stored = self.store.anchor(step.step)
-                difference = state_difference(stored, tracer.train_state())
+                difference = state_difference(stored, executed.tracer.train_state())
                 compared += 1
                 if difference is not None:
                     apart.append((step.step, difference))
-                if drift is not None:
-                    tracer = self._tracer_at(step.step)
             if progress is not None:
                 progress(step)
+            if step.step >= end and (apart or not drifts):
+                break
         return Verification(start, end, drifts, apart, compared)
+
+    def changed_facts(self) -> list[str]:
+        """Facts of the environment that differ from the recorded ones and can change bits."""
+        self.prepare()  # the thread count is never the cause: replay sets it before every step
+        now = environment_facts(self.config.device)
+        return changed_facts(self.manifest.environment, now)
+
+    def prepare(self) -> None:
+        """Give this process the thread count of the recording, and deterministic kernels."""
+        self.setup.prepare(self.manifest.environment["threads"])
+
+    def _execute(self, start: int, end: int) -> Iterator[_Executed]:
+        """One pass, from the anchor at or before `start`: every step up to `end`.
+
+        Where a step has differed, the pass goes on from the next anchor as it was recorded.
+        """
+        tracer, sound = self._tracer_at(self.store.anchor_before(start)), True
+        while tracer.session.step < end:
+            self.prepare()  # whoever looks at a step may change the thread count before the next
+            step = tracer.advance()
+            drift = self._drift(step)
+            sound = sound and drift is None
+            yield _Executed(step, drift, sound, tracer)
+            if not sound and self.manifest.is_anchor(step.step) and step.step < end:
+                tracer, sound = self._tracer_at(step.step), True
+
+    def _walk_to(self, step: int) -> _Executed:
+        """That step of the pass that made the last state, or of a new one if it is beyond that."""
+        reached, anchor = self._walked_to, self.store.anchor_before(step)
+        if reached is None or not anchor <= reached < step:
+            self._walk = self._execute(step, self.store.last_step)
+        self._walked_to = None  # of a pass that fails nothing is left
+        for executed in self._walk:
+            self._accept(executed)
+            if executed.step.step == step:
+                self._walked_to = step
+                return executed
+        raise AssertionError(f"step {step} lies beyond the recorded ones")
 
     def _next_anchor(self, step: int) -> int:
         anchors = self.manifest.anchors()
         return next((s for s in anchors if step <= s <= self.store.last_step), step)
 
-    def changed_facts(self) -> list[str]:
-        """Facts of the environment that differ from the recorded ones and can change bits."""
-        self.prepare()  # the thread count is never the cause: replay sets it before every step
-        now = environment_facts(self.manifest.config.device)
-        return changed_facts(self.manifest.environment, now)
-
-    def prepare(self) -> None:
-        """Give this process the thread count of the recording, and deterministic kernels."""
-        threads = self.manifest.environment["threads"]
-        prepare_process(threads=threads, device=self.manifest.config.device)
-
     def _tracer_at(self, anchor: int) -> Tracer:
         self.prepare()
-        state = self._stored(anchor)
-        config = self.manifest.config
-        return Tracer(TrainingSession(config, self.benchmark, state=state, data=self._data))
-
-    @cached_property
-    def _data(self) -> EncodedSplit:
-        return encode_split(self.benchmark, self.manifest.config.train_split)
+        return Tracer(TrainingSession(self.setup, state=self._stored(anchor)))
 
     def _stored(self, step: int) -> TrainState:
         """A stored state, checked against the digests of its row."""
@@ -263,8 +318,8 @@ class Trace:
         stage = first_stage_that_differs(step, self.store.row(step.step))
         return None if stage is None else Drift(step.step, stage)
 
-    def _check(self, step: TracedStep) -> None:
-        drift = self._drift(step)
+    def _accept(self, executed: _Executed) -> None:
+        drift = executed.drift
         if drift is None:
             return
         if not self.allow_drift:
@@ -274,63 +329,6 @@ class Trace:
                 f" ({CAUSES[drift.stage]}); changed since the recording: {facts}",
                 where=self.store.root,
                 fix="replay where it was recorded, or accept the drift: --allow-drift, or"
-                " open_trace(path, allow_drift=True)",
+                " circuit.open_run(path, allow_drift=True)",
             )
         self.drifts.append(drift)
-
-
-def open_trace(path: str | Path, *, allow_drift: bool = False) -> Trace:
-    """Open a trace folder for replay.
-
-    Args:
-        allow_drift: see `Trace`.
-
-    Raises:
-        CircuitError: there is no trace, or its manifest is damaged.
-    """
-    return Trace(TraceStore(path), allow_drift=allow_drift)
-
-
-def load_state(path: str | Path) -> TrainState:
-    """The state behind a checkpoint's name, replayed where it is an addressable step of a trace.
-
-    Every command reads its checkpoints through this.
-
-    Raises:
-        CircuitError: there is neither a file nor a trace that can make it, or the file holds
-            another step than its name says.
-    """
-    path = Path(path)
-    trace, step = _trace_of(path)
-    state = load_checkpoint(path) if trace is None else trace.state(step)
-    _refuse_misnamed(state, path)
-    return state
-
-
-def load_header(path: str | Path) -> StateHeader:
-    """Whose state is behind a checkpoint's name, without reading or replaying it.
-
-    Raises:
-        CircuitError: as `load_state`, as far as descriptions tell.
-    """
-    path = Path(path)
-    trace, step = _trace_of(path)
-    if trace is None:
-        header = read_header(path)
-        _refuse_misnamed(header, path)
-        return header
-    trace.check_addressable(step)
-    return StateHeader(step, trace.manifest.config, trace.manifest.benchmark_digest)
-
-
-def _trace_of(path: Path) -> tuple[Trace | None, int]:
-    """The trace that makes a checkpoint of which there is no file, and the step."""
-    step, root = checkpoint_step(path), path.parent.parent
-    if step is None or path.exists() or not (root / MANIFEST).exists():
-        return None, -1
-    return open_trace(root), step
-
-
-def _refuse_misnamed(state: StateHeader, path: Path) -> None:
-    if checkpoint_step(path) not in (None, state.step):
-        raise CircuitError(f"holds the state of step {state.step}", where=path)

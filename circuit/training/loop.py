@@ -21,14 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from circuit.artifacts import OutputFolder, RowLog, dump_json, find_folder, read_jsonl
+from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
 from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.environment import (
     environment_facts,
     prepare_process,
 )
 from circuit.errors import CircuitError
-from circuit.tasks.benchmark import load_benchmark
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
 from circuit.training.checkpoints import checkpoint_name, encode_checkpoint
@@ -41,7 +40,8 @@ from circuit.training.run_folder import (
     SUMMARY,
     earlier_run,
 )
-from circuit.training.session import DivergedError, TrainingSession, encode_split
+from circuit.training.session import DivergedError, TrainingSession
+from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from circuit.training.step import StepOutcome
@@ -156,20 +156,19 @@ def train(
             raise CircuitError(
                 "there is no run to resume", where=folder.root, fix="check the folder"
             )
-        splits = list(dict.fromkeys([config.train_split, *config.tracked_splits]))
-        benchmark = load_benchmark(find_folder(config.benchmark_dir, folder.root), splits=splits)
+        setup = Setup(config)
+        for name in (config.train_split, *config.tracked_splits):
+            setup.benchmark.records(name)  # refused before anything heavy is imported
         threads = config.threads
         if earlier is not None and threads is None:
             threads = earlier.facts.get("threads")
         prepare_process(threads=threads, device=config.device)
-        tracked = {
-            name: encode_split(benchmark, name, config.model) for name in config.tracked_splits
-        }
+        tracked = {name: setup.split(name) for name in config.tracked_splits}
         state = None
         if earlier is not None:
             earlier.refuse_changed_facts(environment_facts(config.device), allow_drift)
             state = earlier.state(resume_from, drop_later=overwrite)
-        session = TrainingSession(config, benchmark, state=state)
+        session = TrainingSession(setup, state=state)
         if session.step > last:
             raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
         folder.refuse_foreign(_planned(config))

@@ -26,6 +26,7 @@ from circuit.tasks.positions import make_batch
 from circuit.trace.flat import ParameterLayout
 from circuit.trace.step import TracedStep, Tracer
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 
@@ -56,7 +57,7 @@ def config(make_config: Callable[..., TrainConfig]) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def steps(config: TrainConfig, tiny: Benchmark) -> list[TracedStep]:
-    tracer = Tracer(TrainingSession(config, tiny))
+    tracer = Tracer(TrainingSession(Setup(config, benchmark=tiny)))
     return [tracer.advance() for _ in range(8)]
 
 

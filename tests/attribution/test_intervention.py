@@ -22,6 +22,7 @@ from circuit.tasks.positions import make_batch
 from circuit.trace.flat import Flat, ParameterLayout
 from circuit.trace.step import Tracer
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 
@@ -96,7 +97,7 @@ def test_otherwise_half_the_step_leaves_an_eighth_of_the_difference(
     config: TrainConfig, tiny: Benchmark, model: HookedTransformer, reads: ReadMasks
 ) -> None:
     """On the terms of a real update, and on random ones."""
-    tracer = Tracer(TrainingSession(config, tiny))
+    tracer = Tracer(TrainingSession(Setup(config, benchmark=tiny)))
     traced = [tracer.advance() for _ in range(4)][-1]
     real = {name: u for name, u in traced.update.named().items() if name != "rounding"}
     attributor = Attributor(model, [QKMatch("L1H0", reads, layers=2)], rule="gauss:4")

@@ -21,7 +21,7 @@ from circuit.scalars.qk_match import ReadMasks, qk_matches
 from circuit.tasks.positions import make_batch
 from circuit.trace.decompose import TERMS
 from circuit.trace.record import RecordOptions, record_trace
-from circuit.trace.replay import Trace, open_trace
+from circuit.trace.replay import ReplayedRun
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 
@@ -34,15 +34,16 @@ class Matches:
     """Step of a fixed basis."""
     repeated: int = 1
 
-    def __call__(self, trace: Trace) -> Sequence[Scalar]:
-        from circuit.training.session import model_from_state
+    def inputs(self, run: ReplayedRun) -> ReplayedRun:
+        return run
 
-        benchmark = trace.benchmark
+    def scalars(self, inputs: ReplayedRun) -> Sequence[Scalar]:
+        benchmark = inputs.setup.benchmark
         records = benchmark.records("train")[:5]
         reads = ReadMasks.of(make_batch(records, benchmark.vocabulary, benchmark.heldout_pairs))
         model = None
         if self.basis is not None:
-            model = model_from_state(trace.state(self.basis), trace.manifest.config, benchmark)
+            model = inputs.model(self.basis)
         return qk_matches(["L1H1"] * self.repeated, reads, layers=2, ranks=[2], basis=model)
 
 
@@ -50,7 +51,10 @@ class Matches:
 class Nothing:
     """A source of no scalar."""
 
-    def __call__(self, trace: Trace) -> Sequence[Scalar]:
+    def inputs(self, run: ReplayedRun) -> None:
+        pass
+
+    def scalars(self, inputs: None) -> Sequence[Scalar]:
         return ()
 
 
@@ -150,7 +154,7 @@ def test_progress_names_every_step(jobs: dict[str, Job]) -> None:
 def test_pieces_are_the_window_cut_at_anchors(
     trace: Path, window: tuple[int, int], at_least: int
 ) -> None:
-    pieces = cut_at_anchors(open_trace(trace), *window, at_least=at_least)
+    pieces = cut_at_anchors(ReplayedRun.open(trace), *window, at_least=at_least)
     assert (pieces[0][0], pieces[-1][1]) == window
     assert all(start < stop for start, stop in pieces)
     for (_, stop), (start, _) in itertools.pairwise(pieces):
@@ -179,7 +183,7 @@ def test_how_a_trace_is_stored_changes_no_row(
 ) -> None:
     folder = recorded(config, tmp_path / "dense", storage="dense", end_step=6)
     job = Job(folder, Matches(), partitions=("layer", "circuit"))
-    pieces = cut_at_anchors(open_trace(folder), 0, 6, at_least=8)
+    pieces = cut_at_anchors(ReplayedRun.open(folder), 0, 6, at_least=8)
     assert len(pieces) == 6
     assert text(job, *pieces, anew=False).splitlines() == whole["source"].splitlines()[:6]
 
@@ -224,7 +228,7 @@ def test_a_scope_of_answers_adds_one_reference_and_changes_no_term(
 def test_bad_jobs_are_refused_before_a_step_is_replayed(
     trace: Path, jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trace, "steps", None)
+    monkeypatch.setattr(ReplayedRun, "replay", None)
     with pytest.raises(CircuitError, match="unknown path rule 'gauss:0'"):
         Job(trace, Matches(), path="gauss:0")
     with pytest.raises(CircuitError, match="unknown partition 'head'"):
@@ -248,13 +252,13 @@ def test_a_step_that_does_not_replay_ends_the_attribution(
     jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker: Worker = jobs["source"].prepare()
-    real = worker.trace.store.row
+    real = worker.run.store.row
 
     def other(step: int) -> dict[str, Any]:
         row = real(step)
         return {**row, "loss": 0.0} if step == 3 else row
 
-    monkeypatch.setattr(worker.trace.store, "row", other)
+    monkeypatch.setattr(worker.run.store, "row", other)
     done: list[int] = []
     with pytest.raises(CircuitError, match="step 3 does not replay: it first differs in loss"):
         for _ in attribute_window(jobs["source"], 0, 6, worker=worker, progress=done.append):

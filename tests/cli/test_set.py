@@ -190,6 +190,7 @@ OTHERS = {
     "train": "test_a_variant_is_the_run_of_a_file_with_these_values",
     "generate-benchmark": "test_a_benchmark_remembers_what_was_set",
     "study derive-config": "test_a_derived_config_is_a_plain_file",
+    "export": "it writes weights, and no record of how they were asked for",
     "optimizer-update-trace": "trace record",
     "bilinear-qk-rank-adam-state-attribution": "trace qk",
     "mlp-functional-write-adam-state-attribution": "trace write",

@@ -26,7 +26,7 @@ from transformer_lens.components import Attention, LayerNorm, TransformerBlock, 
 from circuit.config import ModelConfig, TrainConfig
 from circuit.model.build import build_model
 from circuit.model.standard import standard_model
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.training.loop import train
 
 VOCABULARY, LAYERS, HEADS, LENGTH = 23, 2, 2, 10
@@ -261,8 +261,8 @@ def test_an_exported_model_is_loaded_in_three_lines_without_this_program(
     assert type_and_read([*words, "--output-dir", "runs/back"], capsys).code == 0
     back = open_run("runs/back")
     assert back.config.model.tied_unembedding
-    saved = run.checkpoint(2).parameters
-    assert all(torch.equal(t, saved[n]) for n, t in back.checkpoint(2).parameters.items())
+    saved = run.state(2).parameters
+    assert all(torch.equal(t, saved[n]) for n, t in back.state(2).parameters.items())
 
 
 def test_an_untied_model_trains_resumes_and_replays_like_any(

@@ -16,18 +16,19 @@ from circuit.attribution.series import Series
 from circuit.config import TrainConfig
 from circuit.scalars.qk_match import QKMatch, ReadMasks
 from circuit.trace.record import RecordOptions, record_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.training.loop import train
 
 RUN = "runs/tiny"
 
 
 @pytest.fixture
-def traced(workplace: Path, make_config: Callable[..., TrainConfig]) -> circuit.Trace:
+def traced(workplace: Path, make_config: Callable[..., TrainConfig]) -> ReplayedRun:
     """A traced tiny run of eight steps in the working directory."""
     config = make_config(steps=8, checkpoint_every=4, eval_every=4)
     train(config)
     record_trace(config, workplace / "trace", RecordOptions(end_step=8, anchor_every=4))
-    return circuit.open_trace(workplace / "trace")
+    return circuit.open_run(workplace / "trace")
 
 
 def match_of(head: str) -> QKMatch:
@@ -36,7 +37,7 @@ def match_of(head: str) -> QKMatch:
 
 
 def test_a_run_finds_its_own_data_wherever_the_program_is_started(
-    traced: circuit.Trace, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    traced: ReplayedRun, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = circuit.open_run(RUN)
     own = here.batch("validation_iid").tokens
@@ -52,7 +53,7 @@ def test_a_run_finds_its_own_data_wherever_the_program_is_started(
 
 
 def test_a_run_is_not_looked_for_elsewhere(
-    traced: circuit.Trace, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    traced: ReplayedRun, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     below = workplace / "below"
     below.mkdir()
@@ -61,11 +62,11 @@ def test_a_run_is_not_looked_for_elsewhere(
         circuit.open_run(RUN)
 
 
-def test_attribute_gives_the_series_of_the_attributed_steps(traced: circuit.Trace) -> None:
+def test_attribute_gives_the_series_of_the_attributed_steps(traced: ReplayedRun) -> None:
     scalars = [match_of("L0H0"), match_of("L0H1")]
     found = circuit.attribute(traced, scalars, 2, 6, partitions=["layer"])
     attributor = Attributor(circuit.open_run(RUN).model(8), scalars)
-    rows = [row for step in traced.steps(2, 6) for row in attributor.step(step).rows(["layer"])]
+    rows = [row for step in traced.replay(2, 6) for row in attributor.step(step).rows(["layer"])]
     assert list(found) == [scalar.name for scalar in scalars]
     for name, series in Series.collect(rows).items():
         assert found[name].summary() == series.summary()
@@ -73,7 +74,7 @@ def test_attribute_gives_the_series_of_the_attributed_steps(traced: circuit.Trac
         assert np.array_equal(found[name].steps, [3, 4, 5, 6])
 
 
-def test_in_float64_only_the_rules_error_is_left(traced: circuit.Trace) -> None:
+def test_in_float64_only_the_rules_error_is_left(traced: ReplayedRun) -> None:
     scalar = match_of("L0H1")
     rough, fine = (
         circuit.attribute(traced, [scalar], 4, 8, rule="gauss:6", dtype=dtype)[scalar.name]
@@ -85,7 +86,7 @@ def test_in_float64_only_the_rules_error_is_left(traced: circuit.Trace) -> None:
     assert rest < 1e-9 < (rough.closure().path_absolute or 0)
 
 
-def test_attribute_refuses_what_it_cannot_name(traced: circuit.Trace) -> None:
+def test_attribute_refuses_what_it_cannot_name(traced: ReplayedRun) -> None:
     scalar = match_of("L0H0")
     for scalars in ([], [scalar, scalar]):
         with pytest.raises(circuit.CircuitError, match="expected each once"):

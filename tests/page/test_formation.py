@@ -20,7 +20,7 @@ from circuit.page import formation_page
 from circuit.page.found import Reports
 from circuit.page.html import _script_json
 from circuit.page.panel import thinned
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 
 RUN = Path("runs/tiny")
 Page = Any

@@ -18,7 +18,7 @@ from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.pipelines.selection import growth_of, name_roles, rank_candidates, select_heads
 from circuit.pipelines.write_scan import final_writes, write_paths
-from circuit.reports.inputs import PairOptions, open_study
+from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import FunctionalWrite, WriteReads, readout_gradient
@@ -104,7 +104,7 @@ def test_scan_equals_one_path_at_a_time(
 ) -> None:
     monkeypatch.setattr("circuit.pipelines.write_scan._ROWS", rows_a_pass)
     config = load_config(trained / "run_config.json", TrainConfig)
-    study = open_study(config, trained / "analysis" / "probe_set.jsonl")
+    study = open_inputs(config, trained / "analysis" / "probe_set.jsonl")
     batch = study.side(study.pairs(PairOptions(max_per_type=5, min_per_type=1)), "clean")
     (point,) = study.models([trained / "checkpoints" / "step_000012.pt"])
     values = study.vocabulary.value_ids

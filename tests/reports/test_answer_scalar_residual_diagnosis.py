@@ -21,7 +21,7 @@ from circuit.reports.answer_scalar_residual_diagnosis import (
     PAIR_ROWS,
     answer_scalar_residual_diagnosis,
 )
-from circuit.reports.inputs import PairOptions, open_study
+from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import ANSWER_SCALARS, FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, find_checkpoint, read_typed_rows
 from circuit.tasks.pairs import SIDES
@@ -127,7 +127,7 @@ def test_values_and_checkpoints_are_those_of_the_models(
     pair_rows: Rows, trained_once: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained_once)
-    study = open_study(load_config(RUN / "run_config.json", TrainConfig), PROBE)
+    study = open_inputs(load_config(RUN / "run_config.json", TrainConfig), PROBE)
     pairs = {p.pair_id: p for p in study.pairs(PairOptions(("support_value", "query_key"), 7, 3))}
     values = study.vocabulary.value_ids
     for row in pair_rows[::9]:

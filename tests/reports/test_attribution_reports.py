@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ from command_line import type_in
 from tiny_run import MadeOnce
 
 from circuit.artifacts import read_jsonl
+from circuit.attribution.window import ScalarSource
 from circuit.config import TrainConfig, load_config
-from circuit.reports.attribution_report import traced_study
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
-from circuit.reports.inputs import PairOptions
+from circuit.reports.inputs import PairOptions, traced_inputs
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.qk_match import QKMatch
 from circuit.trace.record import RecordOptions, record_trace
-from circuit.trace.replay import open_trace
-from circuit.training.session import model_from_state
+from circuit.trace.replay import ReplayedRun
 
 QK = "bilinear_qk_rank_adam_state_attribution"
 RUN = Path("runs/tiny")
@@ -41,6 +40,10 @@ CONTRACT = (
     *("--loss-scope", "full_lm", "--overwrite"),
 )
 Circuit = Callable[..., Any]
+
+
+def scalars_of(source: ScalarSource, run: ReplayedRun) -> Sequence[Any]:
+    return source.scalars(source.inputs(run))
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_the_contracts_command_leaves_its_outputs(qk: Circuit, circuit: Circuit)
     assert summary["actual"] == pytest.approx(sum(row["actual"] for row in rows))
     given = report["parameters"]
     assert (given["heads"], given["ranks"], given["path"]) == (["L1H1"], [8], "simpson")
-    assert report["provenance"]["trace"]["state_at_start"] == open_trace(
+    assert report["provenance"]["trace"]["state_at_start"] == ReplayedRun.open(
         "trace"
     ).store.state_digests(0)
     assert str(Path.cwd()) not in "".join(
@@ -154,7 +157,7 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Circuit) -> None:
         assert ours["actual"] == pytest.approx(theirs["actual"], rel=1e-4, abs=1e-7)
     # the whole is the mean of the lags, weighted by their reads
     config = load_config(CONFIG, TrainConfig)
-    study = traced_study(config, PROBES, open_trace("trace"))
+    study = traced_inputs(config, PROBES, ReplayedRun.open("trace"))
     options = QKOptions(pairs=PairOptions(min_per_type=4), by_lag=True)
     reads = options.reads(options.batch(study))
     for step in (1, 3):
@@ -189,15 +192,15 @@ def test_options_choose_what_is_scored(qk: Circuit, traced: Path) -> None:
         "stage": (("--context-stage", "embedding"), {"context_stage": "embedding"}),
         "type": (("--route-pair-type", "query_key"), {"scored_type": "query_key"}),
     }
-    config, trace = load_config(CONFIG, TrainConfig), open_trace(traced)
-    study = traced_study(config, PROBES, trace)
-    model = model_from_state(trace.state(4), study.config, study.benchmark)
+    config, trace = load_config(CONFIG, TrainConfig), ReplayedRun.open(traced)
+    study = traced_inputs(config, PROBES, trace)
+    model = study.setup.model(trace.state(4))
 
     def scalar_of(**changed: Any) -> QKMatch:
         types = ("query_key", "support_value")
         pairs = PairOptions(types, max_per_type=9, min_per_type=4)
         options = QKOptions(**{"heads": ("L1H1",), "ranks": (3,), "pairs": pairs, **changed})
-        (scalar,) = QKScalars(config, PROBES, options)(trace)
+        (scalar,) = scalars_of(QKScalars(config, PROBES, options), trace)
         return scalar
 
     def chosen(scalar: QKMatch) -> tuple[Any, ...]:

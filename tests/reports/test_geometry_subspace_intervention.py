@@ -19,7 +19,7 @@ from circuit.model.stages import patch, read_stages, stage_names
 from circuit.model.subspaces import Basis, embedding_identity, keep, remove
 from circuit.reports import interventions
 from circuit.reports.interventions import QueryMode, intervene
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
 from circuit.tasks.symbolic_kv import Record

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from circuit.errors import CircuitError
-from circuit.reports.inputs import choose_checkpoints, models_at
-from circuit.runs import open_run
+from circuit.reports.inputs import choose_checkpoints, states_at
+from circuit.runs.opening import open_run
+from circuit.trace.states import States
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 
 RUN = Path("runs/tiny")
@@ -51,7 +52,7 @@ def test_a_name_without_a_step_takes_the_place_of_its_own() -> None:
     mixed = [step(12), Path("any.pt"), step(3)]
     assert choose_checkpoints(mixed, None) == [step(3), Path("any.pt"), step(12)]
     run = open_run(RUN)
-    found = [(at.step, at.path) for at in models_at(run.config, run.benchmark, mixed)]
+    found = [(state.step, path) for path, state in states_at(run.setup, States(), mixed)]
     assert found == [(3, step(3)), (9, Path("any.pt")), (12, step(12))]
     with pytest.raises(CircuitError, match=r"nowhere.pt: no such checkpoint"):
         choose_checkpoints([step(3), Path("nowhere.pt")], None)
@@ -73,7 +74,7 @@ def test_two_checkpoints_of_one_step_are_refused_in_one_line() -> None:
     for again in (Path("any.pt"), Path("other/step_000006.pt"), step(6)):
         for ask in (
             lambda named: choose_checkpoints(named, None),
-            lambda named: list(models_at(run.config, run.benchmark, named)),
+            lambda named: list(states_at(run.setup, States(), named)),
         ):
             with pytest.raises(CircuitError) as refused:
                 ask([step(6), step(3), again])

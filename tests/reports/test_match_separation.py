@@ -17,9 +17,9 @@ from circuit.artifacts import read_jsonl
 from circuit.config import TrainConfig, load_config
 from circuit.figures.separation import separation_over_steps
 from circuit.reports.bilinear_qk_match_separation import summarize
-from circuit.reports.inputs import open_study
+from circuit.reports.inputs import open_inputs
 from circuit.training.checkpoints import load_checkpoint
-from circuit.training.session import model_from_state
+from circuit.training.setup import Setup
 
 NAME = "bilinear_qk_match_separation"
 RUN = Path("runs/tiny")
@@ -40,9 +40,9 @@ def rows_of(folder: str) -> list[dict[str, Any]]:
 def loop(step: int, layer: int, head: int, rank: int | None, biases: bool) -> dict[str, Any]:
     """Columns by lag (and `all`): one record, one read, one position at a time."""
     config = load_config(CONFIG, TrainConfig)
-    study = open_study(config, PROBES)
+    study = open_inputs(config, PROBES)
     state = load_checkpoint(RUN / "checkpoints" / f"step_{step:06d}.pt")
-    model = model_from_state(state, config, study.benchmark)
+    model = Setup(config, benchmark=study.benchmark).model(state)
     attention = model.blocks[layer].attn
     product = (attention.W_Q[head] @ attention.W_K[head].T).detach().double()
     u, sigma, vh = torch.linalg.svd(product)

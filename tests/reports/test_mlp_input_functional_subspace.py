@@ -21,7 +21,7 @@ from circuit.errors import CircuitError
 from circuit.figures.functional_subspace import written_deltas
 from circuit.model.components import ablate
 from circuit.reports.answer_scalar_residual_diagnosis import PAIR_ROWS
-from circuit.reports.inputs import PairOptions, Study, open_study
+from circuit.reports.inputs import Inputs, PairOptions, open_inputs
 from circuit.reports.interval_ends import ENDPOINTS, read_intervals
 from circuit.reports.mlp_input_functional_subspace import (
     FunctionalSubspace,
@@ -74,12 +74,12 @@ def desk(
 
 
 @pytest.fixture(scope="module")
-def study(desk: Path) -> Study:
-    return open_study(load_config(RUN / "run_config.json", TrainConfig), PROBE)
+def study(desk: Path) -> Inputs:
+    return open_inputs(load_config(RUN / "run_config.json", TrainConfig), PROBE)
 
 
 @pytest.fixture(scope="module")
-def report(study: Study) -> dict[str, Any]:
+def report(study: Inputs) -> dict[str, Any]:
     """Its result, rows and group rows."""
     result = mlp_input_functional_subspace(study.config, PROBE, ROWS, WANTED, "report")
     return {
@@ -162,7 +162,7 @@ def naive_overlap(vectors: list[np.ndarray], basis_of: list[np.ndarray], index: 
 
 
 def test_rows_are_those_of_one_pair_at_a_time(
-    report: dict[str, Any], study: Study, desk: Path
+    report: dict[str, Any], study: Inputs, desk: Path
 ) -> None:
     """Plain runs of the model of each end, with the row's own competitor."""
     pairs = read_intervals(ROWS, pair_types=WANTED.pair_types, side="clean")
@@ -248,7 +248,7 @@ def test_an_end_that_two_intervals_share_reads_alike(report: dict[str, Any]) -> 
     assert all(one == other for one, other in shared)
 
 
-def test_groups_are_sums_and_means_of_their_pairs(report: dict[str, Any], study: Study) -> None:
+def test_groups_are_sums_and_means_of_their_pairs(report: dict[str, Any], study: Inputs) -> None:
     keys = {pair.pair_id: query_key(pair, study) for pair in study.pairs(PairOptions(TYPES, 6, 3))}
     total = 0
     for group in report["groups"]:
@@ -275,12 +275,12 @@ TYPES = ("support_value", "recency")
 SAME = ("source_step", "endpoint_role", "position_role", "scalar", "pair_type")
 
 
-def query_key(pair: Pair, study: Study) -> str:
+def query_key(pair: Pair, study: Inputs) -> str:
     read = pair.clean.program(study.vocabulary).reads[pair.read_index]
     return study.vocabulary.tokens[read.key]
 
 
-def test_a_source_that_writes_nothing_is_read_as_nothing(study: Study, desk: Path) -> None:
+def test_a_source_that_writes_nothing_is_read_as_nothing(study: Inputs, desk: Path) -> None:
     batch = study.side(study.pairs(PairOptions()), "clean")
     (point,) = study.models([RUN / "checkpoints" / "step_000012.pt"])
     readout = Readout(FIXED_SOURCE, tuple((batch.reads.answer - 1).tolist()))

@@ -11,7 +11,7 @@ from command_line import type_in
 from stand_in import stand_in_gpu
 from test_reports_shape import ANALYSIS, RUN, WORDS
 
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.trace.record import RecordOptions, record_trace
 
 WHERE = {name: f"{words} --output-dir reports/{name}" for name, words in WORDS.items()}

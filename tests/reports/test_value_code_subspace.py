@@ -16,7 +16,7 @@ from circuit.errors import CircuitError
 from circuit.model.codes import mean_at, nearest_centroid, nearest_centroid_without
 from circuit.model.stages import stage_hook
 from circuit.reports.value_code_subspace import first_to_stay
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.tasks.groups import GROUPS, group_tokens, nonempty_mask
 from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
 from circuit.tasks.probes import load_probe_set

@@ -29,7 +29,7 @@ from circuit.model.rescue import (
 )
 from circuit.model.stages import patch, read_stages, stage_names
 from circuit.model.subspaces import identity_basis, keep, remove
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.groups import is_for_fitting
 from circuit.tasks.positions import Batch, EncodedSplit

@@ -18,7 +18,7 @@ from circuit.model.build import build_model
 from circuit.model.components import parse_component
 from circuit.model.weights import named_tensors
 from circuit.reports.weight_svd_trace import Spectra, weight_spectra
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 
 WORDS = (
     *("weight-svd-trace", "--config", "runs/tiny/run_config.json"),

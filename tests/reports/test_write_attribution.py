@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,15 @@ import pytest
 import torch
 
 from circuit.artifacts import dump_row, read_jsonl
-from circuit.attribution.window import Job, attribute_window
+from circuit.attribution.window import Job, ScalarSource, attribute_window
 from circuit.config import TrainConfig, load_config
 from circuit.model.readout import read_answers
-from circuit.reports.attribution_report import traced_study
-from circuit.reports.inputs import PairOptions
+from circuit.reports.inputs import PairOptions, traced_inputs
 from circuit.reports.mlp_functional_write_adam_state_attribution import WriteOptions, WriteScalars
 from circuit.scalars.answers import Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import readout_gradient
-from circuit.trace.replay import open_trace
-from circuit.training.session import model_from_state
+from circuit.trace.replay import ReplayedRun
 
 NAME = "mlp_functional_write_adam_state_attribution"
 RUN = Path("runs/tiny")
@@ -33,6 +31,10 @@ PAIRS = ("--pair-type", "support_value", "--min-pairs-per-type", "4")
 ROWS = "answers/answer_scalar_residual_diagnosis_pair_rows.jsonl"
 FIXED = ("fixed_source_competitor_margin", "fixed_target_competitor_margin")
 Circuit = Callable[..., Any]
+
+
+def scalars_of(source: ScalarSource, run: ReplayedRun) -> Sequence[Any]:
+    return source.scalars(source.inputs(run))
 
 
 @pytest.fixture
@@ -115,9 +117,9 @@ def test_the_parts_of_a_write_add_up(traced: Path, vector: str) -> None:
 
 def test_the_reference_vector_is_taken_at_its_end_of_the_mlp(traced: Path) -> None:
     config = load_config(CONFIG, TrainConfig)
-    study = traced_study(config, PROBES, open_trace(traced))
+    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
     answer = study.side(study.pairs(options().pairs), "clean").reads.answer
-    model = model_from_state(open_trace(traced).state(6), study.config, study.benchmark)
+    model = study.setup.model(ReplayedRun.open(traced).state(6))
 
     def scalar(logits: torch.Tensor) -> torch.Tensor:
         return logits.gather(-1, answer[:, None])[:, 0]
@@ -127,16 +129,16 @@ def test_the_reference_vector_is_taken_at_its_end_of_the_mlp(traced: Path) -> No
         ("input_gradient", "layer_0_post_attn"),
     ):
         wanted = options(reference_vector=vector, scalars=("correct_value_logit",))
-        (write,) = WriteScalars(config, PROBES, wanted)(open_trace(traced))
+        (write,) = scalars_of(WriteScalars(config, PROBES, wanted), ReplayedRun.open(traced))
         expected = readout_gradient(model, write.reads, write.path, stage, scalar)
         torch.testing.assert_close(write.reference, expected)
 
 
 def competitors_at(step: int, traced: Path) -> torch.Tensor:
     config = load_config(CONFIG, TrainConfig)
-    study = traced_study(config, PROBES, open_trace(traced))
+    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
     batch = study.side(study.pairs(options().pairs), "clean")
-    model = model_from_state(open_trace(traced).state(step), study.config, study.benchmark)
+    model = study.setup.model(ReplayedRun.open(traced).state(step))
     with torch.no_grad():
         logits = model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
     return read_answers(logits, batch.reads.answer, study.vocabulary.value_ids).competitor
@@ -147,10 +149,10 @@ def test_the_competitors_are_those_of_the_interval_that_the_endpoint_names(trace
     """Step 6 as source: the interval 6:9; as target: 3:6."""
     config = load_config(CONFIG, TrainConfig)
     wanted = options(endpoints=("source", "target"), scalars=FIXED)
-    found = WriteScalars(config, PROBES, wanted, Path(ROWS))(open_trace(traced))
-    study = traced_study(config, PROBES, open_trace(traced))
+    found = scalars_of(WriteScalars(config, PROBES, wanted, Path(ROWS)), ReplayedRun.open(traced))
+    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
     batch = study.side(study.pairs(wanted.pairs), "clean")
-    model = model_from_state(open_trace(traced).state(6), study.config, study.benchmark)
+    model = study.setup.model(ReplayedRun.open(traced).state(6))
     at = {step: competitors_at(step, traced) for step in (3, 6, 9)}
     assert all((at[step] != at[6]).any() for step in (3, 9))
     expected = {"source": Competitors(at[6], at[9]), "target": Competitors(at[3], at[6])}
@@ -166,7 +168,7 @@ def test_the_competitors_are_those_of_the_interval_that_the_endpoint_names(trace
         reference = readout_gradient(model, write.reads, write.path, stage, scalar)
         torch.testing.assert_close(write.reference, reference)
     # the source of one interval is the target of the other, and the model's own at that step
-    own = WriteScalars(config, PROBES, options())(open_trace(traced))[0]
+    own = scalars_of(WriteScalars(config, PROBES, options()), ReplayedRun.open(traced))[0]
     for write in (found[0], found[3], own):
         torch.testing.assert_close(write.reference, found[0].reference)
     for write in (found[1], found[2]):
@@ -217,9 +219,9 @@ def test_rows_that_do_not_cover_the_pairs_are_refused(
 def test_the_value_at_the_reference_step_is_the_scalars_own(write: Circuit, traced: Path) -> None:
     assert write("out", "--start-step", "5", "--end-step", "7").code == 0
     config = load_config(CONFIG, TrainConfig)
-    (scalar,) = WriteScalars(config, PROBES, options())(open_trace(traced))
-    study = traced_study(config, PROBES, open_trace(traced))
-    model = model_from_state(open_trace(traced).state(6), study.config, study.benchmark)
+    (scalar,) = scalars_of(WriteScalars(config, PROBES, options()), ReplayedRun.open(traced))
+    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
+    model = study.setup.model(ReplayedRun.open(traced).state(6))
     with torch.no_grad():
         mean = float(evaluate_scalar(scalar, model).mean())
     five, six = rows_of("out")

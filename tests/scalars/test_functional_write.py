@@ -32,6 +32,7 @@ from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, make_batch, role_mask
 from circuit.trace.step import Tracer
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 PATHS = [("L0H1", "L0MLP"), ("L0H0", "L1MLP"), ("L1H1", "L1MLP"), ("L0MLP", "L1MLP")]
@@ -231,7 +232,7 @@ def test_the_attribution_of_a_write_that_stays_zero_is_zero(
     config: TrainConfig, tiny: Benchmark, batch: Batch
 ) -> None:
     """Both matrices of the OV circuit at zero: the training step cannot leave that point."""
-    session = TrainingSession(config, tiny)
+    session = TrainingSession(Setup(config, benchmark=tiny))
     model = scaled(config, tiny, torch.float64)
     path = WritePath.parse("L0H1", "L0MLP", model)
     reads = WriteReads.of(batch, "prediction")
@@ -262,7 +263,7 @@ def test_a_frozen_reference_telescopes_and_closes(
     reads = WriteReads.of(batch, "prediction")
     reference = reference_of(model, batch, path, path.output_stage, "prediction")
     attributor = Attributor(model, [FunctionalWrite(path, reads, reference, layers=2)])
-    tracer = Tracer(TrainingSession(config, tiny))
+    tracer = Tracer(TrainingSession(Setup(config, benchmark=tiny)))
     found = [attributor.step(tracer.advance()) for _ in range(4)]
     assert found[0].constant == (True,)
     for earlier, later in itertools.pairwise(found):

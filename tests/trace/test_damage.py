@@ -18,7 +18,7 @@ from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
 from circuit.trace import store
 from circuit.trace.record import RecordResult
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 
 MakeConfig = Callable[..., TrainConfig]
@@ -40,7 +40,7 @@ def flip(path: Path, bit: int) -> None:
 def refusal(folder: Path, benchmark: Benchmark | None = None) -> str | None:
     """What opening and verifying says against a trace, or None where all is equal."""
     try:
-        trace = open_trace(folder)
+        trace = ReplayedRun.open(folder)
         if benchmark is not None:
             trace.__dict__["benchmark"] = benchmark  # read once for many traces
         found = trace.verify()
@@ -63,7 +63,7 @@ def content(path: Path) -> Any:
 
 def refusal_to_open(folder: Path) -> str | None:
     try:
-        open_trace(folder)
+        ReplayedRun.open(folder)
     except CircuitError as error:
         return str(error)
     return None
@@ -127,11 +127,11 @@ def test_a_flipped_bit_of_a_tensor_is_named(trace_folder: Path) -> None:
     raw = load_checkpoint(path).moments["exp_avg"]["blocks.0.mlp.W_in"].numpy().tobytes()
     flip(path, 8 * (path.read_bytes().index(raw) + 100) + 3)
     named = r"step_000008\.pt: digest mismatch in exp_avg blocks\.0\.mlp\.W_in"
-    trace = open_trace(trace_folder)
-    for use in (lambda: trace.state(8), lambda: list(trace.steps(9, 10)), trace.verify):
+    trace = ReplayedRun.open(trace_folder)
+    for use in (lambda: trace.state(8), lambda: list(trace.replay(9, 10)), trace.verify):
         with pytest.raises(CircuitError, match=named):
             use()
-    assert len(list(trace.steps(0, 8))) == 8  # what does not need it still replays
+    assert len(list(trace.replay(0, 8))) == 8  # what does not need it still replays
 
 
 def test_every_truncation_of_the_rows_is_refused(trace_folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_an_edited_row_is_named_by_its_line(trace_folder: Path) -> None:
         path.write_bytes(sound)
         edit(path, 7, change, digest=False)
         with pytest.raises(CircuitError, match=rf"{ROWS}:7: .*(row_digest|digest)"):
-            list(open_trace(trace_folder).steps(0, 1))
+            list(ReplayedRun.open(trace_folder).replay(0, 1))
 
 
 def test_a_row_edited_with_its_digest_is_found_by_replay(trace_folder: Path) -> None:
@@ -216,12 +216,12 @@ def test_lost_doubled_and_misplaced_rows_are_named(trace_folder: Path) -> None:
         if kept is not None:
             path.write_bytes(b"".join(kept))
         with pytest.raises(CircuitError, match=named):
-            open_trace(trace_folder).state(2)
+            ReplayedRun.open(trace_folder).state(2)
 
 
 def test_a_missing_anchor_is_named_with_its_step(trace_folder: Path) -> None:
     state_file(trace_folder, 4).unlink()
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     named = r"step_000004\.pt: the anchor of step 4 is missing"
     for use in (lambda: trace.state(6), lambda: trace.state(4), trace.verify):
         with pytest.raises(CircuitError, match=named):
@@ -236,11 +236,11 @@ def test_exchanged_and_foreign_anchors_are_refused(
     sound = eight.read_bytes()
     shutil.copy(state_file(trace_folder, 4), eight)
     with pytest.raises(CircuitError, match=r"step_000008\.pt: is not the state of step 8"):
-        open_trace(trace_folder).state(8)
+        ReplayedRun.open(trace_folder).state(8)
     recording(make_config(seed=12), "other")
     shutil.copy(state_file(Path("other"), 8), eight)
     with pytest.raises(CircuitError, match=r"step_000008\.pt: .* step 8 belongs to another config"):
-        open_trace(trace_folder).state(8)
+        ReplayedRun.open(trace_folder).state(8)
     eight.write_bytes(sound)
     assert refusal(trace_folder) is None
 
@@ -254,11 +254,11 @@ def test_a_sound_file_of_other_numbers_is_refused(trace_folder: Path, group: str
         tensors["ln_final.w"][5] += 1e-3
         save_checkpoint(state_file(trace_folder, step), state)
         with pytest.raises(CircuitError, match=f"step {step} is not the recorded state: {stage}"):
-            open_trace(trace_folder).state(step)
+            ReplayedRun.open(trace_folder).state(step)
         with pytest.raises(CircuitError, match=f"step {step} is not the recorded state: {stage}"):
-            list(open_trace(trace_folder).steps(step, step + 1))
+            list(ReplayedRun.open(trace_folder).replay(step, step + 1))
         if step:
-            found = open_trace(trace_folder).verify()  # the replay itself is right
+            found = ReplayedRun.open(trace_folder).verify()  # the replay itself is right
             assert found.law == "replayed 12 steps, 0 differ, at anchors only"
             ((at, difference),) = found.anchors
             assert at == 8
@@ -270,9 +270,9 @@ def test_the_manifest_of_another_config_is_refused(
 ) -> None:
     recording(make_config(optimizer={"name": "adamw", "learning_rate": 0.02}), "other")
     shutil.copy("other/trace.json", trace_folder / "trace.json")
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     named = r"step_000004\.pt: the anchor of step 4 belongs to another config than trace\.json"
-    for use in (lambda: trace.state(5), lambda: list(trace.steps(4, 5))):
+    for use in (lambda: trace.state(5), lambda: list(trace.replay(4, 5))):
         with pytest.raises(CircuitError, match=named):
             use()
     message = refusal(trace_folder)
@@ -287,9 +287,9 @@ def test_the_rows_of_another_recording_are_refused(
     shutil.copy(Path("other") / ROWS, trace_folder / ROWS)
     assert refusal(trace_folder) is not None
     with pytest.raises(CircuitError, match="step 1 does not replay: it first differs in batch"):
-        open_trace(trace_folder).state(2)
+        ReplayedRun.open(trace_folder).state(2)
     with pytest.raises(CircuitError, match=r"step_000004\.pt: .* not the recorded state"):
-        open_trace(trace_folder).state(6)
+        ReplayedRun.open(trace_folder).state(6)
 
 
 def test_an_edited_manifest_is_refused(trace_folder: Path) -> None:
@@ -306,11 +306,11 @@ def test_an_edited_manifest_is_refused(trace_folder: Path) -> None:
         assert old in sound
         path.write_text(sound.replace(old, new), "utf-8")
         with pytest.raises(CircuitError, match=r"trace\.json: damaged or edited manifest"):
-            open_trace(trace_folder)
+            ReplayedRun.open(trace_folder)
     for text in ("", "{", "[]", "null", "{}", "[1]", sound[:-3], "\0" * 100):
         path.write_text(text, "utf-8")
         with pytest.raises(CircuitError, match=r"trace\.json: damaged"):
-            open_trace(trace_folder)
+            ReplayedRun.open(trace_folder)
 
 
 def test_a_manifest_of_another_version_names_the_field(trace_folder: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_manifest_of_another_version_names_the_field(trace_folder: Path) -> No
         changed = payload | change
         path.write_text(json.dumps(changed | {"digest": store._digest(changed)}), "utf-8")
         with pytest.raises(CircuitError, match=rf"trace\.json: field '{field}'"):
-            open_trace(trace_folder)
+            ReplayedRun.open(trace_folder)
 
 
 def test_a_benchmark_regenerated_with_another_seed_is_refused(
@@ -329,10 +329,10 @@ def test_a_benchmark_regenerated_with_another_seed_is_refused(
 ) -> None:
     shutil.rmtree("data")
     with pytest.raises(CircuitError, match="data/tiny"):
-        open_trace(trace_folder).state(1)
+        ReplayedRun.open(trace_folder).state(1)
     write_benchmark(parse_config({**benchmark_payload(), "seed": 6}, BenchmarkConfig, where="test"))
-    trace = open_trace(trace_folder)
-    for use in (lambda: trace.state(5), lambda: list(trace.steps(0, 1)), trace.verify):
+    trace = ReplayedRun.open(trace_folder)
+    for use in (lambda: trace.state(5), lambda: list(trace.replay(0, 1)), trace.verify):
         with pytest.raises(CircuitError, match="data/tiny: the benchmark is not the one that was"):
             use()
     assert trace.state(4).step == 4  # needs no benchmark

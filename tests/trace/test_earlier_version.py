@@ -14,7 +14,7 @@ from circuit.artifacts import dump_json
 from circuit.config import Kernels, TrainConfig, load_config, parse_config
 from circuit.errors import CircuitError
 from circuit.trace.record import RecordResult
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST
 from circuit.training import checkpoints
 from circuit.training.checkpoints import load_checkpoint
@@ -53,7 +53,7 @@ def test_an_earlier_trace_is_plain_and_replays_bit_for_bit(
 ) -> None:
     recording(make_config(kernels="plain"), "trace")
     rewrite_trace(Path("trace"))
-    trace = open_trace("trace")
+    trace = ReplayedRun.open("trace")
     assert trace.manifest.config.kernels == "plain"
     assert load_checkpoint("trace/checkpoints/step_000004.pt").config.kernels == "plain"
     found = trace.verify()
@@ -70,8 +70,8 @@ def test_a_trace_replays_with_the_kernels_of_its_recording(
     kernels: str,
 ) -> None:
     recording(make_config(kernels=kernels), "trace")
-    trace = open_trace("trace")
-    (replayed,) = trace.steps(11, 12)
+    trace = ReplayedRun.open("trace")
+    (replayed,) = trace.replay(11, 12)
     assert replayed.config.kernels == kernels
     assert trace.verify().equal
 

@@ -12,7 +12,7 @@ from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace import record as record_module
 from circuit.trace.record import RecordResult
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 
 MakeConfig = Callable[..., TrainConfig]
 Recording = Callable[..., RecordResult]
@@ -39,11 +39,11 @@ def test_an_extended_trace_has_the_bytes_of_a_straight_one(
     recording(config, "straight", **options)
     for number, end in enumerate(ends):
         recording(config, "pieces", end_step=end, resume=number > 0, **options)
-        assert open_trace("pieces").store.complete
+        assert ReplayedRun.open("pieces").store.complete
     found = recording(config, "pieces", resume=True, **options)
     assert bytes_of("pieces") == bytes_of("straight")
     assert found.first_step <= ends[-1]
-    assert open_trace("pieces").verify().law == "replayed 12 steps, 0 bits differ"
+    assert ReplayedRun.open("pieces").verify().law == "replayed 12 steps, 0 bits differ"
     pieces, straight = (  # also what the folder's manifest claims
         {path.name for path in Path(name).rglob("*") if path.is_file()}
         for name in ("pieces", "straight")
@@ -71,7 +71,7 @@ def test_a_trace_from_a_saved_state_is_extended(
     recording(make_config(), "pieces", end_step=7, **start)
     recording(make_config(), "pieces", resume=True, **start)
     assert bytes_of("pieces") == bytes_of("straight")
-    assert open_trace("pieces").manifest.anchors() == [4, 8, 12]
+    assert ReplayedRun.open("pieces").manifest.anchors() == [4, 8, 12]
 
 
 def test_a_stopped_recording_is_extended(

@@ -23,7 +23,8 @@ from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace.prune import prune_trace
 from circuit.trace.record import RecordResult
-from circuit.trace.replay import load_state, open_trace
+from circuit.trace.replay import ReplayedRun
+from circuit.trace.states import States
 from circuit.trace.step import STAGES
 from circuit.trace.store import TraceManifest, TraceStore
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
@@ -136,13 +137,13 @@ def test_a_torn_row_and_the_rows_beyond_the_last_anchor_are_written_again(
         for step in range(rows + 1, 13):
             (trace_folder / "checkpoints" / f"step_{step:06d}.pt").unlink(missing_ok=True)
         ROWS.write_bytes(b"".join(lines[:rows]) + lines[rows][: rng.randrange(1, 500)])
-        stopped = open_trace(trace_folder)
+        stopped = ReplayedRun.open(trace_folder)
         assert not stopped.store.complete
         assert stopped.store.last_step == rows
         if rows:
             assert stopped.verify().law == f"replayed {rows} steps, 0 bits differ"
         with pytest.raises(CircuitError, match=f"stopped at {rows}; finish it with --resume"):
-            list(stopped.steps(rows, rows + 1))
+            list(stopped.replay(rows, rows + 1))
         found = recording(make_config(), resume=True)
         assert (found.first_step, found.steps) == (rows // 4 * 4, 12 - rows // 4 * 4)
         assert bytes_of(trace_folder) == expected
@@ -156,7 +157,7 @@ def test_a_recording_stopped_between_a_row_and_its_anchor_says_how_to_go_on(
     for step in (8, 12):
         (trace_folder / "checkpoints" / f"step_{step:06d}.pt").unlink()
     with pytest.raises(CircuitError, match=r"step 8 is missing; recording stopped at 8;.*resume"):
-        open_trace(trace_folder).state(8)
+        ReplayedRun.open(trace_folder).state(8)
     assert recording(make_config(), resume=True).first_step == 4
     assert bytes_of(trace_folder) == expected
 
@@ -269,7 +270,7 @@ def test_a_folder_in_use_is_refused_and_foreign_files_survive(
     for path, payload in foreign.items():
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(payload)
-    open_trace(trace_folder).state(7, cache=True)
+    ReplayedRun.open(trace_folder).state(7, cache=True)
     before = bytes_of(trace_folder)
     with pytest.raises(CircuitError, match=r"holds .* files of an earlier .* --overwrite"):
         recording(make_config(), anchor_every=6)
@@ -280,7 +281,7 @@ def test_a_folder_in_use_is_refused_and_foreign_files_survive(
     assert lost == []
     states = sorted(path.name for path in (trace_folder / "checkpoints").glob("step_*"))
     assert states == [f"step_{step:06d}.pt" for step in (0, 6, 12)]
-    assert open_trace(trace_folder).verify().equal
+    assert ReplayedRun.open(trace_folder).verify().equal
 
 
 def test_a_foreign_file_in_the_way_is_kept(
@@ -377,7 +378,7 @@ def test_a_thinned_trace_says_the_same(
     """Also where the old anchors lay off the grid of addressable steps."""
     options = {"anchor_every": 2, "checkpoint_every": 3, "checkpoint_start_step": 6}
     recording(make_config(), storage=storage, **options)
-    trace = open_trace("trace")
+    trace = ReplayedRun.open("trace")
     states = {s: trace.state(s) for s in range(13) if trace.manifest.is_addressable(s)}
     assert set(states) == {0, 2, 4, 6, 8, 9, 10, 12}
     trace.store.checkpoint_path(1).write_bytes(b"mine")
@@ -391,7 +392,7 @@ def test_a_thinned_trace_says_the_same(
         path.stat().st_size for path in Path("trace/checkpoints").iterdir()
     )
     assert ROWS.read_bytes() == rows
-    thinned = open_trace("trace")
+    thinned = ReplayedRun.open("trace")
     assert all(same(thinned.state(step), state) for step, state in states.items())
     assert thinned.verify().law == "replayed 12 steps, 0 bits differ"
     assert prune_trace("trace", 8).removed == 0
@@ -407,9 +408,9 @@ def test_an_interrupted_thinning_leaves_a_whole_trace(
         patch.setattr(artifacts.OutputFolder, "remove", interrupted)
         with pytest.raises(Killed):
             prune_trace(trace_folder, 8)
-    assert open_trace(trace_folder).verify().equal
+    assert ReplayedRun.open(trace_folder).verify().equal
     assert prune_trace(trace_folder, 8).removed == 1
-    assert open_trace(trace_folder).verify().compared_anchors == 2
+    assert ReplayedRun.open(trace_folder).verify().compared_anchors == 2
 
 
 def test_thinning_is_refused_where_it_would_lose_something(
@@ -459,7 +460,7 @@ def test_a_run_that_was_only_trained_is_traced_afterwards(
     )
     assert later.history == [9, 12]
     for folder, first in (("trace", 3), ("later", 6)):
-        trace = open_trace(folder)
+        trace = ReplayedRun.open(folder)
         saved = {step: run_folder / f"checkpoints/step_{step:06d}.pt" for step in (3, 6, 9, 12)}
         wanted = [step for step in saved if step >= first]
         found = sum(same(load_checkpoint(saved[step]), trace.state(step)) for step in wanted)
@@ -548,9 +549,9 @@ def test_the_past_of_another_setting_names_the_changed_fact(
 def test_a_recorded_state_is_what_training_goes_on_from(
     trace_folder: Path, make_config: MakeConfig, same: Same
 ) -> None:
-    trace = open_trace(trace_folder)
-    state = load_state(trace_folder / "checkpoints" / "step_000005.pt")
-    session = TrainingSession.restore(state, make_config(), trace.benchmark)
+    trace = ReplayedRun.open(trace_folder)
+    state = States().state(trace_folder / "checkpoints" / "step_000005.pt")
+    session = TrainingSession(trace.setup, state=state)
     while session.step < 12:
         session.advance()
     assert same(session.state(), trace.state(12))

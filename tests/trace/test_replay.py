@@ -21,12 +21,14 @@ from circuit.reports.evaluation import evaluate_checkpoint
 from circuit.reports.optimizer_update_trace import summarize
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.record import RecordResult
-from circuit.trace.replay import Drift, Trace, load_state, open_trace
+from circuit.trace.replay import Drift, ReplayedRun
+from circuit.trace.states import States
 from circuit.training import session as session_module
 from circuit.training import step as step_module
 from circuit.training.checkpoints import TrainState, save_checkpoint
 from circuit.training.loop import train
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 MakeConfig = Callable[..., TrainConfig]
 Recording = Callable[..., RecordResult]
@@ -63,7 +65,7 @@ def test_replay_is_training(
         schedule={"name": schedule, "warmup_steps": 2},
         steps=6,
     )
-    session = TrainingSession.start(config, tiny)
+    session = TrainingSession(Setup(config, benchmark=tiny))
     trained = [session.state()]
     norms, losses = [], []
     for _ in range(6):
@@ -73,7 +75,7 @@ def test_replay_is_training(
         norms.append(float(outcome.grad_norm))
     summary = summarize(recording(config).store, [])
     assert 0 < summary["max_relative_rounding"] < 1e-3
-    replayed = list(open_trace("trace").steps(0, 6))
+    replayed = list(ReplayedRun.open("trace").replay(0, 6))
     assert [step.step for step in replayed] == [1, 2, 3, 4, 5, 6]
     assert [step.loss for step in replayed] == losses
     assert [step.grad_norm for step in replayed] == norms
@@ -89,8 +91,8 @@ def test_replay_is_training(
 @pytest.fixture
 def states(trace_folder: Path) -> list[TrainState]:
     """What training passes through, step by step, 0 to 12."""
-    trace = open_trace(trace_folder)
-    session = TrainingSession.start(trace.manifest.config, trace.benchmark)
+    trace = ReplayedRun.open(trace_folder)
+    session = TrainingSession(trace.setup)
     found = [session.state()]
     while session.step < 12:
         session.advance()
@@ -101,7 +103,7 @@ def states(trace_folder: Path) -> list[TrainState]:
 def test_random_access_is_sequential(
     trace_folder: Path, states: list[TrainState], same: Same
 ) -> None:
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     order = list(range(13))
     random.Random(0).shuffle(order)
     reached = sum(same(trace.state(step), states[step]) for step in order)
@@ -110,7 +112,7 @@ def test_random_access_is_sequential(
         all(same(s.before, states[s.step - 1]) and same(s.after, states[s.step]) for s in found)
         and [s.step for s in found] == list(range(a + 1, b + 1))
         for a, b in windows
-        if (found := list(trace.steps(a, b)))
+        if (found := list(trace.replay(a, b)))
     )
     print(f"states {reached} of 13, windows {right} of {len(windows)} equal")
     assert (reached, right) == (13, len(windows))
@@ -120,20 +122,20 @@ def test_a_kept_state_is_the_replayed_one(
     trace_folder: Path, states: list[TrainState], same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = trace_folder / "checkpoints" / "step_000007.pt"
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     trace.state(7)
     assert not path.exists()
     trace.state(7, cache=True)
     monkeypatch.setattr(TrainingSession, "advance", None)  # from here nothing is replayed
     assert same(trace.state(7), states[7])
-    assert same(load_state(path), states[7])
+    assert same(States().state(path), states[7])
     path.unlink()
     with pytest.raises(TypeError):
         trace.state(7)
 
 
 def test_a_kept_state_that_is_another_steps_is_refused(trace_folder: Path) -> None:
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     path = trace_folder / "checkpoints" / "step_000007.pt"
     save_checkpoint(path, trace.state(6))
     with pytest.raises(CircuitError, match=r"step_000007\.pt: is not the state of step 7"):
@@ -152,7 +154,7 @@ def test_dense_storage_holds_every_addressable_step(
     steps = [0, 3, 6, 9, 10, 12]
     names = [f"step_{step:06d}.pt" for step in steps]
     assert sorted(p.name for p in Path("dense/checkpoints").iterdir()) == names
-    trace = open_trace("dense")
+    trace = ReplayedRun.open("dense")
     assert trace.verify().compared_anchors == 5
     monkeypatch.setattr(TrainingSession, "advance", None)
     assert all(same(trace.state(step), states[step]) for step in steps)
@@ -165,31 +167,31 @@ def test_a_name_without_a_file_is_replayed_and_evaluated(
     for step in range(13):
         path = folder / f"step_{step:06d}.pt"
         assert path.exists() == (step % 4 == 0)
-        assert same(load_state(path), states[step])
+        assert same(States().state(path), states[step])
     missing = evaluate_checkpoint(make_config(), folder / "step_000006.pt", splits=["train"])
     assert missing.step == 6
     save_checkpoint(Path("six.pt"), states[6])
     stored = evaluate_checkpoint(make_config(), Path("six.pt"), splits=["train"])
     assert [e.to_row() for e in missing.evaluations] == [e.to_row() for e in stored.evaluations]
     assert not (folder / "step_000006.pt").exists()
-    open_trace(trace_folder).state(6, cache=True)
+    ReplayedRun.open(trace_folder).state(6, cache=True)
     assert (folder / "step_000006.pt").exists()
 
 
 def test_a_name_beyond_the_trace_is_refused(trace_folder: Path) -> None:
     with pytest.raises(CircuitError, match="step 13 of the trace is not addressable; expected"):
-        load_state(trace_folder / "checkpoints" / "step_000013.pt")
+        States().state(trace_folder / "checkpoints" / "step_000013.pt")
     with pytest.raises(CircuitError, match="no such checkpoint"):
-        load_state(trace_folder / "checkpoints" / "best.pt")
+        States().state(trace_folder / "checkpoints" / "best.pt")
     with pytest.raises(CircuitError, match="no such checkpoint"):
-        load_state(Path("elsewhere") / "checkpoints" / "step_000004.pt")
+        States().state(Path("elsewhere") / "checkpoints" / "step_000004.pt")
 
 
 def test_only_the_chosen_steps_are_addressable(
     workplace: Path, make_config: MakeConfig, recording: Recording
 ) -> None:
     recording(make_config(), anchor_every=5, checkpoint_every=2, checkpoint_start_step=4)
-    trace = open_trace("trace")
+    trace = ReplayedRun.open("trace")
     reached, refused = set(), {}
     for step in range(14):
         try:
@@ -200,15 +202,15 @@ def test_only_the_chosen_steps_are_addressable(
     for step, message in refused.items():
         assert f"trace: step {step} of the trace is not addressable" in message
         assert "every 2 steps from 4 to 12, or an anchor" in message
-    assert [step.step for step in trace.steps(1, 3)] == [2, 3]  # windows are not bound to the grid
+    assert [step.step for step in trace.replay(1, 3)] == [2, 3]  # windows are not bound to the grid
 
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 3), (3, 3), (5, 4), (0, 13), (12, 13)])
 def test_windows_that_are_not_recorded_are_refused(
     trace_folder: Path, start: int, end: int
 ) -> None:
-    trace = open_trace(trace_folder)
-    for execute in (lambda: list(trace.steps(start, end)), lambda: trace.verify(start, end)):
+    trace = ReplayedRun.open(trace_folder)
+    for execute in (lambda: list(trace.replay(start, end)), lambda: trace.verify(start, end)):
         with pytest.raises(CircuitError, match=f"window {start}:{end}; expected .* within 0:12"):
             execute()
 
@@ -216,27 +218,27 @@ def test_windows_that_are_not_recorded_are_refused(
 def test_a_recording_starts_at_any_state_of_another_trace(
     trace_folder: Path, states: list[TrainState], recording: Recording, same: Same
 ) -> None:
-    config = open_trace(trace_folder).manifest.config
+    config = ReplayedRun.open(trace_folder).manifest.config
     start = trace_folder / "checkpoints" / "step_000006.pt"
     assert not start.exists()
     found = recording(config, "late", resume_checkpoint=start, num_steps=5)
     assert (found.first_step, found.steps) == (6, 5)
-    late = open_trace("late")
+    late = ReplayedRun.open("late")
     assert late.manifest.anchors() == [6, 8, 11]
     assert all(same(late.state(step), states[step]) for step in range(6, 12))
-    whole = open_trace(trace_folder).store.rows
+    whole = ReplayedRun.open(trace_folder).store.rows
     assert late.store.rows == whole[6:11]
     with pytest.raises(CircuitError, match="expected start < end within 6:11"):
-        list(late.steps(5, 7))
+        list(late.replay(5, 7))
 
 
 def test_traces_open_from_the_package(trace_folder: Path) -> None:
-    trace = circuit.open_trace(trace_folder)
-    assert isinstance(trace, circuit.Trace)
-    assert repr(trace) == "Trace(trace: steps 0 to 12 of 12, 4 anchors, adamw)"
-    assert circuit.open_trace(trace_folder / "trace.json").store.root == trace_folder
+    trace = circuit.open_run(trace_folder)
+    assert isinstance(trace, ReplayedRun)
+    assert repr(trace) == "ReplayedRun(trace: steps 0 to 12 of 12, 4 anchors, adamw)"
+    assert circuit.open_run(trace_folder / "trace.json").store.root == trace_folder
     with pytest.raises(CircuitError, match=r"nowhere: there is no trace here; .*trace\.json"):
-        circuit.open_trace("nowhere")
+        ReplayedRun.open("nowhere")
 
 
 @pytest.fixture
@@ -252,12 +254,12 @@ def test_replay_uses_the_recorded_thread_count(
     workplace: Path, make_config: MakeConfig, recording: Recording, recorded: int, then: int
 ) -> None:
     recording(make_config(threads=recorded, steps=4))
-    assert open_trace("trace").manifest.environment["threads"] == recorded
+    assert ReplayedRun.open("trace").manifest.environment["threads"] == recorded
     torch.set_num_threads(then)
-    assert open_trace("trace").verify().law == "replayed 4 steps, 0 bits differ"
+    assert ReplayedRun.open("trace").verify().law == "replayed 4 steps, 0 bits differ"
     assert torch.get_num_threads() == recorded
     torch.set_num_threads(then)
-    assert open_trace("trace").changed_facts() == []
+    assert ReplayedRun.open("trace").changed_facts() == []
 
 
 @pytest.mark.usefixtures("_threads")
@@ -343,10 +345,10 @@ def test_the_first_stage_that_differs_is_named(
     cause: str,
 ) -> None:
     change(monkeypatch)
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     named = rf"trace: step 5 does not replay: it first differs in {stage} \({cause}.*no recorded"
     with pytest.raises(CircuitError, match=named):
-        list(trace.steps(5, 7))
+        list(trace.replay(5, 7))
     with pytest.raises(CircuitError, match=r"step 9 .* first differs in"):
         trace.state(10, cache=True)
     found = trace.verify(4, 6)
@@ -359,7 +361,7 @@ def test_the_changed_fact_is_named(trace_folder: Path, monkeypatch: pytest.Monke
     other_logits(monkeypatch)
     monkeypatch.setenv("MKL_LAW_UNDER_TEST", "1")
     with pytest.raises(CircuitError, match=r"variables: {.*} -> {.*'MKL_LAW_UNDER_TEST': '1'"):
-        list(open_trace(trace_folder).steps(0, 1))
+        list(ReplayedRun.open(trace_folder).replay(0, 1))
     monkeypatch.undo()
 
 
@@ -379,21 +381,21 @@ def moved_at(patch: pytest.MonkeyPatch, at: int) -> None:
     patch.setattr(step_module, "training_step", step_aside)
 
 
-def drifted(trace: Trace, same: Same, states: list[TrainState]) -> dict[int, bool]:
-    return {s.step: not same(s.after, states[s.step]) for s in trace.steps(0, 12)}
+def drifted(trace: ReplayedRun, same: Same, states: list[TrainState]) -> dict[int, bool]:
+    return {s.step: not same(s.after, states[s.step]) for s in trace.replay(0, 12)}
 
 
 def test_drift_that_is_allowed_is_recorded_and_ends_at_anchors(
     trace_folder: Path, states: list[TrainState], same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved_at(monkeypatch, 6)
-    trace = open_trace(trace_folder, allow_drift=True)
+    trace = ReplayedRun.open(trace_folder, allow_drift=True)
     apart = drifted(trace, same, states)
     assert [step for step, differs in apart.items() if differs] == [6, 7, 8]
     assert len(apart) == 12
     assert trace.drifts == [Drift(6, "parameters"), Drift(7, "logits"), Drift(8, "logits")]
     with pytest.raises(CircuitError, match="step 6 does not replay"):
-        drifted(open_trace(trace_folder), same, states)
+        drifted(ReplayedRun.open(trace_folder), same, states)
 
 
 def test_a_drifted_state_is_never_kept(
@@ -401,23 +403,25 @@ def test_a_drifted_state_is_never_kept(
 ) -> None:
     with monkeypatch.context() as patch:
         moved_at(patch, 6)
-        assert not same(open_trace(trace_folder, allow_drift=True).state(7, cache=True), states[7])
-    assert same(open_trace(trace_folder).state(7), states[7])
+        assert not same(
+            ReplayedRun.open(trace_folder, allow_drift=True).state(7, cache=True), states[7]
+        )
+    assert same(ReplayedRun.open(trace_folder).state(7), states[7])
 
 
 def test_verify_says_where_the_first_bits_differ(
     trace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = open_trace(trace_folder).verify()
+    whole = ReplayedRun.open(trace_folder).verify()
     assert whole.equal
     assert whole.law == "replayed 12 steps, 0 bits differ"
     assert whole.compared_anchors == 3
     seen: list[int] = []
-    part = open_trace(trace_folder).verify(5, 9, progress=lambda step: seen.append(step.step))
+    part = ReplayedRun.open(trace_folder).verify(5, 9, progress=lambda step: seen.append(step.step))
     assert part.law == "replayed 4 steps, 0 bits differ"
     assert seen == [5, 6, 7, 8, 9]
     moved_at(monkeypatch, 8)
-    found = open_trace(trace_folder).verify()
+    found = ReplayedRun.open(trace_folder).verify()
     assert not found.equal
     assert found.law == "replayed 12 steps, 1 differ, first at step 8 in parameters"
     ((step, difference),) = found.anchors
@@ -430,9 +434,9 @@ def test_verify_says_where_the_first_bits_differ(
 def test_nothing_is_written_by_looking(trace_folder: Path, bytes_of: BytesOf) -> None:
     before = bytes_of(trace_folder)
     files = set(trace_folder.rglob("*"))
-    trace = open_trace(trace_folder)
+    trace = ReplayedRun.open(trace_folder)
     trace.verify()
-    list(trace.steps(1, 3))
+    list(trace.replay(1, 3))
     trace.state(11)
     assert bytes_of(trace_folder) == before
     assert set(trace_folder.rglob("*")) == files
@@ -440,14 +444,14 @@ def test_nothing_is_written_by_looking(trace_folder: Path, bytes_of: BytesOf) ->
 
 def test_a_trace_may_be_moved(trace_folder: Path, states: list[TrainState], same: Same) -> None:
     shutil.move(trace_folder, "archive")
-    assert same(load_state(Path("archive/checkpoints/step_000003.pt")), states[3])
+    assert same(States().state(Path("archive/checkpoints/step_000003.pt")), states[3])
 
 
 def test_a_file_of_another_step_is_refused(trace_folder: Path) -> None:
     folder = trace_folder / "checkpoints"
     (folder / "step_000005.pt").write_bytes((folder / "step_000004.pt").read_bytes())
     with pytest.raises(CircuitError, match=r"step_000005\.pt: holds the state of step 4"):
-        load_state(folder / "step_000005.pt")
+        States().state(folder / "step_000005.pt")
 
 
 def test_verify_names_the_tensor_beyond_its_window(
@@ -464,7 +468,7 @@ def test_verify_names_the_tensor_beyond_its_window(
         return moments
 
     monkeypatch.setattr(trace_step, "read_moments", perturbed)
-    found = open_trace(trace_folder).verify(0, 3)
+    found = ReplayedRun.open(trace_folder).verify(0, 3)
     assert found.steps == 3
     assert [drift.step for drift in found.drifts] == [2, 3]
     ((at, difference),) = found.anchors

@@ -22,6 +22,7 @@ from circuit.trace.record import RecordResult
 from circuit.trace.step import TracedStep, Tracer
 from circuit.training.optimizers import build_optimizer, learning_rate
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 SessionAfter = Callable[..., TrainingSession]
 MakeConfig = Callable[..., TrainConfig]
@@ -228,7 +229,7 @@ def test_rows_hold_the_norms_of_the_terms(
     store = recording(config, end_step=4, top_k_parameters=3).store
     rows = read_jsonl(store.root / "optimizer_update_trace_rows.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    session = TrainingSession.start(config, tiny)
+    session = TrainingSession(Setup(config, benchmark=tiny))
     for row, step in zip(rows, traced(session, 4), strict=True):
         columns = {**step.update.named(), **step.update.references()}
         assert list(row["term_norms"]) == [*COLUMNS["sgd"], "raw_sgd", "clipped_sgd"]

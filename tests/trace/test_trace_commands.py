@@ -19,7 +19,7 @@ from circuit.cli import main
 
 from circuit.artifacts import read_jsonl
 from circuit.config import TrainConfig
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.training import step as step_module
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.loop import train
@@ -110,7 +110,7 @@ def test_the_contracts_command_leaves_its_outputs(trained: Path, run: Run) -> No
         "optimizer_update_trace_rows.jsonl",
         "trace.json",
     ]
-    assert open_trace(OUTPUT).verify().equal
+    assert ReplayedRun.open(OUTPUT).verify().equal
     code, _, _ = run("optimizer-update-trace", *CONTRACT)  # again, over the first
     assert code == 0
 
@@ -301,7 +301,7 @@ def test_windows_that_are_none_are_refused(trace_folder: Path, run: Run, window:
 
 
 def test_checkout_writes_the_state_of_any_step(trace_folder: Path, run: Run, same: Same) -> None:
-    state = open_trace(trace_folder).state(7)
+    state = ReplayedRun.open(trace_folder).state(7)
     words = ["trace", "checkout", trace_folder, "--step", "7"]
     code, out, err = run(*words, "--output", "out/seven.pt")
     assert (code, err) == (0, "")
@@ -345,7 +345,7 @@ def test_prune_thins_and_refuses(trace_folder: Path, run: Run, bytes_of: BytesOf
 
 def test_a_command_takes_a_checkpoint_that_is_no_file(trace_folder: Path, run: Run) -> None:
     missing = trace_folder / "checkpoints" / "step_000007.pt"
-    config = open_trace(trace_folder).manifest.config
+    config = ReplayedRun.open(trace_folder).manifest.config
     Path("c.json").write_text(config.to_json(), "utf-8")
     words = ["evaluate", "--config", "c.json", "--checkpoint", missing, "--split", "train"]
     code, out, err = run(*words, "--json")

@@ -22,7 +22,7 @@ from circuit import artifacts
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace.record import RecordOptions, RecordResult
-from circuit.trace.replay import open_trace
+from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST, ROWS, WHILE_TRAINING
 from circuit.trace.while_training import DEFAULT_FOLDER, TraceRecorder
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
@@ -102,7 +102,7 @@ def test_the_bytes_are_those_of_a_run_and_of_a_trace_recorded_afterwards(
     train(config)
     recording(config, TRACE, **{"anchor_every": 50, **options})
     assert together == (run_bytes(), bytes_of(TRACE))
-    assert open_trace("together" / TRACE.relative_to("runs")).verify().equal
+    assert ReplayedRun.open("together" / TRACE.relative_to("runs")).verify().equal
 
 
 def test_no_step_is_executed_twice(
@@ -289,7 +289,7 @@ def test_a_recorder_without_an_end_traces_each_run_to_its_own(
     for steps in (2, 3, 1):
         config = make_config(steps=steps, output_dir=f"runs/{steps}")
         train(config, recorder=recorder)
-        store = open_trace(recorder.folder_of(config)).store
+        store = ReplayedRun.open(recorder.folder_of(config)).store
         assert (store.manifest.end_step, store.complete) == (steps, True)
 
 
@@ -446,7 +446,7 @@ def test_ctrl_c_stops_run_and_trace_at_one_step(
         patch.setattr(TrainingSession, "advance", interrupted)
         done = type_and_read(words, capsys)
     assert (done.code, "interrupted after step 5" in done.err) == (130, True)
-    assert open_trace(TRACE).store.last_step == 5
+    assert ReplayedRun.open(TRACE).store.last_step == 5
     assert type_and_read([*words, "--resume"], capsys).code == 0
     kept = {name: run_bytes()[name] for name in apart[0]}  # a checkpoint of step 5 beside them
     assert (kept, bytes_of(TRACE)) == apart
@@ -466,5 +466,5 @@ def test_a_run_that_leaves_its_trace_behind_says_how_to_finish_it(
     said, command = done.out.rstrip().splitlines()[-1].split(" ends at step 4; finish it with: ")
     assert said == f"note: the trace in {TRACE}"
     assert type_and_read(shlex.split(command)[1:], capsys).code == 0
-    assert open_trace(TRACE).verify().steps == 12
+    assert ReplayedRun.open(TRACE).verify().steps == 12
     assert "note" not in type_and_read([*words, "--resume"], capsys).out

@@ -10,6 +10,7 @@ import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from circuit.training.checkpoints import (
     tensor_digest,
     tensors_digest,
 )
-from circuit.training.session import TrainingSession, model_from_state
+from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 MakeConfig = Callable[..., TrainConfig]
 SessionAfter = Callable[..., TrainingSession]
@@ -96,7 +98,7 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped(
     for stop in (0, 1, 4):
         save_checkpoint(tmp_path / "x.pt", session_after(stop, optimizer=optimizer).state())
         state = load_checkpoint(tmp_path / "x.pt")
-        session = TrainingSession.restore(state, straight.config, tiny)
+        session = TrainingSession(Setup(straight.config, benchmark=tiny), state=state)
         while session.step < 7:
             session.advance()
         assert_equal_states(session.state(), straight.state())
@@ -335,7 +337,7 @@ def test_unsound_moments_are_refused_by_name(
     save_checkpoint(tmp_path / "x.pt", broken(session.state(), how))
     state = load_checkpoint(tmp_path / "x.pt")  # the file is what was saved; its content is wrong
     with pytest.raises(CircuitError, match=said):
-        TrainingSession.restore(state, session.config, tiny)
+        TrainingSession(Setup(session.config, benchmark=tiny), state=state)
 
 
 @pytest.mark.parametrize(
@@ -360,9 +362,10 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_field(
 ) -> None:
     state = session_after(1).state()
     other = make_config(**{field: value})
-    for use in (model_from_state, TrainingSession.restore):
+    setup = Setup(other, benchmark=tiny)
+    for use in (setup.model, partial(TrainingSession, setup)):
         with pytest.raises(CircuitError, match=f"belongs to another config: {field}"):
-            use(state, other, tiny)
+            use(state=state)
 
 
 def test_a_checkpoint_of_another_benchmark_is_refused(
@@ -370,9 +373,10 @@ def test_a_checkpoint_of_another_benchmark_is_refused(
 ) -> None:
     state = session_after(1).state()
     other = replace(tiny, digest="f" * 64)
-    for use in (model_from_state, TrainingSession.restore):
+    setup = Setup(state.config, benchmark=other)
+    for use in (setup.model, partial(TrainingSession, setup)):
         with pytest.raises(CircuitError, match="trained on another benchmark: digest") as caught:
-            use(state, state.config, other)
+            use(state=state)
         assert tiny.digest[:12] in str(caught.value)
         assert "f" * 12 in str(caught.value)
 
@@ -383,7 +387,7 @@ def test_a_restored_model_has_the_saved_weights_and_no_more(
     session = session_after(3)
     state = session.state()
     kept = tensors_digest(state.parameters)
-    model = model_from_state(state, session.config, tiny)
+    model = Setup(session.config, benchmark=tiny).model(state)
     assert tensors_digest(dict(model.named_parameters())) == kept
     session.advance()  # a state is a copy
     assert tensors_digest(state.parameters) == kept

@@ -19,7 +19,8 @@ from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import Record
 from circuit.training import evaluate as module
 from circuit.training.evaluate import Evaluation, evaluate
-from circuit.training.session import TrainingSession, encode_split
+from circuit.training.session import TrainingSession
+from circuit.training.setup import encode_split
 
 SPLITS = ("train", "validation_iid", "heldout_pairs")
 Reads = list[dict[str, Any]]

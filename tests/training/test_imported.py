@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from circuit.config import ImportedConfig, ModelConfig, TrainConfig, load_config
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.probes import write_probe_set
 from circuit.training.checkpoints import (

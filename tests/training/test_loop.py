@@ -17,7 +17,7 @@ from circuit.config import BenchmarkConfig, TrainConfig, parse_config
 from circuit.environment import BIT_FACTS
 from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import draw_probe_set
 from circuit.training.checkpoints import (

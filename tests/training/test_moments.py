@@ -11,7 +11,7 @@ import torch
 
 from circuit.config import TrainConfig
 from circuit.errors import CircuitError
-from circuit.runs import open_run
+from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.training.checkpoints import (
@@ -23,6 +23,7 @@ from circuit.training.checkpoints import (
 )
 from circuit.training.loop import train
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 
 def without_a_past(state: TrainState, how: str) -> TrainState:
@@ -49,7 +50,7 @@ def test_moments_that_are_no_past_are_refused_where_a_step_is_taken(
     what = "no optimizer moments" if how == "absent" else f"{how} that is zero in every parameter"
     said = f"the state of step 3 holds {what}"
     with pytest.raises(CircuitError, match=said):
-        TrainingSession.restore(load_checkpoint(path), config, tiny)
+        TrainingSession(Setup(config, benchmark=tiny), state=load_checkpoint(path))
     for take in (
         lambda: train(config, resume=True),
         lambda: record_trace(config, "t", RecordOptions(num_steps=2, resume_checkpoint=path)),
@@ -58,8 +59,8 @@ def test_moments_that_are_no_past_are_refused_where_a_step_is_taken(
             take()
     assert open_run(config.output_dir).model(3) is not None  # its weights are sound
     # at step 0 no gradient has been seen, so zero is what there is
-    start = TrainingSession.start(config, tiny).state()
-    assert TrainingSession.restore(start, config, tiny).step == 0
+    start = TrainingSession(Setup(config, benchmark=tiny)).state()
+    assert TrainingSession(Setup(config, benchmark=tiny), state=start).step == 0
     save_checkpoint(path, whole)
     assert train(config, resume=True).step == 6
 

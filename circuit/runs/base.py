@@ -1,0 +1,63 @@
+"""What a run is to whoever asks about its weights: states by step, models, replayed steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from circuit.config import TrainConfig
+from circuit.trace.step import TracedStep
+from circuit.training.checkpoints import StateHeader, TrainState
+from circuit.training.setup import Setup
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+class Run(Protocol):
+    """The weights of a training run, step by step."""
+
+    @property
+    def path(self) -> Path:
+        """The folder that was named."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """What it was trained with."""
+
+    @property
+    def setup(self) -> Setup:
+        """What the config names: benchmark, splits, model; read and built once."""
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose state can be asked for, ascending."""
+
+    def header(self, step: int) -> StateHeader:
+        """Whose state that of a step is, from descriptions alone.
+
+        Raises:
+            CircuitError: the run has no state of that step.
+        """
+
+    def state(self, step: int) -> TrainState:
+        """The state after `step` optimizer steps.
+
+        Raises:
+            CircuitError: there is none, it is damaged, or it does not replay.
+        """
+
+    def model(self, step: int) -> HookedTransformer:
+        """The model of that state, on the config's device.
+
+        Raises:
+            CircuitError: as `state`; or the state is of another recipe or benchmark.
+        """
+
+    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
+        """The steps that take state `start` to state `end`, executed again.
+
+        Raises:
+            CircuitError: the run cannot, with the reason; or a step differs.
+        """

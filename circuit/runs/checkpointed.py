@@ -1,0 +1,151 @@
+"""A folder of checkpoints: weights at some steps, and no way to the steps between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from circuit.config import RUN_CONFIG, TrainConfig, load_run_config
+from circuit.errors import CircuitError
+from circuit.lazy import pd, torch
+from circuit.runs.rows import read_rows
+from circuit.trace.step import TracedStep
+from circuit.training.checkpoints import (
+    StateHeader,
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    read_header,
+)
+from circuit.training.run_folder import BEST, METRICS
+from circuit.training.setup import Setup
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+    from circuit.tasks.benchmark import Benchmark
+    from circuit.tasks.positions import Batch
+    from circuit.tasks.symbolic_kv import Vocabulary
+
+
+def open_folder(where: str | Path) -> CheckpointedRun:
+    """Open the folder of a run that was trained here (or its `run_config.json`).
+
+    Raises:
+        CircuitError: there is no run, or its config is damaged.
+    """
+    path = Path(where)
+    folder = path.parent if path.name == RUN_CONFIG else path
+    if not (folder / RUN_CONFIG).is_file():
+        raise CircuitError(
+            f"holds no {RUN_CONFIG}",
+            where=folder,
+            expected="the folder of a run",
+            fix="train one with `circuit train` or `circuit quickstart`",
+        )
+    return CheckpointedRun(folder, load_run_config(folder), folder / "checkpoints")
+
+
+class CheckpointedRun:
+    """A training run on disk, or its checkpoints alone (a `circuit.runs.base.Run`).
+
+    Attributes:
+        path: the folder that was named.
+        checkpoints: where its states stand.
+        setup: what its config names, read and built once.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, checkpoints: Path) -> None:
+        self.path = path
+        self.checkpoints = checkpoints
+        self.setup = Setup(config, path)
+
+    def __repr__(self) -> str:
+        steps, shape = self.steps, self.config.model
+        span = f"{len(steps)} checkpoints, {steps[0]} to {steps[-1]}" if steps else "no checkpoints"
+        name = type(self).__name__
+        return f"{name}({self.path}: {shape.layers} layers, {shape.heads} heads, {span})"
+
+    @property
+    def config(self) -> TrainConfig:
+        """What it was trained with."""
+        return self.setup.config
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return list(list_checkpoints(self.checkpoints))
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The run's benchmark."""
+        return self.setup.benchmark
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the run's benchmark."""
+        return self.benchmark.vocabulary
+
+    def header(self, step: int) -> StateHeader:
+        """Whose state a checkpoint holds; raises as `state`."""
+        return read_header(self._file(step))
+
+    def state(self, step: int | str = "best") -> TrainState:
+        """A saved state: of a step, or `"best"`.
+
+        Raises:
+            CircuitError: there is no such checkpoint, or it is damaged.
+        """
+        return load_checkpoint(self._file(step))
+
+    def model(self, step: int | str = "best", *, untied: bool = False) -> HookedTransformer:
+        """The model after `step` optimizer steps, or the best one.
+
+        Args:
+            untied: as plain TransformerLens has it, with a `W_U` of its own, for tools that read
+                that from the `state_dict` (`process_weights_`, `SVDInterpreter`); a copy whose
+                logits are equal to rounding (circuit/model/standard.py).
+
+        Raises:
+            CircuitError: as `state`; or it belongs to another config or benchmark.
+        """
+        return self.setup.model(self.state(step), untied=untied)
+
+    def batch(self, split: str, indices: Sequence[int] | torch.Tensor | None = None) -> Batch:
+        """Records of a split (all by default) as tokens `[batch, pos]` with read indices.
+
+        Raises:
+            CircuitError: there is no such split, or an index is out of range.
+        """
+        return self.setup.split(split).batch(indices).to(self.config.device)
+
+    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
+        """Refused: nothing here tells the steps between two checkpoints.
+
+        Raises:
+            CircuitError: always.
+        """
+        raise CircuitError(
+            f"steps {start} to {end} cannot be executed again from checkpoints alone",
+            where=self.path,
+            expected="a trace",
+            fix="record one with `circuit trace record`, and open its folder",
+        )
+
+    def metrics(self) -> pd.DataFrame:
+        """The rows of `metrics.jsonl`: `kind` is `train` or `evaluation`."""
+        return read_rows(self.path / METRICS)
+
+    def _file(self, step: int | str) -> Path:
+        if step == "best":
+            return self.path / BEST
+        saved = list_checkpoints(self.checkpoints)
+        found = saved.get(step) if isinstance(step, int) else None
+        if found is None:
+            raise CircuitError(
+                f"no checkpoint of step {step}",
+                where=self.path,
+                expected=f"one of {', '.join(map(str, saved)) or '(none)'} or 'best'",
+            )
+        return found

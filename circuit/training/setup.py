@@ -1,0 +1,186 @@
+"""What a config names, read and built once: the benchmark, encoded splits, the model.
+
+A run, its trace and every report on them share one `Setup`; a model of a state is a copy of the
+one that was built.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from circuit.artifacts import find_folder
+from circuit.config import ImportedConfig, ModelConfig, TrainConfig
+from circuit.environment import prepare_process
+from circuit.errors import CircuitError
+from circuit.model.weights import load_tensors
+from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.positions import EncodedSplit
+from circuit.training.checkpoints import StateHeader, TrainState
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+class Setup:
+    """A config with what it names.
+
+    Attributes:
+        config: of the run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        near: str | Path | None = None,
+        *,
+        benchmark: Benchmark | None = None,
+        benchmark_digest: str | None = None,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            config: of the run.
+            near: the benchmark is looked for above this place; the run's folder by default.
+            benchmark: where it has been read already.
+            benchmark_digest: that it has to have, where a run or trace has recorded it.
+        """
+        self.config = config
+        self.near = Path(config.output_dir if near is None else near)
+        self._digest = benchmark_digest
+        self._splits: dict[str, EncodedSplit] = {}
+        self._benchmark = [] if benchmark is None else [benchmark]
+        self._model: list[HookedTransformer] = []
+
+    def with_config(self, config: TrainConfig) -> Setup:
+        """The same with another config of the same recipe; what is built is shared."""
+        made = copy.copy(self)
+        made.config = config
+        if config.device != self.config.device:
+            made._model = []
+        return made
+
+    def is_of(self, config: TrainConfig, benchmark_digest: str) -> bool:
+        """Whether a run with this recipe on this benchmark is the same run."""
+        same = self.config.recipe_difference(config) is None
+        return same and self.benchmark.digest == benchmark_digest
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The run's benchmark; its splits are read when they are asked for.
+
+        Raises:
+            CircuitError: it is missing, damaged, or not the recorded one.
+        """
+        if self._benchmark:
+            return self._benchmark[0]
+        benchmark = load_benchmark(find_folder(self.config.benchmark_dir, self.near), splits=[])
+        if self._digest not in (None, benchmark.digest):
+            raise CircuitError(
+                f"the benchmark is not the one that was traced: digest {benchmark.digest[:12]},"
+                f" recorded {str(self._digest)[:12]}",
+                where=self.config.benchmark_dir,
+                fix="regenerate it from the config that the run used",
+            )
+        self._benchmark.append(benchmark)
+        return benchmark
+
+    def split(self, name: str) -> EncodedSplit:
+        """A split of the benchmark as index tensors.
+
+        Raises:
+            CircuitError: there is no such split, or its records are too long for the model.
+        """
+        if name not in self._splits:
+            self._splits[name] = encode_split(self.benchmark, name, self.config.model)
+        return self._splits[name]
+
+    def prepare(self, threads: int | None = None) -> None:
+        """Give this process the config's threads (or those given), device and determinism."""
+        prepare_process(threads=threads or self.config.threads, device=self.config.device)
+
+    def check(self, header: StateHeader) -> None:
+        """Refuse a state of another recipe or another benchmark; see `check_state`."""
+        check_state(header, self.config, self.benchmark.digest)
+
+    def initial_model(self) -> HookedTransformer:
+        """A model with the initial weights, on the config's device."""
+        if not self._model:
+            self._model.append(self._build())
+        return copy.deepcopy(self._model[0])
+
+    def model(self, state: TrainState, *, untied: bool = False) -> HookedTransformer:
+        """The model of a state, on the config's device.
+
+        Args:
+            state: its weights.
+            untied: a standard model with a `W_U` of its own (circuit/model/standard.py).
+
+        Raises:
+            CircuitError: the state belongs to another recipe or benchmark.
+        """
+        self.check(state)
+        model = self.initial_model()
+        load_tensors(model, state.parameters)
+        if untied:
+            from circuit.model.standard import standard_model
+
+            return standard_model(model)
+        return model
+
+    def _build(self) -> HookedTransformer:
+        from circuit.model.build import build_model
+
+        config = self.config
+        return build_model(
+            config.model,
+            vocabulary_size=self.benchmark.vocabulary.size,
+            seed=0 if isinstance(config, ImportedConfig) else config.seed,
+            kernels=config.kernels,
+            device=config.device,
+        )
+
+
+def encode_split(
+    benchmark: Benchmark, split: str, model: ModelConfig | None = None
+) -> EncodedSplit:
+    """A split of a benchmark as index tensors.
+
+    Args:
+        model: the model that is to read it.
+
+    Raises:
+        CircuitError: there is no such split, it was not loaded, or a record is longer than the
+            model's `max_sequence_length`.
+    """
+    records = benchmark.records(split)
+    longest = max(len(record.tokens) for record in records)
+    if model is not None and longest > model.max_sequence_length:
+        raise CircuitError(
+            f"a record of split {split!r} has {longest} tokens, more than the model's"
+            f" max_sequence_length {model.max_sequence_length}",
+            fix=f"set model.max_sequence_length to at least {longest}",
+        )
+    return EncodedSplit(records, benchmark.vocabulary, benchmark.heldout_pairs)
+
+
+def check_state(state: StateHeader, config: TrainConfig, benchmark_digest: str) -> None:
+    """Refuse a state of another recipe or another benchmark.
+
+    Raises:
+        CircuitError: the first recipe field that differs is named.
+    """
+    difference = config.recipe_difference(state.config)
+    if difference is not None:
+        raise CircuitError(
+            f"the checkpoint of step {state.step} belongs to another config: {difference}",
+            fix="pass the run_config.json that stands beside the checkpoint's folder",
+        )
+    if state.benchmark_digest != benchmark_digest:
+        raise CircuitError(
+            f"the checkpoint of step {state.step} was trained on another benchmark: digest"
+            f" {state.benchmark_digest[:12]} there and {benchmark_digest[:12]} in"
+            f" {config.benchmark_dir}",
+            fix="regenerate the benchmark from the config that the run used",
+        )

@@ -1,0 +1,108 @@
+"""A command opens its run, benchmark, probe set and trace once, and builds its model once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Done
+from test_reports_shape import CONFIG, PROBE, WORDS
+
+from circuit.runs.opening import open_run
+from circuit.trace.step import Tracer
+
+Circuit = Callable[..., Done]
+
+COUNTED = {
+    "benchmark": "circuit.training.setup.load_benchmark",
+    "model": "circuit.model.build.build_model",
+    "trace": "circuit.trace.replay.TraceStore",
+    "pairs": "circuit.reports.inputs.build_pairs",
+    "probe set": "circuit.reports.inputs.read_probe_set",
+    "config": "circuit.config.load_run_config",
+}
+STATES = " ".join(f"--checkpoint trace/checkpoints/step_{step:06d}.pt" for step in (5, 6, 7, 9))
+ON_THE_RUN = {
+    "evaluate": f"{CONFIG} --checkpoint runs/tiny/checkpoints/step_000003.pt --output e.json",
+    "export": f"{CONFIG} --checkpoint trace/checkpoints/step_000005.pt --output-dir exported",
+    "page": "runs/tiny --output page.html",
+    "train": f"{CONFIG} --resume",
+    "trace verify": "trace",
+    "trace checkout": "trace --step 5",
+    "trace qk": f"{PROBE} --optimizer-trace-dir trace --head L1H0 --rank 2 --end-step 2"
+    " --basis source --basis step:1 --min-route-pairs-per-type 2 --output-dir qk",
+}
+"""Further commands that read a run."""
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often each of `COUNTED` is called within the block; and steps that are executed."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name, place in COUNTED.items():
+            module, _, attribute = place.rpartition(".")
+            found = __import__(module, fromlist=[attribute])
+            patch.setattr(found, attribute, counted(name, getattr(found, attribute)))
+        patch.setattr(Tracer, "advance", counted("steps", Tracer.advance))
+        yield calls
+
+
+def words_of(command: str) -> list[str]:
+    """With states of a trace for checkpoints."""
+    words = WORDS[command].split()
+    if "--checkpoint" in words:
+        first = words.index("--checkpoint")
+        del words[first : first + 4]
+        words += STATES.split()
+    text = " ".join(words).replace("runs/tiny/analysis/trace", "trace")
+    return [command, *text.split(), "--output-dir", f"reports/{command}"]
+
+
+def test_every_command_that_reads_a_run_opens_everything_once(
+    circuit: Circuit, traced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of `WORDS`, since later ones read what earlier ones wrote."""
+    found: dict[str, dict[str, int]] = {}
+    lines = {command: words_of(command) for command in WORDS}
+    lines |= {name: [*name.split(), *words.split()] for name, words in ON_THE_RUN.items()}
+    for command, words in lines.items():
+        with counting(monkeypatch) as calls:
+            done = circuit(*words)
+        assert done.code == 0, (command, done.err)
+        found[command] = dict(calls)
+    print(*(f"{command}: {calls}" for command, calls in found.items()), sep="\n")
+    opened = {c: {n: k for n, k in calls.items() if n != "steps"} for c, calls in found.items()}
+    more = {c: {n: k for n, k in calls.items() if k > 1} for c, calls in opened.items()}
+    assert {command: calls for command, calls in more.items() if calls} == {}
+    # states 5, 6, 7 and 9 of anchors 4 and 8: 3 steps and 1, not 1 + 2 + 3 + 1
+    passes = {command: calls["steps"] for command, calls in found.items() if "steps" in calls}
+    over = {c: n for c, n in passes.items() if STATES in " ".join(lines[c]) and n != 4}
+    assert over == {}
+
+
+def test_states_of_a_trace_in_ascending_order_are_one_pass(
+    traced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(traced)
+    with counting(monkeypatch) as calls:
+        states = [run.state(step) for step in (1, 2, 3, 7, 6)]
+    assert [state.step for state in states] == [1, 2, 3, 7, 6]
+    assert calls["steps"] == 3 + 3 + 2  # 7 is beyond an anchor, and 6 lies behind 7
+    again = open_run(traced)
+    for state in states:
+        fresh = open_run(traced).state(state.step)
+        assert all(fresh.parameters[n].equal(p) for n, p in state.parameters.items())
+    assert again.steps == list(range(13))
