@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from circuit.attribution.groups import Atom, Partition, atoms
-from circuit.attribution.path import PathRule, path_rule
+from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.paths import PathRule, path_rule
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.scalars.base import BoundScalar, Scalar, SharedBatch
 from circuit.tasks.positions import answer_mask
-from circuit.trace.flat import Flat, ParameterLayout
 from circuit.trace.step import TracedStep
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
-from circuit.trace.flat import ParameterLayout
 
 Partition = Literal["layer", "component", "circuit"]
 PARTITIONS: tuple[Partition, ...] = ("layer", "component", "circuit")

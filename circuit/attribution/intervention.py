@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from circuit.attribution.attribute import Attributor
+from circuit.core.flat import Flat
 from circuit.lazy import torch
-from circuit.trace.flat import Flat
 
 if TYPE_CHECKING:
     from jaxtyping import Float

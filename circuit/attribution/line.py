@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
-from circuit.attribution.path import clenshaw_curtis
+from circuit.core.paths import clenshaw_curtis
 from circuit.lazy import no_grad, torch
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from circuit.attribution.attribute import Attributor, LossScope, check_loss_scope
 from circuit.attribution.groups import Partition, check_partition
-from circuit.attribution.path import path_rule
 from circuit.attribution.series import Series
+from circuit.core.paths import path_rule
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.scalars.base import Scalar

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from circuit.config import AdamWConfig, TrainConfig
+from circuit.core.flat import Flat
 from circuit.lazy import torch
-from circuit.trace.flat import Flat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,16 +14,15 @@ from transformer_lens import HookedTransformer
 
 from circuit.attribution.attribute import Attributor, StepAttribution, attribute
 from circuit.attribution.groups import PARTITIONS, atoms, check_partition
-from circuit.attribution.path import path_rule
 from circuit.attribution.series import Closure, Series
 from circuit.config import TrainConfig
+from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.scalars.base import Cache, Needs, SharedBatch
 from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import make_batch
-from circuit.trace.flat import ParameterLayout
 from circuit.trace.step import TracedStep, Tracer
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
@@ -238,8 +237,6 @@ def test_the_full_match_is_the_heads_own_score(
 
 
 def test_bad_requests_are_named(reads: ReadMasks, model: HookedTransformer) -> None:
-    with pytest.raises(CircuitError, match=r"unknown path rule 'euler'; expected midpoint"):
-        path_rule("euler")
     with pytest.raises(CircuitError, match="'L0MLP' has no QK circuit"):
         QKMatch("L0MLP", reads, layers=2)
     with pytest.raises(CircuitError, match=r"rank 9 of L1H0; expected 1 to 8"):

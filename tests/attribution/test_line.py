@@ -11,7 +11,6 @@ from transformer_lens import HookedTransformer
 
 from circuit.attribution import line as module
 from circuit.attribution.line import MOST_INTERVALS, TOLERANCE, Line, Values
-from circuit.attribution.path import clenshaw_curtis
 from circuit.config import TrainConfig
 from circuit.model.build import build_model
 from circuit.model.weights import load_tensors, named_tensors
@@ -173,17 +172,6 @@ def test_logits_that_are_known_are_not_computed_again(
     line = Line(model, *ends, batch.tokens, places, source_logits=known)
     assert line.ends[0] is known
     assert torch.equal(known, between(model, ends, batch).ends[0])
-
-
-@pytest.mark.parametrize("intervals", [2, 4, 8, 16])
-def test_clenshaw_and_curtis_rule_is_exact_for_polynomials_and_nested(intervals: int) -> None:
-    rule = clenshaw_curtis(intervals)
-    assert rule.nodes[0] == 0.0
-    assert rule.nodes[-1] == 1.0
-    assert set(rule.nodes) <= set(clenshaw_curtis(2 * intervals).nodes)
-    for degree in range(intervals + 2):
-        total = sum(w * s**degree for s, w in zip(rule.nodes, rule.weights, strict=True))
-        assert total == pytest.approx(1 / (degree + 1), abs=1e-13)
 
 
 def test_nothing_changes_on_a_line_of_no_length(
