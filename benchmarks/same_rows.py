@@ -29,8 +29,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
-from circuit.training.checkpoints import checkpoint_step, load_checkpoint, tensors_digest
+from circuit.training.checkpoints import checkpoint_step, load_checkpoint
 
 SMOKE = "reproduce paper --scale smoke --cores 1"
 PARTS = {"smoke": SMOKE, "quickstart": "quickstart", "reports": ""}

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from circuit.config import AdamWConfig, Kernels, TrainConfig, load_config
+from circuit.core.digests import tensor_digest
 from circuit.environment import prepare_process
 from circuit.model.build import build_model
-from circuit.training.checkpoints import tensor_digest
 from circuit.training.optimizers import build_optimizer, read_moments
 from circuit.training.step import training_step
 

@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 import circuit
-from circuit.training.checkpoints import tensors_digest
+from circuit.core.digests import tensors_digest
 
 FOLDER = Path(__file__).parent
 RUN = "../artifacts/runs/quickstart"

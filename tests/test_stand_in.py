@@ -11,9 +11,9 @@ from stand_in import NAME, stand_in_gpu
 from torch import Tensor
 from torch.nn import functional
 
+from circuit.core.digests import tensor_digest
 from circuit.environment import CUBLAS_WORKSPACE, environment_facts, prepare_process
 from circuit.errors import CircuitError
-from circuit.training.checkpoints import tensor_digest
 from circuit.training.session import TrainingSession
 
 

@@ -29,7 +29,6 @@ from circuit.training.checkpoints import (
     checkpoint_step,
     list_checkpoints,
     read_description,
-    tensors_digest,
 )
 from circuit.training.setup import Setup
 

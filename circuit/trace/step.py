@@ -11,11 +11,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from circuit.config import TrainConfig
+from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.lazy import torch
 from circuit.tasks.symbolic_kv import PAD
 from circuit.trace.decompose import UpdateTerms, decompose
-from circuit.training.checkpoints import TrainState, tensor_digest
+from circuit.training.checkpoints import TrainState
 from circuit.training.data_order import Indices
 from circuit.training.optimizers import read_moments
 from circuit.training.session import TrainingSession

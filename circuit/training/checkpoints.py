@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from circuit.artifacts import atomic_write_bytes
 from circuit.config import TrainConfig, parse_config
+from circuit.core.digests import tensor_digest
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.strict_json import parse_json
@@ -103,22 +104,6 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     """The step checkpoints in a folder, by step, ascending."""
     found = ((checkpoint_step(path), path) for path in folder.glob("step_*.pt"))
     return dict(sorted((step, path) for step, path in found if step is not None))
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Hex sha256 of a tensor's dtype, shape and bytes."""
-    data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype}{list(data.shape)}".encode())
-    digest.update(memoryview(cast(Any, data.reshape(-1).view(torch.uint8).numpy())))
-    return digest.hexdigest()
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over the names and digests of named tensors, in their order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
-    return digest.hexdigest()
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:

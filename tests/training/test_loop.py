@@ -14,18 +14,14 @@ from killed import calls_of, killed_at
 
 from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.config import BenchmarkConfig, TrainConfig, parse_config
+from circuit.core.digests import tensors_digest
 from circuit.environment import BIT_FACTS
 from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import draw_probe_set
-from circuit.training.checkpoints import (
-    checkpoint_name,
-    list_checkpoints,
-    load_checkpoint,
-    tensors_digest,
-)
+from circuit.training.checkpoints import checkpoint_name, list_checkpoints, load_checkpoint
 from circuit.training.loop import Progress, train
 from circuit.training.run_folder import saved_states
 
