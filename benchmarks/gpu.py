@@ -30,6 +30,7 @@ import torch
 from circuit.attribution.series import Series
 from circuit.attribution.window import attributor_of
 from circuit.config import BenchmarkConfig, Kernels, TrainConfig, load_config, parse_config
+from circuit.core.state import FlatState
 from circuit.environment import CUBLAS_WORKSPACE, prepare_process
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
 from circuit.reports.inputs import PairOptions
@@ -37,7 +38,6 @@ from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
 from circuit.trace.replay import ReplayedRun
-from circuit.trace.step import FlatState
 from circuit.trace.store import ROWS
 from circuit.trace.while_training import TraceRecorder
 from circuit.training.loop import train

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.config import TrainConfig
+from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors

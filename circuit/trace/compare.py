@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from circuit.core.state import MOMENT_STAGES, State
 from circuit.lazy import torch
-from circuit.trace.step import MOMENT_STAGES, STAGES, TracedStep
-from circuit.training.checkpoints import TrainState
+from circuit.trace.step import STAGES, TracedStep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class Difference:
         )
 
 
-def state_difference(one: TrainState, other: TrainState) -> Difference | None:
+def state_difference(one: State, other: State) -> Difference | None:
     """The first tensor in which two states are not equal bits, or None (0.0 and -0.0 differ)."""
     groups: list[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]] = [
         ("parameters", one.parameters, other.parameters)

@@ -13,24 +13,13 @@ from typing import Any, Literal
 
 from circuit.artifacts import OutputFolder
 from circuit.config import TrainConfig
-from circuit.environment import (
-    changed_facts,
-    environment_facts,
-    prepare_process,
-    recorded_facts,
-)
+from circuit.core.state import FlatState
+from circuit.environment import changed_facts, environment_facts, prepare_process, recorded_facts
 from circuit.errors import CircuitError
 from circuit.trace.compare import state_difference
 from circuit.trace.states import States
-from circuit.trace.step import FlatState, TracedStep, Tracer
-from circuit.trace.store import (
-    COMMAND,
-    MANIFEST,
-    ROWS,
-    WHILE_TRAINING,
-    TraceManifest,
-    TraceStore,
-)
+from circuit.trace.step import TracedStep, Tracer
+from circuit.trace.store import COMMAND, MANIFEST, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
 from circuit.trace.writer import TraceWriter, anchor_name, planned_files
 from circuit.training.checkpoints import (
     TrainState,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.config import TrainConfig
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.state import FlatState
 from circuit.lazy import torch
 from circuit.tasks.symbolic_kv import PAD
 from circuit.trace.decompose import UpdateTerms, decompose
@@ -27,36 +28,8 @@ if TYPE_CHECKING:
 
     from circuit.training.step import StepOutcome
 
-MOMENT_STAGES = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}
-"""The optimizer's moments under the names of definitions.md section 4."""
-
 STAGES = ("batch", "logits", "loss", "gradient", "grad_norm", "parameters", "m", "v")
 """What is compared between two executions of a step, in the order in which it is computed."""
-
-
-@dataclass(frozen=True)
-class FlatState:
-    """Weights and moments after a step; float32 vectors of `[parameter]`."""
-
-    step: int
-    parameters: Flat
-    moments: dict[str, Flat]
-
-    @classmethod
-    def of(cls, state: TrainState) -> FlatState:
-        """The vectors of a saved state."""
-        layout = ParameterLayout.of_shapes({n: t.shape for n, t in state.parameters.items()})
-        return cls(
-            state.step,
-            layout.flatten(state.parameters),
-            {name: layout.flatten(tensors) for name, tensors in state.past_moments().items()},
-        )
-
-    def stages(self) -> dict[str, str]:
-        """sha256 of the parameters and of each moment, by stage."""
-        return {"parameters": tensor_digest(self.parameters)} | {
-            MOMENT_STAGES[name]: tensor_digest(vector) for name, vector in self.moments.items()
-        }
 
 
 @dataclass(frozen=True)

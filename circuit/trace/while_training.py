@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import TrainConfig
+from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.trace.record import (
     RecordOptions,
@@ -25,15 +26,8 @@ from circuit.trace.record import (
     make_manifest,
     stopped_trace,
 )
-from circuit.trace.step import FlatState, Tracer
-from circuit.trace.store import (
-    COMMAND,
-    MANIFEST,
-    ROWS,
-    WHILE_TRAINING,
-    TraceManifest,
-    TraceStore,
-)
+from circuit.trace.step import Tracer
+from circuit.trace.store import COMMAND, MANIFEST, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
 from circuit.trace.writer import TraceWriter, planned_files
 from circuit.training.session import TrainingSession
 

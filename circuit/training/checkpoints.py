@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, cast
 from circuit.artifacts import atomic_write_bytes
 from circuit.config import TrainConfig, parse_config
 from circuit.core.digests import tensor_digest
+from circuit.core.state import State
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.strict_json import parse_json
-from circuit.training.optimizers import Moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,44 +49,11 @@ class StateHeader:
 
 
 @dataclass(frozen=True)
-class TrainState(StateHeader):
+class TrainState(State, StateHeader):
     """A run after `step` optimizer steps: everything that the next step depends on."""
 
-    parameters: dict[str, Tensor]
-    moments: Moments | None
-    """None where the optimizer's moments are not known (imported weights): see `past_moments`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Small JSON facts of the loop (the best evaluation so far)."""
-
-    def past_moments(self, where: object | None = None) -> Moments:
-        """The moments from which the next step can be taken.
-
-        Args:
-            where: the state was read from, for the message.
-
-        Raises:
-            CircuitError: the state has none, or such as no past leaves behind: after a step they
-                are a sum over the gradients so far, and zero in every parameter only without one.
-        """
-        if self.moments is None:
-            wrong = "holds no optimizer moments"
-        elif (empty := self._empty_moment()) is not None:
-            wrong = f"holds {empty} that is zero in every parameter, which no step leaves behind"
-        else:
-            return self.moments
-        raise CircuitError(
-            f"the state of step {self.step} {wrong}, so the next step cannot be taken from it",
-            where=where,
-            expected="a checkpoint that the training itself has written",
-            fix="reports on its weights work; to train on or to trace, train with `circuit train`",
-        )
-
-    def _empty_moment(self) -> str | None:
-        """The moment that tells of no gradient, though steps have been taken."""
-        if self.step == 0 or self.moments is None:
-            return None
-        names = [name for name in ("exp_avg_sq", "momentum_buffer") if self.moments.get(name)]
-        return next((n for n in names if not any(t.any() for t in self.moments[n].values())), None)
 
 
 def checkpoint_name(step: int) -> str:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from circuit.config import AdamWConfig, SGDConfig, TrainConfig
+from circuit.core.state import Moments
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-Moments: TypeAlias = "dict[str, dict[str, Tensor]]"
-"""Optimizer state: moment -> parameter name -> tensor of the parameter's shape."""
 
 
 def build_optimizer(model: nn.Module, config: AdamWConfig | SGDConfig) -> torch.optim.Optimizer:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from circuit.config import TrainConfig
+from circuit.core.state import FlatState
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
-from circuit.trace.step import FlatState
 from circuit.training.checkpoints import TrainState
 
 MakeConfig = Callable[..., TrainConfig]

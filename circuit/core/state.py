@@ -1,0 +1,90 @@
+"""The weights after a step, with what the optimizer remembers: by name, and as flat vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from circuit.core.digests import tensor_digest
+from circuit.core.flat import Flat, ParameterLayout
+from circuit.errors import CircuitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Moments: TypeAlias = "dict[str, dict[str, Tensor]]"
+"""Optimizer state: moment -> parameter name -> tensor of the parameter's shape."""
+
+MOMENT_STAGES = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}
+"""The optimizer's moments under the names of definitions.md section 4."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A network after `step` optimizer steps.
+
+    Attributes:
+        step: 0 before the first.
+        parameters: by name, in the model's order.
+        moments: None where they are not known (a series of checkpoints, imported weights; see
+            `past_moments`); empty where the optimizer keeps none.
+    """
+
+    step: int
+    parameters: dict[str, Tensor]
+    moments: Moments | None
+
+    def past_moments(self, where: object | None = None) -> Moments:
+        """The moments from which the next step can be taken.
+
+        Args:
+            where: the state was read from, for the message.
+
+        Raises:
+            CircuitError: the state has none, or such as no past leaves behind: after a step they
+                are a sum over the gradients so far, and zero in every parameter only without one.
+        """
+        if self.moments is None:
+            wrong = "holds no optimizer moments"
+        elif (empty := self._empty_moment()) is not None:
+            wrong = f"holds {empty} that is zero in every parameter, which no step leaves behind"
+        else:
+            return self.moments
+        raise CircuitError(
+            f"the state of step {self.step} {wrong}, so the next step cannot be taken from it",
+            where=where,
+            expected="a checkpoint that the training itself has written",
+            fix="reports on its weights work; to train on or to trace, train with `circuit train`",
+        )
+
+    def _empty_moment(self) -> str | None:
+        """The moment that tells of no gradient, though steps have been taken."""
+        if self.step == 0 or self.moments is None:
+            return None
+        names = [name for name in ("exp_avg_sq", "momentum_buffer") if self.moments.get(name)]
+        return next((n for n in names if not any(t.any() for t in self.moments[n].values())), None)
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """Weights and moments after a step; float32 vectors of `[parameter]`."""
+
+    step: int
+    parameters: Flat
+    moments: dict[str, Flat]
+
+    @classmethod
+    def of(cls, state: State) -> FlatState:
+        """The vectors of a state; raises as `State.past_moments`."""
+        layout = ParameterLayout.of_shapes({n: t.shape for n, t in state.parameters.items()})
+        return cls(
+            state.step,
+            layout.flatten(state.parameters),
+            {name: layout.flatten(tensors) for name, tensors in state.past_moments().items()},
+        )
+
+    def stages(self) -> dict[str, str]:
+        """sha256 of the parameters and of each moment, by stage."""
+        return {"parameters": tensor_digest(self.parameters)} | {
+            MOMENT_STAGES[name]: tensor_digest(vector) for name, vector in self.moments.items()
+        }
