@@ -76,3 +76,8 @@ class ParameterLayout:
     def to_json(self) -> dict[str, Any]:
         """Names and shapes, in order."""
         return {name: list(shape) for name, shape in zip(self.names, self.shapes, strict=True)}
+
+
+def norm(vector: Tensor) -> float:
+    """Euclidean norm in float64."""
+    return float(vector.double().norm())

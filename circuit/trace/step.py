@@ -14,12 +14,12 @@ from circuit.config import TrainConfig
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
+from circuit.core.update import Hyper, UpdateTerms
 from circuit.lazy import torch
 from circuit.tasks.symbolic_kv import PAD
-from circuit.trace.decompose import UpdateTerms, decompose
 from circuit.training.checkpoints import TrainState
 from circuit.training.data_order import Indices
-from circuit.training.optimizers import read_moments
+from circuit.training.optimizers import read_moments, update_rule
 from circuit.training.session import TrainingSession
 
 if TYPE_CHECKING:
@@ -80,16 +80,16 @@ class TracedStep:
     @cached_property
     def update(self) -> UpdateTerms:
         """The update and its terms; computed when first asked for."""
-        return decompose(
-            self.config,
-            step=self.step,
-            lr=self.lr,
+        optimizer = self.config.optimizer
+        return update_rule(optimizer).terms(
             before=self.before.parameters,
             after=self.after.parameters,
             gradient=self.gradient,
             clipped=self.clipped,
             moments_before=self.before.moments,
             moments_after=self.after.moments,
+            step=self.step,
+            hyper=Hyper(self.lr, optimizer.weight_decay),
         )
 
     def stage(self, name: str) -> str | float | None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Self
 
 from circuit.artifacts import OutputFolder, RowLog
-from circuit.trace.decompose import norm
+from circuit.core.flat import norm
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import MANIFEST, ROWS, TraceManifest
 from circuit.training.checkpoints import checkpoint_name, encode_checkpoint

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from circuit.config import AdamWConfig, SGDConfig, TrainConfig
 from circuit.core.state import Moments
+from circuit.core.update import AdamWRule, SGDRule, UpdateRule
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 
@@ -38,6 +39,13 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | SGDConfig) -> torch.
         weight_decay=config.weight_decay,
         foreach=False,
     )
+
+
+def update_rule(config: AdamWConfig | SGDConfig) -> UpdateRule:
+    """What splits an update of this optimizer into its terms."""
+    if isinstance(config, AdamWConfig):
+        return AdamWRule(config.beta1, config.beta2, config.eps)
+    return SGDRule(config.momentum)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -15,11 +15,11 @@ from circuit.artifacts import dump_rows
 from circuit.attribution.series import Series
 from circuit.attribution.window import Job, Worker, attribute_window, cut_at_anchors
 from circuit.config import TrainConfig
+from circuit.core.update import SGDRule
 from circuit.errors import CircuitError
 from circuit.scalars.base import Scalar
 from circuit.scalars.qk_match import ReadMasks, qk_matches
 from circuit.tasks.positions import make_batch
-from circuit.trace.decompose import TERMS
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 
@@ -199,7 +199,7 @@ def test_terms_of_sgd_have_their_own_names(
     folder = recorded(sgd, tmp_path / "sgd", end_step=5)
     found = [row for (row,) in attribute_window(Job(folder, Matches()), 0, 5)]
     for row in found:
-        assert tuple(row["path"]) == (*TERMS["sgd"], "rounding")
+        assert tuple(row["path"]) == (*SGDRule.names, "rounding")
         assert row["clip_factor"] == 1.0
         still = row["step"] == 1 or momentum == 0
         assert (row["path"]["historical_momentum"] == 0.0) == still

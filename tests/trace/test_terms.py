@@ -16,11 +16,11 @@ from torch import Tensor
 
 from circuit.artifacts import read_jsonl
 from circuit.config import TrainConfig
+from circuit.core.update import Hyper, UpdateTerms
 from circuit.tasks.benchmark import Benchmark
-from circuit.trace.decompose import UpdateTerms, decompose
 from circuit.trace.record import RecordResult
 from circuit.trace.step import TracedStep, Tracer
-from circuit.training.optimizers import build_optimizer, learning_rate
+from circuit.training.optimizers import build_optimizer, learning_rate, update_rule
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
@@ -205,16 +205,15 @@ def test_torchs_own_step_is_explained_whatever_the_settings(
         model.w.grad = g.clone()
         torch_optimizer.step()
         moments = {n: torch_optimizer.state[model.w][n].clone() for n in names[kind]}
-        update = decompose(
-            config,
-            step=t,
-            lr=lr,
+        update = update_rule(config.optimizer).terms(
             before=before,
             after=model.w.detach().clone(),
             gradient=g,
             clipped=g,
             moments_before=past,
             moments_after=moments,
+            step=t,
+            hyper=Hyper(lr, decay),
         )
         assert_float32_explains(update, before, model.w.detach())
 
