@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.paths import PathRule, path_rule
+from circuit.core.step import Step
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.scalars.base import BoundScalar, Scalar, SharedBatch
-from circuit.tasks.positions import answer_mask
-from circuit.trace.step import TracedStep
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 LossScope = Literal["full_lm", "answer"]
 LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
+AnyStep = TypeVar("AnyStep", bound=Step)
 Shares: TypeAlias = "Float[Tensor, 'scalar term atom']"
 
 
@@ -174,7 +174,7 @@ class Attributor:
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._last: tuple[Flat, Tensor, Tensor] | None = None
 
-    def step(self, traced: TracedStep) -> StepAttribution:
+    def step(self, traced: Step) -> StepAttribution:
         """Attribute one step."""
         theta, end = traced.before.parameters, traced.after.parameters
         bound = self.bind(theta)
@@ -224,11 +224,11 @@ class Attributor:
         self._load(theta)
         return [scalar.bind(self.model) for scalar in self.scalars]
 
-    def _answer_gradient(self, traced: TracedStep) -> Flat:
+    def _answer_gradient(self, traced: Step) -> Flat:
         """Gradient of the mean loss at the answers of the step's batch, at the loaded weights."""
         tokens = traced.tokens.to(self.model.W_E.device)
         logits = self.model(tokens[:, :-1])
-        at = answer_mask(tokens)[:, 1:]
+        at = traced.answers[:, 1:].to(tokens.device)
         loss = torch.nn.functional.cross_entropy(logits[at], tokens[:, 1:][at])
         parts = torch.autograd.grad(loss, self._parameters)
         return torch.cat([part.reshape(-1) for part in parts]).cpu()
@@ -273,10 +273,10 @@ class Attributor:
 
 
 def attribute(
-    steps: Iterable[TracedStep],
+    steps: Iterable[AnyStep],
     attributor: Attributor,
     *,
-    progress: Callable[[TracedStep], None] | None = None,
+    progress: Callable[[AnyStep], None] | None = None,
 ) -> Iterator[StepAttribution]:
     """Attribute every step of a replay (`trace.steps(a, b)`), in one pass."""
     for traced in steps:

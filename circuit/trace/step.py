@@ -16,6 +16,7 @@ from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
 from circuit.core.update import Hyper, UpdateTerms
 from circuit.lazy import torch
+from circuit.tasks.positions import answer_mask
 from circuit.tasks.symbolic_kv import PAD
 from circuit.training.checkpoints import TrainState
 from circuit.training.data_order import Indices
@@ -23,7 +24,7 @@ from circuit.training.optimizers import read_moments, update_rule
 from circuit.training.session import TrainingSession
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
     from torch import Tensor
 
     from circuit.training.step import StepOutcome
@@ -76,6 +77,11 @@ class TracedStep:
         targets = self.tokens[:, 1:]
         hits = self.outcome.logits.argmax(-1) == targets
         return float(hits[targets != PAD].cpu().double().mean())
+
+    @property
+    def answers(self) -> Bool[Tensor, "batch pos"]:
+        """Where the answers stand in the batch."""
+        return answer_mask(self.tokens)
 
     @cached_property
     def update(self) -> UpdateTerms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from circuit.attribution.groups import PARTITIONS, atoms, check_partition
 from circuit.attribution.series import Closure, Series
 from circuit.config import TrainConfig
 from circuit.core.flat import ParameterLayout
+from circuit.core.state import FlatState
+from circuit.core.update import UpdateTerms
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.scalars.base import Cache, Needs, SharedBatch
@@ -103,6 +105,35 @@ def test_contributions_close_where_first_order_does_not(
         assert found["midpoint"] < 0.1 * first
         assert found["simpson"] < 0.1 * found["midpoint"]
         assert found["gauss:3"] < 1e-6
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """A step of nobody's run: what `circuit.core.step.Step` asks for."""
+
+    step: int
+    lr: float
+    clip: float
+    before: FlatState
+    after: FlatState
+    update: UpdateTerms
+    tokens: Tensor
+    answers: Tensor
+
+
+def test_a_step_need_not_come_from_a_trace(
+    model: HookedTransformer, steps: list[TracedStep], reads: ReadMasks
+) -> None:
+    scalars = qk_matches(["L1H0"], reads, layers=2, ranks=[4, None])
+    names = [field.name for field in fields(PlainStep)]
+    plain = [PlainStep(**{name: getattr(step, name) for name in names}) for step in steps[:2]]
+    rows = [
+        [row for result in attribute(taken, attributor) for row in result.rows(PARTITIONS)]
+        for taken in (steps[:2], plain)
+        for attributor in [Attributor(model, scalars, loss_scope="answer")]
+    ]
+    assert rows[0] == rows[1]
+    assert "answer_raw_sgd" in rows[0][0]["references"]
 
 
 def test_a_quadratic_scalar_closes_with_one_node(
