@@ -122,7 +122,7 @@ class Side:
 
     def __init__(self, python: str, folder: Path) -> None:
         self.python, self.folder = python, folder.absolute()
-        asked = subprocess.run([python, "-c", IDENTITY], check=True, stdout=subprocess.PIPE)
+        asked = subprocess.run([python, "-P", "-c", IDENTITY], check=True, stdout=subprocess.PIPE)
         self.identity = json.loads(asked.stdout)
 
     def make(self, part: str, reference: Path | None) -> None:
