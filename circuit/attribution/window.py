@@ -20,6 +20,7 @@ from circuit.attribution.series import Series
 from circuit.core.paths import path_rule
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.runs.base import Run
 from circuit.scalars.base import Scalar
 from circuit.trace.replay import ReplayedRun
 
@@ -86,7 +87,7 @@ class Worker:
             yield self.attributor.step(step).rows(self.job.partitions)
 
 
-def attributor_of(run: ReplayedRun, scalars: Sequence[Scalar], **options: Any) -> Attributor:
+def attributor_of(run: Run, scalars: Sequence[Scalar], **options: Any) -> Attributor:
     """An attributor on a model of its own.
 
     Args:
@@ -98,13 +99,13 @@ def attributor_of(run: ReplayedRun, scalars: Sequence[Scalar], **options: Any) -
     names = [scalar.name for scalar in scalars]
     if not names or len(set(names)) < len(names):
         raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
-    model = run.setup.model(run.state(run.manifest.start_step))
+    model = run.setup.initial_model()  # the weights of each step are put into it
     dtype = options.pop("dtype", None) or torch.float32
     return Attributor(model.to(dtype, print_details=False), scalars, **options)
 
 
 def attribute(
-    run: ReplayedRun,
+    run: Run,
     scalars: Iterable[Scalar],
     start: int,
     end: int,
@@ -118,7 +119,7 @@ def attribute(
     Replay sets torch's intra-op threads to those of the run, and leaves them so.
 
     Args:
-        run: whose steps can be executed again: `circuit.open_run` of a trace.
+        run: whose steps can be executed again: a trace, or a run that has one.
         scalars: the step-by-step changes of each are split by the terms of the update.
         rule: path rule: `midpoint`, `simpson` or `gauss:N`.
         partitions: of the parameters, whose groups are listed.

@@ -1,8 +1,9 @@
-"""A folder of checkpoints: weights at some steps, and no way to the steps between them."""
+"""A folder of checkpoints: weights at some steps; the steps between them where there is a trace."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,10 @@ from circuit.config import RUN_CONFIG, TrainConfig, load_run_config
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
 from circuit.runs.rows import read_rows
+from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
+from circuit.trace.store import MANIFEST
+from circuit.trace.while_training import DEFAULT_FOLDER
 from circuit.training.checkpoints import (
     StateHeader,
     TrainState,
@@ -92,12 +96,29 @@ class CheckpointedRun:
         return read_header(self._file(step))
 
     def state(self, step: int | str = "best") -> TrainState:
-        """A saved state: of a step, or `"best"`.
+        """A saved state: of a step, or `"best"`; of a step that the run's trace can give.
 
         Raises:
-            CircuitError: there is no such checkpoint, or it is damaged.
+            CircuitError: there is no such state, it is damaged, or it does not replay.
         """
+        if isinstance(step, int) and step not in self.steps and self._traced:
+            return self.trace.state(step)
         return load_checkpoint(self._file(step))
+
+    @cached_property
+    def trace(self) -> ReplayedRun:
+        """The run's trace, where `circuit train --trace` puts it.
+
+        Raises:
+            CircuitError: there is none, or it is of another run.
+        """
+        trace = ReplayedRun.open(self.path / DEFAULT_FOLDER, setup=self.setup)
+        self.setup.check(trace.header(trace.steps[0]))
+        return trace
+
+    @property
+    def _traced(self) -> bool:
+        return (self.path / DEFAULT_FOLDER / MANIFEST).is_file()
 
     def model(self, step: int | str = "best", *, untied: bool = False) -> HookedTransformer:
         """The model after `step` optimizer steps, or the best one.
@@ -121,17 +142,19 @@ class CheckpointedRun:
         return self.setup.split(split).batch(indices).to(self.config.device)
 
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
-        """Refused: nothing here tells the steps between two checkpoints.
+        """The steps that take state `start` to state `end`, executed again from the run's trace.
 
         Raises:
-            CircuitError: always.
+            CircuitError: there is no trace, the window is not recorded, or a step differs.
         """
-        raise CircuitError(
-            f"steps {start} to {end} cannot be executed again from checkpoints alone",
-            where=self.path,
-            expected="a trace",
-            fix="record one with `circuit trace record`, and open its folder",
-        )
+        if not self._traced:
+            raise CircuitError(
+                f"steps {start} to {end} cannot be executed again from checkpoints alone",
+                where=self.path,
+                expected=f"a trace in {DEFAULT_FOLDER}",
+                fix="record one with `circuit trace record`, or open the folder of one",
+            )
+        return self.trace.replay(start, end)
 
     def metrics(self) -> pd.DataFrame:
         """The rows of `metrics.jsonl`: `kind` is `train` or `evaluation`."""

@@ -5,8 +5,9 @@ model = run.model(400)                       # a HookedTransformer
 batch = run.batch("validation_iid")          # tokens and read indices
 logits, cache = model.run_with_cache(batch.tokens)
 
-trace = circuit.open_run(run.path / "analysis/optimizer_update_trace")
-series = circuit.attribute(trace, [scalar], 300, 340)[scalar.name]
+for step in run.replay(300, 303):            # from its trace
+    step.update.named()                      # weight decay, current gradient, history
+series = circuit.attribute(run, [scalar], 300, 340)[scalar.name]
 """
 
 from __future__ import annotations
