@@ -29,7 +29,8 @@ import torch
 
 from circuit.attribution.series import Series
 from circuit.attribution.window import attributor_of
-from circuit.config import BenchmarkConfig, Kernels, TrainConfig, load_config, parse_config
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import load_config, parse_config
 from circuit.core.state import FlatState
 from circuit.environment import CUBLAS_WORKSPACE, prepare_process
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
@@ -40,6 +41,7 @@ from circuit.trace.record import RecordOptions
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import ROWS
 from circuit.trace.while_training import TraceRecorder
+from circuit.train_config import Kernels, TrainConfig
 from circuit.training.loop import train
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup

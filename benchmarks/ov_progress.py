@@ -13,12 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.environment import prepare_process
 from circuit.model.components import all_heads
 from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.reports.ov_write_progress import ProgressOptions, ov_write_progress
 from circuit.scalars.head_progress import ScoredReads, head_progress
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import list_checkpoints
 
 RUN = Path("artifacts/runs/symbolic_kv_reference_formation")

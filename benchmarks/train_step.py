@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from circuit.config import Kernels, TrainConfig, load_config
+from circuit.config import load_config
 from circuit.environment import prepare_process
 from circuit.model.build import build_model
+from circuit.train_config import Kernels, TrainConfig
 from circuit.training.optimizers import build_optimizer
 from circuit.training.step import next_token_loss
 

@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from circuit.config import AdamWConfig, Kernels, TrainConfig, load_config
+from circuit.config import load_config
 from circuit.core.digests import tensor_digest
 from circuit.environment import prepare_process
 from circuit.model.build import build_model
+from circuit.train_config import AdamWConfig, Kernels, TrainConfig
 from circuit.training.optimizers import build_optimizer, read_moments
 from circuit.training.step import training_step
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuit.artifacts import read_jsonl
-from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import load_config
 from circuit.lazy import torch
 from circuit.page import formation_page
 from circuit.reports.attribution_report import WindowOptions
@@ -33,6 +34,7 @@ from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
 from circuit.trace.step import TracedStep
+from circuit.train_config import TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
 from circuit.training.loop import Progress, TrainResult, train
 

@@ -222,14 +222,14 @@ def component(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def train_field(ctx: typer.Context, incomplete: str) -> list[str]:
     """`field=` of a training config, or `field=value`."""
-    from circuit.config import TrainConfig
+    from circuit.train_config import TrainConfig
 
     return _field(ctx, incomplete, TrainConfig)
 
 
 def benchmark_field(ctx: typer.Context, incomplete: str) -> list[str]:
     """`field=` of a benchmark config, or `field=value`."""
-    from circuit.config import BenchmarkConfig
+    from circuit.benchmark_config import BenchmarkConfig
 
     return _field(ctx, incomplete, BenchmarkConfig)
 

@@ -30,7 +30,8 @@ def generate_benchmark(
     as_json: options.Json = False,
 ) -> None:
     """Generate a symbolic key-value benchmark, check it, and write it."""
-    from circuit.config import BenchmarkConfig, load_config
+    from circuit.benchmark_config import BenchmarkConfig
+    from circuit.config import load_config
     from circuit.tasks.benchmark import write_benchmark
 
     settings = load_config(config, BenchmarkConfig, overrides or ())

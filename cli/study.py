@@ -73,7 +73,8 @@ def derive_config(
 ) -> None:
     """Write a training config that differs from another in some fields."""
     from circuit.artifacts import OutputFolder
-    from circuit.config import TrainConfig, load_config
+    from circuit.config import load_config
+    from circuit.train_config import TrainConfig
 
     made = load_config(config, TrainConfig, overrides)
     with OutputFolder(output.parent, f"derive-config.{output.stem}", overwrite=overwrite) as folder:

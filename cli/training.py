@@ -18,9 +18,9 @@ from . import options
 from .output import percent, print_json, print_written, progress_bar, share, stderr, stdout, table
 
 if TYPE_CHECKING:
-    from circuit.config import TrainConfig
     from circuit.reports.optimizer_update_trace import TraceReport
     from circuit.trace.while_training import TraceRecorder
+    from circuit.train_config import TrainConfig
     from circuit.training.evaluate import Evaluation
     from circuit.training.loop import Progress, TrainResult
 
@@ -277,8 +277,8 @@ def load_train_config(
         CircuitError: as `load_config`, or a field has an option and a --set of its own: one of
             them would be lost, and the record tells only the --set.
     """
-    from circuit.config import load_run_config
     from circuit.overrides import parse_override
+    from circuit.train_config import load_run_config
 
     settings = load_run_config(path, overrides or ())
     said = {parse_override(text)[0][0]: text for text in overrides or ()}

@@ -32,9 +32,11 @@ with pytest.MonkeyPatch.context() as patch:  # of this module alone: the hook re
     patch.setattr("typing.TYPE_CHECKING", True)
     import circuit.tasks.positions  # noqa: F401
 
-from circuit.config import BenchmarkConfig, TrainConfig, parse_config  # noqa: E402
+from circuit.benchmark_config import BenchmarkConfig  # noqa: E402
+from circuit.config import parse_config  # noqa: E402
 from circuit.figures import style  # noqa: E402
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
+from circuit.train_config import TrainConfig  # noqa: E402
 from circuit.training.session import TrainingSession  # noqa: E402
 from circuit.training.setup import Setup  # noqa: E402
 

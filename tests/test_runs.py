@@ -12,11 +12,11 @@ import torch
 
 import circuit
 from circuit.artifacts import dump_rows, read_jsonl
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.weights import named_tensors
 from circuit.runs.opening import open_run
 from circuit.runs.rows import read_rows
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.evaluate import evaluate
 from circuit.training.loop import train

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from command_line import Done, type_and_read
 
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions, record_trace
+from circuit.train_config import TrainConfig
 from circuit.training.loop import train
 
 RUN = Path("runs/tiny")

@@ -28,9 +28,9 @@ from transformer_lens.components.embed import Embed
 from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
 
-from circuit.config import Kernels, ModelConfig
 from circuit.environment import require_device
 from circuit.model.kernels import use_fast_kernels
+from circuit.train_config import Kernels, ModelConfig
 
 
 class TiedUnembed(Unembed):

@@ -8,8 +8,8 @@ points stay. A component with a hook at a point that its fast form skips runs as
 wrote it, and so does one whose source in the installed TransformerLens is not the source that the
 fast form was written against (a warning says so).
 
-A change here that moves bits gets a name of its own in `circuit.config.Kernels`: `fast` means what
-runs were recorded with.
+A change here that moves bits gets a name of its own in `circuit.train_config.Kernels`: `fast` means
+what runs were recorded with.
 
 Attention is written out rather than left to `scaled_dot_product_attention`, whose CPU kernel has
 neither forward-mode nor second derivatives (docs/performance.md has both times).

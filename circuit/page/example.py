@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.page.panel import Missing, Panel, Source, thinned
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.train_config import TrainConfig
 from circuit.training.evaluate import logits_and_attention
 from circuit.training.setup import Setup
 

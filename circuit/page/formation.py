@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from circuit.artifacts import OutputFolder, Row, read_jsonl
-from circuit.config import ImportedConfig, TrainConfig
 from circuit.page.asking import home_of, with_inputs
 from circuit.page.attribution import attribution_panels
 from circuit.page.example import example_panel
@@ -18,6 +17,7 @@ from circuit.page.learning import METRICS, lag_panel, learning_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
 from circuit.page.value_code import interventions_panel, readability_panel, rescue_panel
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
+from circuit.train_config import ImportedConfig, TrainConfig
 
 COMMAND = "page"
 FILE = "formation.html"

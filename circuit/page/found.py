@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import Row, iter_jsonl
-from circuit.config import RUN_CONFIG, TrainConfig, load_config
+from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.page.commands import command_of
 from circuit.page.panel import Source
 from circuit.strict_json import parse_json
+from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import Identity
 
 _SUFFIX = "_report.json"

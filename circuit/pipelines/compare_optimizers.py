@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import dump_rows, read_jsonl
-from circuit.config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
 from circuit.errors import CircuitError
 from circuit.figures.comparison import Course, courses
 from circuit.reports.base import ReportResult, open_report
 from circuit.strict_json import parse_json
+from circuit.train_config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
 from circuit.training.run_folder import METRICS, SUMMARY
 
 COMMAND = "optimizer-comparison"

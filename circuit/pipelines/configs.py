@@ -6,9 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from circuit.config import BenchmarkConfig, TrainConfig, parse_config
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import parse_config
 from circuit.pipelines.scales import LONG, PILOTS, SWEEP, Scale
 from circuit.strict_json import parse_json
+from circuit.train_config import TrainConfig
 
 BENCHMARK = "configs/benchmark/symbolic_kv_base.json"
 FORMATION = "configs/train/symbolic_kv_formation.json"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from circuit import __version__
-from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.errors import CircuitError
 from circuit.pipelines.commands import BENCHMARK_FILE
 from circuit.strict_json import parse_json
 from circuit.trace.store import TraceStore
+from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import list_checkpoints, read_description
 from circuit.training.run_folder import ENVIRONMENT
 

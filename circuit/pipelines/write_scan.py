@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from circuit.config import TrainConfig
 from circuit.figures.comparison import ranked_bars
 from circuit.lazy import torch
 from circuit.model.components import Component, all_heads, parse_component
@@ -25,6 +24,7 @@ from circuit.scalars.answers import FIXED_SOURCE, Competitors, fixed_scalars
 from circuit.scalars.functional_write import WritePath, WriteReads
 from circuit.tasks.pairs import check_side
 from circuit.tasks.positions import Batch, check_roles
+from circuit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -20,7 +20,6 @@ from typing import Any
 
 from circuit.artifacts import Row, dump_rows
 from circuit.attribution.line import MOST_INTERVALS, TOLERANCE
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.answer_scalars import first_order_against_actual, parts_of_change
 from circuit.lazy import pd
@@ -35,6 +34,7 @@ from circuit.reports.inputs import choose_checkpoints, open_inputs
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, check_scalar_names
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow
 from circuit.tasks.pairs import SIDES, Pair
+from circuit.train_config import TrainConfig
 
 COMMAND = "answer-scalar-residual-diagnosis"
 PAIR_ROWS = "answer_scalar_residual_diagnosis_pair_rows.jsonl"

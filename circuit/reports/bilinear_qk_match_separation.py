@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.separation import separation_over_steps
 from circuit.lazy import no_grad, np, torch
@@ -27,6 +26,7 @@ from circuit.scalars.qk_match import (
 )
 from circuit.tasks.groups import check_single
 from circuit.tasks.positions import check_roles
+from circuit.train_config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -11,7 +11,6 @@ from typing import Any
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
 from circuit.attribution.window import Job
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.components import parse_component
 from circuit.model.stages import stage_hook
@@ -30,6 +29,7 @@ from circuit.tasks.groups import check_single
 from circuit.tasks.pairs import check_side
 from circuit.tasks.positions import Batch, check_roles
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 
 COMMAND = "bilinear-qk-rank-adam-state-attribution"
 _STEP_BASIS = re.compile(r"step:(\d+)")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import OutputFolder, dump_json
-from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.core.digests import tensors_digest
 from circuit.environment import environment_facts
 from circuit.reports.inputs import check_finite
 from circuit.strict_json import parse_json
 from circuit.trace.states import States
+from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.setup import Setup
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from circuit.artifacts import OutputFolder, dump_json
-from circuit.config import TrainConfig
 from circuit.model.standard import (
     CONFIG,
     IMPORTS,
@@ -22,6 +21,7 @@ from circuit.model.standard import (
     standard_weights,
 )
 from circuit.trace.states import States
+from circuit.train_config import TrainConfig
 from circuit.training.setup import Setup
 
 COMMAND = "export"

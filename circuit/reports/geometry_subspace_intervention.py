@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from circuit.artifacts import Row
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.interventions import margin_and_accuracy
 from circuit.lazy import no_grad, pd
@@ -34,6 +33,7 @@ from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Checkpointed, Inputs, open_inputs
 from circuit.reports.interventions import QueryMode, intervene
 from circuit.tasks.positions import Batch, check_roles, role_mask
+from circuit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit.config import TrainConfig
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -25,6 +24,7 @@ from circuit.tasks.probes import ProbeSet, read_probe_set
 from circuit.tasks.symbolic_kv import Record, Vocabulary
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.states import States
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_step,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
 from circuit.attribution.window import Job
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.readout import read_answers
@@ -35,6 +34,7 @@ from circuit.schemas import ScalarPairRow, read_typed_rows
 from circuit.tasks.pairs import Pair, check_side
 from circuit.tasks.positions import Batch, check_roles
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import Row, dump_rows
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.functional_subspace import written_deltas
 from circuit.lazy import pd
@@ -39,6 +38,7 @@ from circuit.tasks.groups import GROUPS, group_tokens
 from circuit.tasks.pairs import PAIR_TYPES, SIDES
 from circuit.tasks.positions import ROLES, Batch
 from circuit.tasks.symbolic_kv import Vocabulary
+from circuit.train_config import TrainConfig
 
 COMMAND = "mlp-input-functional-subspace-report"
 EVERYTHING = "all"

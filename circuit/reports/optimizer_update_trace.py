@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any
 
 from circuit.artifacts import OutputFolder, dump_json
-from circuit.config import TrainConfig
 from circuit.figures.style import svg
 from circuit.figures.trace import terms_over_steps
 from circuit.strict_json import parse_json
@@ -18,6 +17,7 @@ from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceStore
 from circuit.trace.while_training import TraceRecorder
+from circuit.train_config import TrainConfig
 from circuit.training.loop import TrainResult, train
 
 NAME = "optimizer_update_trace"

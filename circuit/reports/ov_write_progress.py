@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row, dump_rows
-from circuit.config import ModelConfig, TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.progress import heads_over_steps
 from circuit.lazy import np, torch
@@ -35,6 +34,7 @@ from circuit.scalars.head_progress import COLUMNS, REDUNDANT, ScoredReads, head_
 from circuit.tasks.groups import check_single
 from circuit.tasks.pairs import Pair, check_side
 from circuit.tasks.positions import check_roles
+from circuit.train_config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 from circuit.artifacts import dump_rows
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.closure import (
     actual_against_predicted,
@@ -46,6 +45,7 @@ from circuit.scalars.routes import Route, check_routes
 from circuit.scalars.transfer import PairSides
 from circuit.schemas import RouteRow
 from circuit.tasks.pairs import SIDES, Pair
+from circuit.train_config import TrainConfig
 
 COMMAND = "route-to-margin-closure"
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.value_code import readability
 from circuit.lazy import torch
@@ -30,6 +29,7 @@ from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import Inputs, open_inputs
 from circuit.tasks.groups import check_group, group_tokens, nonempty_mask
 from circuit.tasks.positions import Batch
+from circuit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row, dump_rows
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.figures.value_code import rescue
 from circuit.lazy import no_grad, torch
@@ -47,6 +46,7 @@ from circuit.tasks.groups import (
     single_position,
 )
 from circuit.tasks.positions import Batch, check_roles
+from circuit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

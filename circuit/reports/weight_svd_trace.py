@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import Row, dump_rows
-from circuit.config import ModelConfig, TrainConfig
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.figures.weights import svd_birth
@@ -27,6 +26,7 @@ from circuit.model.weights import layer_weights
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import states_at
 from circuit.trace.states import States
+from circuit.train_config import ModelConfig, TrainConfig
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:

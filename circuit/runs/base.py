@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from circuit.config import TrainConfig
 from circuit.trace.step import TracedStep
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.setup import Setup
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuit.config import RUN_CONFIG, TrainConfig, load_run_config
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
 from circuit.runs.rows import read_rows
@@ -15,6 +14,7 @@ from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
 from circuit.trace.store import MANIFEST
 from circuit.trace.while_training import DEFAULT_FOLDER
+from circuit.train_config import RUN_CONFIG, TrainConfig, load_run_config
 from circuit.training.checkpoints import (
     StateHeader,
     TrainState,

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from circuit.config import RUN_CONFIG
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST
+from circuit.train_config import RUN_CONFIG
 from circuit.training.checkpoints import list_checkpoints, read_header
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.components import Component
 from circuit.model.stages import stage_hook
@@ -22,6 +21,7 @@ from circuit.model.subspaces import (
     check_rank,
 )
 from circuit.tasks.positions import ROLES
+from circuit.train_config import ModelConfig
 
 OPTION = "--route"
 _KEYS = ("label", "stage", "subspace", "rank", "head_layer", "head", "position_role")

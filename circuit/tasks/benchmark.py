@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from circuit.artifacts import OutputFolder
-from circuit.config import BenchmarkConfig
+from circuit.benchmark_config import BenchmarkConfig
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.strict_json import parse_json

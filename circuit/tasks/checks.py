@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from circuit.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
+from circuit.benchmark_config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.errors import CircuitError
 from circuit.tasks.generator import Pair, program_key
 from circuit.tasks.symbolic_kv import Program, Record, Vocabulary

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from circuit.config import BenchmarkConfig, GeneratedSplit
+from circuit.benchmark_config import BenchmarkConfig, GeneratedSplit
 from circuit.errors import CircuitError
 from circuit.tasks.symbolic_kv import Vocabulary
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from circuit.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
+from circuit.benchmark_config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.errors import CircuitError
 from circuit.tasks.feasibility import refuse_few_values, refuse_impossible
 from circuit.tasks.symbolic_kv import BOS, EOS, READ, WRITE, Program, Record, Vocabulary, parse

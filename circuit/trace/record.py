@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from circuit.artifacts import OutputFolder
-from circuit.config import TrainConfig
 from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts, prepare_process, recorded_facts
 from circuit.errors import CircuitError
@@ -21,6 +20,7 @@ from circuit.trace.states import States
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
 from circuit.trace.writer import TraceWriter, anchor_name, planned_files
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import (
     TrainState,
     list_checkpoints,

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from circuit.artifacts import OutputFolder
-from circuit.config import TrainConfig
 from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, TraceManifest, TraceStore
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState, encode_checkpoint
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from circuit.config import TrainConfig
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
@@ -18,6 +17,7 @@ from circuit.core.update import Hyper, UpdateTerms
 from circuit.lazy import torch
 from circuit.tasks.positions import answer_mask
 from circuit.tasks.symbolic_kv import PAD
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState
 from circuit.training.data_order import Indices
 from circuit.training.optimizers import read_moments, update_rule

@@ -20,9 +20,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from circuit.artifacts import dump_json, read_jsonl
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.strict_json import parse_json
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState, checkpoint_name, load_checkpoint
 
 COMMAND = "optimizer-update-trace"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuit.artifacts import OutputFolder, dump_json
-from circuit.config import TrainConfig
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.trace.record import (
@@ -29,6 +28,7 @@ from circuit.trace.record import (
 from circuit.trace.step import Tracer
 from circuit.trace.store import COMMAND, MANIFEST, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
 from circuit.trace.writer import TraceWriter, planned_files
+from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
 
 if TYPE_CHECKING:

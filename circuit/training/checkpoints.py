@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from circuit.artifacts import atomic_write_bytes
-from circuit.config import TrainConfig, parse_config
+from circuit.config import parse_config
 from circuit.core.digests import tensor_digest
 from circuit.core.state import State
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.strict_json import parse_json
+from circuit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

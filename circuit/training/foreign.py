@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit.config import ModelConfig, parse_config
+from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

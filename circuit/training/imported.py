@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from circuit.artifacts import OutputFolder
-from circuit.config import ImportedConfig, ModelConfig, TrainConfig, parse_config
+from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import TrainState, checkpoint_name, encode_checkpoint
 from circuit.training.foreign import (
     SUFFIXES,

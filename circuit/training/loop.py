@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
-from circuit.config import RUN_CONFIG, TrainConfig
 from circuit.environment import (
     environment_facts,
     prepare_process,
@@ -30,6 +29,7 @@ from circuit.environment import (
 from circuit.errors import CircuitError
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
+from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import checkpoint_name, encode_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.run_folder import (

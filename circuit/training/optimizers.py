@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from circuit.config import AdamWConfig, SGDConfig, TrainConfig
 from circuit.core.state import Moments
 from circuit.core.update import AdamWRule, SGDRule, UpdateRule
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.train_config import AdamWConfig, SGDConfig, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

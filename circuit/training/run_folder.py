@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import OutputFolder, read_jsonl
-from circuit.config import RUN_CONFIG, Bookkeeping, TrainConfig, load_run_config
 from circuit.environment import changed_facts, recorded_facts
 from circuit.errors import CircuitError
+from circuit.train_config import RUN_CONFIG, Bookkeeping, TrainConfig, load_run_config
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_name,

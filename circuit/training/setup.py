@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuit.artifacts import find_folder
-from circuit.config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import EncodedSplit
+from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens import HookedTransformer
 
-from circuit.config import TrainConfig
+from circuit.train_config import TrainConfig
 from circuit.training.optimizers import learning_rate
 
 

@@ -15,7 +15,6 @@ from transformer_lens import HookedTransformer
 from circuit.attribution.attribute import Attributor, StepAttribution, attribute
 from circuit.attribution.groups import PARTITIONS, atoms, check_partition
 from circuit.attribution.series import Closure, Series
-from circuit.config import TrainConfig
 from circuit.core.flat import ParameterLayout
 from circuit.core.state import FlatState
 from circuit.core.update import UpdateTerms
@@ -26,6 +25,7 @@ from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import make_batch
 from circuit.trace.step import TracedStep, Tracer
+from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 

@@ -13,7 +13,6 @@ from transformer_lens import HookedTransformer
 
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.intervention import effects
-from circuit.config import TrainConfig
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.model.build import build_model
 from circuit.scalars.base import Cache, Needs
@@ -21,6 +20,7 @@ from circuit.scalars.qk_match import QKMatch, ReadMasks
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import make_batch
 from circuit.trace.step import Tracer
+from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 

@@ -11,11 +11,11 @@ from transformer_lens import HookedTransformer
 
 from circuit.attribution import line as module
 from circuit.attribution.line import MOST_INTERVALS, TOLERANCE, Line, Values
-from circuit.config import TrainConfig
 from circuit.model.build import build_model
 from circuit.model.weights import load_tensors, named_tensors
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, make_batch
+from circuit.train_config import TrainConfig
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 Weights = dict[str, Tensor]

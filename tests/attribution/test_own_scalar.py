@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import circuit
-from circuit.config import TrainConfig
 from circuit.trace.record import RecordOptions, record_trace
+from circuit.train_config import TrainConfig
 from circuit.training.loop import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "scalars.md"

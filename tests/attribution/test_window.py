@@ -14,7 +14,6 @@ import pytest
 from circuit.artifacts import dump_rows
 from circuit.attribution.series import Series
 from circuit.attribution.window import Job, Worker, attribute_window, cut_at_anchors
-from circuit.config import TrainConfig
 from circuit.core.update import SGDRule
 from circuit.errors import CircuitError
 from circuit.scalars.base import Scalar
@@ -22,6 +21,7 @@ from circuit.scalars.qk_match import ReadMasks, qk_matches
 from circuit.tasks.positions import make_batch
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 

@@ -20,7 +20,6 @@ from typer.main import get_command
 
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
-from circuit.config import Device
 from circuit.model.rescue import CONTROLS
 from circuit.model.stages import stage_names
 from circuit.model.subspaces import SUBSPACES
@@ -35,6 +34,7 @@ from circuit.schemas import SWITCH_BUCKETS
 from circuit.tasks.groups import GROUPS
 from circuit.tasks.pairs import PAIR_TYPES, SIDES
 from circuit.tasks.positions import ROLES
+from circuit.train_config import Device
 
 Run = Callable[..., Any]
 Complete = Callable[[str], list[str]]

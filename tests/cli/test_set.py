@@ -12,7 +12,8 @@ from circuit.cli.app import app
 from typer.main import get_command
 
 import circuit as library
-from circuit.config import TrainConfig, parse_config
+from circuit.config import parse_config
+from circuit.train_config import TrainConfig
 
 Run = Callable[..., Any]
 TRAIN = ("train", "--config", "configs/train/tiny.json")

@@ -14,10 +14,10 @@ from scipy.stats import ks_2samp
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.weights import load_tensors, named_tensors
+from circuit.train_config import ModelConfig
 
 VOCABULARY = 19
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import ablate, all_heads, parse_component
+from circuit.train_config import ModelConfig
 
 
 @pytest.fixture

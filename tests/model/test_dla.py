@@ -8,7 +8,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.dla import (
@@ -20,6 +19,7 @@ from circuit.model.dla import (
     residual_parts,
 )
 from circuit.model.readout import read_answers
+from circuit.train_config import ModelConfig
 
 VALUES = range(7, 17)
 PARTS = (

@@ -18,7 +18,6 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components import LayerNorm
 from transformer_lens.hook_points import HookPoint
 
-from circuit.config import ModelConfig
 from circuit.model import kernels
 from circuit.model.build import build_model
 from circuit.model.components import all_heads
@@ -33,6 +32,7 @@ from circuit.scalars.transfer import PairRuns, PairSides, route_bases, route_sco
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.pairs import build_pairs, pair_batch
 from circuit.tasks.positions import make_batch
+from circuit.train_config import ModelConfig
 
 VOCABULARY, CONTEXT = 19, 12
 FAST = {kind.__name__ for kind, *_ in kernels._FAST.values()}

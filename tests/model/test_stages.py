@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import ablate
@@ -19,6 +18,7 @@ from circuit.model.stages import (
     stage_hook,
     stage_names,
 )
+from circuit.train_config import ModelConfig
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from transformer_lens import (
 )
 from transformer_lens.components import Attention, LayerNorm, TransformerBlock, Unembed
 
-from circuit.config import ModelConfig, TrainConfig
 from circuit.model.build import build_model
 from circuit.model.standard import standard_model
 from circuit.runs.opening import open_run
+from circuit.train_config import ModelConfig, TrainConfig
 from circuit.training.loop import train
 
 VOCABULARY, LAYERS, HEADS, LENGTH = 23, 2, 2, 10

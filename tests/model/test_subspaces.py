@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformer_lens import HookedTransformer
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import Component, all_heads
@@ -28,6 +27,7 @@ from circuit.model.subspaces import (
     svd_of_product,
     vector_basis,
 )
+from circuit.train_config import ModelConfig
 
 KEYS, VALUES = range(5, 9), range(9, 17)
 

@@ -13,10 +13,10 @@ import torch
 import circuit
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.series import Series
-from circuit.config import TrainConfig
 from circuit.scalars.qk_match import QKMatch, ReadMasks
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 from circuit.training.loop import train
 
 RUN = "runs/tiny"

@@ -15,8 +15,8 @@ import pytest
 from command_line import type_in
 from tiny_run import RUN, MadeOnce, trained, trained_once
 
-from circuit.config import load_run_config
 from circuit.page import PageResult, formation_page
+from circuit.train_config import load_run_config
 
 __all__ = ["bare", "circuit", "other", "page", "told", "told_once", "trained", "trained_once"]
 

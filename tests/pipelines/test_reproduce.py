@@ -18,11 +18,12 @@ from circuit.cli import main
 from circuit.cli.job import run_commands
 from warm_jobs import warm_python
 
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.pipelines.continuation import run_goes_on, trace_goes_on
 from circuit.pipelines.reproduce import Event, Request, make_plan, packaged_profile, read_event, run
 from circuit.pipelines.scales import SCALES
+from circuit.train_config import TrainConfig
 
 SMOKE = Path("artifacts/scale/smoke")
 PROBE = SMOKE / "artifacts/runs/symbolic_kv_reference_formation/analysis/probe_set.jsonl"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuit.artifacts import dump_rows
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.pipelines.selection import growth_of, name_roles, rank_candidates, select_heads
@@ -22,6 +22,7 @@ from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import FunctionalWrite, WriteReads, readout_gradient
+from circuit.train_config import TrainConfig
 
 SCORES = st.dictionaries(
     st.text("HL0123456789", min_size=1, max_size=4), st.floats(-9, 9), min_size=3, max_size=20

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from circuit.config import BenchmarkConfig, TrainConfig, load_config
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import load_config
 from circuit.pipelines.configs import BENCHMARK, contract_configs, scaled
 from circuit.pipelines.costs import cost_of, rates
 from circuit.pipelines.jobs import split_commands
 from circuit.pipelines.reproduce import Request, make_plan, read_dry_run
 from circuit.pipelines.scales import SCALES
 from circuit.pipelines.study import PAPER, TARGETS, Study
+from circuit.train_config import TrainConfig
 
 PROJECT = Path(__file__).parents[2]
 CONTRACT = (PROJECT / "docs" / "reproducibility.txt").read_text(encoding="utf-8")

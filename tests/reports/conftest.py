@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_run import RUN, MadeOnce, circuit, traced, traced_once, trained, trained_once
 
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.reports.answer_changes import DiagnosisOptions
 from circuit.reports.answer_scalar_residual_diagnosis import answer_scalar_residual_diagnosis
 from circuit.reports.inputs import PairOptions
+from circuit.train_config import TrainConfig
 
 __all__ = ["circuit", "traced", "traced_once", "trained", "trained_once"]
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from circuit.artifacts import read_jsonl
 from circuit.attribution import line
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.figures.answer_scalars import first_order_against_actual, parts_of_change
 from circuit.reports.answer_changes import DiagnosisOptions
 from circuit.reports.answer_scalar_residual_diagnosis import (
@@ -25,6 +25,7 @@ from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import ANSWER_SCALARS, FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, find_checkpoint, read_typed_rows
 from circuit.tasks.pairs import SIDES
+from circuit.train_config import TrainConfig
 
 NAME = "answer_scalar_residual_diagnosis"
 RUN = Path("runs/tiny")

@@ -15,13 +15,14 @@ from tiny_run import MadeOnce
 
 from circuit.artifacts import read_jsonl
 from circuit.attribution.window import ScalarSource
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
 from circuit.reports.inputs import PairOptions, traced_inputs
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.qk_match import QKMatch
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 
 QK = "bilinear_qk_rank_adam_state_attribution"
 RUN = Path("runs/tiny")

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from circuit.artifacts import read_jsonl
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.figures.separation import separation_over_steps
 from circuit.reports.bilinear_qk_match_separation import summarize
 from circuit.reports.inputs import open_inputs
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.setup import Setup
 

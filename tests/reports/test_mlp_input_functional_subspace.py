@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from circuit.artifacts import read_jsonl
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.figures.functional_subspace import written_deltas
 from circuit.model.components import ablate
@@ -33,6 +33,7 @@ from circuit.scalars.write_products import PRODUCTS, SIZES, SUMMED, Readout, mea
 from circuit.schemas import RowKey, ScalarPairRow, read_typed_rows
 from circuit.tasks.pairs import Pair
 from circuit.tasks.positions import Batch, role_mask
+from circuit.train_config import TrainConfig
 
 NAME = "mlp_input_functional_subspace"
 RUN = Path("runs/tiny")

@@ -23,7 +23,7 @@ COUNTED = {
     "trace": "circuit.trace.replay.TraceStore",
     "pairs": "circuit.reports.inputs.build_pairs",
     "probe set": "circuit.reports.inputs.read_probe_set",
-    "config": "circuit.config.load_run_config",
+    "config": "circuit.train_config.load_run_config",
 }
 STATES = " ".join(f"--checkpoint trace/checkpoints/step_{step:06d}.pt" for step in (5, 6, 7, 9))
 ON_THE_RUN = {

@@ -13,12 +13,12 @@ import torch
 from transformer_lens import HookedTransformer
 
 from circuit.artifacts import read_jsonl
-from circuit.config import ModelConfig
 from circuit.model.build import build_model
 from circuit.model.components import parse_component
 from circuit.model.weights import named_tensors
 from circuit.reports.weight_svd_trace import Spectra, weight_spectra
 from circuit.runs.opening import open_run
+from circuit.train_config import ModelConfig
 
 WORDS = (
     *("weight-svd-trace", "--config", "runs/tiny/run_config.json"),

@@ -13,7 +13,7 @@ import torch
 
 from circuit.artifacts import dump_row, read_jsonl
 from circuit.attribution.window import Job, ScalarSource, attribute_window
-from circuit.config import TrainConfig, load_config
+from circuit.config import load_config
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import PairOptions, traced_inputs
 from circuit.reports.mlp_functional_write_adam_state_attribution import WriteOptions, WriteScalars
@@ -21,6 +21,7 @@ from circuit.scalars.answers import Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import readout_gradient
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 
 NAME = "mlp_functional_write_adam_state_attribution"
 RUN = Path("runs/tiny")

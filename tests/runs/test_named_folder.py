@@ -16,9 +16,9 @@ from command_line import Done, type_in
 from tiny_run import RUN
 
 import circuit as library
-from circuit.config import load_run_config
 from circuit.errors import CircuitError
 from circuit.page.found import Reports
+from circuit.train_config import load_run_config
 from circuit.training.loop import train
 from circuit.training.run_folder import BEST, METRICS, saved_states
 

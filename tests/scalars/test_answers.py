@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.readout import read_answers
@@ -30,6 +29,7 @@ from circuit.scalars.answers import (
 from circuit.scalars.base import evaluate_scalar
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, make_batch
+from circuit.train_config import TrainConfig
 
 VALUES = range(4, 12)
 seeds = st.integers(0, 10_000)

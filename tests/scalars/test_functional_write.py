@@ -13,7 +13,6 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from circuit.attribution.attribute import Attributor
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import ablate
@@ -31,6 +30,7 @@ from circuit.scalars.functional_write import (
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, make_batch, role_mask
 from circuit.trace.step import Tracer
+from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import ablate, parse_component
@@ -26,6 +25,7 @@ from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import Batch, make_batch
 from circuit.tasks.symbolic_kv import PAD, Record
+from circuit.train_config import TrainConfig
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 

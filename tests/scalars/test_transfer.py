@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer
 
-from circuit.config import ModelConfig
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.components import Component
@@ -25,6 +24,7 @@ from circuit.scalars.transfer import (
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.pairs import PAIR_TYPES, Pair, build_pairs, pair_batch
 from circuit.tasks.positions import make_batch, role_mask
+from circuit.train_config import ModelConfig
 
 SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=40)
 ROUTES = (

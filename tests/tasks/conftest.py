@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from circuit.config import BenchmarkConfig, parse_config
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import parse_config
 from circuit.tasks.benchmark import Benchmark, generate_benchmark
 
 

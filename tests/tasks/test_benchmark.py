@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from circuit.config import BenchmarkConfig, GeneratedSplit, load_config
+from circuit.benchmark_config import BenchmarkConfig, GeneratedSplit
+from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.tasks import generator
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from circuit.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit, parse_config
+from circuit.benchmark_config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
+from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, generate_benchmark
 from circuit.tasks.feasibility import largest_lag

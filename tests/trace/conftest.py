@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuit.config import TrainConfig
 from circuit.core.state import FlatState
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState
 
 MakeConfig = Callable[..., TrainConfig]

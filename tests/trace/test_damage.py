@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from circuit.artifacts import dump_rows, read_jsonl
-from circuit.config import BenchmarkConfig, TrainConfig, parse_config
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
 from circuit.trace import store
 from circuit.trace.record import RecordResult
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 
 MakeConfig = Callable[..., TrainConfig]

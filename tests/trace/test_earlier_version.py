@@ -11,11 +11,12 @@ from typing import Any, get_args
 import pytest
 
 from circuit.artifacts import dump_json
-from circuit.config import Kernels, TrainConfig, load_config, parse_config
+from circuit.config import load_config, parse_config
 from circuit.errors import CircuitError
 from circuit.trace.record import RecordResult
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST
+from circuit.train_config import Kernels, TrainConfig
 from circuit.training import checkpoints
 from circuit.training.checkpoints import load_checkpoint
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace import record as record_module
 from circuit.trace.record import RecordResult
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
 Recording = Callable[..., RecordResult]

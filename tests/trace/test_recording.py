@@ -19,7 +19,6 @@ from killed import calls_of, killed_at
 
 from circuit import artifacts
 from circuit.artifacts import read_jsonl
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace.prune import prune_trace
 from circuit.trace.record import RecordResult
@@ -27,6 +26,7 @@ from circuit.trace.replay import ReplayedRun
 from circuit.trace.states import States
 from circuit.trace.step import STAGES
 from circuit.trace.store import TraceManifest, TraceStore
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 from circuit.training.loop import train
 from circuit.training.session import TrainingSession

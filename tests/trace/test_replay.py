@@ -15,7 +15,6 @@ from transformer_lens import HookedTransformer
 
 import circuit
 import circuit.trace.step as trace_step
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
 from circuit.reports.optimizer_update_trace import summarize
@@ -23,6 +22,7 @@ from circuit.tasks.benchmark import Benchmark
 from circuit.trace.record import RecordResult
 from circuit.trace.replay import Drift, ReplayedRun
 from circuit.trace.states import States
+from circuit.train_config import TrainConfig
 from circuit.training import session as session_module
 from circuit.training import step as step_module
 from circuit.training.checkpoints import TrainState, save_checkpoint

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuit.artifacts import read_jsonl
-from circuit.config import TrainConfig
 from circuit.core.update import Hyper, UpdateTerms
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.record import RecordResult
 from circuit.trace.step import TracedStep, Tracer
+from circuit.train_config import TrainConfig
 from circuit.training.optimizers import build_optimizer, learning_rate, update_rule
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup

@@ -18,8 +18,8 @@ import torch
 from circuit.cli import main
 
 from circuit.artifacts import read_jsonl
-from circuit.config import TrainConfig
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 from circuit.training import step as step_module
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.loop import train

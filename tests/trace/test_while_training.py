@@ -19,12 +19,12 @@ from killed import calls_of, killed_at
 from typer.main import get_command
 
 from circuit import artifacts
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.trace.record import RecordOptions, RecordResult
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST, ROWS, WHILE_TRAINING
 from circuit.trace.while_training import DEFAULT_FOLDER, TraceRecorder
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 from circuit.training.loop import Progress, train
 from circuit.training.session import TrainingSession

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuit.config import TrainConfig
 from circuit.core.digests import tensor_digest, tensors_digest
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark
+from circuit.train_config import TrainConfig
 from circuit.training import checkpoints
 from circuit.training.checkpoints import (
     TrainState,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from circuit.config import TrainConfig
 from circuit.model.build import build_model
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import Record
+from circuit.train_config import TrainConfig
 from circuit.training import evaluate as module
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.session import TrainingSession

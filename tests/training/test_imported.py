@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from circuit.config import ImportedConfig, ModelConfig, TrainConfig, load_config
+from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.probes import write_probe_set
+from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import (
     TrainState,
     encode_checkpoint,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from circuit.config import TrainConfig
 from circuit.errors import CircuitError
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.record import RecordOptions, record_trace
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import (
     TrainState,
     encode_checkpoint,

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuit.config import TrainConfig
 from circuit.model.weights import named_tensors
 from circuit.tasks.symbolic_kv import PAD
+from circuit.train_config import TrainConfig
 from circuit.training.optimizers import learning_rate, read_moments
 from circuit.training.session import TrainingSession
 from circuit.training.step import next_token_loss

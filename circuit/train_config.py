@@ -1,0 +1,348 @@
+"""The config of a training run: recipe, machine, places and bookkeeping in one flat file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidatorFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from circuit.config import (
+    Config,
+    FolderName,
+    NonNegativeInt,
+    PositiveInt,
+    digest_of,
+    first_difference,
+    load_config,
+    parse_config,
+)
+from circuit.errors import CircuitError
+
+Device = Literal["cpu", "cuda", "mps"]
+Kernels = Literal["fast", "plain"]
+RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What NumPy's RandomState takes (circuit/training/data_order.py)."""
+
+
+class ModelConfig(Config):
+    """Shape and initialization of the HookedTransformer (`circuit/model/build.py`)."""
+
+    layers: PositiveInt
+    heads: PositiveInt
+    d_model: PositiveInt
+    d_ff: PositiveInt
+    max_sequence_length: Annotated[int, Field(ge=2)]
+    dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+    """Must be 0: a HookedTransformer has none."""
+    initialization: Literal["pytorch_default", "gpt2"] = "pytorch_default"
+    embedding_std: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the initial embeddings; null is the scheme's (1, or 0.02 for gpt2)."""
+    tied_unembedding: bool = True
+    """Whether the unembedding is the embedding. False is written, True is not: dumps and digests
+    of configs that know no other are what they were."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = dump(self)
+        if self.tied_unembedding:
+            made.pop("tied_unembedding", None)
+        return made
+
+    @model_validator(mode="after")
+    def _head_width(self) -> ModelConfig:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        return self
+
+
+class AdamWConfig(Config):
+    """AdamW with decoupled weight decay on all parameters, one group."""
+
+    name: Literal["adamw"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class SGDConfig(Config):
+    """SGD with torch's coupled weight decay; `momentum` 0 is plain SGD."""
+
+    name: Literal["sgd"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up over `warmup_steps`, then constant, or cosine/linear decay to a floor."""
+
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the last step, as a fraction of the base rate (cosine and linear)."""
+
+
+class BestConfig(Config):
+    """Which evaluation selects `checkpoints/best.pt` (the largest value wins)."""
+
+    split: str
+    metric: Literal["answer_accuracy", "value_accuracy", "token_accuracy"] = "answer_accuracy"
+
+
+class Recipe(Config):
+    """What decides the weights of every step, given the benchmark."""
+
+    seed: RunSeed
+    kernels: Kernels = "fast"
+    """Of forward and backward pass (circuit/model/kernels.py): they decide bits. `plain` is what
+    TransformerLens wrote, and what every run recorded before there was a choice has used."""
+    model: ModelConfig
+    steps: PositiveInt
+    batch_size: PositiveInt
+    train_split: str = "train"
+    optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide bits, as JSON: `steps` only where the schedule depends on it."""
+        payload = self.model_dump(mode="json", include=set(Recipe.model_fields))
+        steps = payload.pop("steps")
+        return payload if self.schedule.name == "constant" else payload | {"steps": steps}
+
+    def recipe_digest(self) -> str:
+        """sha256 of the recipe: equal recipes on equal benchmarks are one run, bit for bit."""
+        return digest_of(self.deciding())
+
+    def recipe_difference(self, theirs: Recipe) -> str | None:
+        """The first field of this recipe that another one has otherwise, with both values."""
+        if isinstance(theirs, ImportedConfig) != isinstance(self, ImportedConfig):
+            return "one of them was trained elsewhere and imported"
+        other = theirs.deciding()
+        for field, value in self.deciding().items():
+            if other.get(field) != value:
+                return first_difference(field, other.get(field), value)
+        return None
+
+
+class Machine(Config):
+    """What executes the recipe; it decides bits too, so that a run records what it had."""
+
+    device: Device = "cpu"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Intra-op threads; null is torch's default on this machine. The number used is recorded."""
+
+
+class Places(Config):
+    """What a run is called and where it lies; one that lies elsewhere is the same run."""
+
+    name: str
+    output_dir: FolderName
+    """Of a run's own `run_config.json` it is the folder that holds it, wherever that is now."""
+    benchmark_dir: FolderName
+
+
+class Bookkeeping(Config):
+    """What is written down while the recipe runs; no weight depends on it."""
+
+    log_every: PositiveInt = 50
+    eval_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = 250
+    tracked_splits: list[str] = Field(default=["validation_iid", "heldout_pairs"])
+    best: BestConfig = BestConfig(split="heldout_pairs")
+
+
+class TrainConfig(Bookkeeping, Recipe, Machine, Places):
+    """One training run: four roles in one flat file."""
+
+    def digest(self) -> str:
+        """sha256 of what the run is; not of where it lies."""
+        return digest_of(self.model_dump(mode="json", exclude=set(Places.model_fields)))
+
+    def provenance(self, benchmark_digest: str) -> dict[str, Any]:
+        """What a report records of the run that it is about; equal recipes are one run."""
+        return {
+            **self.origin(),
+            "config_digest": self.digest(),
+            "recipe_digest": self.recipe_digest(),
+            "benchmark_digest": benchmark_digest,
+        }
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _trained_elsewhere(cls, payload: Any, read: ValidatorFunctionWrapHandler) -> TrainConfig:
+        """A file with `imported` is that of an `ImportedConfig`."""
+        if cls is TrainConfig and isinstance(payload, dict) and "imported" in payload:
+            return ImportedConfig.model_validate(payload)
+        return cast(TrainConfig, read(payload))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_record(cls, payload: Any) -> Any:
+        """Version 0.1.0 recorded `compile` and `optimizer.fused`, and ran plain kernels."""
+        if not isinstance(payload, dict) or "compile" not in payload:
+            return payload
+        recorded = dict(payload)
+        removed = {"compile": recorded.pop("compile")}
+        if isinstance(recorded.get("optimizer"), dict):
+            recorded["optimizer"] = dict(recorded["optimizer"])
+            removed["optimizer.fused"] = recorded["optimizer"].pop("fused", False)
+        for name, value in removed.items():
+            if value is not False:
+                raise ValueError(
+                    f"'{name}' is {json.dumps(value)}, which only version 0.1.0 can run; remove it"
+                    " for a run with the kernels of today"
+                )
+        return {"kernels": "plain", **recorded}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if isinstance(self, ImportedConfig):
+            return self
+        if self.best.split not in self.tracked_splits:
+            raise ValueError(
+                f"best.split {self.best.split!r} is not among tracked_splits {self.tracked_splits}"
+            )
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds steps {self.steps}"
+            )
+        return self
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with other top-level values, validated like a file; it keeps its overrides.
+
+        Raises:
+            CircuitError: a value is not allowed.
+        """
+        payload = self.model_dump(mode="json")
+        changed = {
+            key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            for key, value in changes.items()
+        }
+        made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
+        return made.remembering(self)
+
+
+class ImportedFile(Config):
+    """A file whose weights are a state of an imported run."""
+
+    step: NonNegativeInt
+    file: str
+    """Its name, without its folder."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Imported(Config):
+    """What is known of a run that was trained elsewhere."""
+
+    files: Annotated[list[ImportedFile], Field(min_length=1)]
+    zero: list[str] = Field(default=[])
+    """Kinds of biases that the files do not hold, such as `attn.b_Q`: exactly zero."""
+    assumed: dict[str, Any] = Field(default={})
+    """Settings of the model that weights do not tell, as HookedTransformerConfig names them."""
+
+
+def _unknown() -> Any:
+    """A field without a value, and without a place in the file."""
+    return Field(default=None, exclude=True)
+
+
+class ImportedConfig(TrainConfig):
+    """A run of which weights at some steps are known, and no recipe (circuit/training/imported.py).
+
+    Whoever asks for a field of the recipe is refused with the reason: what only needs the weights
+    works, and whatever would take a step does not.
+    """
+
+    imported: Imported
+    kernels: Kernels = "plain"
+    seed: RunSeed = _unknown()
+    steps: PositiveInt = _unknown()
+    batch_size: PositiveInt = _unknown()
+    train_split: str = _unknown()
+    optimizer: AdamWConfig | SGDConfig = _unknown()
+    schedule: ScheduleConfig = _unknown()
+    gradient_clip: float | None = _unknown()
+    log_every: PositiveInt = _unknown()
+    eval_every: PositiveInt = _unknown()
+    checkpoint_every: PositiveInt = _unknown()
+    best: BestConfig = _unknown()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _UNKNOWN:
+            raise CircuitError(
+                f"'{name}' is not known: the run was trained elsewhere and imported, so no step of"
+                " it can be taken, neither to train on nor to trace",
+                where=f"config {self.name}",
+                expected="a run of `circuit train`",
+                fix="reports on its checkpoints work",
+            )
+        return super().__getattribute__(name)
+
+    @model_validator(mode="after")
+    def _no_recipe(self) -> Self:
+        given = sorted(_UNKNOWN & self.model_fields_set)
+        if given:
+            raise ValueError(f"'{given[0]}' belongs to a recipe, and an imported run has none")
+        return self
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the weights: the files that they were read from, and their shape."""
+        payload = self.model_dump(mode="json")
+        files = json.dumps(payload["imported"], sort_keys=True).encode()
+        of = {"imported": hashlib.sha256(files).hexdigest()[:16]}
+        return of | {field: payload[field] for field in ("model", "kernels")}
+
+    @model_serializer(mode="wrap")
+    def _without_initialization(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = dump(self)
+        for unknown in ("initialization", "embedding_std"):
+            made["model"].pop(unknown, None)
+        return made
+
+
+_UNKNOWN = {name for name, field in ImportedConfig.model_fields.items() if field.exclude}
+
+
+RUN_CONFIG = "run_config.json"
+"""In the folder of a run: the values in use."""
+
+
+def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training config: a file, or the folder of a run.
+
+    A run's own `run_config.json` speaks of the folder that holds it, whether the run was made there
+    or has been copied or moved since; its benchmark is looked for above it.
+
+    Args:
+        where: as said.
+        overrides: as for `load_config`; one of them may name another `output_dir`.
+
+    Raises:
+        CircuitError: as `load_config`.
+    """
+    path = Path(where)
+    if (path / RUN_CONFIG).is_file():
+        path = path / RUN_CONFIG
+    if path.name != RUN_CONFIG:
+        return load_config(path, TrainConfig, overrides)
+    folder, here = Path(os.path.normpath(path.parent.absolute())), Path.cwd()
+    # below the working directory, however it was named, so that equal runs give equal records
+    named = folder.relative_to(here) if folder.is_relative_to(here) else path.parent
+    run = {"output_dir": named.as_posix()}
+    return load_config(path, TrainConfig, overrides, places=run)
