@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from command_line import Done
 from test_reports_shape import CONFIG, PROBE, WORDS
+from watched import opens
 
 from circuit.runs.opening import open_run
 from circuit.trace.step import Tracer
@@ -71,13 +73,28 @@ def words_of(command: str) -> list[str]:
     return [command, *text.split(), "--output-dir", f"reports/{command}"]
 
 
+def lines_of() -> dict[str, list[str]]:
+    """Every command that reads a run; later ones read what earlier ones wrote."""
+    lines = {command: words_of(command) for command in WORDS}
+    return lines | {name: [*name.split(), *words.split()] for name, words in ON_THE_RUN.items()}
+
+
+def test_no_command_on_a_copy_opens_the_original(traced: Path) -> None:
+    """Config, checkpoints, probe set, trace and reports are the copy's: the folder is named."""
+    shutil.copytree("runs/tiny", "runs/copy")
+    lines = {
+        command: [word.replace("runs/tiny", "runs/copy") for word in words]
+        for command, words in lines_of().items()
+    }
+    lines["train again"] = ["train", "--config", "runs/copy", "--overwrite"]
+    assert opens(Path("runs/tiny"), lines.values()) == 0
+
+
 def test_every_command_that_reads_a_run_opens_everything_once(
     circuit: Circuit, traced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order of `WORDS`, since later ones read what earlier ones wrote."""
     found: dict[str, dict[str, int]] = {}
-    lines = {command: words_of(command) for command in WORDS}
-    lines |= {name: [*name.split(), *words.split()] for name, words in ON_THE_RUN.items()}
+    lines = lines_of()
     for command, words in lines.items():
         with counting(monkeypatch) as calls:
             done = circuit(*words)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from circuit.cli.app import app
-from command_line import Done, type_in
+from command_line import Done
 from tiny_run import RUN
+from watched import OPENED, opens
 
 import circuit as library
 from circuit.errors import CircuitError
@@ -64,30 +64,6 @@ def copied(trained: Path, traced: Path) -> Iterator[Path]:
     assert contents(trained) == before
 
 
-OPENED, FAILED = 99, 98
-
-
-def opens(folder: Path, words: tuple[str, ...]) -> int:
-    """The command in a fork that ends with `OPENED` when anything below a folder is opened."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    hidden = str(folder.resolve()) + os.sep
-
-    def watch(event: str, found: tuple[Any, ...]) -> None:
-        path = found[0] if event == "open" else None
-        if isinstance(path, str) and str(Path(path).absolute()).startswith(hidden):
-            os.write(2, f"opened {path}\n".encode())
-            os._exit(OPENED)
-
-    code = FAILED
-    try:
-        sys.addaudithook(watch)
-        code = type_in(words)
-    finally:
-        os._exit(code)
-
-
 def test_every_command_of_a_copied_run_is_listed_or_needs_none() -> None:
     """A command that takes `--config` of a run is in the table, or shares its reader with one."""
     names = {command.name for command in app.registered_commands}
@@ -106,8 +82,8 @@ def test_a_copy_is_read_and_written_and_the_original_is_not(
 
 def test_a_copy_never_opens_the_original(copied: Path) -> None:
     """A command that reads config, checkpoints, benchmark and trace."""
-    assert opens(RUN, COMMANDS["trace qk"]) == 0
-    assert opens(copied, COMMANDS["trace qk"]) == OPENED
+    assert opens(RUN, [COMMANDS["trace qk"]]) == 0
+    assert opens(copied, [COMMANDS["trace qk"]]) == OPENED
 
 
 def test_a_retrained_copy_records_where_it_lies(copied: Path, circuit: Circuit) -> None:
