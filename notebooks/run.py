@@ -101,7 +101,7 @@ def _environment(profile: str) -> dict[str, str]:
 def weights(folder: Path) -> str:
     """sha256 of the best weights of the run that a notebook in `folder` looks at."""
     run = circuit.open_run(folder / RUN)
-    return tensors_digest(run.checkpoint("best").parameters)
+    return tensors_digest(run.state("best").parameters)
 
 
 def main() -> None:

@@ -186,13 +186,15 @@ def test_missing_things_say_what_to_do(saved: Path, tmp_path: Path) -> None:
         load_benchmark(tmp_path / "nowhere")
     with pytest.raises(CircuitError, match=r"unknown split 'tests'; expected train, heldout"):
         load_benchmark(saved, ["tests"])
-    with pytest.raises(CircuitError, match="unknown split 'heldout_pairs'; expected train"):
-        load_benchmark(saved, ["train"]).records("heldout_pairs")
-    with pytest.raises(CircuitError, match="splits not loaded: counterfactual, heldout_pairs"):
-        load_benchmark(saved, ["train"]).save(lambda name, text: None)
+    lazily, whole = load_benchmark(saved, []), load_benchmark(saved)
+    assert (list(lazily.splits), list(whole.splits)) == ([], list(whole.files))
+    assert {name: lazily.records(name) for name in whole.files} == whole.splits
+    unread = load_benchmark(saved, [])
     (saved / "train.jsonl").unlink()
     with pytest.raises(CircuitError, match=r"train.jsonl: no such file"):
         load_benchmark(saved, ["train"])
+    with pytest.raises(CircuitError, match=r"train.jsonl: no such file"):
+        unread.records("train")
 
 
 def edit_seed(payload: Any) -> None:

@@ -19,6 +19,7 @@ from circuit.core.digests import tensors_digest
 from circuit.environment import BIT_FACTS
 from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
+from circuit.runs.checkpointed import CheckpointedRun
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import draw_probe_set
@@ -256,6 +257,12 @@ def test_overwrite_keeps_what_training_did_not_write(
     assert list(list_checkpoints(RUN / "checkpoints")) == [1, 6, 12]
 
 
+def read_all(run: CheckpointedRun) -> None:
+    run.model(6)
+    for split in ("train", "validation_iid"):  # read when they are asked for
+        run.batch(split)
+
+
 @pytest.mark.parametrize("how", ["edited train", "edited tracked", "edited config", "regenerated"])
 def test_a_benchmark_changed_under_a_run_is_refused(
     workplace: Path,
@@ -295,7 +302,7 @@ def test_a_benchmark_changed_under_a_run_is_refused(
     for use in (
         lambda: train(make_config(), resume=True),
         lambda: evaluate_checkpoint(make_config(), checkpoint, splits=["train", "validation_iid"]),
-        lambda: open_run(RUN).model(6),
+        lambda: read_all(open_run(RUN)),
     ):
         with pytest.raises(CircuitError, match=said):
             use()

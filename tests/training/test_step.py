@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuit.model.weights import named_tensors
+from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.symbolic_kv import PAD
 from circuit.train_config import TrainConfig
 from circuit.training.optimizers import learning_rate, read_moments
@@ -229,12 +230,14 @@ def test_two_runs_have_equal_bits(session_after: SessionAfter, optimizer: dict[s
             assert torch.equal(tensor, second.moments[moment][name])
 
 
-def test_the_last_token_of_a_batch_is_a_target_only(session_after: SessionAfter) -> None:
+def test_the_last_token_of_a_batch_is_a_target_only(
+    session_after: SessionAfter, tiny: Benchmark
+) -> None:
     """A step sees the batch's examples, whole, and nothing of the padding."""
     session = session_after(0)
     for step in (1, 2, 9):
         batch = session.batch(step)
-        records = session.benchmark.records("train")
+        records = tiny.records("train")
         for row, index in enumerate(session.indices(step)):
             length = int(batch.lengths[row])
             assert tuple(batch.tokens[row, :length].tolist()) == records[index].tokens
