@@ -112,6 +112,12 @@ def _read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CircuitError("no such config file", where=path, fix="check --config") from None
+    except IsADirectoryError:
+        raise CircuitError(
+            "is a folder that holds no run_config.json",
+            where=path,
+            expected="a config file, or the folder of a run",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:

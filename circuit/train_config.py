@@ -343,6 +343,8 @@ def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainCo
         return load_config(path, TrainConfig, overrides)
     folder, here = Path(os.path.normpath(path.parent.absolute())), Path.cwd()
     # below the working directory, however it was named, so that equal runs give equal records
-    named = folder.relative_to(here) if folder.is_relative_to(here) else path.parent
+    # (of a name with a link and `..` the text may lead elsewhere)
+    below = folder.is_relative_to(here) and folder.exists() and folder.samefile(path.parent)
+    named = folder.relative_to(here) if below else path.parent
     run = {"output_dir": named.as_posix()}
     return load_config(path, TrainConfig, overrides, places=run)

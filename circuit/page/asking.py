@@ -9,6 +9,7 @@ from circuit.page.commands import TRACE, Home, command_for, probe_set_command
 from circuit.page.found import Reports
 from circuit.page.panel import Missing
 from circuit.runs.checkpointed import CheckpointedRun
+from circuit.train_config import ImportedConfig
 
 PROBES = 96
 """Records of the probe set that the page asks for, at most."""
@@ -37,6 +38,9 @@ def with_inputs(
     missing: Sequence[Missing], run: CheckpointedRun, reports: Reports
 ) -> list[Missing]:
     """The same, after the probe set and the trace that the commands read and that do not exist."""
+    if isinstance(run.config, ImportedConfig):  # it takes no step, so it has neither log nor trace
+        steps = ("circuit train ", f"circuit {TRACE} ", "--optimizer-trace-dir")
+        missing = [one for one in missing if not any(text in one.command for text in steps)]
     wanted = []
     probe_set = run.path / "analysis" / "probe_set.jsonl"
     if any("--probe-set" in one.command for one in missing) and not probe_set.exists():

@@ -20,6 +20,7 @@ from circuit.model.standard import (
     standard_config,
     standard_weights,
 )
+from circuit.reports.inputs import check_finite
 from circuit.trace.states import States
 from circuit.train_config import TrainConfig
 from circuit.training.setup import Setup
@@ -79,6 +80,7 @@ def export_checkpoint(
         states = States(setup)
         setup.check(states.header(checkpoint))
         state = states.state(checkpoint)
+        check_finite(state, checkpoint)
         setup.prepare()
         model = setup.model(state)
         weights, settings = standard_weights(model), standard_config(model)

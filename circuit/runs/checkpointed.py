@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
+from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
 from circuit.runs.rows import read_rows
@@ -92,8 +93,8 @@ class CheckpointedRun:
         return self.benchmark.vocabulary
 
     def header(self, step: int) -> StateHeader:
-        """Whose state a checkpoint holds; raises as `state`."""
-        return read_header(self._file(step))
+        """Whose state that of a step is; raises as `state`."""
+        return self.trace.header(step) if self._only_traced(step) else read_header(self._file(step))
 
     def state(self, step: int | str = "best") -> TrainState:
         """A saved state: of a step, or `"best"`; of a step that the run's trace can give.
@@ -101,24 +102,40 @@ class CheckpointedRun:
         Raises:
             CircuitError: there is no such state, it is damaged, or it does not replay.
         """
-        if isinstance(step, int) and step not in self.steps and self._traced:
-            return self.trace.state(step)
-        return load_checkpoint(self._file(step))
+        return self.trace.state(step) if self._only_traced(step) else self._load(step)
 
     @cached_property
     def trace(self) -> ReplayedRun:
         """The run's trace, where `circuit train --trace` puts it.
 
         Raises:
-            CircuitError: there is none, or it is of another run.
+            CircuitError: there is none, or it is of another run than the checkpoints.
         """
         trace = ReplayedRun.open(self.path / DEFAULT_FOLDER, setup=self.setup)
-        self.setup.check(trace.header(trace.steps[0]))
+        fix = "it was recorded from an earlier run; record it again with --overwrite"
+        try:
+            self.setup.check(trace.header(trace.steps[0]))
+        except CircuitError as error:
+            raise CircuitError(error.what, where=trace.path, fix=fix) from None
+        both = [step for step in self.steps if step in trace.steps]
+        if both:
+            ours = FlatState.of(self._load(both[-1])).stages()
+            if ours != trace.store.state_digests(both[-1]):
+                raise CircuitError(
+                    f"is not this run's: the states of step {both[-1]} differ",
+                    where=trace.path,
+                    fix=fix,
+                )
         return trace
 
-    @property
-    def _traced(self) -> bool:
-        return (self.path / DEFAULT_FOLDER / MANIFEST).is_file()
+    def _only_traced(self, step: int | str) -> TypeGuard[int]:
+        """Whether no checkpoint has that state, and the trace can give it."""
+        if isinstance(step, str) or step in self.steps:
+            return False
+        return (self.path / DEFAULT_FOLDER / MANIFEST).is_file() and step in self.trace.steps
+
+    def _load(self, step: int | str) -> TrainState:
+        return load_checkpoint(self._file(step))
 
     def model(self, step: int | str = "best", *, untied: bool = False) -> HookedTransformer:
         """The model after `step` optimizer steps, or the best one.
@@ -147,7 +164,7 @@ class CheckpointedRun:
         Raises:
             CircuitError: there is no trace, the window is not recorded, or a step differs.
         """
-        if not self._traced:
+        if not (self.path / DEFAULT_FOLDER / MANIFEST).is_file():
             raise CircuitError(
                 f"steps {start} to {end} cannot be executed again from checkpoints alone",
                 where=self.path,
@@ -162,13 +179,12 @@ class CheckpointedRun:
 
     def _file(self, step: int | str) -> Path:
         if step == "best":
-            return self.path / BEST
+            return self.checkpoints / Path(BEST).name
         saved = list_checkpoints(self.checkpoints)
-        found = saved.get(step) if isinstance(step, int) else None
-        if found is None:
+        if isinstance(step, str) or int(step) not in saved:
             raise CircuitError(
                 f"no checkpoint of step {step}",
                 where=self.path,
                 expected=f"one of {', '.join(map(str, saved)) or '(none)'} or 'best'",
             )
-        return found
+        return saved[int(step)]

@@ -263,7 +263,8 @@ def _read_metadata(folder: Path) -> BenchmarkMetadata:
             "no benchmark in this folder",
             where=folder,
             expected="metadata.json",
-            fix="run `circuit generate-benchmark --config configs/benchmark/<name>.json`",
+            fix="run `circuit generate-benchmark --config configs/benchmark/<name>.json`; of a run"
+            " that was moved away from its data, bring them along, or start where they are",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=path) from None

@@ -52,9 +52,22 @@ def read_tensors(path: Path, payload: bytes) -> Tensors:
     else:
         content = _read_pickle(path, payload)
     found = _unwrapped(content, path)
-    prefix = next((n.removesuffix("embed.W_E") for n in found if _is_embedding(n)), "")
+    embeddings = [name for name in found if _is_embedding(name)]
+    if len(embeddings) > 1:
+        raise CircuitError(
+            f"holds weights twice: {' and '.join(embeddings[:2])}",
+            where=path,
+            expected="those of one model",
+        )
+    prefix = "".join(embeddings).removesuffix("embed.W_E")
     named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if len(named) < len(found):
+        raise CircuitError(
+            f"holds names both with and without {prefix!r}", where=path, expected="one model"
+        )
     for name, tensor in named.items():
+        if tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
+            raise CircuitError(f"{name} is no plain tensor", where=path)
         if tensor.layout != torch.strided or _claimed(tensor) > tensor.untyped_storage().nbytes():
             raise CircuitError(f"{name} is not stored in full", where=path)
     return named
@@ -264,9 +277,9 @@ def _drop_buffers(given: Tensors, config: ModelConfig, where: Path) -> None:
 
 def _as_float32(name: str, tensor: Tensor, where: Path) -> Tensor:
     made = tensor.detach().to(torch.float32)
+    if tensor.is_floating_point() and not torch.isfinite(made).all():
+        raise CircuitError(f"{name} holds values that are not finite", where=where)
     if not tensor.is_floating_point() or not torch.equal(made.to(tensor.dtype), tensor):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CircuitError(f"{name} holds values that are not finite", where=where)
         raise CircuitError(
             f"{name} is {tensor.dtype} and has no exact float32 form",
             where=where,

@@ -9,7 +9,6 @@ needs weights works on it; what would take a step is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from circuit.artifacts import OutputFolder
 from circuit.config import parse_config
 from circuit.errors import CircuitError
+from circuit.strict_json import parse_json
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import TrainState, checkpoint_name, encode_checkpoint
@@ -236,8 +236,8 @@ def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for path in dict.fromkeys(file.parent / "config.json" for file in files):
         try:
-            payload = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            payload = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             continue  # none, or of something else
         if not isinstance(payload, dict) or "act_fn" not in payload:
             continue

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
+from circuit.artifacts import OutputFolder, RowLog, dump_json
 from circuit.environment import (
     environment_facts,
     prepare_process,
@@ -221,12 +221,12 @@ class _Loop:
         self.recorder = recorder
 
     def run(self, kept_rows: int) -> TrainResult:
-        """Every step; of a resumed run's rows so many must still be there."""
+        """Every step; of a resumed run's rows so many stay."""
         config, session = self.config, self.session
+        self.rows = kept_rows
         first, began = session.step, time.perf_counter()
         self.folder.claim([METRICS])
         log = RowLog(self.folder.path(METRICS), last_step=first if first else None)
-        self._refuse_lost_rows(first, kept_rows)
         advance = session.advance if self.recorder is None else self.recorder.advance
         try:
             if self.recorder is not None:
@@ -259,18 +259,6 @@ class _Loop:
         if session.step == config.steps:
             self.folder.write_text(SUMMARY, dump_json(_summary(result)))
         return replace(result, files=self.folder.owned)
-
-    def _refuse_lost_rows(self, first: int, expected: int) -> None:
-        """A resumed run must still have the rows of its steps so far."""
-        self.rows = len(read_jsonl(self.folder.path(METRICS)))
-        if self.rows != expected:
-            raise CircuitError(
-                f"holds {self.rows} rows up to step {first}",
-                where=self.folder.path(METRICS),
-                expected=str(expected),
-                fix="rows were lost; resume from an earlier checkpoint with --resume-from, or start"
-                " anew with --overwrite",
-            )
 
     def _write(self, log: RowLog, row: dict[str, Any]) -> None:
         log.append(row)

@@ -192,33 +192,57 @@ class EarlierRun:
         return {"best": best}
 
     def rows(self, state: TrainState) -> int:
-        """How many rows `metrics.jsonl` has to hold up to a state."""
-        if METRICS_ROWS in state.notes:
-            return int(state.notes[METRICS_ROWS])
-        # saved by version 0.1.0, which did not count; what it has is taken for whole
+        """How many rows `metrics.jsonl` holds up to a state.
+
+        Raises:
+            CircuitError: not as many as when the state was saved (version 0.1.0 did not count).
+        """
         rows = read_jsonl(self.root / METRICS, tolerate_torn_tail=True)
-        return sum(row["step"] <= state.step for row in rows)
+        found = sum(row["step"] <= state.step for row in rows)
+        expected = int(state.notes.get(METRICS_ROWS, found))
+        if found != expected:
+            raise CircuitError(
+                f"holds {found} rows up to step {state.step}",
+                where=self.root / METRICS,
+                expected=str(expected),
+                fix="rows were lost; resume from an earlier checkpoint with --resume-from, or start"
+                " anew with --overwrite",
+            )
+        return int(found)
 
     def go_on(self, state: TrainState) -> None:
         """Drop what is of later steps, and record the config that is in use from now on."""
-        later = {f"checkpoints/{checkpoint_name(s)}" for s in self.states if s > state.step}
-        best = self.root / BEST
-        lost_best = best.exists() and read_header(best).step > state.step
-        if lost_best:
-            later.add(BEST)
-        if state.step < self.wanted.steps:
-            later.add(SUMMARY)
-        self.folder.remove([name for name in self.folder.owned if name in later])
-        best_step = self.notes(state).get("best", {}).get("step")
-        if lost_best and best_step in self.states:
-            best_state = load_checkpoint(self.states[best_step])
-            self.folder.write_bytes(BEST, encode_checkpoint(best_state))
+        self._drop_later(state)
+        self._restore_best(state)
         kept = {"steps", *Bookkeeping.model_fields}
         ours, theirs = (c.model_dump(include=kept) for c in (self.wanted, self.config))
         if ours != theirs:
             machine = {"device": self.config.device, "threads": self.config.threads}
             used = self.wanted.replace(**machine)
             self.folder.write_text(RUN_CONFIG, used.to_json(origin=True))
+
+    def _drop_later(self, state: TrainState) -> None:
+        """In this order a run that is killed in between still goes on from its last state."""
+        step_of = {f"checkpoints/{checkpoint_name(step)}": step for step in self.states}
+        if (self.root / BEST).exists():
+            step_of[BEST] = read_header(self.root / BEST).step
+        if state.step < self.wanted.steps:
+            step_of[SUMMARY] = 1 + max(step_of.values())
+        later = [name for name, step in step_of.items() if step > state.step]
+        later.sort(key=lambda name: -step_of[name])
+        self.folder.remove([name for name in later if name in self.folder.owned])
+
+    def _restore_best(self, state: TrainState) -> None:
+        """Let `best.pt` be what the state's notes say, as far as its checkpoint is left."""
+        best, step = self.root / BEST, self.notes(state).get("best", {}).get("step")
+        found = read_header(best).step if best.exists() else None
+        checkpoint = self.root / "checkpoints" / checkpoint_name(step or 0)
+        if found != step and step is not None and checkpoint.exists():
+            self.folder.write_bytes(BEST, encode_checkpoint(load_checkpoint(checkpoint)))
+        elif found is not None and step is None:
+            # the best by a measure that is no longer asked for, unless it is the only state
+            own = self.root / "checkpoints" / checkpoint_name(state.step)
+            self.folder.remove([BEST] if own.exists() else [])
 
     def _had_states(self) -> bool:
         """Whether rows or a summary tell of steps after which a state was saved."""

@@ -16,7 +16,7 @@ from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import EncodedSplit
-from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
+from circuit.train_config import RUN_CONFIG, ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
 
 if TYPE_CHECKING:
@@ -42,12 +42,15 @@ class Setup:
 
         Args:
             config: of the run.
-            near: the benchmark is looked for above this place; the run's folder by default.
+            near: the benchmark is looked for above this place, then above the working directory; by
+                default above the run, or, of one that does not stand there yet, where the config
+                is used.
             benchmark: where it has been read already.
             benchmark_digest: that it has to have, where a run or trace has recorded it.
         """
         self.config = config
-        self.near = Path(config.output_dir if near is None else near)
+        stands = (Path(config.output_dir) / RUN_CONFIG).exists()
+        self.near = Path(near or (config.output_dir if stands else RUN_CONFIG))
         self._digest = benchmark_digest
         self._splits: dict[str, EncodedSplit] = {}
         self._benchmark = [] if benchmark is None else [benchmark]

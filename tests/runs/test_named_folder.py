@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -287,3 +288,70 @@ def test_going_on_from_an_earlier_checkpoint(trained: Path, circuit: Circuit) ->
     again = contents(trained)
     differing = {Path(name).name for name in expected if again[name] != expected[name]}
     assert differing <= {"summary.json", "train.manifest.json"}  # seconds; the order of claims
+
+
+def test_lost_rows_are_refused_before_anything_is_dropped(trained: Path, circuit: Circuit) -> None:
+    metrics = trained / METRICS
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:3], *lines[4:]]))
+    before = contents(trained)
+    done = circuit("train", "--config", str(trained), "--resume-from", "9", "--overwrite")
+    assert (done.code, contents(trained)) == (2, before)
+    assert "rows up to step 9; expected" in " ".join(done.err.split())
+
+
+def test_a_kill_while_later_states_are_dropped_loses_none_for_good(
+    trained: Path, circuit: Circuit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each file that `--resume-from` removes, and after the last."""
+    straight = {name: data for name, data in contents(trained).items() if "summary" not in name}
+    shutil.copytree(trained, "whole")
+    unlink, kept = Path.unlink, 0
+    while True:
+        shutil.rmtree(trained)
+        shutil.copytree("whole", trained)
+        left = kept
+
+        def stopped(path: Path, missing_ok: bool = False) -> None:
+            nonlocal left
+            if path.is_relative_to(trained) and left == 0:
+                raise KeyboardInterrupt
+            left -= path.is_relative_to(trained)
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", stopped)
+            with contextlib.suppress(KeyboardInterrupt):
+                config = load_run_config(trained)
+                train(config, resume_from=3, overwrite=True, stop=lambda: True)
+        finished = left >= 0
+        train(load_run_config(trained), resume=True)
+        again = contents(trained)
+        wrong = [name for name, data in straight.items() if again.get(name) != data]
+        assert [name for name in wrong if "manifest" not in name] == [], f"before removal {kept}"
+        if finished and left > 0:
+            break
+        kept += 1
+    print(f"killed before each of {kept} removals: files that differ 0")
+    assert kept >= 4
+
+
+def test_a_best_state_by_another_measure_is_forgotten(trained: Path, circuit: Circuit) -> None:
+    done = circuit(
+        "train", "--config", str(trained), "--resume", "--set", "best.metric=value_accuracy"
+    )
+    assert done.code == 0, done.err
+    assert json.loads((trained / "summary.json").read_text())["best"] is None
+    assert not (trained / BEST).exists()
+
+
+def test_a_link_and_two_dots_lead_where_the_file_is(trained: Path, circuit: Circuit) -> None:
+    Path("far/deep").mkdir(parents=True)
+    shutil.copytree(trained, "far/tiny")
+    shutil.copytree(trained, "tiny")
+    Path("link").symlink_to("far/deep")
+    before = contents(Path("tiny"))
+    done = circuit("train", "--config", "link/../tiny", "--overwrite", "--set", "seed=5")
+    assert done.code == 0, done.err
+    assert contents(Path("tiny")) == before
+    assert load_run_config("far/tiny").seed == 5

@@ -18,6 +18,7 @@ from circuit.scalars.qk_match import QKMatch, ReadMasks
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.while_training import DEFAULT_FOLDER
 from circuit.train_config import load_run_config
+from circuit.training.checkpoints import checkpoint_name, save_checkpoint
 from circuit.training.loop import train
 
 
@@ -108,3 +109,22 @@ def test_a_trace_of_another_run_is_not_taken(with_trace: Path) -> None:
     for ask in (lambda run: run.replay(3, 6), lambda run: run.state(4), lambda run: run.trace):
         with pytest.raises(CircuitError, match="belongs to another config: seed is 11 there and"):
             ask(open_run(other))
+
+
+def test_a_trace_of_the_same_recipe_and_other_bits_is_not_taken(with_trace: Path) -> None:
+    """As of another machine: recipe and benchmark are equal, the states are not."""
+    run = open_run(with_trace)
+    state = run.state(12)
+    state.parameters["embed.W_E"][0, 0] += 1e-6
+    save_checkpoint(with_trace / "checkpoints" / checkpoint_name(12), state)
+    again = open_run(with_trace)
+    for ask in (lambda: again.state(4), lambda: again.replay(3, 6), lambda: again.header(4)):
+        with pytest.raises(CircuitError, match="is not this run's: the states of step 12 differ"):
+            ask()
+    assert same(again.state(12), state)
+
+
+def test_best_is_found_beside_bare_checkpoints(with_trace: Path) -> None:
+    assert same(open_run("bare").state("best"), open_run(with_trace).state())
+    assert open_run(with_trace).header(4).step == 4
+    assert same(open_run("bare").state(np.int64(3)), open_run("bare").state(3))

@@ -29,7 +29,7 @@ from circuit.training.checkpoints import (
     load_checkpoint,
     read_description,
 )
-from circuit.training.foreign import expected_shapes
+from circuit.training.foreign import _as_float32, expected_shapes, read_tensors
 from circuit.training.imported import import_checkpoints, steps_of
 
 Tensors = dict[str, Tensor]
@@ -419,3 +419,28 @@ def test_digests_and_checkpoints_of_other_runs_are_what_they_were() -> None:
     assert hashlib.sha256(json.dumps(shortened, sort_keys=True).encode()).hexdigest() == digest
     untied = config.model.model_copy(update={"tied_unembedding": False})
     assert config.replace(model=untied).digest() != config.digest()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_of_two_models_in_one_file_are_refused(
+    tmp_path: Path, session_after: Callable[..., Any], order: int
+) -> None:
+    own = {name: tensor.detach() for name, tensor in session_after(0).model.named_parameters()}
+    averaged = {f"ema.{name}": tensor + 1 for name, tensor in own.items()}
+    for part in (own, dict(list(own.items())[:-1])):
+        path = tmp_path / "two.pt"
+        torch.save(dict([*averaged.items(), *part.items()][::order]), path)
+        with pytest.raises(CircuitError, match=r"holds weights twice: |holds names both with"):
+            read_tensors(path, path.read_bytes())
+
+
+@pytest.mark.parametrize("odd", ["inf", "meta"])
+def test_tensors_that_are_no_finite_numbers_are_refused(tmp_path: Path, odd: str) -> None:
+    made = {
+        "inf": torch.tensor([1.0, torch.inf]),
+        "meta": torch.empty(2, device="meta"),
+    }[odd]
+    path = tmp_path / "odd.pt"
+    torch.save({"embed.W_E": made}, path)
+    with pytest.raises(CircuitError, match=r"embed.W_E (is no plain tensor|holds values)"):
+        _as_float32("embed.W_E", read_tensors(path, path.read_bytes())["embed.W_E"], path)
