@@ -214,7 +214,7 @@ class EarlierRun:
         """Drop what is of later steps, and record the config that is in use from now on."""
         self._drop_later(state)
         self._restore_best(state)
-        kept = {"steps", *Bookkeeping.model_fields}
+        kept = {"steps", "benchmark_dir", *Bookkeeping.model_fields}
         ours, theirs = (c.model_dump(include=kept) for c in (self.wanted, self.config))
         if ours != theirs:
             machine = {"device": self.config.device, "threads": self.config.threads}
