@@ -149,8 +149,8 @@ class AdamWRule:
         hyper: Hyper,
     ) -> UpdateTerms:
         """See `UpdateRule.terms`."""
-        # theta_t = (1 - lr lambda) theta_{t-1} - lr m_hat / (sqrt(v_hat) + eps), and m_t is linear in
-        # the present gradient and in m_{t-1}: two terms over one denominator (definitions.md, 4)
+        # theta_t = (1 - lr lambda) theta_{t-1} - lr m_hat / (sqrt(v_hat) + eps), and m_t is linear
+        # in the present gradient and in m_{t-1}: two terms over one denominator (definitions.md, 4)
         scale = hyper.rate / (1 - self.beta1**step)
         denominator = _double(moments_after["exp_avg_sq"]).sqrt_()
         denominator.div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
