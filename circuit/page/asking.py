@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from circuit.errors import CircuitError
 from circuit.page.commands import TRACE, Home, command_for, probe_set_command
@@ -48,7 +51,15 @@ def with_inputs(
     reads_trace = any("--optimizer-trace-dir" in one.command for one in missing)
     if reads_trace and trace_folder(reports) is None:
         wanted.append(Missing("the trace that it reads", command_for(TRACE, home_of(run))))
-    return [*wanted, *missing]
+    return [_replacing(one, run, reports) for one in (*wanted, *missing)]
+
+
+def _replacing(one: Missing, run: CheckpointedRun, reports: Reports) -> Missing:
+    """With `--overwrite` where a report of another run stands in the command's place."""
+    stale = {f"{run.config.output_dir}/{Path(name).parent.as_posix()}" for name in reports.left_out}
+    if any(one.command.endswith(f" --output-dir {shlex.quote(folder)}") for folder in stale):
+        return replace(one, command=f"{one.command} --overwrite")
+    return one
 
 
 def _probe_set(run: CheckpointedRun) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,6 +202,10 @@ def test_a_key_that_stands_twice_is_refused_in_every_json_of_a_run(
     assert wrong == []
 
 
+def recipe_of(run: Path) -> str:
+    return load_run_config(run).recipe_digest()
+
+
 def test_reports_of_the_run_that_was_here_before_are_left_out(
     trained: Path, circuit: Circuit
 ) -> None:
@@ -221,6 +226,11 @@ def test_reports_of_the_run_that_was_here_before_are_left_out(
     done = circuit("page", str(trained), "--output", "page.html")
     assert f"left out, a report of another run: {report}" in done.out
     assert "left out, as reports of another run" in Path("page.html").read_text()
+    again = next(line for line in done.out.splitlines() if f"  circuit {words[0]} " in line)
+    assert again.endswith("--overwrite")
+    assert circuit(*shlex.split(again)[1:]).code == 0
+    assert Reports(trained).left_out == []
+    (trained / report).write_text((trained / report).read_text().replace(recipe_of(trained), "0"))
     other = train(load_run_config(trained).replace(output_dir="runs/other", seed=5)).folder
     done = circuit("page", str(trained), str(other), "--compare", "--output", "c.html", "--json")
     assert [name.endswith(report) for name in done.payload["left_out"]] == [True]
