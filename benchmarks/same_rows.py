@@ -141,7 +141,8 @@ class Side:
             if json.loads(stamp.read_text()) == made_by:
                 return
             raise SystemExit(f"{folder} was made by other code or commands; keep it elsewhere")
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # of a run that was cut off, or somebody's own: not ours to delete
+            raise SystemExit(f"{folder} holds no finished outputs; move it away, or keep elsewhere")
         folder.mkdir(parents=True)
         print(f"{part} by {self.python} in {folder}", flush=True)
         joined = [word for command in commands for word in ("+", *command)][1:]
@@ -190,7 +191,7 @@ def different_tensors(one: Path, other: Path) -> Iterator[str]:
         return
     if here.step != there.step:
         yield f"step: {here.step}, not {there.step}"
-    ours, theirs = ({"parameters": state.parameters, **state.moments} for state in (here, there))
+    ours, theirs = ({"parameters": state.parameters, **(state.moments or {})} for state in (here, there))
     for name in {**ours, **theirs}:
         if tensors_digest(ours.get(name, {})) != tensors_digest(theirs.get(name, {})):
             yield f"tensors of {name}"

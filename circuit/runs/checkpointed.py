@@ -117,22 +117,27 @@ class CheckpointedRun:
             self.setup.check(trace.header(trace.steps[0]))
         except CircuitError as error:
             raise CircuitError(error.what, where=trace.path, fix=fix) from None
-        both = [step for step in self.steps if step in trace.steps]
+        both = set(self.steps) & set(trace.steps)
         if both:
-            ours = FlatState.of(self._load(both[-1])).stages()
-            if ours != trace.store.state_digests(both[-1]):
+            last = max(both)
+            ours = FlatState.of(self._load(last)).stages()
+            if ours != trace.store.state_digests(last):
                 raise CircuitError(
-                    f"is not this run's: the states of step {both[-1]} differ",
+                    f"is not this run's: the states of step {last} differ",
                     where=trace.path,
                     fix=fix,
                 )
         return trace
 
+    @property
+    def _has_trace(self) -> bool:
+        return (self.path / DEFAULT_FOLDER / MANIFEST).is_file()
+
     def _only_traced(self, step: int | str) -> TypeGuard[int]:
         """Whether no checkpoint has that state, and the trace can give it."""
         if isinstance(step, str) or step in self.steps:
             return False
-        return (self.path / DEFAULT_FOLDER / MANIFEST).is_file() and step in self.trace.steps
+        return self._has_trace and step in self.trace.steps
 
     def _load(self, step: int | str) -> TrainState:
         return load_checkpoint(self._file(step))
@@ -164,7 +169,7 @@ class CheckpointedRun:
         Raises:
             CircuitError: there is no trace, the window is not recorded, or a step differs.
         """
-        if not (self.path / DEFAULT_FOLDER / MANIFEST).is_file():
+        if not self._has_trace:
             raise CircuitError(
                 f"steps {start} to {end} cannot be executed again from checkpoints alone",
                 where=self.path,

@@ -52,6 +52,7 @@ class Setup:
         stands = (Path(config.output_dir) / RUN_CONFIG).exists()
         self.near = Path(near or (config.output_dir if stands else RUN_CONFIG))
         self._digest = benchmark_digest
+        # in containers, so that a copy with another config shares also what is built later
         self._splits: dict[str, EncodedSplit] = {}
         self._benchmark = [] if benchmark is None else [benchmark]
         self._model: list[HookedTransformer] = []
