@@ -191,7 +191,9 @@ def different_tensors(one: Path, other: Path) -> Iterator[str]:
         return
     if here.step != there.step:
         yield f"step: {here.step}, not {there.step}"
-    ours, theirs = ({"parameters": state.parameters, **(state.moments or {})} for state in (here, there))
+    ours, theirs = (
+        {"parameters": state.parameters, **(state.moments or {})} for state in (here, there)
+    )
     for name in {**ours, **theirs}:
         if tensors_digest(ours.get(name, {})) != tensors_digest(theirs.get(name, {})):
             yield f"tensors of {name}"
