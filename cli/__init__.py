@@ -1,5 +1,5 @@
 """The command line: parse, call the library, print. Installed as `circuit.cli`."""
 
-from .app import main
+from .program import main
 
 __all__ = ["main"]

@@ -1,5 +1,5 @@
 """`python -m circuit.cli`."""
 
-from .app import main
+from .program import main
 
 main()

@@ -27,6 +27,7 @@ from circuit import CircuitError
 
 if TYPE_CHECKING:
     from circuit.reports.base import ReportResult
+    from circuit.reports.tables import Table as Declared
 
 # a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
 stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -58,6 +59,25 @@ def print_report(result: ReportResult, as_json: bool) -> None:
     print_written(result.paths)
     if result.law:
         stdout.print(result.law, soft_wrap=True)
+
+
+def print_table(declared: Declared) -> None:
+    """A report's table: the rows that it has for the console."""
+    rows = declared.printed
+    title = declared.title
+    steps = {row["step"] for row in declared.rows if "step" in row}
+    if len(steps) > 1:
+        title = f"{title}, step {max(steps)}" if title else f"step {max(steps)}"
+    shown = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    shown.header_style = "dim"
+    for heading, text in zip(declared.headings, declared.is_text, strict=True):
+        if text:
+            shown.add_column(heading, overflow="fold", min_width=min(12, len(heading)))
+        else:
+            shown.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*declared.cells(row))
+    stdout.print(shown)
 
 
 def percent(value: float | None) -> str:

@@ -14,7 +14,7 @@ from circuit.attribution.series import Kind, Series
 from circuit.figures.style import TERM_NAMES
 from circuit.lazy import alt
 from circuit.page.asking import trace_folder
-from circuit.page.charts import INK, TICKS, at_step, chart, chosen, colour, exact, named, steps
+from circuit.figures.charts import INK, TICKS, at_step, chart, chosen, colour, exact, named, steps
 from circuit.page.commands import QK, Home, command_for
 from circuit.page.found import Found, Reports
 from circuit.page.heads import winner_of

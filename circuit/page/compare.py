@@ -12,7 +12,7 @@ from circuit.figures.style import TERM_NAMES
 from circuit.lazy import alt
 from circuit.page.asking import home_of, trace_folder, with_inputs
 from circuit.page.attribution import attribution_report
-from circuit.page.charts import TICKS, at_step, chart, colour, exact, lines, named
+from circuit.figures.charts import TICKS, at_step, chart, colour, exact, lines, named
 from circuit.page.commands import QK, SEPARATION, Home, command_for
 from circuit.page.formation import PageResult, left_out_fact, metrics_of, page_folder
 from circuit.page.found import Reports

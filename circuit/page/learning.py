@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from circuit.artifacts import Row
 from circuit.lazy import alt
-from circuit.page.charts import at_step, chart, colour, exact, lines, named, steps
+from circuit.figures.charts import at_step, chart, colour, exact, lines, named, steps
 from circuit.page.panel import Missing, Panel, Record, Source, Table, pick
 
 METRICS = "metrics.jsonl"

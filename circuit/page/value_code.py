@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from circuit.lazy import alt
-from circuit.page.charts import (
+from circuit.figures.charts import (
     CATEGORY,
     INK,
     TICKS,

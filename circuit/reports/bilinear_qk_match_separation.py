@@ -2,177 +2,218 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.errors import CircuitError
-from circuit.figures.separation import separation_over_steps
+from circuit.artifacts import Row
+from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
 from circuit.lazy import no_grad, np, torch
-from circuit.model.components import all_heads, parse_component
+from circuit.model.components import all_heads
 from circuit.model.readout import read_answers
-from circuit.model.stages import stage_hook
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
+from circuit.reports import options
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Table
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
-from circuit.scalars.qk_match import (
-    LayerNormMode,
-    ReadMasks,
-    check_layernorm_mode,
-    masked_mean,
-    qk_matches,
-)
-from circuit.tasks.groups import check_single
-from circuit.tasks.positions import check_roles
-from circuit.train_config import ModelConfig, TrainConfig
+from circuit.scalars.qk_match import QKMatch, ReadMasks, masked_mean, qk_matches
+from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+    from transformer_lens import HookedTransformer
 
-COMMAND = "bilinear-qk-match-separation"
 
+class SeparationOptions(options.ProbeOptions, options.CheckpointOptions):
+    """Whose match is measured, and between which positions (definitions.md section 6)."""
 
-@dataclass(frozen=True)
-class SeparationOptions:
-    """Whose match is measured, and between which positions (definitions.md section 6).
+    heads: options.Heads = ()
+    ranks: Annotated[
+        tuple[int, ...], options.Option("Rank beside the whole matrix.", flag="--rank", least=1)
+    ] = (8,)
+    context_stage: options.ContextStage = None
+    layernorm_mode: options.LayernormMode = "head_ln1"
+    score_query_role: options.ScoreQueryRole = "prediction"
+    support_key_role: options.SupportKeyRole = "support_value"
+    distractor_key_role: options.DistractorKeyRole = "value_distractors"
+    max_records: options.MaxRecords = None
 
-    Attributes:
-        heads: addresses; empty takes every head of the model.
-        ranks: of the basis, beside the whole matrix.
-        context_stage: where `x` is read; None is the stage that each head reads.
-        layernorm_mode: `head_ln1` or `none`.
-        query_role, support_role, distractor_role: positions that are scored and compared.
-        splits: of the probe records; None takes all.
-        max_records: that many reads, in file order.
-    """
-
-    heads: tuple[str, ...] = ()
-    ranks: tuple[int, ...] = (8,)
-    context_stage: str | None = None
-    layernorm_mode: LayerNormMode = "head_ln1"
-    query_role: str = "prediction"
-    support_role: str = "support_value"
-    distractor_role: str = "value_distractors"
-    splits: tuple[str, ...] | None = None
-    max_records: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, given in (("heads", self.heads), ("ranks", self.ranks)):
-            if len(set(given)) < len(given):
-                raise CircuitError(f"{name} {', '.join(map(str, given))}", expected="each once")
-        check_layernorm_mode(self.layernorm_mode)
-        check_single(self.query_role)
-        check_roles(self.support_role, self.distractor_role)
-
-    def check(self, model: ModelConfig) -> None:
-        """Refuse what a model of this shape does not have.
-
-        Raises:
-            CircuitError: names the head, stage or rank.
-        """
-        for head in self.heads:
-            parse_component(head, shape=(model.layers, model.heads), kind="head")
+    def check_model(self, shape: ModelConfig) -> None:
+        """Also refuses a rank that heads do not have."""
+        super().check_model(shape)
         for rank in self.ranks:
-            check_rank(next(iter(self.heads), "L0H0"), rank, model.d_model // model.heads)
-        if self.context_stage is not None:
-            stage_hook(self.context_stage, model.layers)
+            check_rank(next(iter(self.heads), "L0H0"), rank, shape.d_model // shape.heads)
 
 
-def bilinear_qk_match_separation(
-    config: TrainConfig,
-    probe_set: Path,
-    output_dir: str | Path,
-    options: SeparationOptions,
-    *,
-    checkpoints: Sequence[Path] | None = None,
-    checkpoint_dir: Path | None = None,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Measure the QK match of heads at checkpoints over all reads of a probe set.
+class MatchSeparation(OfCheckpoints[SeparationOptions]):
+    """Which head matches queries to the support, at every checkpoint: finds whom to attribute."""
 
-    Args:
-        progress: called with the checkpoints done and their number.
+    command = "bilinear-qk-match-separation"
+    Options = SeparationOptions
+    title = "Who matches"
+    question = "Which head comes to match the query to its support, and when?"
 
-    Raises:
-        CircuitError: bad options, or a checkpoint or probe set that does not belong to the config.
+    def prepare(self) -> None:
+        super().prepare()
+        self.batch = self.inputs.reads(self.options.max_records)
+        self.reads = ReadMasks.of(
+            self.batch,
+            query_role=self.options.score_query_role,
+            support_role=self.options.support_key_role,
+            distractor_role=self.options.distractor_key_role,
+        )
+        self.gap, self.largest = 0.0, 0.0
+
+    @no_grad
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        model, reads, asked = point.model, self.reads, self.options
+        addresses = asked.heads or tuple(str(head) for head in all_heads(model))
+        scalars = qk_matches(
+            addresses,
+            reads,
+            layers=model.cfg.n_layers,
+            ranks=[None, *asked.ranks],
+            layernorm_mode=asked.layernorm_mode,
+            context_stage=asked.context_stage,
+        )
+        shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
+        hooks = shared.hooks[None] | {"unembed.hook_out"}
+        runs = forward_activations(model, shared.tokens, hooks)
+        of_reads = self.batch.reads
+        at = runs["unembed.hook_out"][of_reads.row, of_reads.key_pos][reads.chosen]
+        lag = of_reads.lag[reads.chosen]
+        answer, values = of_reads.answer[reads.chosen], self.inputs.vocabulary.value_ids
+        margin = read_answers(at, answer, values).margin
+        groups = {"all": torch.ones_like(lag, dtype=torch.bool)}
+        groups |= {str(n): lag == n for n in torch.unique(lag).tolist()}
+        cache = Cache({None: runs})
+        for scalar in scalars:
+            found = _measure(scalar.bind(model).scores(model, cache), reads)
+            left, right = head_factors(model, scalar.component, "qk")
+            top = float(svd_of_product(left, right)[1][0])
+            for name, chosen in groups.items():
+                yield {
+                    "step": point.step,
+                    "head": str(scalar.component),
+                    "score": scalar.name.rsplit(".", 1)[-1],
+                    "lag": name,
+                    "reads": int(chosen.sum()),
+                    **{key: float(values[chosen].double().mean()) for key, values in found.items()},
+                    "answer_margin": float(margin[chosen].double().mean()),
+                    "top_singular_value": top,
+                    "weights_sha256": point.digest,
+                }
+        gap, largest = gap_to_attention(model, addresses, reads)
+        self.gap, self.largest = max(self.gap, gap), max(self.largest, largest)
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        summary = summarize(rows) | {"reads": len(self.reads)}
+        law = (
+            "the full match with biases is the score that the model's own attention has, to"
+            f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head at every checkpoint"
+        )
+        return Findings(rows, summary, law)
+
+    @classmethod
+    def size(cls, results: Results[SeparationOptions]) -> tuple[float, ...]:
+        return len({h["head"] for h in results.summary["heads"]}), len(results.options.checkpoints)
+
+    @classmethod
+    def notes(cls, results: Results[SeparationOptions]) -> list[str]:
+        winner, grown = results.summary["winner"], results.summary["ranked_by"] == "growth"
+        most = f"grew most: by {winner['growth']:+.4g} to" if grown else "is the largest:"
+        return [
+            f"The separation of **{winner['head']}** ({winner['score']}) {most}"
+            f" {winner['separation_at_last']:.4g}; there the support beats every distractor in"
+            f" {100 * winner['support_wins_at_last']:.1f} % of the reads."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[SeparationOptions]) -> list[Table]:
+        summary = results.summary
+        ranked = sorted(summary["heads"], key=lambda h: (h["score"], -h[summary["ranked_by"]]))
+        first = sum(h["score"] == ranked[0]["score"] for h in ranked)
+        columns = {
+            "head": "head",
+            "score": "score",
+            "separation_at_first": (f"at {summary['first_step']}", ".4g"),
+            "separation_at_last": (f"at {summary['last_step']}", ".4g"),
+            "growth": ("growth", "+.4g"),
+            "support_wins_at_last": ("support wins", ".1%"),
+            "correlation_with_margin": ("r with margin", ".2f"),
+            "correlation_with_singular_value": ("r with σ1", ".2f"),
+        }
+        winner = [h for h in ranked if h["score"] == summary["winner"]["score"]]
+        others = [h for h in ranked if h["score"] != summary["winner"]["score"]]
+        return [Table("QK separation", columns, [*winner, *others], console=first)]
+
+    @classmethod
+    def charts(cls, results: Results[SeparationOptions]) -> list[Chart]:
+        winner, score = results.summary["winner"]["head"], results.summary["winner"]["score"]
+        rows = [row for row in results.rows() if row["score"] == score]
+        data = [{name: row[name] for name in SHOWN} for row in rows if row["lag"] == "all"]
+        by_lag = [
+            {name: row[name] for name in SHOWN}
+            for row in rows
+            if row["head"] == winner and row["lag"] != "all"
+        ]
+        names = sorted({row["lag"] for row in by_lag}, key=int)
+        shade = colour("lag", names, labels={name: f"lag {name}" for name in names})
+        heads = len({row["head"] for row in data})
+        return [
+            chart(
+                "separation",
+                f"QK separation ({score}): support minus distractors",
+                {"separation": data},
+                *heat("separation", "separation", SHOWN, data),
+                height=22 * heads,
+            ),
+            *(
+                chart(
+                    f"separation_{column}",
+                    f"{winner}, by lag: {words}",
+                    {"separation_by_lag": by_lag},
+                    lines("separation_by_lag", column, words, shade, SHOWN, domain=domain),
+                    at_step(),
+                )
+                for column, words, domain in (
+                    ("separation", "separation", None),
+                    ("support_wins", "support beats every distractor", (0, 1)),
+                )
+            ),
+        ]
+
+
+SHOWN = (
+    *("step", "head", "score", "lag", "reads", "separation", "support_wins", "support_mean"),
+    *("distractor_mean", "answer_margin", "top_singular_value"),
+)
+"""Columns that charts have."""
+
+
+def gap_to_attention(
+    model: HookedTransformer, heads: Sequence[str], reads: ReadMasks
+) -> tuple[float, float]:
+    """Largest |full match with biases - score of the model's attention|, and the largest score.
+
+    Over every read's query and every position that it may look at.
     """
-    options.check(config.model)
-    chosen = choose_checkpoints(checkpoints, checkpoint_dir)
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=chosen)
-        batch = inputs.reads(options.max_records)
-        reads = ReadMasks.of(
-            batch,
-            query_role=options.query_role,
-            support_role=options.support_role,
-            distractor_role=options.distractor_role,
-        )
-        rows: list[dict[str, Any]] = []
-        for done, point in enumerate(inputs.models(chosen), start=1):
-            rows += _rows(point, inputs, options, reads)
-            if progress is not None:
-                progress(done, len(chosen))
-        summary = summarize(rows)
-        return writer.write(
-            parameters={
-                "probe_set": str(probe_set),
-                "checkpoints": [str(path) for path in chosen],
-                **asdict(options),
-            },
-            summary=summary,
-            rows=rows,
-            page=_page(summary, len(reads)),
-            figures={"separation": separation_over_steps(rows, summary["winner"]["score"])},
-            provenance=inputs.provenance(),
-        )
-
-
-@no_grad
-def _rows(
-    point: Checkpointed, inputs: Inputs, options: SeparationOptions, reads: ReadMasks
-) -> Iterator[dict[str, Any]]:
-    model = point.model
-    addresses = options.heads or tuple(str(head) for head in all_heads(model))
-    for address in addresses:
-        parse_component(address, model)
-    scalars = qk_matches(
-        addresses,
-        reads,
-        layers=model.cfg.n_layers,
-        ranks=[None, *options.ranks],
-        layernorm_mode=options.layernorm_mode,
-        context_stage=options.context_stage,
-    )
+    scalars = [
+        QKMatch(head, reads, layers=model.cfg.n_layers, biases=True) for head in heads
+    ]
     shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
-    hooks = shared.hooks[None] | {"unembed.hook_out"}
-    runs = forward_activations(model, shared.tokens, hooks)
-    batch = inputs.reads(options.max_records)
-    at = runs["unembed.hook_out"][batch.reads.row, batch.reads.key_pos][reads.chosen]
-    lag = batch.reads.lag[reads.chosen]
-    margin = read_answers(at, batch.reads.answer[reads.chosen], inputs.vocabulary.value_ids).margin
-    groups = {"all": torch.ones_like(lag, dtype=torch.bool)}
-    groups |= {str(n): lag == n for n in torch.unique(lag).tolist()}
-    cache = Cache({None: runs})
+    attention = {f"blocks.{s.component.layer}.attn.hook_attn_scores" for s in scalars}
+    runs = forward_activations(model, shared.tokens, shared.hooks[None] | attention)
+    cache, gaps, sizes = Cache({None: runs}), [], []
     for scalar in scalars:
-        found = _measure(scalar.bind(model).scores(model, cache), reads)
-        left, right = head_factors(model, scalar.component, "qk")
-        top = float(svd_of_product(left, right)[1][0])
-        for name, chosen in groups.items():
-            yield {
-                "step": point.step,
-                "head": str(scalar.component),
-                "score": scalar.name.rsplit(".", 1)[-1],
-                "lag": name,
-                "reads": int(chosen.sum()),
-                **{key: float(values[chosen].double().mean()) for key, values in found.items()},
-                "answer_margin": float(margin[chosen].double().mean()),
-                "top_singular_value": top,
-                "weights_sha256": point.digest,
-            }
+        own = runs[f"blocks.{scalar.component.layer}.attn.hook_attn_scores"]
+        real = own[reads.row, scalar.component.head, reads.query]
+        seen = torch.arange(real.shape[1], device=real.device) <= reads.query[:, None]
+        found = scalar.bind(model).scores(model, cache)
+        gaps.append((found - real)[seen].abs().max())
+        sizes.append(real[seen].abs().max())
+    return float(torch.stack(gaps).max()), float(torch.stack(sizes).max())
 
 
 def _measure(scores: Float[Tensor, "read pos"], reads: ReadMasks) -> dict[str, Tensor]:
@@ -190,7 +231,7 @@ def _measure(scores: Float[Tensor, "read pos"], reads: ReadMasks) -> dict[str, T
     }
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Growth of every head's separation over the checkpoints, and the head with the largest.
 
     The winner is taken on the smallest rank that was asked for, on the whole matrix without one.
@@ -243,34 +284,3 @@ def _correlation(course: Sequence[dict[str, Any]], one: str, other: str) -> floa
     if len(course) < 2 or not a.std() or not b.std():
         return None
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def _page(summary: dict[str, Any], reads: int) -> list[str]:
-    winner, by = summary["winner"], summary["ranked_by"]
-    grown = by == "growth"
-    steps = f"steps {summary['first_step']} to" if grown else "step"
-    most = f"grew most: by {winner['growth']:+.4g} to" if grown else "is the largest:"
-    lines = [
-        f"{reads} reads, {steps} {summary['last_step']}. The separation of"
-        f" **{winner['head']}** ({winner['score']}) {most}"
-        f" {winner['separation_at_last']:.4g}; there the support beats every distractor in"
-        f" {100 * winner['support_wins_at_last']:.1f} % of the reads.",
-        "",
-        "![separation](separation.svg)",
-        "",
-        "| head | score | first | last | growth | support wins at last | corr. with margin |"
-        " corr. with top singular value |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for h in sorted(summary["heads"], key=lambda h: (h["score"], -h[by])):
-        correlations = " | ".join(
-            "-" if h[name] is None else f"{h[name]:.2f}"
-            for name in ("correlation_with_margin", "correlation_with_singular_value")
-        )
-        growth = f"{h['growth']:+.4g}" if grown else "-"
-        lines.append(
-            f"| {h['head']} | {h['score']} | {h['separation_at_first']:.4g}"
-            f" | {h['separation_at_last']:.4g} | {growth}"
-            f" | {100 * h['support_wins_at_last']:.1f} % | {correlations} |"
-        )
-    return lines

@@ -77,7 +77,7 @@ class Inputs:
     records: list[Record]
     splits: tuple[str, ...] | None
     run: ReplayedRun | None = None
-    _pairs: dict[PairOptions, list[Pair]] = field(default_factory=dict, repr=False)
+    _pairs: dict[tuple[tuple[str, ...], int, int], list[Pair]] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> TrainConfig:
@@ -112,23 +112,24 @@ class Inputs:
             )
         return batch.to(self.config.device)
 
-    def pairs(self, options: PairOptions) -> list[Pair]:
+    def pairs(self, options: Any) -> list[Pair]:
         """Pairs of the records (definitions.md section 2), built once.
 
         Raises:
             CircuitError: too few of a type, with the reasons.
         """
-        if options not in self._pairs:
+        types, most, least = _wanted(options)
+        if (types, most, least) not in self._pairs:
             built = build_pairs(
                 self.records,
                 self.vocabulary,
                 self.benchmark.heldout_pairs,
-                types=options.types,
-                max_per_type=options.max_per_type,
-                min_per_type=options.min_per_type,
+                types=types,
+                max_per_type=most,
+                min_per_type=least,
             )
-            self._pairs[options] = list(built.pairs)
-        return self._pairs[options]
+            self._pairs[types, most, least] = list(built.pairs)
+        return self._pairs[types, most, least]
 
     def side(self, pairs: Sequence[Pair], side: str) -> Batch:
         """One side of pairs: read `i` of the batch is that of pair `i`."""
@@ -174,6 +175,12 @@ class Inputs:
             **self.config.provenance(self.benchmark.digest),
             "probe_set_sha256": self.probe.metadata.sha256,
         }
+
+
+def _wanted(options: Any) -> tuple[tuple[str, ...], int, int]:
+    if isinstance(options, PairOptions):
+        return options.types, options.max_per_type, options.min_per_type
+    return options.pair_types, options.max_pairs_per_type, options.min_pairs_per_type
 
 
 def states_at(
@@ -291,7 +298,7 @@ def choose_checkpoints(
             f"{len(chosen)} checkpoints",
             where=checkpoint_dir,
             expected=f"at least {least}",
-            fix="name them with --checkpoint, or give a --checkpoint-dir that holds some",
+            fix="name some with `checkpoints`, or give a `checkpoint_dir` that holds some",
         )
     return _by_step(chosen)
 

@@ -4,36 +4,42 @@ Per checkpoint the float64 SVD of `W_QK = W_Q W_K^T` and `W_OV = W_V W_O` of eac
 `W_in` and `W_out` of each layer (definitions.md section 6). Effective rank is
 `(sum σ)² / sum σ²`, from 1 (one direction) to the rank of the matrix (all alike); top-3 mass is
 `(σ1 + σ2 + σ3) / sum σ`.
+
+Each singular value has a row of its own in `weight_svd_singular_values.jsonl` and `.csv`, each pair
+of top vectors one in `weight_svd_top_singular_vectors.jsonl`, all with `rank` from 1. Effective rank
+and top-3 mass are null for a matrix of zeros. Cosines are taken to the last checkpoint.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.artifacts import Row, dump_rows
+from circuit.artifacts import Row
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
-from circuit.figures.weights import svd_birth
-from circuit.lazy import torch
+from circuit.figures.charts import Chart, at_step, chart, chosen, colour, exact, lines, named
+from circuit.lazy import alt, torch
 from circuit.model.components import Component
 from circuit.model.subspaces import svd_of_product
 from circuit.model.weights import layer_weights
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import states_at
+from circuit.reports.inputs import check_headers, states_at
+from circuit.reports.options import CheckpointOptions, Option
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Table
 from circuit.trace.states import States
-from circuit.train_config import ModelConfig, TrainConfig
+from circuit.train_config import ModelConfig
+from circuit.training.checkpoints import TrainState
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-COMMAND = "weight-svd-trace"
 VALUES = "weight_svd_singular_values"
 VECTORS = "weight_svd_top_singular_vectors.jsonl"
 HEAD_MATRICES = ("W_QK", "W_OV")
@@ -43,19 +49,158 @@ _DECIMALS = 6
 """Of the entries of the written vectors, which have unit norm."""
 
 
-@dataclass(frozen=True)
-class SvdOptions:
+class SvdOptions(CheckpointOptions):
     """How much of each spectrum is written.
 
     A matrix of lower rank (a head's has d_head) gives all that it has.
-
-    Attributes:
-        max_singular_values: per matrix, the largest first.
-        top_vector_ranks: pairs of left and right vectors per matrix.
     """
 
-    max_singular_values: int = 16
-    top_vector_ranks: int = 4
+    max_singular_values: Annotated[
+        int, Option("Singular values written per matrix, at most.", least=1)
+    ] = 16
+    top_vector_ranks: Annotated[
+        int, Option("Pairs of singular vectors written per matrix, at most.", least=1)
+    ] = 4
+
+    def check_model(self, shape: ModelConfig) -> None:
+        """Also refuses more than a matrix of the model has."""
+        super().check_model(shape)
+        most = min(shape.d_model, shape.d_ff)
+        for name in ("max_singular_values", "top_vector_ranks"):
+            if getattr(self, name) > most:
+                raise CircuitError(
+                    f"{getattr(self, name)}",
+                    where=f"`{name}`",
+                    expected=f"1 to {most}, the most that a matrix of this model has",
+                )
+
+
+class WeightSvdTrace(OfCheckpoints[SvdOptions]):
+    """SVD of W_QK and W_OV of every head, and of W_in and W_out, at each checkpoint."""
+
+    command = "weight-svd-trace"
+    Options = SvdOptions
+    title = "Singular values of the weights"
+    question = "Do QK and OV maps grow a few directions, or all of them?"
+
+    def prepare(self) -> None:
+        self.setup = Setup(self.config, self.options.checkpoints[0])
+        self.states = States(self.setup)
+        check_headers(self.setup, self.states, self.options.checkpoints)
+        self.spectra: list[Point] = []
+        self.gaps: list[float] = []
+
+    def points(self) -> Iterator[TrainState]:
+        for _, state in states_at(self.setup, self.states, self.options.checkpoints):
+            self.digests[str(state.step)] = tensors_digest(state.parameters)
+            yield state
+
+    def measure(self, point: TrainState) -> list[Row]:
+        every = weight_spectra(point.parameters, self.config.model)
+        self.gaps.append(max(reconstruction_gap(found, point.parameters) for found in every))
+        top = [found.top(self.options.top_vector_ranks) for found in every]
+        self.spectra.append(Point(point.step, top))
+        return []  # cosines are to the last one
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        points, last = self.spectra, self.spectra[-1].spectra
+        rows = [row for point in points for row in _matrix_rows(point, last)]
+        values = [r for p in points for r in _value_rows(p, self.options.max_singular_values)]
+        return Findings(
+            rows,
+            {"steps": [point.step for point in points], "growth": _growth(rows)},
+            "U S V^T is the matrix again, and the sum of the squared singular values its squared"
+            f" Frobenius norm: both to {max(self.gaps):.1g} of the norm, at every checkpoint",
+            further={
+                f"{VALUES}.jsonl": values,
+                f"{VALUES}.csv": _csv(values),
+                VECTORS: [row for point in points for row in _vector_rows(point, last)],
+            },
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        own = self.config.provenance(self.setup.benchmark.digest)
+        return {**own, "parameters_sha256": self.digests}
+
+    @classmethod
+    def size(cls, results: Results[SvdOptions]) -> tuple[float, ...]:
+        return len(results.summary["steps"]), results.options.max_singular_values
+
+    @classmethod
+    def notes(cls, results: Results[SvdOptions]) -> list[str]:
+        steps = results.summary["steps"]
+        return [
+            f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}. Growth is that of the top"
+            " singular value; half of it is passed at the step named. Effective rank is"
+            " (sum σ)² / sum σ²."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[SvdOptions]) -> list[Table]:
+        first, *_, last = (results.summary["steps"] * 2)[: 2 * len(results.summary["steps"])]
+        columns = {
+            "component": "component",
+            "first": (f"σ1 at {first}", ".3f"),
+            "last": (f"σ1 at {last}", ".3f"),
+            "growth": ("growth", ".3f"),
+            "half_growth_step": "half at",
+            "effective_rank_first": (f"effective rank at {first}", ".1f"),
+            "effective_rank_last": (f"at {last}", ".1f"),
+        }
+        growth = results.summary["growth"].items()
+        return [Table(matrix, columns, courses, console=3) for matrix, courses in growth]
+
+    @classmethod
+    def charts(cls, results: Results[SvdOptions]) -> list[Chart]:
+        """Top singular value and effective rank of every head; all values of the one that grew most."""
+        growth = results.summary["growth"]
+        rows = [{name: row[name] for name in _SHOWN} for row in results.rows()]
+        drawn = []
+        for matrix in HEAD_MATRICES:
+            winner = growth[matrix][0]["component"]
+            own = [row for row in rows if row["matrix"] == matrix]
+            heads = list(dict.fromkeys(row["component"] for row in own))
+            shade = colour("component", [winner, *(h for h in heads if h != winner)], first=True)
+            drawn += [
+                chart(
+                    f"weight_svd_{matrix}_{column}",
+                    f"{matrix}: {words} ({winner} grew most)",
+                    {f"weights_{matrix}": own},
+                    lines(f"weights_{matrix}", column, words, shade, _SHOWN),
+                    at_step(),
+                )
+                for column, words in _QUANTITIES.items()
+            ]
+            name = f"spectrum_{matrix}"
+            holding = f'"component": "{winner}"'
+            spectrum = [
+                {key: row[key] for key in ("step", "matrix", "component", "rank", "singular_value")}
+                for row in results.rows(f"{VALUES}.jsonl", holding=holding)
+                if (row["matrix"], row["component"]) == (matrix, winner)
+            ]
+            curve = (
+                named(name)
+                .transform_filter(chosen())
+                .mark_line(point=alt.OverlayMarkDef(size=28, filled=True))
+                .encode(
+                    x=alt.X("rank:O").title("rank").axis(labelAngle=0),
+                    y=alt.Y("singular_value:Q").title("singular value").scale(zero=True),
+                    tooltip=exact(*(spectrum[0] if spectrum else ())),
+                )
+            )
+            drawn.append(
+                chart(
+                    f"weight_svd_{name}",
+                    f"{winner} {matrix}: singular values at the step",
+                    {name: spectrum},
+                    curve,
+                )
+            )
+        return drawn
+
+
+_SHOWN = ("step", "matrix", "component", "top_singular_value", "effective_rank", "top3_mass")
+_QUANTITIES = {"top_singular_value": "top singular value", "effective_rank": "effective rank"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +244,6 @@ class Point:
     """All spectra of one checkpoint."""
 
     step: int
-    digest: str
     spectra: list[Spectra]
 
 
@@ -136,66 +280,24 @@ def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Sp
     return found
 
 
-def weight_svd_trace(
-    config: TrainConfig,
-    checkpoints: Sequence[Path],
-    output_dir: str | Path,
-    options: SvdOptions | None = None,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Write the spectra of every head's and MLP's matrices at each checkpoint.
+def reconstruction_gap(found: Spectra, tensors: Mapping[str, Tensor]) -> float:
+    """Largest |U S V^T - matrix| and | |σ| - |matrix| | over the components, over |matrix|; 0 for zeros.
 
-    The rows are one a checkpoint and matrix. Each singular value has a row of its own in
-    `weight_svd_singular_values.jsonl` and `.csv`, each pair of top vectors one in
-    `weight_svd_top_singular_vectors.jsonl`, all with `rank` from 1. Effective rank and top-3 mass
-    are null for a matrix of zeros.
-
-    Args:
-        checkpoints: ascending by step; cosines are taken to the last one.
-        progress: called with the checkpoints done and their number.
-
-    Raises:
-        CircuitError: an option is out of range, or a checkpoint is missing, damaged, or of another
-            config or benchmark.
+    The matrix is multiplied out here, where the SVD is taken of its factors.
     """
-    options = options or SvdOptions()
-    _check(options, config, checkpoints)
-    setup = Setup(config, checkpoints[0])
-    points: list[Point] = []
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        for _, state in states_at(setup, States(setup), checkpoints):
-            every = weight_spectra(state.parameters, config.model)
-            spectra = [found.top(options.top_vector_ranks) for found in every]
-            points.append(Point(state.step, tensors_digest(state.parameters), spectra))
-            if progress:
-                progress(len(points), len(checkpoints))
-        last = points[-1].spectra
-        rows = [row for point in points for row in _matrix_rows(point, last)]
-        values = [row for p in points for row in _value_rows(p, options.max_singular_values)]
-        growth = _growth(rows)
-        return writer.write(
-            parameters={**asdict(options), "checkpoints": [str(path) for path in checkpoints]},
-            summary={"steps": [point.step for point in points], "growth": growth},
-            rows=rows,
-            further={
-                f"{VALUES}.jsonl": dump_rows(values),
-                f"{VALUES}.csv": _csv(values),
-                VECTORS: dump_rows(row for point in points for row in _vector_rows(point, last)),
-            },
-            page=_page(growth, points),
-            figures={
-                "weight_svd_birth": svd_birth(
-                    rows, {matrix: growth[matrix][0]["component"] for matrix in HEAD_MATRICES}
-                )
-            },
-            provenance={
-                **config.provenance(setup.benchmark.digest),
-                "parameters_sha256": {str(point.step): point.digest for point in points},
-            },
-            device=config.device,
-        )
+    matrices = torch.stack([_matrix(found.matrix, tensors, one) for one in found.components])
+    norm = torch.linalg.matrix_norm(matrices)
+    rebuilt = (found.left * found.values[:, None]) @ found.right.mT
+    off = torch.linalg.matrix_norm(rebuilt - matrices).maximum((found.values.norm(dim=1) - norm).abs())
+    return float((off / norm).nan_to_num(0.0).max())
+
+
+def _matrix(name: str, tensors: Mapping[str, Tensor], of: Component) -> Tensor:
+    """A component's matrix in float64."""
+    if of.head is None:
+        return tensors[f"blocks.{of.layer}.mlp.{name}"].double()
+    q, k, v, o = (tensors[f"blocks.{of.layer}.attn.W_{x}"][of.head].double() for x in "QKVO")
+    return q @ k.mT if name == "W_QK" else v @ o
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -204,19 +306,6 @@ def _csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _check(options: SvdOptions, config: TrainConfig, checkpoints: Sequence[Path]) -> None:
-    most = min(config.model.d_model, config.model.d_ff)
-    for name, value in asdict(options).items():
-        if not 1 <= value <= most:
-            raise CircuitError(
-                f"{value}",
-                where=f"--{name.replace('_', '-')}",
-                expected=f"1 to {most}, the most that a matrix of this model has",
-            )
-    if not checkpoints:
-        raise CircuitError("no checkpoints", expected="at least one")
 
 
 def _signed(
@@ -297,29 +386,3 @@ def _growth(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         matrix: sorted(courses, key=lambda course: -course["growth"])
         for matrix, courses in found.items()
     }
-
-
-def _page(growth: dict[str, list[dict[str, Any]]], points: Sequence[Point]) -> list[str]:
-    first, last = points[0].step, points[-1].step
-    lines = [
-        f"{len(points)} checkpoints, steps {first} to {last}. Growth is that of the top singular"
-        " value; half of it is passed at the step named. Effective rank is `(sum σ)² / sum σ²`.",
-        "",
-        "![SVD birth](weight_svd_birth.svg)",
-    ]
-    for matrix, courses in growth.items():
-        lines += [
-            "",
-            f"## {matrix}",
-            "",
-            f"| component | σ1 at {first} | σ1 at {last} | growth | half at |"
-            f" effective rank at {first} | at {last} |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {c['component']} | {c['first']:.3f} | {c['last']:.3f} | {c['growth']:.3f} |"
-            f" {'-' if c['half_growth_step'] is None else c['half_growth_step']} |"
-            f" {c['effective_rank_first']:.1f} | {c['effective_rank_last']:.1f} |"
-            for c in courses
-        ]
-    return lines

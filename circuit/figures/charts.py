@@ -1,19 +1,40 @@
 """Vega-Lite charts in one style: named data, one parameter `step`, exact digits in tooltips.
 
-Colours are CSS variables of the page, so that a chart follows the theme without being drawn again.
+One chart is drawn twice: on the page, where it follows the chosen step and the theme (colours are
+CSS variables), and as SVG beside the report, in light colours and at its last step.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from circuit.lazy import alt
-from circuit.page.panel import Chart
+
+Record = Mapping[str, Any]
+Data = Mapping[str, Sequence[Record]]
 
 INK = "var(--ink)"
+LIGHT = {
+    **{"paper": "#ffffff", "ink": "#16191d", "muted": "#59616b", "line": "#d9dde2"},
+    **{"c1": "#0072b2", "c2": "#d55e00", "c3": "#009e73", "c4": "#b5578f", "c5": "#b07c00"},
+    **{"c6": "#3a9bd0", "c7": "#6b4fb3", "c8": "#8a929c"},
+}
+"""Colours of page.css in its light theme; c1 to c8 are Okabe and Ito's palette."""
 CATEGORY = [f"var(--c{number})" for number in range(1, 9)]
-"""Okabe and Ito's palette, in a shade for each theme."""
+GREY = "var(--c8)"
+TERM_NAMES = {
+    "weight_decay": "weight decay",
+    "adam_current_gradient": "current gradient",
+    "adam_historical_momentum": "momentum history",
+    "current_gradient": "current gradient",
+    "historical_momentum": "momentum history",
+    "rounding": "rounding residual",
+}
+"""Terms of an update as legends call them."""
 
 TICKS = {"expr": "max(3, floor(width / 75))"}
 """Ticks that the width of a chart has room for."""
@@ -21,15 +42,86 @@ POINT = {"size": 28, "filled": True}
 _WIDTH_OF_A_LETTER, _WIDTH_OF_A_SYMBOL = 7, 34
 
 
-def chart(title: str, follows: str, *layers: alt.Chart, height: float = 200) -> Chart:
-    """Layers above each other as one chart of the page."""
+STYLE: dict[str, Any] = {
+    "background": None,
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        **dict.fromkeys(("labelColor", "titleColor"), "var(--muted)"),
+        **dict.fromkeys(("gridColor", "domainColor", "tickColor"), "var(--line)"),
+        **{"titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 12},
+        **{"labelOverlap": "greedy", "labelSeparation": 8},
+    },
+    "axisX": {"grid": False},
+    "legend": {
+        **{"labelColor": INK, "titleColor": "var(--muted)", "titleFontWeight": "normal"},
+        **{"labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "symbolStrokeWidth": 2},
+    },
+}
+"""Vega-Lite's config of every chart."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One drawing.
+
+    Attributes:
+        name: stem of its file.
+        spec: Vega-Lite over named data, with a parameter `step`.
+        data: by name.
+        follows: the data whose steps `step` takes: the last one at or before the page's step.
+    """
+
+    name: str
+    title: str
+    spec: Mapping[str, Any]
+    data: Data
+    follows: str
+
+    def svg(self, width: int = 560) -> str:
+        """The chart at the last step of its data, in light colours; equal charts, equal bytes.
+
+        Args:
+            width: of the drawing without axes and legends, in pixels.
+        """
+        import vl_convert
+
+        steps = [row["step"] for row in self.data[self.follows] if row.get("step") is not None]
+        spec = {
+            **self.spec,
+            "datasets": {**self.spec.get("datasets", {}), **self.data},
+            "config": {**STYLE, "background": "var(--paper)"},
+            "title": {"text": self.title, "anchor": "start", "color": INK, "fontSize": 13},
+            "padding": 10,
+        }
+        text = json.dumps(spec, allow_nan=False).replace("containerSize()[0]", str(width))
+        text = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], text)
+        drawn = json.loads(text)
+        drawn |= {"width": width, "autosize": {"type": "pad"}}
+        for parameter in drawn["params"]:
+            parameter["value"] = max(steps, default=0)
+        drawing: str = vl_convert.vegalite_to_svg(drawn)
+        return drawing
+
+    def _repr_svg_(self) -> str:  # how a notebook shows it
+        return self.svg()
+
+
+def chart(
+    name: str, title: str, data: Data, *layers: alt.Chart, follows: str = "", height: float = 200
+) -> Chart:
+    """Layers above each other as one chart.
+
+    Args:
+        follows: the data whose steps the chart follows, the first by default.
+    """
     step = alt.param(name="step", value=0)
     layered = alt.layer(*layers).properties(height=height, width="container").add_params(step)
     spec = layered.to_dict()
-    for name in ("config", "$schema"):  # the page has one of each for all charts
-        spec.pop(name, None)
+    for key in ("config", "$schema"):  # the page has one of each for all charts
+        spec.pop(key, None)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    return Chart(title, spec, follows)
+    return Chart(name, title, spec, data, follows or next(iter(data)))
 
 
 def named(data: str) -> alt.Chart:
@@ -75,8 +167,18 @@ def colour(
     labels: Mapping[str, str] | None = None,
     palette: Sequence[str] = CATEGORY,
     title: str | None = None,
+    first: bool = False,
 ) -> alt.Color:
-    """One colour for each name, in this order."""
+    """One colour for each name, in this order.
+
+    Args:
+        first: the first name alone has a colour, and the legend; the others are grey.
+    """
+    if first:
+        shades = [palette[0], *(GREY for _ in names[1:])]
+        scale = alt.Scale(domain=list(names), range=shades)
+        only = alt.Legend(**legend(names[:1], title).to_dict(), values=list(names[:1]))
+        return alt.Color(f"{column}:N").scale(scale).legend(only)
     shown = legend([(labels or {}).get(name, name) for name in names], title)
     if labels:
         known = ", ".join(f"{name!r}: {label!r}" for name, label in labels.items())

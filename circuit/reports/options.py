@@ -1,0 +1,340 @@
+"""What a report may be asked: options that are declared once, as fields, with their help.
+
+From a declaration come the command line's option, its completion and its refusals; the tables of
+docs/reports.md; the report's `parameters`; and the words that make the report again. A new option is
+one field here or in its report, its use, and its test.
+
+    class SpectrumOptions(CheckpointOptions):
+        max_singular_values: Annotated[int, Option("Singular values of a matrix, at most.", least=1)] = 16
+
+Nothing here imports torch: what options alone tell is refused before it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from circuit.errors import CircuitError
+from circuit.model.components import parse_component
+from circuit.model.stages import stage_hook
+from circuit.tasks.groups import SINGLE_ROLES
+from circuit.tasks.pairs import PAIR_TYPES, SIDES
+from circuit.tasks.positions import ROLES
+from circuit.train_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said of a field once.
+
+    Attributes:
+        help: what it is for, in one line.
+        flag: of the command line, where it is not the field's name.
+        choices: values that there are; none where they are not known beforehand.
+        kind: what the values name: it is completed, and `head`, `mlp`, `component` and `stage` are
+            held against the model (`Options.check_model`).
+        least, most: bounds that belong to the range.
+        above, below: bounds that do not.
+        unset: what stands for a value that is not given, in words.
+        earlier: name of the field in reports of schema 1.
+        text: the value as the command line has it.
+    """
+
+    help: str
+    flag: str = ""
+    choices: tuple[str, ...] = ()
+    kind: str = ""
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    unset: str = ""
+    earlier: str = ""
+    text: Callable[[Any], str] = str
+
+    def check(self, field: str, value: Any) -> None:
+        """Refuse a value that is no choice, or out of range (as NaN is).
+
+        Raises:
+            CircuitError: names the field, the value and what there is.
+        """
+        if self.choices and value not in self.choices:
+            raise CircuitError(
+                f"unknown value '{value}'",
+                where=f"`{field}`",
+                expected=f"one of {', '.join(self.choices)}",
+            )
+        bounds = (
+            (self.least, "at least", lambda x, y: x >= y),
+            (self.most, "at most", lambda x, y: x <= y),
+            (self.above, "more than", lambda x, y: x > y),
+            (self.below, "less than", lambda x, y: x < y),
+        )
+        given = [(words, bound, holds) for bound, words, holds in bounds if bound is not None]
+        if not all(holds(value, bound) for _, bound, holds in given):
+            expected = " and ".join(f"{words} {bound:g}" for words, bound, _ in given)
+            raise CircuitError(str(value), where=f"`{field}`", expected=expected)
+
+    def check_model(self, field: str, value: str, shape: ModelConfig) -> None:
+        """Refuse a component or stage that a model of this shape does not have.
+
+        Raises:
+            CircuitError: names it.
+        """
+        if self.kind == "stage":
+            stage_hook(value, shape.layers)
+        elif self.kind in ("head", "mlp", "component"):
+            kinds: dict[str, Literal["head", "MLP"]] = {"head": "head", "mlp": "MLP"}
+            shape_of = (shape.layers, shape.heads)
+            parse_component(value, shape=shape_of, kind=kinds.get(self.kind))
+
+
+class Options(BaseModel):
+    """Options of a report: closed, frozen, and refused with the field's name.
+
+    Every field carries an `Option`. A field that takes several values is a tuple: its flag is
+    repeatable, no value may stand twice, and where it has values by default it may not be empty.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    if not TYPE_CHECKING:  # the checker knows the fields' types from the declarations
+
+        def __init__(self, **given: Any) -> None:
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise _refusal(error) from None
+
+    @classmethod
+    def declared(cls) -> dict[str, Option]:
+        """Every field's declaration, in order."""
+        return _declared(cls)
+
+    @classmethod
+    def flags(cls) -> dict[str, str]:
+        """The command line's name of every field."""
+        return {
+            name: option.flag or f"--{name.replace('_', '-')}"
+            for name, option in cls.declared().items()
+        }
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse values that are out of range, then what does not go together."""
+        for field, option in self.declared().items():
+            info, value = type(self).model_fields[field], getattr(self, field)
+            if isinstance(value, tuple):
+                if not value and (info.is_required() or info.default):
+                    raise CircuitError("nothing", where=f"`{field}`", expected="at least one")
+                if len(set(value)) < len(value):
+                    shown = ", ".join(map(option.text, value))
+                    raise CircuitError(shown, where=f"`{field}`", expected="each once")
+            for one in _each(value):
+                option.check(field, one)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what does not go together; further than fields alone can tell.
+
+        Raises:
+            CircuitError: names the fields.
+        """
+
+    def check_model(self, shape: ModelConfig) -> None:
+        """Refuse what a model of this shape does not have.
+
+        Raises:
+            CircuitError: names the component, stage or rank.
+        """
+        for field, option in self.declared().items():
+            for value in _each(getattr(self, field)):
+                option.check_model(field, value, shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON, as a report's `parameters` have them."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, parameters: Mapping[str, Any], *, schema: int = 2) -> Self:
+        """The options that a report was made with.
+
+        Args:
+            schema: of the report; the fields of schema 1 are taken under their names of then, and
+                what was no option is left out.
+
+        Raises:
+            CircuitError: they are no such options.
+        """
+        if schema >= 2:
+            return cls(**parameters)
+        given = dict(parameters)
+        pairs = given.pop("pairs", None)
+        if isinstance(pairs, dict):
+            given["pair_types"] = pairs.get("types")
+            given |= {f"{end}_pairs_per_type": pairs.get(f"{end}_per_type") for end in ("max", "min")}
+        names = {name: option.earlier or name for name, option in cls.declared().items()}
+        known = {name: given.get(name, given.get(earlier)) for name, earlier in names.items()}
+        return cls(**{name: value for name, value in known.items() if value is not None})
+
+    def words(self) -> list[str]:
+        """The command line's words for every field that is not at its default."""
+        found: list[str] = []
+        for field, option in self.declared().items():
+            value, flag = getattr(self, field), self.flags()[field]
+            if value == type(self).model_fields[field].default:
+                continue
+            if value is True:
+                found.append(flag)
+                continue
+            for one in _each(value):
+                text = option.text(one)  # a value that looks like an option needs its `=`
+                found += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+        return found
+
+
+@cache
+def _declared(kind: type[Options]) -> dict[str, Option]:
+    found = {}
+    for name, info in kind.model_fields.items():
+        (option,) = (one for one in info.metadata if isinstance(one, Option))
+        found[name] = replace(option, choices=option.choices or _literals(info.annotation))
+    return found
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, on its own or within a tuple or a union."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for inner in get_args(annotation) for value in _literals(inner))
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """The values of a field: none, one, or those of a tuple."""
+    if isinstance(value, tuple):
+        yield from value
+    elif value is not None:
+        yield value
+
+
+def _refusal(error: ValidationError) -> CircuitError:
+    """The first complaint in one line."""
+    item = error.errors()[0]
+    field = f"`{item['loc'][0]}`" if item["loc"] else None
+    if item["type"] == "missing":
+        return CircuitError("is missing", where=field)
+    if item["type"] == "extra_forbidden":
+        return CircuitError(f"unknown option '{item['loc'][0]}'", fix="remove it or correct its name")
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return CircuitError(f"{item['input']!r}", where=field, expected=message)
+
+
+# --- options that several reports have -------------------------------------------------------------
+
+Heads = Annotated[
+    tuple[str, ...], Option("Head, such as L2H1.", flag="--head", kind="head", unset="all")
+]
+Ranks = Annotated[tuple[int, ...], Option("Rank of the basis.", flag="--rank", least=1)]
+Stage = Annotated[str, Option("Stage of the residual stream.", kind="stage")]
+ContextStage = Annotated[
+    str | None,
+    Option("Stage at which a head's input is read.", kind="stage", unset="the one before the head"),
+]
+LayernormMode = Annotated[
+    Literal["head_ln1", "none"], Option("head_ln1 (through the head's LayerNorm) or none.")
+]
+Role = Annotated[str, Option("Role of the positions.", choices=ROLES)]
+Roles = Annotated[
+    tuple[str, ...], Option("Role of the positions.", flag="--position-role", choices=ROLES)
+]
+ScoreQueryRole = Annotated[
+    str, Option("Role of the query position.", choices=SINGLE_ROLES, earlier="query_role")
+]
+SupportKeyRole = Annotated[
+    str, Option("Role of the matched positions.", choices=ROLES, earlier="support_role")
+]
+DistractorKeyRole = Annotated[
+    str, Option("Role of the compared positions.", choices=ROLES, earlier="distractor_role")
+]
+RecordSide = Annotated[str, Option("Side of the pairs.", choices=SIDES, earlier="side")]
+MarginSides = Annotated[
+    tuple[str, ...],
+    Option("Side whose logits are read.", flag="--margin-side", choices=SIDES, earlier="sides"),
+]
+MaxRecords = Annotated[
+    int | None, Option("That many reads, in file order.", least=1, unset="all")
+]
+ScalarPairRows = Annotated[
+    Path,
+    Option("Pair rows of answer-scalar-residual-diagnosis.", kind="scalar_pair_rows"),
+]
+
+
+class ProbeOptions(Options):
+    """Reads a probe set of the run's benchmark.
+
+    Attributes:
+        probe_set: file.
+        splits: of its records; none takes all.
+    """
+
+    probe_set: Annotated[Path, Option("Probe set (JSONL).", kind="probe_set")]
+    splits: Annotated[
+        tuple[str, ...],
+        Option("Split of the probe records.", flag="--split", kind="split", unset="all"),
+    ] = ()
+
+
+class CheckpointOptions(Options):
+    """Reads checkpoints of the run.
+
+    Attributes:
+        checkpoint_dir: folder, all of whose checkpoints are taken unless some are named.
+        checkpoints: files, also any addressable step of a trace.
+    """
+
+    checkpoint_dir: Annotated[
+        Path | None,
+        Option("Folder of checkpoints; all of them unless some are named.", kind="checkpoint_dir"),
+    ] = None
+    checkpoints: Annotated[
+        tuple[Path, ...],
+        Option(
+            "Checkpoint, also any addressable step of a trace.",
+            flag="--checkpoint",
+            kind="checkpoint",
+        ),
+    ] = ()
+
+
+class PairOptions(Options):
+    """Builds pairs of the probe records (definitions.md section 2).
+
+    Attributes:
+        pair_types: built, some of `PAIR_TYPES`.
+        max_pairs_per_type: built of each type, at most.
+        min_pairs_per_type: fewer of a type are an error.
+    """
+
+    pair_types: Annotated[
+        tuple[str, ...], Option("Pair type.", flag="--pair-type", choices=PAIR_TYPES)
+    ] = ("support_value",)
+    max_pairs_per_type: Annotated[int, Option("Pairs built of each type, at most.", least=1)] = 64
+    min_pairs_per_type: Annotated[
+        int, Option("Fewer pairs of a type are an error.", least=0)
+    ] = 16
+
+    def check(self) -> None:
+        """The least may not be more than the most."""
+        super().check()
+        if self.min_pairs_per_type > self.max_pairs_per_type:
+            raise CircuitError(
+                f"{self.min_pairs_per_type}",
+                where="`min_pairs_per_type`",
+                expected=f"at most `max_pairs_per_type`, {self.max_pairs_per_type}",
+            )

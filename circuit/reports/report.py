@@ -1,0 +1,424 @@
+"""The one shape of every report: options in, findings out, the same files for all.
+
+    <name>_report.json   schema version, every option, law, summary, paths, provenance, digest
+    <name>_report.md     the same to read: notes, charts and tables
+    <name>_rows.jsonl    one object a row (and further row files that the report names)
+    *.svg                charts
+
+`<name>` is the command with underscores and without a trailing `-report`; the module of the report
+is called so, too, and is found by it: a new report is a module here. What is shown (notes, tables,
+charts) is made from what is written, so that the page draws it again from the files. Clock times,
+host and versions stand in `provenance` of the JSON alone: equal inputs give equal bytes elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+from circuit.artifacts import OutputFolder, Row, dump_json, dump_rows
+from circuit.config import digest_of
+from circuit.environment import environment_facts
+from circuit.errors import CircuitError
+from circuit.figures.charts import Chart
+from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
+from circuit.reports.options import CheckpointOptions, Options, ProbeOptions
+from circuit.reports.tables import Table
+from circuit.train_config import TrainConfig
+
+O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, of how much, and what is being done."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a report found.
+
+    Attributes:
+        rows: of `<name>_rows.jsonl`.
+        summary: the main numbers, JSON.
+        law: what was checked, with its number, in one sentence.
+        further: further files by name: rows, or text.
+        provenance: digests of what was read, beside those that every such report has.
+    """
+
+    rows: Iterable[Row]
+    summary: Mapping[str, Any]
+    law: str
+    further: Mapping[str, Iterable[Row] | str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results(Generic[O]):
+    """What a report has written, as notes, tables and charts are made from it.
+
+    Attributes:
+        options: it was made with.
+        summary: its main numbers.
+        read: the rows of a file by its name; see `rows`.
+    """
+
+    options: O
+    summary: Mapping[str, Any]
+    read: Callable[[str, str], Iterable[Row]]
+
+    def rows(self, file: str = "", *, holding: str = "") -> Iterator[Row]:
+        """Rows of one of its files, the main one by default; see `iter_jsonl`."""
+        return iter(self.read(file, holding))
+
+
+class Report(Generic[O]):
+    """A question; its docstring's first line is what `--help` says.
+
+    Attributes:
+        command: its name.
+        Options: what it may be asked.
+        names: words of the command line, where they are not `command` alone.
+        panel: heading of the command in `--help`.
+        reads_run: whether it takes a run's config.
+        question: that the page asks with it.
+    """
+
+    command: ClassVar[str]
+    Options: ClassVar[type[Options]]
+    names: ClassVar[tuple[str, ...]] = ()
+    panel: ClassVar[str] = "Circuits"
+    reads_run: ClassVar[bool] = True
+    question: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+
+    def __init__(self, options: O, config: TrainConfig | None = None) -> None:
+        self.options = options
+        self._config = config
+        self.tell: Callable[[str], None] = lambda _: None
+        """Says what is being done, within one of the loop's points."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the run."""
+        assert self._config is not None, f"{self.command} reads a run"
+        return self._config
+
+    @classmethod
+    def stem(cls) -> str:
+        """Of its files, and its module."""
+        return report_name(cls.command)
+
+    # --- the run of a report, in this order ---
+
+    def check(self) -> None:
+        """Refuse what the options and the run's config tell, before anything is opened."""
+        if self._config is not None:
+            self.options.check_model(self._config.model)
+
+    def prepare(self) -> None:
+        """Open what is read, and refuse what headers tell; nothing here needs torch yet."""
+
+    def points(self) -> Iterable[Any]:
+        """What is measured, one after the other; a sequence, or `total` says how many."""
+        return ()
+
+    @property
+    def total(self) -> int:
+        """How many points there are."""
+        return 0
+
+    def measure(self, point: Any) -> Iterable[Row]:
+        """The rows of one point."""
+        raise NotImplementedError
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        """What all rows say."""
+        raise NotImplementedError
+
+    def provenance(self) -> dict[str, Any]:
+        """Digests of what was read."""
+        return {}
+
+    @property
+    def device(self) -> str:
+        """That was computed on."""
+        return "cpu" if self._config is None else self._config.device
+
+    # --- what is shown, from what was written ---
+
+    @classmethod
+    def notes(cls, results: Results[O]) -> list[str]:
+        """Paragraphs: what was measured, and what stands out."""
+        return []
+
+    @classmethod
+    def tables(cls, results: Results[O]) -> list[Table]:
+        """Of the Markdown, the console and the page."""
+        return []
+
+    @classmethod
+    def charts(cls, results: Results[O]) -> list[Chart]:
+        """Of the SVGs and the page."""
+        return []
+
+    @classmethod
+    def size(cls, results: Results[O]) -> tuple[float, ...]:
+        """How complete a report is: the page shows the most complete one."""
+        return ()
+
+
+C = TypeVar("C", bound=CheckpointOptions)
+
+
+class OfCheckpoints(Report[C]):
+    """Measures models at checkpoints of the run, on reads of a probe set if the options have one.
+
+    Attributes:
+        least: checkpoints that it takes.
+        finite: whether weights that are not finite are refused.
+        inputs: what is read besides the weights, after `prepare`.
+        digests: of the weights of each step, as they are measured.
+    """
+
+    least: ClassVar[int] = 1
+    finite: ClassVar[bool] = True
+    inputs: Inputs
+
+    def check(self) -> None:
+        super().check()
+        chosen = choose_checkpoints(
+            self.options.checkpoints, self.options.checkpoint_dir, least=self.least
+        )
+        self.options = self.options.model_copy(update={"checkpoints": tuple(chosen)})
+        self.digests: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        options = cast("ProbeOptions", self.options)
+        self.inputs = open_inputs(
+            self.config,
+            options.probe_set,
+            splits=options.splits or None,
+            checkpoints=self.options.checkpoints,
+        )
+
+    def points(self) -> Iterator[Checkpointed]:
+        for point in self.inputs.models(self.options.checkpoints, finite=self.finite):
+            self.digests[str(point.step)] = point.digest
+            yield point
+
+    @property
+    def total(self) -> int:
+        return len(self.options.checkpoints)
+
+    def provenance(self) -> dict[str, Any]:
+        return {**self.inputs.provenance(), "parameters_sha256": self.digests}
+
+
+# --- running and writing ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A written report.
+
+    Attributes:
+        report, page: the JSON and the Markdown.
+        rows: the row files, `<name>_rows.jsonl` first.
+        figures: the SVGs.
+        law: what was checked, in one sentence.
+        notes, tables: as the page has them.
+    """
+
+    kind: type[Report[Any]]
+    report: Path
+    page: Path
+    rows: tuple[Path, ...]
+    figures: tuple[Path, ...]
+    summary: Mapping[str, Any]
+    law: str
+    notes: Sequence[str]
+    tables: Sequence[Table]
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every file, the report first."""
+        return [self.report, self.page, *self.rows, *self.figures]
+
+
+def run_report(
+    kind: type[Report[O]],
+    run: Any,
+    options: O,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Make a report: the one loop, the one refusal path, the one writer.
+
+    Args:
+        run: the run's config, or an opened run; None where the report reads none.
+        output_dir: folder of this report alone.
+        overwrite: replace an earlier report of the same command there.
+        progress: told how far it is.
+
+    Raises:
+        CircuitError: bad options, or what is read does not belong together; or the folder holds a
+            report of this command and `overwrite` was not given, a report of another command, or
+            somebody else's file under a name that is needed.
+    """
+    report = kind(options, getattr(run, "config", run))
+    report.check()
+    with open_report(kind, output_dir, overwrite=overwrite) as writer:
+        report.prepare()
+        rows: list[Row] = []
+        tell = progress or (lambda *_: None)
+        done = 0
+        report.tell = lambda note: tell(done, report.total, note)
+        for point in report.points():
+            rows += report.measure(point)
+            done += 1
+            tell(done, report.total, "")
+        return writer.write(report, report.conclude(rows))
+
+
+class open_report:  # noqa: N801  a context manager
+    """Lock the folder of a report; earlier files of the command are replaced on writing.
+
+    Files that the earlier report wrote and the new one does not are removed when the block ends
+    without an error.
+
+    Raises:
+        CircuitError: as `run_report` says of the folder.
+    """
+
+    def __init__(
+        self, kind: type[Report[Any]], output_dir: str | Path, *, overwrite: bool = False
+    ) -> None:
+        self.kind = kind
+        self.folder = OutputFolder(output_dir, kind.command, overwrite=overwrite)
+        self.began = time.time()
+
+    def __enter__(self) -> open_report:
+        folder = self.folder.__enter__()
+        try:
+            folder.refuse_foreign(_names(self.kind))
+            for other in sorted(folder.root.glob("*_report.json")):
+                if other.name not in folder.owned:
+                    raise CircuitError(
+                        f"the folder holds another report, {other.name}",
+                        where=folder.root,
+                        fix="give each report a folder of its own",
+                    )
+        except BaseException as error:
+            folder.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if raised[0] is None:
+            self.folder.remove_stale()
+        self.folder.__exit__(*raised)
+
+    def write(self, report: Report[Any], findings: Findings) -> ReportResult:
+        """Write every file of the report, the JSON last."""
+        kind = type(report)
+        row_file, page_file, report_file = _names(kind)
+        files = {row_file: list(findings.rows)}
+        files |= {n: f if isinstance(f, str) else list(f) for n, f in findings.further.items()}
+        results = Results(
+            report.options, findings.summary, lambda name, _: cast("Any", files[name or row_file])
+        )
+        notes, tables, charts = kind.notes(results), kind.tables(results), kind.charts(results)
+        texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}
+        drawn = {f"{chart.name}.svg": chart.svg() for chart in charts}
+        page = [f"# {kind.command}", "", f"**{_sentence(findings.law)}**"]
+        for part in (*notes, *(f"![{c.title}]({c.name}.svg)" for c in charts)):
+            page += ["", part]
+        for table in tables:
+            page += ["", *table.markdown()]
+        texts |= {**drawn, page_file: "\n".join(page) + "\n"}
+        payload = {
+            "schema_version": SCHEMA,
+            "command": kind.command,
+            "parameters": report.options.to_json(),
+            "law": findings.law,
+            "summary": dict(findings.summary),
+            "paths": list(texts),
+            "provenance": {
+                **report.provenance(),
+                **findings.provenance,
+                "environment": environment_facts(report.device),
+                "started_unix": self.began,
+                "seconds": time.time() - self.began,
+            },
+        }
+        texts[report_file] = dump_json({**payload, "digest": digest_of(payload)})
+        # everything is ready and every name is free before the earlier report goes
+        self.folder.claim(texts)
+        self.folder.remove([report_file])
+        paths = {name: self.folder.write_text(name, text) for name, text in texts.items()}
+        return ReportResult(
+            kind,
+            paths[report_file],
+            paths[page_file],
+            tuple(paths[name] for name in files),
+            tuple(paths[name] for name in drawn),
+            dict(findings.summary),
+            findings.law,
+            notes,
+            tables,
+        )
+
+
+SCHEMA = 2
+"""Of the JSON: from 2 on it has a digest, and `parameters` are the options."""
+
+
+def _names(kind: type[Report[Any]]) -> tuple[str, str, str]:
+    """Names of rows, page and report."""
+    return tuple(f"{kind.stem()}_{end}" for end in ("rows.jsonl", "report.md", "report.json"))  # type: ignore[return-value]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")
+
+
+# --- finding ---------------------------------------------------------------------------------------
+
+
+def report_name(command: str) -> str:
+    """`ov-write-progress-report` -> `ov_write_progress`."""
+    return command.removesuffix("-report").replace("-", "_")
+
+
+def find_report(command: str) -> type[Report[Any]] | None:
+    """The report of a command, found by its module's name; None where there is none."""
+    module = f"circuit.reports.{report_name(command)}"
+    if not report_name(command).isidentifier() or find_spec(module) is None:
+        return None
+    for found in vars(import_module(module)).values():
+        if inspect.isclass(found) and issubclass(found, Report) and found.__module__ == module:
+            if getattr(found, "command", None) == command:
+                return found
+    return None
+
+
+def all_reports() -> list[type[Report[Any]]]:
+    """Every report, by the name of its module."""
+    names = [module.name for module in iter_modules(import_module("circuit.reports").__path__)]
+    modules = [import_module(f"circuit.reports.{name}") for name in names]
+    found = [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Report) and hasattr(value, "command")
+        and value.__module__ == module.__name__
+    ]
+    return found

@@ -1,0 +1,136 @@
+"""Reports on disk: read back, and held against their digest and their run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from circuit.artifacts import iter_jsonl
+from circuit.config import digest_of
+from circuit.errors import CircuitError
+from circuit.overrides import Overrides
+from circuit.reports.report import Report, Results, find_report
+from circuit.strict_json import parse_json
+from circuit.training.run_folder import refuse_another_runs
+
+SUFFIX = "_report.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report that stands on disk.
+
+    Attributes:
+        path: of its JSON.
+        payload: the JSON.
+    """
+
+    path: Path
+    payload: Mapping[str, Any]
+
+    @property
+    def command(self) -> str:
+        """The command that wrote it."""
+        return str(self.payload["command"])
+
+    @property
+    def law(self) -> str:
+        """What it checked; empty in some reports of schema 1."""
+        return str(self.payload["law"])
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Its main numbers."""
+        found: Mapping[str, Any] = self.payload["summary"]
+        return found
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """With which it was called."""
+        found: Mapping[str, Any] = self.payload["parameters"]
+        return found
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What it was made from, where and when."""
+        found: Mapping[str, Any] = self.payload["provenance"]
+        return found
+
+    @property
+    def written(self) -> float:
+        """When it was begun, seconds since 1970."""
+        return float(self.provenance["started_unix"])
+
+    @property
+    def overrides(self) -> Mapping[str, Any] | None:
+        """Its record of a config's fields that the command line had set."""
+        return self.provenance.get("overrides")
+
+    @cached_property
+    def kind(self) -> type[Report[Any]] | None:
+        """The report that it is; None where this version has no such one."""
+        return find_report(self.command)
+
+    @cached_property
+    def results(self) -> Results[Any]:
+        """What it says, for notes, tables and charts.
+
+        Raises:
+            CircuitError: this version has no such report, or cannot read its options.
+        """
+        if self.kind is None:
+            raise CircuitError(f"no report of this version: {self.command}", where=self.path)
+        options = self.kind.Options.from_json(
+            self.parameters, schema=self.payload["schema_version"]
+        )
+        return Results(
+            options, self.summary, lambda name, holding: iter_jsonl(self.file(name), holding=holding)
+        )
+
+    def file(self, name: str = "") -> Path:
+        """One of its files; `<name>_rows.jsonl` where none is named."""
+        stem = self.path.name.removesuffix(SUFFIX)
+        return self.path.with_name(name or f"{stem}_rows.jsonl")
+
+    def refuse_another_runs(self) -> None:
+        """Refuse it where it stands in the folder of a run and is of another one.
+
+        Raises:
+            CircuitError: the run was trained anew after the report was made.
+        """
+        refuse_another_runs(self.path, self.provenance)
+
+
+def read_report(path: str | Path) -> Written:
+    """A report from its JSON; those of schema 1 have no digest.
+
+    Raises:
+        CircuitError: there is none, it is damaged, or one of its digits is not what was written.
+    """
+    path = Path(path)
+    try:
+        payload = parse_json(path.read_text(encoding="utf-8"))
+        for key in ("summary", "parameters", "provenance"):
+            _ = payload[key].keys()
+        _ = payload["command"], payload["law"], float(payload["provenance"]["started_unix"])
+        if "overrides" in payload["provenance"]:
+            Overrides.model_validate(payload["provenance"]["overrides"])
+        claimed, schema = payload.pop("digest", None), int(payload["schema_version"])
+    except FileNotFoundError:
+        raise CircuitError("no such report", where=path) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CircuitError(
+            f"is no report of this program ({error!r})",
+            where=path,
+            fix="make it again, or move it away",
+        ) from None
+    if schema >= 2 and claimed != digest_of(payload):
+        raise CircuitError(
+            "was changed after it was written: its digest is another",
+            where=path,
+            fix="make it again",
+        )
+    return Written(path, payload)

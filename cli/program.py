@@ -1,0 +1,126 @@
+"""The program: its hand-written commands, and those that reports declare.
+
+Nothing here, nor anything imported here, imports torch: help stays quick. A command line gets only
+the commands that its words can mean, for each takes time to build.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from copy import copy
+from typing import Annotated
+
+import typer
+
+from circuit import CircuitError, __version__
+
+from . import (
+    answers,
+    attribution,
+    checkpoints,
+    data,
+    functional,
+    interventions,
+    page,
+    progress,
+    quickstart,
+    reports,
+    reproduce,
+    routes,
+    shells,
+    study,
+    trace,
+    training,
+    value_code,
+)
+from .output import print_error
+
+HAND_WRITTEN = (
+    *(quickstart, page, data, training, checkpoints, trace, reproduce, study),
+    *(attribution, interventions, progress, answers, routes, functional, value_code),  # to go
+)
+
+
+def program(words: Sequence[str] = ()) -> typer.Typer:
+    """The program for a command line; all of it where the words name no command."""
+    app = typer.Typer(
+        name="circuit",
+        cls=shells.Program,
+        help="How training writes a circuit into a transformer, step by step and exactly.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_show_locals=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for module in HAND_WRITTEN:
+        module.register(app)
+    groups = {}
+    for info in app.registered_groups:  # copies: reports add to them
+        assert info.typer_instance is not None
+        info.typer_instance = group = copy(info.typer_instance)
+        group.registered_commands = list(group.registered_commands)
+        groups[str(group.info.name)] = group
+    narrow = _narrowed(app, words)
+    if narrow is app or narrow.registered_groups:
+        reports.register(app, groups, words)
+        return _narrowed(app, words)
+    return narrow
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"circuit {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """How training writes a circuit into a transformer, step by step and exactly."""
+
+
+def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer:
+    """The program without the commands beside the one that is named, which take time to build.
+
+    Where the words name none, it is the whole program, which says what there is.
+    """
+    if not words:
+        return whole
+    name, rest = words[0], words[1:]
+    part = copy(whole)
+    for command in whole.registered_commands:
+        if command.name == name:
+            part.registered_commands, part.registered_groups = [command], []
+            return part
+    for group in whole.registered_groups:
+        inner = group.typer_instance
+        if inner is not None and inner.info.name == name:
+            chosen = copy(group)
+            chosen.typer_instance = _narrowed(inner, rest)
+            part.registered_commands, part.registered_groups = [], [chosen]
+            return part
+    return whole
+
+
+def main() -> None:
+    """Run the program; a `CircuitError` becomes one line on stderr and exit code 2."""
+    try:
+        if not shells.answer(sys.argv[1:], os.environ):
+            program(sys.argv[1:])(prog_name="circuit")
+    except CircuitError as error:
+        print_error(error)
+        sys.exit(2)
+    except SystemExit as ending:
+        cause = getattr(
+            ending.__context__, "__cause__", None
+        )  # Typer: Exit(130) from the interrupt
+        if isinstance(cause, KeyboardInterrupt):  # which no command has answered
+            typer.echo(
+                "interrupted; what was not finished is not written: start it again", err=True
+            )
+        raise

@@ -1,0 +1,203 @@
+"""The commands of reports, made from what the reports declare: options, completion, refusals."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+import typer
+
+from circuit import CircuitError
+
+from . import complete, options
+from .output import print_json, print_table, print_written, progress_bar, stdout
+from .training import load_train_config
+
+if TYPE_CHECKING:
+    from circuit.reports.options import Option
+    from circuit.reports.report import Report, ReportResult
+
+READING = {
+    "config": (options.TrainConfigPath, inspect.Parameter.empty),
+    "overrides": (options.Set, None),
+}
+COMPUTING = {"device": (options.Device, None), "threads": (options.Threads, None)}
+"""Options of every report that reads a run."""
+WRITING = {
+    "output_dir": (options.OutputDir, inspect.Parameter.empty),
+    "overwrite": (options.Overwrite, False),
+    "as_json": (options.Json, False),
+}
+
+
+def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
+    """The function that Typer makes a command from."""
+
+    def command(**given: Any) -> None:
+        run = None
+        if kind.reads_run:
+            run = load_train_config(*(given.pop(name) for name in (*READING, *COMPUTING)))
+        folder, overwrite, as_json = (given.pop(name) for name in WRITING)
+        run_and_print(kind, run, given, folder, overwrite=overwrite, as_json=as_json)
+
+    declared = {name: (_annotation(kind, name), _default(kind, name)) for name in kind.Options.declared()}
+    needed = {**declared, **WRITING}
+    if kind.reads_run:
+        needed = {**READING, **declared, **COMPUTING, **WRITING}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in needed.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {name: annotation for name, (annotation, _) in needed.items()}
+    command.__doc__ = (kind.__doc__ or "").partition("\n\n")[0]
+    return command
+
+
+def run_and_print(
+    kind: type[Report[Any]],
+    run: Any,
+    given: dict[str, Any],
+    folder: Path,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Make a report with the values of a command line, and say what it found.
+
+    Raises:
+        CircuitError: as `run_report`; options are named as the command line has them.
+    """
+    from circuit.reports.report import run_report
+
+    with flags_for_fields(kind), progress_bar(not as_json) as bar:
+        chosen = kind.Options(**{n: v for n, v in given.items() if v is not None})
+        task = bar.add_task(kind.stem().replace("_", " "), total=None, note="")
+        result = run_report(
+            kind,
+            run,
+            chosen,
+            folder,
+            overwrite=overwrite,
+            progress=lambda done, total, note: bar.update(
+                task, completed=done, total=total or None, note=note
+            ),
+        )
+    print_result(result, as_json)
+
+
+def print_result(result: ReportResult, as_json: bool) -> None:
+    """What a report found, where its files stand, and its law; or `--json`."""
+    if as_json:
+        paths = [str(path) for path in result.paths]
+        print_json({"law": result.law, "summary": result.summary, "paths": paths})
+        return
+    for table in result.tables:
+        if table.console:
+            print_table(table)
+    for note in result.notes:
+        stdout.print(note.replace("**", "").replace("`", ""), soft_wrap=True)
+    print_written(result.paths)
+    stdout.print(result.law, soft_wrap=True)
+
+
+class flags_for_fields:  # noqa: N801  a context manager
+    """Within the block, a refusal that names a report's fields names the options instead."""
+
+    def __init__(self, kind: type[Report[Any]]) -> None:
+        self.flags = kind.Options.flags()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, CircuitError):
+            raise CircuitError(
+                self._named(error.what) or "",
+                where=self._named(error.where),
+                expected=self._named(error.expected),
+                fix=self._named(error.fix),
+            ) from None
+
+    def _named(self, text: str | None) -> str | None:
+        if text is None:
+            return None
+        return re.sub(r"`(\w+)`", lambda found: self.flags.get(found[1], found[0]), text)
+
+
+def _annotation(kind: type[Report[Any]], name: str) -> Any:
+    """What Typer reads of a field: its type as the command line has it, flag, help, completion."""
+    option = kind.Options.declared()[name]
+    info = kind.Options.model_fields[name]
+    several, item = _typed(info.annotation)
+    flag = kind.Options.flags()[name]
+    said = [option.help.removesuffix("."), *(["repeatable"] if several else [])]
+    default = "" if info.is_required() else _shown(info.default) or option.unset
+    said += [f"{default} by default"] if default else []
+    declared = typer.Option(
+        flag,
+        help=f"{'; '.join(said)}.",
+        autocompletion=_completer(option),
+    )
+    typed = bool if item is bool else (list[item] if several else item) | None  # type: ignore[valid-type]
+    if info.is_required():
+        typed = list[item] if several else item  # type: ignore[valid-type]
+    return Annotated[typed, declared]
+
+
+def _default(kind: type[Report[Any]], name: str) -> Any:
+    info = kind.Options.model_fields[name]
+    if info.is_required():
+        return inspect.Parameter.empty
+    return False if info.annotation is bool else None
+
+
+def _typed(annotation: Any) -> tuple[bool, Any]:
+    """Whether a field takes several values, and the type of one as it is typed."""
+    inner = [one for one in get_args(annotation) if one not in (type(None), ...)]
+    if get_origin(annotation) is tuple:
+        return True, _typed(inner[0])[1]
+    if annotation in (int, float, bool, Path):
+        return False, annotation
+    if inner and get_origin(annotation) is not None and inner[0] in (int, float, Path):
+        return False, inner[0]
+    return False, str
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
+    return "" if default is None or default is False else str(default)
+
+
+def _completer(option: Option) -> Any:
+    if option.kind:
+        return getattr(complete, option.kind)
+    return complete.values(*option.choices) if option.choices else None
+
+
+def register(app: typer.Typer, groups: dict[str, typer.Typer], words: Sequence[str]) -> None:
+    """Add the commands of reports: the one that the words name, else all.
+
+    Args:
+        groups: of the program, by name.
+        words: of the command line.
+    """
+    from circuit.reports.report import find_report
+
+    named = find_report(words[0]) if words else None
+    for kind in [named] if named else _all():
+        for name in kind.names or (kind.command,):
+            group, _, last = name.rpartition(" ")
+            place = groups[group] if group else app
+            panel = None if group else kind.panel
+            place.command(last, rich_help_panel=panel)(report_command(kind))
+
+
+def _all() -> Iterator[type[Report[Any]]]:
+    from circuit.reports.report import all_reports
+
+    yield from all_reports()
