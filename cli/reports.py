@@ -43,12 +43,16 @@ def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
         folder, overwrite, as_json = (given.pop(name) for name in WRITING)
         run_and_print(kind, run, given, folder, overwrite=overwrite, as_json=as_json)
 
-    declared = {name: (_annotation(kind, name), _default(kind, name)) for name in kind.Options.declared()}
+    declared = {
+        name: (_annotation(kind, name), _default(kind, name)) for name in kind.Options.declared()
+    }
     needed = {**declared, **WRITING}
     if kind.reads_run:
         needed = {**READING, **declared, **COMPUTING, **WRITING}
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
         for name, (annotation, default) in needed.items()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

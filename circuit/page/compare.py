@@ -8,22 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
-from circuit.figures.style import TERM_NAMES
+from circuit.figures.charts import (
+    TERM_NAMES,
+    TICKS,
+    at_step,
+    chart,
+    colour,
+    exact,
+    lines,
+    named,
+)
 from circuit.lazy import alt
-from circuit.page.asking import home_of, trace_folder, with_inputs
-from circuit.page.attribution import attribution_report
-from circuit.figures.charts import TICKS, at_step, chart, colour, exact, lines, named
-from circuit.page.commands import QK, SEPARATION, Home, command_for
 from circuit.page.formation import PageResult, left_out_fact, metrics_of, page_folder
-from circuit.page.found import Reports
-from circuit.page.heads import match_rows, separation_report
 from circuit.page.html import render
 from circuit.page.learning import EVALUATED, METRICS, evaluations
-from circuit.page.panel import Missing, Panel, Record, Source, Table, slider_steps
+from circuit.page.panel import Missing, Panel, Record, Source, Table, pick, slider_steps
+from circuit.page.reports import MATCH, Reports, asked_for, with_inputs
+from circuit.reports.report import find_report
+from circuit.reports.written import Written
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 
 FILE = "comparison.html"
 """Name of the page beside the first run's folder."""
+ATTRIBUTION = "bilinear-qk-rank-adam-state-attribution"
 _SHARE = ("run", "scalar", "window", "actual", "term", "contribution", "share", "closure_path")
 
 
@@ -36,8 +43,8 @@ class _Member:
     reports: Reports
 
     @property
-    def home(self) -> Home:
-        return home_of(self.run)
+    def folder(self) -> str:
+        return self.run.config.output_dir
 
 
 def comparison_page(
@@ -60,7 +67,7 @@ def comparison_page(
     path = Path(output) if output is not None else opened[0].path.parent / FILE
     with page_folder(path, overwrite=overwrite) as folder:
         names = _names(opened)
-        members = [_Member(n, r, Reports(r.path)) for n, r in zip(names, opened, strict=True)]
+        members = [_Member(n, r, Reports(r)) for n, r in zip(names, opened, strict=True)]
         panels = [_settings(members), _learning(members), _separation(members), _shares(members)]
         left_out = [f"{m.name}: {file}" for m in members for file in m.reports.left_out]
         text = render(
@@ -106,8 +113,8 @@ def _settings(members: Sequence[_Member]) -> Panel:
         sources=[
             Source(
                 f"{member.name}: run_config.json",
-                f"{member.home.folder}/run_config.json",
-                f"circuit train --config {member.home.folder}/run_config.json --overwrite",
+                f"{member.folder}/run_config.json",
+                f"circuit train --config {member.folder}/run_config.json --overwrite",
             )
             for member in members
         ],
@@ -129,7 +136,7 @@ def _learning(members: Sequence[_Member]) -> Panel:
     for member in members:
         own = evaluations(metrics_of(member.run))
         rows += [{"run": member.name, **row} for row in own]
-        command = f"circuit train --config {member.home.folder}/run_config.json --overwrite"
+        command = f"circuit train --config {member.folder}/run_config.json --overwrite"
         if own:
             sources.append(Source(f"{member.name}: {METRICS}", METRICS, command))
         else:
@@ -137,8 +144,9 @@ def _learning(members: Sequence[_Member]) -> Panel:
     shade = colour("run", [member.name for member in members])
     charts = [
         chart(
+            f"accuracy_{split}",
             f"Answer accuracy, {split}",
-            "evaluation",
+            {"evaluation": rows},
             lines(
                 *("evaluation", "answer_accuracy", "answer accuracy", shade),
                 ("run", *EVALUATED),
@@ -165,23 +173,28 @@ def _learning(members: Sequence[_Member]) -> Panel:
 def _separation(members: Sequence[_Member]) -> Panel:
     rows: list[Record] = []
     sources, missing = list[Source](), list[Missing]()
-    for member in members:
-        found = separation_report(member.reports)
-        if found is None:
-            command = command_for(SEPARATION, member.home)
-            missing += _asked(member, Missing("QK separation of every head", command))
-            continue
-        winner = found.summary["winner"]["head"]
-        rows += [
-            {"run": member.name, **row}
-            for row in match_rows(found)
-            if row["head"] == winner and row["lag"] == "all"
-        ]
-        sources.append(_of(member, found.source(member.home.folder)))
     columns = ("run", "step", "head", "score", "separation", "support_wins", "answer_margin")
+    for member in members:
+        report = _best(member, MATCH, missing)
+        if report is None:
+            continue
+        head, score = (report.summary["winner"][name] for name in ("head", "score"))
+        every = ({"run": member.name, **row} for row in report.results.rows())
+        rows += [
+            pick(row, columns)
+            for row in every
+            if (row["head"], row["score"], row["lag"]) == (head, score, "all")
+        ]
+        sources.append(_of(member, report))
     shade = colour("run", [member.name for member in members])
     charts = [
-        chart(title, "match", lines("match", column, y_title, shade, columns), at_step())
+        chart(
+            column,
+            title,
+            {"match": rows},
+            lines("match", column, y_title, shade, columns),
+            at_step(),
+        )
         for column, title, y_title in (
             ("separation", "QK separation of each run's winner", "separation"),
             ("support_wins", "Reads whose support beats every distractor", "share of reads"),
@@ -203,16 +216,10 @@ def _shares(members: Sequence[_Member]) -> Panel:
     rows: list[Record] = []
     sources, missing = list[Source](), list[Missing]()
     for member in members:
-        found = attribution_report(member.reports)
-        if found is None:
-            match = separation_report(member.reports)
-            head = match.summary["winner"]["head"] if match else "L1H0"
-            trace = trace_folder(member.reports)
-            command = command_for(QK, member.home, head=head, trace=trace)
-            missing += _asked(member, Missing("attribution of the winner", command))
-            continue
-        rows += share_rows(member.name, found.summary["windows"][0])
-        sources.append(_of(member, found.source(member.home.folder)))
+        report = _best(member, ATTRIBUTION, missing)
+        if report is not None:
+            rows += share_rows(member.name, report.summary["windows"][0])
+            sources.append(_of(member, report))
     terms = list(dict.fromkeys(row["term"] for row in rows))
     bars = (
         named("shares")
@@ -228,11 +235,12 @@ def _shares(members: Sequence[_Member]) -> Panel:
         )
     )
     title = "Path contribution of each term over the actual change, whole window"
+    drawn = chart("shares", title, {"shares": rows}, bars, height=34 * len(members))
     return Panel(
         "shares",
         "Attribution shares",
         "Do the same terms of the optimizer carry the match in every run?",
-        charts=[chart(title, "shares", bars, height=34 * len(members))] if rows else [],
+        charts=[drawn] if rows else [],
         tables=[Table("Shares", "shares", {column: column for column in _SHARE})] if rows else [],
         data={"shares": rows} if rows else {},
         sources=sources,
@@ -244,6 +252,18 @@ def _shares(members: Sequence[_Member]) -> Panel:
         if rows
         else [],
     )
+
+
+def _best(member: _Member, command: str, missing: list[Missing]) -> Written | None:
+    """The member's most complete report of a command; asked for where there is none."""
+    kind = find_report(command)
+    assert kind is not None
+    shown = member.reports.shown(kind)
+    if shown:
+        return shown[-1]
+    asked = with_inputs([asked_for(member.reports, kind)], member.reports)
+    missing += [Missing(f"{member.name}: {one.what}", one.command) for one in asked]
+    return None
 
 
 def share_rows(run: str, window: dict[str, Any]) -> list[Record]:
@@ -264,12 +284,6 @@ def share_rows(run: str, window: dict[str, Any]) -> list[Record]:
     ]
 
 
-def _asked(member: _Member, missing: Missing) -> list[Missing]:
-    return [
-        Missing(f"{member.name}: {one.what}", one.command)
-        for one in with_inputs([missing], member.run, member.reports)
-    ]
-
-
-def _of(member: _Member, source: Source) -> Source:
+def _of(member: _Member, report: Written) -> Source:
+    source = member.reports.source(report)
     return Source(f"{member.name}: {source.file}", source.rows, source.command, source.law)

@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from circuit.artifacts import OutputFolder, Row, read_jsonl
-from circuit.page.asking import home_of, with_inputs
-from circuit.page.attribution import attribution_panels
 from circuit.page.example import example_panel
-from circuit.page.found import Reports
-from circuit.page.heads import heads_panel, weights_panel, winner_of
 from circuit.page.html import render
 from circuit.page.learning import METRICS, lag_panel, learning_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
-from circuit.page.value_code import interventions_panel, readability_panel, rescue_panel
+from circuit.page.reports import Reports, report_panels, with_inputs
+from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.train_config import ImportedConfig, TrainConfig
 
@@ -67,7 +64,7 @@ def formation_page(
     opened = open_folder(run)
     path = Path(output) if output is not None else opened.path / FILE
     with page_folder(path, overwrite=overwrite) as folder:
-        reports = Reports(opened.path)
+        reports = Reports(opened)
         panels, further, steps = _panels(opened, reports, progress)
         config = opened.config
         shape = config.model
@@ -112,31 +109,18 @@ def metrics_of(run: CheckpointedRun) -> list[Row]:
 def _panels(
     run: CheckpointedRun, reports: Reports, progress: Callable[[int, int], None] | None
 ) -> tuple[list[Panel], list[Source], list[int]]:
-    home = home_of(run)
-    folder = home.folder
+    folder = run.config.output_dir
     rows = metrics_of(run)
-    winner = winner_of(reports)
-    first = [
-        learning_panel(rows, folder),
-        lag_panel(rows, folder),
-        heads_panel(reports, home),
-        weights_panel(reports, home),
-    ]
-    last = [
-        readability_panel(reports, home),
-        interventions_panel(reports, home),
-        rescue_panel(reports, home),
-        example_panel(run, folder, winner[0] if winner else None, progress),
-    ]
-    slider = slider_steps([*first, *last], run.steps)
-    panels = [*first, *attribution_panels(reports, home, slider), *last]
-    panels = [replace(panel, missing=with_inputs(panel.missing, run, reports)) for panel in panels]
-    return panels, _further(reports, panels, folder), slider
-
-
-def _further(reports: Reports, panels: Sequence[Panel], home: str) -> list[Source]:
-    """Reports that no panel draws."""
+    kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
+    panels = [learning_panel(rows, folder), lag_panel(rows, folder)]
+    panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
+    panels.append(example_panel(run, folder, reports.head(), progress))
+    panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
     drawn = {source.file for panel in panels for source in panel.sources}
-    found = [one for command in reports.by_command for one in reports.all(command)]
-    sources = [report.source(home) for report in found]
-    return sorted((s for s in sources if s.file not in drawn), key=lambda source: source.file)
+    others = [one for found in reports.by_command.values() for one in found]
+    further = [
+        Source(reports.relative(one.path), reports.relative(one.file()), "", one.law)
+        for one in others
+        if reports.relative(one.path) not in drawn
+    ]
+    return panels, sorted(further, key=lambda source: source.file), slider_steps(panels, run.steps)

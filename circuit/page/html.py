@@ -9,6 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from circuit.figures.charts import STYLE
 from circuit.page.panel import Panel, Source
 
 
@@ -32,6 +33,7 @@ def render(
 
     payload = {
         "steps": list(steps),
+        "style": STYLE,
         "panels": {panel.name: _payload(panel) for panel in panels},
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -50,7 +52,10 @@ def render(
 
 def _payload(panel: Panel) -> dict[str, Any]:
     return {
-        "charts": [asdict(chart) for chart in panel.charts],
+        "charts": [
+            {"title": chart.title, "spec": chart.spec, "follows": chart.follows}
+            for chart in panel.charts
+        ],
         "tables": [asdict(table) for table in panel.tables],
         "data": {name: _columns(records) for name, records in panel.data.items()},
         "example": panel.example,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from circuit.artifacts import Row
-from circuit.lazy import alt
 from circuit.figures.charts import at_step, chart, colour, exact, lines, named, steps
+from circuit.lazy import alt
 from circuit.page.panel import Missing, Panel, Record, Source, Table, pick
 
 METRICS = "metrics.jsonl"
@@ -39,6 +39,7 @@ def learning_panel(rows: Sequence[Row], home: str) -> Panel:
     trained = [pick(row, TRAINED) for row in rows if row["kind"] == "train"]
     splits = _unique(found, "split")
     shade = colour("split", splits)
+    data = {"evaluation": found, "training": trained}
     accuracy = lines(
         *("evaluation", "answer_accuracy", "answer accuracy", shade, EVALUATED), domain=[0, 1]
     )
@@ -57,11 +58,11 @@ def learning_panel(rows: Sequence[Row], home: str) -> Panel:
         "Learning curves",
         "When does the model learn to answer, and does it carry over to the other splits?",
         charts=[
-            chart("Answer accuracy by split", "evaluation", accuracy, at_step()),
-            chart("Loss by split; grey: training batches", "evaluation", drawn, held, at_step()),
+            chart("accuracy", "Answer accuracy by split", data, accuracy, at_step()),
+            chart("loss", "Loss by split; grey: training batches", data, drawn, held, at_step()),
         ],
         tables=[_table()],
-        data={"evaluation": found, "training": trained},
+        data=data,
         sources=[_source(home)] if found else [],
         missing=[] if found else [_missing(home)],
     )
@@ -90,7 +91,8 @@ def lag_panel(rows: Sequence[Row], home: str) -> Panel:
             domain=[0, 1],
         )
         title = f"{split}: by lag; bold: all reads; dashed: the shortcut's ceiling"
-        charts.append(chart(title, "lag", ceiling, overall, drawn, at_step()))
+        layers = (ceiling, overall, drawn, at_step())
+        charts.append(chart(f"lag_{split}", title, {"lag": lags, "whole": whole}, *layers))
     return Panel(
         "lag",
         "Accuracy by lag, and the shortcut's ceiling",

@@ -4,20 +4,6 @@ const views = []; // {view, steps, at}
 const moved = []; // called with the page's step
 let step = page.steps.at(-1) ?? 0;
 
-const config = {
-  background: null,
-  font: "system-ui, sans-serif",
-  view: { stroke: null },
-  axis: {
-    labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--line)",
-    domainColor: "var(--line)", tickColor: "var(--line)", titleFontWeight: "normal",
-    labelFontSize: 12, titleFontSize: 12, labelOverlap: "greedy", labelSeparation: 8,
-  },
-  axisX: { grid: false },
-  legend: { labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: "normal",
-    labelFontSize: 12, titleFontSize: 12, labelLimit: 320, symbolStrokeWidth: 2 },
-};
-
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -59,7 +45,7 @@ async function drawChart(figure, chart, data) {
   });
   const spec = { ...chart.spec, datasets: { ...chart.spec.datasets, ...used } };
   const { view } = await window.vegaEmbed(holder, spec, {
-    mode: "vega-lite", renderer: "svg", actions: false, config, tooltip: { offsetY: 14 },
+    mode: "vega-lite", renderer: "svg", actions: false, config: page.style, tooltip: { offsetY: 14 },
     logLevel: 0,
   });
   const steps = stepsOf(data[chart.follows]);

@@ -6,22 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from circuit.figures.charts import Chart
+
 Record = dict[str, Any]
 """One row of a panel's data: columns of a report's row under their own names."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One drawing.
-
-    Attributes:
-        spec: Vega-Lite over named data, with a parameter `step`.
-        follows: the data whose steps `step` takes: the last one at or before the page's step.
-    """
-
-    title: str
-    spec: dict[str, Any]
-    follows: str
 
 
 @dataclass(frozen=True)
@@ -83,11 +71,6 @@ def pick(row: Mapping[str, Any], columns: Iterable[str]) -> Record:
     return {column: row[column] for column in columns}
 
 
-def steps_of(records: Iterable[Record]) -> set[int]:
-    """The steps that occur."""
-    return {record["step"] for record in records if "step" in record}
-
-
 def thinned(steps: Sequence[int], most: int) -> list[int]:
     """At most `most` of ascending steps, evenly, with the first and the last."""
     if len(steps) <= most:
@@ -101,5 +84,5 @@ def slider_steps(panels: Sequence[Panel], checkpoints: Sequence[int]) -> list[in
     found = set(checkpoints)
     for panel in panels:
         for chart in panel.charts:
-            found |= steps_of(panel.data[chart.follows])
+            found |= {row["step"] for row in chart.data[chart.follows] if "step" in row}
     return sorted(found)

@@ -13,7 +13,7 @@ from circuit.model.readout import read_answers
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.reports import options
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
 from circuit.scalars.qk_match import QKMatch, ReadMasks, masked_mean, qk_matches
@@ -52,7 +52,14 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
     command = "bilinear-qk-match-separation"
     Options = SeparationOptions
     title = "Who matches"
+    place = 1
     question = "Which head comes to match the query to its support, and when?"
+
+    @classmethod
+    def usual(cls, place: Place) -> SeparationOptions:
+        rank = min(8, place.model.d_model // place.model.heads)
+        probe_set, folder = (place.given[name] for name in ("probe_set", "checkpoint_dir"))
+        return SeparationOptions(probe_set=probe_set, checkpoint_dir=folder, ranks=(rank,))
 
     def prepare(self) -> None:
         super().prepare()
@@ -110,8 +117,8 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
     def conclude(self, rows: list[Row]) -> Findings:
         summary = summarize(rows) | {"reads": len(self.reads)}
         law = (
-            "the full match with biases is the score that the model's own attention has, to"
-            f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head at every checkpoint"
+            "the full match with biases is the score of the model's own attention, to"
+            f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head and checkpoint"
         )
         return Findings(rows, summary, law)
 
@@ -199,9 +206,7 @@ def gap_to_attention(
 
     Over every read's query and every position that it may look at.
     """
-    scalars = [
-        QKMatch(head, reads, layers=model.cfg.n_layers, biases=True) for head in heads
-    ]
+    scalars = [QKMatch(head, reads, layers=model.cfg.n_layers, biases=True) for head in heads]
     shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
     attention = {f"blocks.{s.component.layer}.attn.hook_attn_scores" for s in scalars}
     runs = forward_activations(model, shared.tokens, shared.hooks[None] | attention)

@@ -77,7 +77,9 @@ class Inputs:
     records: list[Record]
     splits: tuple[str, ...] | None
     run: ReplayedRun | None = None
-    _pairs: dict[tuple[tuple[str, ...], int, int], list[Pair]] = field(default_factory=dict, repr=False)
+    _pairs: dict[tuple[tuple[str, ...], int, int], list[Pair]] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def config(self) -> TrainConfig:

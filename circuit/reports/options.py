@@ -1,11 +1,11 @@
 """What a report may be asked: options that are declared once, as fields, with their help.
 
-From a declaration come the command line's option, its completion and its refusals; the tables of
-docs/reports.md; the report's `parameters`; and the words that make the report again. A new option is
-one field here or in its report, its use, and its test.
+From a declaration come the command line's option, its completion and its refusals; the guide's
+table; the report's `parameters`; and the words that make the report again. A new option is one
+field of a report's options, its use, and its test.
 
     class SpectrumOptions(CheckpointOptions):
-        max_singular_values: Annotated[int, Option("Singular values of a matrix, at most.", least=1)] = 16
+        top_vector_ranks: Annotated[int, Option("Vectors of each matrix, at most.", least=1)] = 4
 
 Nothing here imports torch: what options alone tell is refused before it is loaded.
 """
@@ -177,7 +177,9 @@ class Options(BaseModel):
         pairs = given.pop("pairs", None)
         if isinstance(pairs, dict):
             given["pair_types"] = pairs.get("types")
-            given |= {f"{end}_pairs_per_type": pairs.get(f"{end}_per_type") for end in ("max", "min")}
+            given |= {
+                f"{end}_pairs_per_type": pairs.get(f"{end}_per_type") for end in ("max", "min")
+            }
         names = {name: option.earlier or name for name, option in cls.declared().items()}
         known = {name: given.get(name, given.get(earlier)) for name, earlier in names.items()}
         return cls(**{name: value for name, value in known.items() if value is not None})
@@ -229,12 +231,14 @@ def _refusal(error: ValidationError) -> CircuitError:
     if item["type"] == "missing":
         return CircuitError("is missing", where=field)
     if item["type"] == "extra_forbidden":
-        return CircuitError(f"unknown option '{item['loc'][0]}'", fix="remove it or correct its name")
+        return CircuitError(
+            f"unknown option '{item['loc'][0]}'", fix="remove it or correct its name"
+        )
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return CircuitError(f"{item['input']!r}", where=field, expected=message)
 
 
-# --- options that several reports have -------------------------------------------------------------
+# --- options that several reports have ------------------------------------------------------------
 
 Heads = Annotated[
     tuple[str, ...], Option("Head, such as L2H1.", flag="--head", kind="head", unset="all")
@@ -266,9 +270,7 @@ MarginSides = Annotated[
     tuple[str, ...],
     Option("Side whose logits are read.", flag="--margin-side", choices=SIDES, earlier="sides"),
 ]
-MaxRecords = Annotated[
-    int | None, Option("That many reads, in file order.", least=1, unset="all")
-]
+MaxRecords = Annotated[int | None, Option("That many reads, in file order.", least=1, unset="all")]
 ScalarPairRows = Annotated[
     Path,
     Option("Pair rows of answer-scalar-residual-diagnosis.", kind="scalar_pair_rows"),
@@ -325,9 +327,7 @@ class PairOptions(Options):
         tuple[str, ...], Option("Pair type.", flag="--pair-type", choices=PAIR_TYPES)
     ] = ("support_value",)
     max_pairs_per_type: Annotated[int, Option("Pairs built of each type, at most.", least=1)] = 64
-    min_pairs_per_type: Annotated[
-        int, Option("Fewer pairs of a type are an error.", least=0)
-    ] = 16
+    min_pairs_per_type: Annotated[int, Option("Fewer pairs of a type are an error.", least=0)] = 16
 
     def check(self) -> None:
         """The least may not be more than the most."""

@@ -17,7 +17,6 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +31,7 @@ from circuit.figures.charts import Chart
 from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
 from circuit.reports.options import CheckpointOptions, Options, ProbeOptions
 from circuit.reports.tables import Table
-from circuit.train_config import TrainConfig
+from circuit.train_config import ModelConfig, TrainConfig
 
 O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
 Progress = Callable[[int, int, str], None]
@@ -77,6 +76,21 @@ class Results(Generic[O]):
         return iter(self.read(file, holding))
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a run offers to a report that is yet to be made.
+
+    Attributes:
+        model: its shape.
+        given: by name of an option: its probe set, the folder of its checkpoints, its trace.
+        head: the one whose match grew most, as far as that is known.
+    """
+
+    model: ModelConfig
+    given: Mapping[str, Path]
+    head: str
+
+
 class Report(Generic[O]):
     """A question; its docstring's first line is what `--help` says.
 
@@ -86,7 +100,10 @@ class Report(Generic[O]):
         names: words of the command line, where they are not `command` alone.
         panel: heading of the command in `--help`.
         reads_run: whether it takes a run's config.
-        question: that the page asks with it.
+        title, question: of its panel on the page.
+        place: of the panel among others; where there is none, the page shows the report but does
+            not ask for it.
+        every: whether the page shows every report of the kind, or the most complete one.
     """
 
     command: ClassVar[str]
@@ -94,8 +111,10 @@ class Report(Generic[O]):
     names: ClassVar[tuple[str, ...]] = ()
     panel: ClassVar[str] = "Circuits"
     reads_run: ClassVar[bool] = True
-    question: ClassVar[str] = ""
     title: ClassVar[str] = ""
+    question: ClassVar[str] = ""
+    place: ClassVar[int | None] = None
+    every: ClassVar[bool] = False
 
     def __init__(self, options: O, config: TrainConfig | None = None) -> None:
         self.options = options
@@ -113,6 +132,12 @@ class Report(Generic[O]):
     def stem(cls) -> str:
         """Of its files, and its module."""
         return report_name(cls.command)
+
+    @classmethod
+    def usual(cls, place: Place) -> Options:
+        """The options with which the page asks for the report."""
+        names = cls.Options.declared()
+        return cls.Options(**{name: path for name, path in place.given.items() if name in names})
 
     # --- the run of a report, in this order ---
 
@@ -220,7 +245,7 @@ class OfCheckpoints(Report[C]):
         return {**self.inputs.provenance(), "parameters_sha256": self.digests}
 
 
-# --- running and writing ---------------------------------------------------------------------------
+# --- running and writing --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -390,7 +415,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")
 
 
-# --- finding ---------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
 def report_name(command: str) -> str:
@@ -403,22 +428,17 @@ def find_report(command: str) -> type[Report[Any]] | None:
     module = f"circuit.reports.{report_name(command)}"
     if not report_name(command).isidentifier() or find_spec(module) is None:
         return None
-    for found in vars(import_module(module)).values():
-        if inspect.isclass(found) and issubclass(found, Report) and found.__module__ == module:
-            if getattr(found, "command", None) == command:
-                return found
-    return None
+    return next((kind for kind in _declared_in(module) if kind.command == command), None)
 
 
 def all_reports() -> list[type[Report[Any]]]:
     """Every report, by the name of its module."""
-    names = [module.name for module in iter_modules(import_module("circuit.reports").__path__)]
-    modules = [import_module(f"circuit.reports.{name}") for name in names]
-    found = [
-        value
-        for module in modules
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Report) and hasattr(value, "command")
-        and value.__module__ == module.__name__
-    ]
-    return found
+    modules = iter_modules(import_module("circuit.reports").__path__, "circuit.reports.")
+    return [kind for module in modules for kind in _declared_in(module.name)]
+
+
+def _declared_in(module: str) -> list[type[Report[Any]]]:
+    """The reports of a module, those that it imports left out."""
+    classes = [one for one in vars(import_module(module)).values() if inspect.isclass(one)]
+    kinds = [one for one in classes if issubclass(one, Report) and hasattr(one, "command")]
+    return [kind for kind in kinds if kind.__module__ == module]

@@ -15,8 +15,8 @@ class Table:
 
     Attributes:
         title: heading; empty where the report has one table that needs none.
-        columns: by key of a row, the heading, or heading and format (`format()`'s; `.1%` is a share).
-            A null is a dash.
+        columns: by key of a row, the heading, or heading and format (`format()`'s; `.1%` is a
+            share). A null is a dash.
         rows: those of a course have a `step`: the page shows the chosen one, the console the last.
         console: that many rows are printed, at most.
     """
@@ -64,7 +64,9 @@ def cell(value: Any, spec: str = "") -> str:
     return format(value, spec).replace("%", " %")
 
 
-def by_step(values: Mapping[str, Mapping[str, Any]], steps: Sequence[int], spec: str, name: str) -> dict[str, Any]:
+def by_step(
+    values: Mapping[str, Mapping[str, Any]], steps: Sequence[int], spec: str, name: str
+) -> dict[str, Any]:
     """Columns and rows of a table that has a row a name and a column a step.
 
     Args:

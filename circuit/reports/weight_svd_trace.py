@@ -5,9 +5,9 @@ Per checkpoint the float64 SVD of `W_QK = W_Q W_K^T` and `W_OV = W_V W_O` of eac
 `(sum σ)² / sum σ²`, from 1 (one direction) to the rank of the matrix (all alike); top-3 mass is
 `(σ1 + σ2 + σ3) / sum σ`.
 
-Each singular value has a row of its own in `weight_svd_singular_values.jsonl` and `.csv`, each pair
-of top vectors one in `weight_svd_top_singular_vectors.jsonl`, all with `rank` from 1. Effective rank
-and top-3 mass are null for a matrix of zeros. Cosines are taken to the last checkpoint.
+Each singular value has a row of its own in `weight_svd_singular_values.jsonl` and `.csv`, a pair
+of top vectors one in `weight_svd_top_singular_vectors.jsonl`, all with `rank` from 1. Effective
+rank and top-3 mass are null for a matrix of zeros. Cosines are taken to the last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from circuit.artifacts import Row
@@ -81,6 +80,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
     command = "weight-svd-trace"
     Options = SvdOptions
     title = "Singular values of the weights"
+    place = 3
     question = "Do QK and OV maps grow a few directions, or all of them?"
 
     def prepare(self) -> None:
@@ -152,7 +152,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
 
     @classmethod
     def charts(cls, results: Results[SvdOptions]) -> list[Chart]:
-        """Top singular value and effective rank of every head; all values of the one that grew most."""
+        """Top singular value and effective rank of every head; the spectrum of one."""
         growth = results.summary["growth"]
         rows = [{name: row[name] for name in _SHOWN} for row in results.rows()]
         drawn = []
@@ -281,14 +281,16 @@ def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Sp
 
 
 def reconstruction_gap(found: Spectra, tensors: Mapping[str, Tensor]) -> float:
-    """Largest |U S V^T - matrix| and | |σ| - |matrix| | over the components, over |matrix|; 0 for zeros.
+    """Largest |U S V^T - matrix| and | |σ| - |matrix| | of the components, over |matrix|.
 
-    The matrix is multiplied out here, where the SVD is taken of its factors.
+    The matrix is multiplied out here, where the SVD is taken of its factors; 0 for zeros.
     """
     matrices = torch.stack([_matrix(found.matrix, tensors, one) for one in found.components])
     norm = torch.linalg.matrix_norm(matrices)
     rebuilt = (found.left * found.values[:, None]) @ found.right.mT
-    off = torch.linalg.matrix_norm(rebuilt - matrices).maximum((found.values.norm(dim=1) - norm).abs())
+    off = torch.linalg.matrix_norm(rebuilt - matrices).maximum(
+        (found.values.norm(dim=1) - norm).abs()
+    )
     return float((off / norm).nan_to_num(0.0).max())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.reports.report import Report, Results, find_report
 from circuit.strict_json import parse_json
+from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import refuse_another_runs
 
 SUFFIX = "_report.json"
@@ -87,8 +89,34 @@ class Written:
             self.parameters, schema=self.payload["schema_version"]
         )
         return Results(
-            options, self.summary, lambda name, holding: iter_jsonl(self.file(name), holding=holding)
+            options,
+            self.summary,
+            lambda name, holding: iter_jsonl(self.file(name), holding=holding),
         )
+
+    def command_line(self, config: TrainConfig, folder: str) -> str:
+        """The line that makes the report again.
+
+        Args:
+            config: of its run, whose `output_dir` is the run's folder as the line names it.
+            folder: of the report, likewise.
+
+        Raises:
+            CircuitError: as `results`.
+        """
+        options, kind = self.results.options, self.kind
+        assert kind is not None
+        words = ["circuit", *(kind.names or (kind.command,))[0].split()]
+        if kind.reads_run:
+            said = self.overrides if self.overrides != config.origin().get("overrides") else None
+            words += ["--config", said["config"] if said else f"{config.output_dir}/{RUN_CONFIG}"]
+            words += [word for text in said["set"] for word in ("--set", text)] if said else []
+            environment = self.provenance["environment"]
+            for name in ("device", "threads"):
+                set_so = any(text.startswith(f"{name}=") for text in (said or {"set": ()})["set"])
+                if environment[name] != getattr(config, name) and not set_so:
+                    words += [f"--{name}", str(environment[name])]
+        return shlex.join([*words, *options.words(), "--output-dir", folder, "--overwrite"])
 
     def file(self, name: str = "") -> Path:
         """One of its files; `<name>_rows.jsonl` where none is named."""

@@ -1,0 +1,187 @@
+"""The reports that stand under a run's folder, as panels; and the commands of those that do not."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from circuit.errors import CircuitError
+from circuit.page.panel import Missing, Panel, Source, Table
+from circuit.reports.report import Place, Report, all_reports
+from circuit.reports.written import SUFFIX, Written, read_report
+from circuit.runs.checkpointed import CheckpointedRun
+from circuit.train_config import RUN_CONFIG, ImportedConfig
+from circuit.training.run_folder import Identity
+
+PROBES = 96
+"""Records of the probe set that the page asks for, at most."""
+TRACE = "optimizer-update-trace"
+TRACE_FOLDER = "analysis/optimizer_update_trace"
+MATCH = "bilinear-qk-match-separation"
+LIKELY = "L1H0"
+"""The head that is named where none is known to stand out."""
+
+
+class Reports:
+    """Every report under a run's folder.
+
+    Attributes:
+        by_command: the oldest first.
+        left_out: of another run, relative to the run's folder.
+    """
+
+    def __init__(self, run: CheckpointedRun) -> None:
+        """Read them.
+
+        Raises:
+            CircuitError: a file that is named like a report is damaged.
+        """
+        self.run = run
+        self.by_command: dict[str, list[Written]] = {}
+        self.left_out: list[str] = []
+        identity = Identity.of(run.path) if (run.path / RUN_CONFIG).exists() else None
+        every = map(read_report, sorted((run.path / "analysis").rglob(f"*{SUFFIX}")))
+        for report in sorted(every, key=lambda one: one.written):
+            if identity is not None and identity.denies(report.provenance):
+                self.left_out.append(self.relative(report.path))
+            else:
+                self.by_command.setdefault(report.command, []).append(report)
+
+    def relative(self, path: Path) -> str:
+        """A path below the run's folder."""
+        return path.relative_to(self.run.path).as_posix()
+
+    def of(self, kind: type[Report[Any]]) -> list[Written]:
+        """Those of a kind that this version can read, the most complete and newest last."""
+        readable = [one for one in self.by_command.get(kind.command, []) if _is_readable(one)]
+        return sorted(readable, key=lambda one: (kind.size(one.results), one.written))
+
+    def shown(self, kind: type[Report[Any]]) -> list[Written]:
+        """Those that the page shows: the most complete one, or every one, the newest of equals."""
+        if not kind.every:
+            return self.of(kind)[-1:]
+        return list({str(one.results.options): one for one in self.of(kind)}.values())
+
+    def source(self, report: Written, file: str = "") -> Source:
+        """Where the numbers of one of a report's files stand, and what makes it again."""
+        folder = f"{self.run.config.output_dir}/{self.relative(report.path.parent)}"
+        return Source(
+            self.relative(report.path),
+            self.relative(report.file(file)),
+            report.command_line(self.run.config, folder),
+            report.law,
+        )
+
+    def head(self) -> str | None:
+        """The head whose match grew most, if that was measured."""
+        (kind,) = (kind for kind in all_reports() if kind.command == MATCH)
+        measured = self.of(kind)
+        return measured[-1].summary["winner"]["head"] if measured else None
+
+    def trace(self) -> str | None:
+        """The folder of the longest trace, relative to the run's."""
+        traces = self.by_command.get(TRACE, [])
+        longest = max(
+            traces,
+            key=lambda one: (one.summary["end_step"] - one.summary["start_step"], one.written),
+            default=None,
+        )
+        return None if longest is None else self.relative(longest.path.parent)
+
+
+def _is_readable(report: Written) -> bool:
+    try:
+        return report.results is not None
+    except CircuitError:  # of another version; it is listed, not drawn
+        return False
+
+
+def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
+    """The panels of a kind of report; one that asks for it where there is none."""
+    name, title, question = kind.stem(), kind.title or kind.command, kind.question
+    shown = reports.shown(kind)
+    if not shown:
+        missing = [asked_for(reports, kind)] if kind.place is not None else []
+        return [Panel(name, title, question, missing=missing)] if missing else []
+    panels = []
+    for number, report in enumerate(shown, start=1):
+        charts = kind.charts(report.results)
+        declared = kind.tables(report.results)
+        data = {key: list(rows) for drawn in charts for key, rows in drawn.data.items()}
+        tables = []
+        for place, table in enumerate(declared):
+            keys = [*(["step"] if any("step" in row for row in table.rows) else []), *table.columns]
+            data[f"table_{place}"] = [{key: row.get(key) for key in keys} for row in table.rows]
+            columns = dict(zip(table.columns, table.headings, strict=True))
+            tables.append(Table(table.title or title, f"table_{place}", columns))
+        panels.append(
+            Panel(
+                name if number == 1 else f"{name}_{number}",
+                title,
+                question,
+                charts=charts,
+                tables=tables,
+                data=data,
+                sources=[reports.source(report)],
+                notes=[
+                    note.replace("**", "").replace("`", "") for note in kind.notes(report.results)
+                ],
+            )
+        )
+    return panels
+
+
+def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
+    """The command of a report that does not exist, with its usual options."""
+    folder = Path(reports.run.config.output_dir)
+    given = {
+        "probe_set": folder / "analysis/probe_set.jsonl",
+        "checkpoint_dir": folder / "checkpoints",
+        "optimizer_trace_dir": folder / (reports.trace() or TRACE_FOLDER),
+    }
+    options = kind.usual(Place(reports.run.config.model, given, reports.head() or LIKELY))
+    words = ["circuit", kind.command, "--config", str(folder / RUN_CONFIG), *options.words()]
+    words += ["--output-dir", str(folder / "analysis" / kind.stem())]
+    return Missing(kind.title or kind.command, shlex.join(words))
+
+
+def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
+    """The same, after the probe set and the trace that the commands read and that do not exist."""
+    run, folder = reports.run, reports.run.config.output_dir
+    if isinstance(run.config, ImportedConfig):  # it takes no step, so it has neither log nor trace
+        stepping = ("circuit train ", "--optimizer-trace-dir")
+        missing = [one for one in missing if not any(text in one.command for text in stepping)]
+    needed = []
+    probe_set = run.path / "analysis/probe_set.jsonl"
+    if any("--probe-set" in one.command for one in missing) and not probe_set.exists():
+        needed.append(Missing("the probe set that it reads", _probe_set(run)))
+    if any("--optimizer-trace-dir" in one.command for one in missing) and reports.trace() is None:
+        end = run.steps[-1] if run.steps else run.config.steps
+        words = ["circuit", TRACE, "--config", f"{folder}/{RUN_CONFIG}", "--from-initialization"]
+        words += ["--end-step", str(end), "--output-dir", f"{folder}/{TRACE_FOLDER}"]
+        needed.append(Missing("the trace that it reads", shlex.join(words)))
+    return [_replacing(one, reports) for one in (*needed, *missing)]
+
+
+def _replacing(one: Missing, reports: Reports) -> Missing:
+    """With `--overwrite` where a report of another run stands in the command's place."""
+    home = reports.run.config.output_dir
+    stale = {f"{home}/{Path(name).parent.as_posix()}" for name in reports.left_out}
+    if any(one.command.endswith(f" --output-dir {shlex.quote(folder)}") for folder in stale):
+        return Missing(one.what, f"{one.command} --overwrite")
+    return one
+
+
+def _probe_set(run: CheckpointedRun) -> str:
+    config = run.config
+    split = config.tracked_splits[0] if config.tracked_splits else config.train_split
+    try:
+        records = run.setup.benchmark.files[split].records
+    except (CircuitError, KeyError):  # the benchmark is not here; the example's panel says so
+        records = PROBES
+    words = ["circuit", "generate-probe-set", "--benchmark-dir", config.benchmark_dir]
+    words += ["--split", split, "--examples-per-split", str(min(PROBES, records))]
+    words += ["--output", f"{config.output_dir}/analysis/probe_set.jsonl"]
+    return shlex.join(words)
