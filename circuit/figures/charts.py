@@ -232,26 +232,21 @@ def lines(
     return drawn
 
 
-def heads_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The heads of some rows, in their order."""
-    return list(dict.fromkeys(row["head"] for row in rows))
-
-
 def heat(
-    data: str, value: str, tooltip: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    data: str, value: str, tooltip: Sequence[str], rows: Sequence[Record], of: str = "head"
 ) -> list[alt.Chart]:
-    """Heads by steps, coloured by a value; the chosen step is framed.
+    """Heads (or what `of` names) by steps, coloured by a value; the chosen step is framed.
 
     Zero has the middle colour and both signs have one scale, so that equal sizes look equal.
 
     Args:
-        rows: the data, from which the heads and the largest size are taken.
+        rows: the data, from which the heads, in their order, and the largest size are taken.
     """
-    heads = heads_of(rows)
+    heads = list(dict.fromkeys(row[of] for row in rows))
     largest = max((abs(row[value]) for row in rows if row[value] is not None), default=1.0)
     place = named(data).encode(
         x=alt.X("step:O").title("optimizer step").axis(labelOverlap="greedy", labelAngle=0),
-        y=alt.Y("head:N").title(None).sort(heads),
+        y=alt.Y(f"{of}:N").title(None).sort(heads),
     )
     shades = alt.Scale(scheme="blueorange", domain=[-largest, largest])
     bar = alt.Legend(orient="top", title=None, gradientLength=alt.ExprRef("min(width, 260)"))

@@ -1,0 +1,174 @@
+"""path-logit-decomposition: what every component writes into the answer's margin, over training.
+
+At each read's prediction position the margin is `logit(answer) - logit(competitor)`, the competitor
+being the model's own best wrong value there. The direct path of every component (embeddings, heads,
+attention biases, MLPs) ends in the last residual stage; with the scale of `ln_final` held at its
+value in the run, the rest is linear, so that each component has its own share of the margin, and
+with the two constants the shares sum to it (circuit/model/dla.py; definitions.md section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from circuit.artifacts import Row
+from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
+from circuit.lazy import no_grad, torch
+from circuit.model.dla import attribute_logits, dla_hooks
+from circuit.model.readout import read_answers
+from circuit.reports import options
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DRAWN = 8
+"""Components that have a line of their own."""
+
+
+class DecompositionOptions(options.ProbeOptions, options.CheckpointOptions):
+    """Whose reads are taken."""
+
+    max_records: options.MaxRecords = None
+
+
+class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
+    """What every component writes directly into the answer's margin, at every checkpoint."""
+
+    command = "path-logit-decomposition"
+    Options = DecompositionOptions
+    title = "Who writes the answer"
+    place = 4
+    question = "Which component writes the answer's margin by its direct path, and since when?"
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.batch = self.inputs.reads(self.options.max_records)
+        self.gap, self.largest = 0.0, 0.0
+
+    @no_grad
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        reads, hooks = self.batch.reads, dla_hooks(point.model.cfg.n_layers)
+        _, cache = point.model.run_with_cache(
+            self.batch.tokens, names_filter=lambda name: name in hooks, return_cache_object=False
+        )
+        written = attribute_logits(point.model, cache, (reads.row, reads.key_pos))
+        answers = read_answers(written.total, reads.answer, self.inputs.vocabulary.value_ids)
+
+        def over_competitor(logits: Tensor) -> Tensor:
+            """The answer's logit minus the competitor's; `[read, ..., vocab]` -> `[read, ...]`."""
+            read = torch.arange(len(logits), device=logits.device)
+            return logits[read, ..., reads.answer] - logits[read, ..., answers.competitor]
+
+        shares = over_competitor(written.logits.double())  # [read, part]
+        margin = over_competitor(written.total.double())  # [read]
+        self.gap = max(self.gap, float((shares.sum(1) - margin).abs().max()))
+        self.largest = max(self.largest, float(margin.abs().max()))
+        groups = {"all": torch.ones_like(reads.lag, dtype=torch.bool)}
+        groups |= {str(lag): reads.lag == lag for lag in torch.unique(reads.lag).tolist()}
+        for lag, chosen in groups.items():
+            for part, share in zip(written.parts, shares[chosen].T, strict=True):
+                yield {
+                    "step": point.step,
+                    "part": part,
+                    "lag": lag,
+                    "reads": len(share),
+                    "contribution": float(share.mean()),
+                    "positive_in": float((share > 0).double().mean()),
+                    "margin": float(margin[chosen].mean()),
+                    "weights_sha256": point.digest,
+                }
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        whole = [row for row in rows if row["lag"] == "all"]
+        steps = list(dict.fromkeys(row["step"] for row in whole))
+        of = {(row["part"], row["step"]): row for row in whole}
+        parts = []
+        for part in dict.fromkeys(row["part"] for row in whole):
+            first, last = of[part, steps[0]], of[part, steps[-1]]
+            change = last["contribution"] - first["contribution"] if len(steps) > 1 else None
+            parts.append(
+                {
+                    "part": part,
+                    "first": first["contribution"],
+                    "last": last["contribution"],
+                    "change": change,
+                    "positive_in": last["positive_in"],
+                }
+            )
+        summary = {
+            "steps": steps,
+            "reads": whole[0]["reads"],
+            "margin": {"first": whole[0]["margin"], "last": whole[-1]["margin"]},
+            "parts": sorted(parts, key=lambda part: -part["last"]),
+        }
+        law = (
+            "the components' shares sum to the model's own margin of every read, to"
+            f" {self.gap:.1g} of margins up to {self.largest:.3g}"
+        )
+        return Findings(rows, summary, law)
+
+    @classmethod
+    def size(cls, results: Results[DecompositionOptions]) -> tuple[float, ...]:
+        return results.summary["reads"], len(results.summary["steps"])
+
+    @classmethod
+    def notes(cls, results: Results[DecompositionOptions]) -> list[str]:
+        summary, top = results.summary, results.summary["parts"][0]
+        return [
+            f"{summary['reads']} reads, steps {summary['steps'][0]} to {summary['steps'][-1]}: the"
+            f" mean margin goes from {summary['margin']['first']:.3g} to"
+            f" {summary['margin']['last']:.3g} logits. **{top['part']}** writes most of it at the"
+            f" end, {top['last']:+.3g}. Direct paths alone: what a component does through later"
+            " ones is theirs here."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[DecompositionOptions]) -> list[Table]:
+        first, last = results.summary["steps"][0], results.summary["steps"][-1]
+        columns = {
+            "part": "component",
+            "first": (f"at {first}", "+.3f"),
+            "last": (f"at {last}", "+.3f"),
+            "change": ("change", "+.3f"),
+            "positive_in": ("positive in", ".1%"),
+        }
+        return [Table("Shares of the mean margin", columns, results.summary["parts"], console=8)]
+
+    @classmethod
+    def charts(cls, results: Results[DecompositionOptions]) -> list[Chart]:
+        shown = ("step", "part", "lag", "reads", "contribution", "positive_in", "margin")
+        rows = [{key: row[key] for key in shown} for row in results.rows()]
+        whole = [row for row in rows if row["lag"] == "all"]
+        ranked = sorted(results.summary["parts"], key=lambda part: -abs(part["last"]))
+        names = [part["part"] for part in ranked[:DRAWN]]
+        largest = [row for row in whole if row["part"] in names]
+        by_lag = [row for row in rows if row["lag"] != "all" and row["part"] == names[0]]
+        lags = sorted({row["lag"] for row in by_lag}, key=int)
+        lag_shade = colour("lag", lags, labels={lag: f"lag {lag}" for lag in lags})
+        return [
+            chart(
+                "contributions",
+                "Share of every component in the mean margin",
+                {"shares": whole},
+                *heat("shares", "contribution", shown, whole, of="part"),
+                height=20 * len(results.summary["parts"]),
+            ),
+            chart(
+                "largest_contributions",
+                f"The {len(names)} components that end largest",
+                {"largest": largest},
+                lines("largest", "contribution", "logits", colour("part", names), shown),
+                at_step(),
+            ),
+            chart(
+                "contribution_by_lag",
+                f"{names[0]}, by lag",
+                {"by_lag": by_lag},
+                lines("by_lag", "contribution", "logits", lag_shade, shown),
+                at_step(),
+            ),
+        ]
