@@ -1,16 +1,18 @@
 """path-logit-decomposition: what every component writes into the answer's margin, over training.
 
 At each read's prediction position the margin is `logit(answer) - logit(competitor)`, the competitor
-being the model's own best wrong value there. The direct path of every component (embeddings, heads,
-attention biases, MLPs) ends in the last residual stage; with the scale of `ln_final` held at its
-value in the run, the rest is linear, so that each component has its own share of the margin, and
-with the two constants the shares sum to it (circuit/model/dla.py; definitions.md section 6).
+being the model's own best wrong value there; or, against the mean, `logit(answer)` minus the mean
+over all values, which does not jump when the competitor changes. The direct path of every component
+(embeddings, heads, attention biases, MLPs) ends in the last residual stage; with the scale of
+`ln_final` held at its value in the run, the rest is linear, so that each component has its share of
+the margin, and with the two constants the shares sum to it (circuit/model/dla.py; definitions.md
+section 6).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from circuit.artifacts import Row
 from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
@@ -30,8 +32,12 @@ DRAWN = 8
 
 
 class DecompositionOptions(options.ProbeOptions, options.CheckpointOptions):
-    """Whose reads are taken."""
+    """Whose reads are taken, and what the answer's logit is held against."""
 
+    against: Annotated[
+        Literal["competitor", "mean"],
+        options.Option("The best wrong value, or the mean of all values' logits."),
+    ] = "competitor"
     max_records: options.MaxRecords = None
 
 
@@ -56,15 +62,19 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
             self.batch.tokens, names_filter=lambda name: name in hooks, return_cache_object=False
         )
         written = attribute_logits(point.model, cache, (reads.row, reads.key_pos))
-        answers = read_answers(written.total, reads.answer, self.inputs.vocabulary.value_ids)
+        values = self.inputs.vocabulary.value_ids
+        rival = read_answers(written.total, reads.answer, values).competitor
 
-        def over_competitor(logits: Tensor) -> Tensor:
-            """The answer's logit minus the competitor's; `[read, ..., vocab]` -> `[read, ...]`."""
+        def over_rival(logits: Tensor) -> Tensor:
+            """The answer's logit minus what it is held against; `[read, ..., vocab]`, one less."""
             read = torch.arange(len(logits), device=logits.device)
-            return logits[read, ..., reads.answer] - logits[read, ..., answers.competitor]
+            own = logits[read, ..., reads.answer]
+            if self.options.against == "mean":
+                return own - logits[..., values.start : values.stop].mean(-1)
+            return own - logits[read, ..., rival]
 
-        shares = over_competitor(written.logits.double())  # [read, part]
-        margin = over_competitor(written.total.double())  # [read]
+        shares = over_rival(written.logits.double())  # [read, part]
+        margin = over_rival(written.total.double())  # [read]
         self.gap = max(self.gap, float((shares.sum(1) - margin).abs().max()))
         self.largest = max(self.largest, float(margin.abs().max()))
         groups = {"all": torch.ones_like(reads.lag, dtype=torch.bool)}

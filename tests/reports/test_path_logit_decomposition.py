@@ -24,7 +24,11 @@ OPTIONS = DecompositionOptions(
 
 @pytest.fixture
 def rows(trained: Path) -> pd.DataFrame:
-    run_report(LogitDecomposition, open_run(trained), OPTIONS, "out")
+    return rows_of(trained, OPTIONS)
+
+
+def rows_of(run: Path, options: DecompositionOptions) -> pd.DataFrame:
+    run_report(LogitDecomposition, open_run(run), options, "out", overwrite=True)
     return pd.DataFrame(read_jsonl(Path("out/path_logit_decomposition_rows.jsonl")))
 
 
@@ -74,3 +78,15 @@ def test_shares_sum_to_the_margin_in_every_group(rows: pd.DataFrame) -> None:
         assert own["contribution"].sum() == pytest.approx(own["margin"].iloc[0], abs=1e-5)
     counts = rows.groupby("lag")["reads"].first()
     assert counts.drop("all").sum() == counts["all"]
+
+
+def test_against_the_mean_the_answer_is_held_against_all_values(trained: Path) -> None:
+    options = OPTIONS.model_copy(update={"against": "mean"})
+    mean = rows_of(trained, options).groupby("lag")["margin"].first()["all"]
+    report = LogitDecomposition(options, open_run(trained).config)
+    report.check()
+    report.prepare()
+    batch, values = report.batch, report.inputs.vocabulary.value_ids
+    at = open_run(trained).model(STEP)(batch.tokens)[batch.reads.row, batch.reads.key_pos].double()
+    own = at.detach().gather(1, batch.reads.answer[:, None])[:, 0] - at.detach()[:, list(values)].mean(1)
+    assert mean == pytest.approx(own.mean().item(), abs=1e-5)
