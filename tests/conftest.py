@@ -23,7 +23,6 @@ install_import_hook(["circuit.tasks.positions", "circuit.training.step"], "beart
 import beartype  # noqa: E402, F401
 import numpy.typing  # noqa: E402, F401
 import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 import circuit.lazy  # noqa: E402
 import circuit.tasks.symbolic_kv  # noqa: E402
@@ -34,7 +33,7 @@ with pytest.MonkeyPatch.context() as patch:  # of this module alone: the hook re
 
 from circuit.benchmark_config import BenchmarkConfig  # noqa: E402
 from circuit.config import parse_config  # noqa: E402
-from circuit.figures import style  # noqa: E402
+from circuit.figures.charts import Chart  # noqa: E402
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
 from circuit.train_config import TrainConfig  # noqa: E402
 from circuit.training.session import TrainingSession  # noqa: E402
@@ -44,6 +43,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 MakeConfig = Callable[..., TrainConfig]
+DRAW = Chart.svg
 
 
 def tiny_benchmark_payload() -> dict[str, Any]:
@@ -117,28 +117,23 @@ def _one_command_line() -> Iterator[None]:
         yield
 
 
-DRAWING = ("circuit.reports.base.svg", "circuit.reports.optimizer_update_trace.svg")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _sketches() -> Iterator[None]:
-    """Figures are made and not drawn, which would take half of a report's time; see `drawn`."""
+    """Charts are made and not drawn, which would take half of a report's time; see `drawn`."""
 
-    def sketch(figure: Figure) -> str:
-        return f'<svg xmlns="http://www.w3.org/2000/svg"><!-- {len(figure.axes)} axes --></svg>\n'
+    def sketch(chart: Chart) -> str:
+        return f'<svg xmlns="http://www.w3.org/2000/svg"><!-- {chart.title} --></svg>\n'
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in DRAWING:
-            patch.setattr(name, sketch)
+        patch.setattr(Chart, "svg", sketch)
         yield
 
 
 @pytest.fixture(scope="module")
 def drawn() -> Iterator[None]:
-    """In the module that asks for it, figures are drawn."""
+    """In the module that asks for it, charts are drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in DRAWING:
-            patch.setattr(name, style.svg)
+        patch.setattr(Chart, "svg", DRAW)
         yield
 
 

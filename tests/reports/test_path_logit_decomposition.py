@@ -88,5 +88,7 @@ def test_against_the_mean_the_answer_is_held_against_all_values(trained: Path) -
     report.prepare()
     batch, values = report.batch, report.inputs.vocabulary.value_ids
     at = open_run(trained).model(STEP)(batch.tokens)[batch.reads.row, batch.reads.key_pos].double()
-    own = at.detach().gather(1, batch.reads.answer[:, None])[:, 0] - at.detach()[:, list(values)].mean(1)
+    own = at.detach().gather(1, batch.reads.answer[:, None])[:, 0] - at.detach()[
+        :, list(values)
+    ].mean(1)
     assert mean == pytest.approx(own.mean().item(), abs=1e-5)

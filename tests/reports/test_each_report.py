@@ -1,0 +1,258 @@
+"""Laws of every report: files, JSON, rows, bytes, options, refusals, the line that repeats it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import type_and_read
+from each_report import GOOD, KINDS, MADE, make, options_of
+from tiny_run import RUN
+
+from circuit import CircuitError, read_rows
+from circuit.artifacts import read_jsonl
+from circuit.reports.options import CheckpointOptions, Option, ProbeOptions
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.written import read_report
+from circuit.runs.opening import open_run
+from circuit.trace.record import RecordOptions, record_trace
+from circuit.train_config import load_run_config
+from circuit.training.loop import train
+
+KEYS = {"schema_version", "command", "parameters", "law", "summary", "paths", "provenance"}
+every_report = pytest.mark.parametrize("command", sorted(KINDS))
+Written = Callable[[str], ReportResult]
+
+
+@pytest.fixture(scope="module")
+def desk(
+    trained_once: Path, drawn: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A working directory with the tiny run, a trace of three steps, and no report yet."""
+    folder = tmp_path_factory.mktemp("laws")
+    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("CIRCUIT_DEVICE", raising=False)
+        record_trace(open_run(RUN).config, "trace", RecordOptions(end_step=3))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def written(desk: Path) -> Written:
+    """A report, made when it is first asked for."""
+    results: dict[str, ReportResult] = {}
+
+    def result(command: str) -> ReportResult:
+        if command not in results:
+            results[command] = make(command, overwrite=True)
+        return results[command]
+
+    return result
+
+
+def files_of(result: ReportResult) -> dict[str, bytes]:
+    """Its files, without what marks the folder as the command's."""
+    own = (path for path in result.report.parent.iterdir() if path.is_file())
+    return {p.name: p.read_bytes() for p in own if not p.name.endswith((".manifest.json", ".lock"))}
+
+
+@every_report
+def test_files_and_json_have_one_shape(written: Written, command: str) -> None:
+    result = written(command)
+    payload = json.loads(result.report.read_text())
+    assert set(payload) == KEYS | {"digest"}
+    assert payload["command"] == command
+    assert payload["law"]
+    assert re.search(r"\d", payload["law"]), "a law has a number"
+    assert payload["summary"]
+    assert {"environment", "started_unix", "seconds"} <= set(payload["provenance"])
+    assert set(files_of(result)) == {*payload["paths"], result.report.name}
+    assert {path.name for path in result.paths} == set(files_of(result))
+
+
+@every_report
+def test_no_absolute_path_and_no_clock_stands_outside_provenance(
+    written: Written, desk: Path, command: str
+) -> None:
+    result = written(command)
+    texts = {name: data.decode() for name, data in files_of(result).items()}
+    payload = json.loads(texts[result.report.name])
+    del payload["provenance"]
+    for name, text in (texts | {result.report.name: json.dumps(payload)}).items():
+        assert str(desk) not in text, name
+        assert not re.search(r"\b20\d\d-\d\d-\d\d[T ]\d\d:", text), name
+        assert not re.search(r'"[a-z_]*(seconds|unix|timestamp|hostname)"', text), name
+
+
+@every_report
+def test_rows_are_tables_with_steps_as_integers(written: Written, command: str) -> None:
+    result = written(command)
+    for path in (path for path in result.rows if path.suffix == ".jsonl"):
+        rows = read_jsonl(path)
+        assert len(read_rows(path)) == len(rows) > 0, path.name
+        for key, value in (item for row in rows for item in row.items()):
+            if key == "step" or key.endswith("_step"):
+                assert value is None or type(value) is int, (path.name, key)
+
+
+@every_report
+def test_its_markdown_shows_every_chart_and_table(written: Written, command: str) -> None:
+    result = written(command)
+    page = result.page.read_text()
+    assert page.startswith(f"# {command}\n")
+    assert set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)) == {p.name for p in result.figures}
+    for path in result.figures:
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    for table in result.tables:
+        assert len({len(table.cells(row)) for row in table.rows} | {len(table.columns)}) == 1
+    assert any(table.console for table in result.tables)
+
+
+@every_report
+def test_what_is_shown_is_made_from_what_is_written(written: Written, command: str) -> None:
+    result = written(command)
+    results = read_report(result.report).results
+    kind = result.kind
+    assert kind.notes(results) == list(result.notes)
+    assert [t.markdown() for t in kind.tables(results)] == [t.markdown() for t in result.tables]
+    drawn = {f"{chart.name}.svg": chart.svg() for chart in kind.charts(results)}
+    assert drawn == {path.name: path.read_text() for path in result.figures}
+    assert len(drawn) == len(kind.charts(results)), "two charts share a name"
+
+
+@every_report
+def test_equal_inputs_give_equal_bytes_and_nothing_is_replaced_unasked(
+    written: Written, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line that the page prints makes the same bytes: all but the JSON, which tells times."""
+    result = written(command)
+    before = files_of(result)
+    line = read_report(result.report).command_line(load_run_config(RUN), str(MADE / command))
+    program, *words, last = shlex.split(line)
+    assert (program, last) == ("circuit", "--overwrite")
+    refused = type_and_read(words, capsys)
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert files_of(result) == before
+    again = type_and_read([*words, last], capsys)
+    assert again.code == 0, again.err
+    assert " ".join(result.law.split())[:40] in " ".join(again.out.split())
+    after = files_of(result)
+    assert after.keys() == before.keys()
+    assert {name for name in before if after[name] != before[name]} <= {result.report.name}
+    first, second = (json.loads(files[result.report.name]) for files in (before, after))
+    for payload in (first, second):
+        del payload["provenance"], payload["digest"]
+    assert first == second
+
+
+@every_report
+def test_options_are_read_back(command: str) -> None:
+    options = options_of(command)
+    read = type(options).from_json(json.loads(json.dumps(options.to_json())))
+    assert read == options
+    for name, info in type(options).model_fields.items():
+        if not info.is_required():
+            assert getattr(read.model_copy(update={name: info.default}), name) == info.default
+
+
+@every_report
+def test_a_changed_digit_is_refused_by_whoever_reads_it(written: Written, command: str) -> None:
+    result = written(command)
+    whole = result.report.read_text()
+    payload = json.loads(whole)
+    for key in ("summary", "law"):
+        text = json.dumps(payload[key])
+        digit = re.search(r"\d", text)
+        assert digit is not None
+        changed = text[: digit.start()] + str((int(digit[0]) + 1) % 10) + text[digit.end() :]
+        result.report.write_text(json.dumps({**payload, key: json.loads(changed)}))
+        with pytest.raises(CircuitError, match="digest"):
+            read_report(result.report)
+    result.report.write_text(whole)
+    assert read_report(result.report).payload == {k: v for k, v in payload.items() if k != "digest"}
+
+
+def bad_values(field: str, option: Option, command: str) -> Iterator[Any]:
+    """Values of a field that its declaration rules out."""
+    if option.choices:
+        yield "nonsense"
+    for bound, step in ((option.least, -1), (option.above, 0), (option.most, 1), (option.below, 0)):
+        if bound is not None:
+            yield type(bound)(bound + step)
+    if isinstance(GOOD.get(field), float):
+        yield float("nan")
+
+
+@every_report
+def test_bad_options_are_refused_in_one_line_that_names_the_field(command: str) -> None:
+    options = options_of(command)
+    given = dict(options)
+    kind = type(options)
+    with pytest.raises(CircuitError, match="unknown option 'no_such_field'"):
+        kind(**given, no_such_field=1)
+    for field, option in kind.declared().items():
+        several = isinstance(getattr(options, field), tuple)
+        bad = [(one,) if several else one for one in bad_values(field, option, command)]
+        bad += [getattr(options, field) * 2] if several and getattr(options, field) else []
+        for value in bad:
+            with pytest.raises(CircuitError) as refused:
+                kind(**given | {field: value})
+            assert "\n" not in str(refused.value)
+            assert f"`{field}`" in str(refused.value)
+        if kind.model_fields[field].is_required():
+            with pytest.raises(CircuitError, match=f"`{field}`"):
+                kind(**{name: one for name, one in given.items() if name != field})
+
+
+@every_report
+def test_a_folder_that_is_not_its_own_is_left_alone(
+    written: Written, tmp_path: Path, command: str
+) -> None:
+    result = written(command)
+    for name in (result.report.name, result.page.name, "some_other_report.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(CircuitError):
+            make(command, folder, overwrite=True)
+        assert [path.read_text() for path in folder.iterdir() if path.suffix != ".lock"] == ["mine"]
+
+
+@pytest.fixture(scope="module")
+def another(desk: Path) -> Path:
+    """Another run on the same benchmark, with a benchmark's probe set that is not of it."""
+    config = load_run_config(RUN)
+    train(config.replace(output_dir="runs/another", seed=config.seed + 1))
+    probes = (RUN / "analysis/probe_set.jsonl").read_text()
+    Path("another").mkdir()
+    Path("another/probe_set.jsonl").write_text(probes)
+    metadata = json.loads((RUN / "analysis/probe_set.metadata.json").read_text())
+    metadata["benchmark_digest"] = "0" * 64
+    Path("another/probe_set.metadata.json").write_text(json.dumps(metadata))
+    return Path("runs/another")
+
+
+@every_report
+def test_what_belongs_to_another_run_is_refused(
+    written: Written, another: Path, tmp_path: Path, command: str
+) -> None:
+    options, kind = options_of(command), KINDS[command]
+    foreign: list[dict[str, Any]] = []
+    if isinstance(options, ProbeOptions):
+        foreign.append({"probe_set": Path("another/probe_set.jsonl")})
+    if isinstance(options, CheckpointOptions):
+        paths = tuple(another / path.relative_to(RUN) for path in options.checkpoints)
+        foreign.append({"checkpoints": paths})
+    written(command)
+    for changes in foreign:
+        with pytest.raises(CircuitError):
+            run_report(kind, open_run(RUN), options.model_copy(update=changes), tmp_path / "out")
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*report*"))
