@@ -101,15 +101,12 @@ class Chart:
         for parameter in drawn["params"]:
             parameter["value"] = max(steps, default=0)
         drawing: str = vl_convert.vegalite_to_svg(drawn)
-        ids = list(dict.fromkeys(re.findall(r'id="(\w+?)\d+"', drawing)))
-        for stem in ids:  # Vega counts gradients and clips over all that a process draws
-            numbers = list(dict.fromkeys(re.findall(rf'id="{stem}(\d+)"', drawing)))
-            drawing = re.sub(
-                rf'(id="|url\(#){stem}(\d+)',
-                lambda found, n=numbers, s=stem: f"{found[1]}{s}{n.index(found[2])}",  # type: ignore[misc]
-                drawing,
-            )
-        return drawing
+        numbers: dict[str, int] = {}  # Vega counts gradients and clips over all that are drawn
+        return re.sub(
+            r'(id="|url\(#)(gradient_|clip)(\d+)',
+            lambda id: f"{id[1]}{id[2]}{numbers.setdefault(id[2] + id[3], len(numbers))}",
+            drawing,
+        )
 
     def _repr_svg_(self) -> str:  # how a notebook shows it
         return self.svg()

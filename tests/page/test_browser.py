@@ -21,6 +21,7 @@ pytestmark = pytest.mark.system
 
 Page = Any
 RUN = Path("runs/tiny")
+MATCH, RESCUE = "bilinear_qk_match_separation", "value_code_transfer_rescue"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -115,16 +116,16 @@ def test_a_panel_between_its_steps_shows_the_last_one_before(opened: Opened, pag
     steps = page.payload["steps"]
     opened.move(steps.index(9))  # evaluations are at 0, 4, 8, 12
     assert opened.tab.locator("#learning .at").inner_text() == "at step 8"
-    assert opened.tab.locator("#heads .at").inner_text() == "at step 9"
+    assert opened.tab.locator(f"#{MATCH} .at").inner_text() == "at step 9"
 
 
 @pytest.mark.parametrize(
     ("panel", "data", "marks", "number"),
     [
-        ("heads", "match", "g.mark-rect path", 5),
-        ("heads", "match", "g.mark-rect path", 2),
+        (MATCH, "separation", "g.mark-rect path", 5),
+        (MATCH, "separation", "g.mark-rect path", 2),
         ("learning", "evaluation", "g.mark-symbol path[aria-roledescription='point']", 3),
-        ("weights", "spectrum", "g.mark-symbol path[aria-roledescription='point']", 7),
+        ("weight_svd_trace", "weights_W_QK", "g.mark-symbol path[aria-roledescription='point']", 7),
         ("readability", "readability", "g.mark-symbol path[aria-roledescription='point']", 4),
         ("terms", "term_sums", "g.mark-rect path[aria-roledescription='bar']", 9),
         ("lag", "lag", "g.mark-symbol path[aria-roledescription='point']", 6),
@@ -142,16 +143,15 @@ def test_tooltips_show_the_digits_of_the_rows(
 
 
 def test_tables_show_the_rows_of_the_step(opened: Opened, page: Page) -> None:
-    opened.move(page.payload["steps"].index(6))
-    opened.tab.locator("#heads summary", has_text="QK separation").click()
-    rows = opened.tab.locator("#heads .tables details").first.locator("tbody tr")
-    want = [r for r in page.records("heads", "match") if r["step"] == 6]
+    opened.move(page.payload["steps"].index(8))
+    opened.tab.locator("#learning summary", has_text="Evaluation").click()
+    rows = opened.tab.locator("#learning .tables details").first.locator("tbody tr")
+    want = [r for r in page.records("learning", "evaluation") if r["step"] == 8]
     assert rows.count() == len(want)
     for i, record in enumerate(want):
         cells = rows.nth(i).locator("td")
-        assert cells.nth(0).inner_text() == record["head"]
-        assert cells.nth(1).get_attribute("title") == text_of(record["separation"])
-        assert float(cells.nth(1).inner_text()) == pytest.approx(record["separation"], rel=1e-3)
+        assert cells.nth(0).inner_text() == record["split"]
+        assert cells.nth(1).get_attribute("title") == text_of(record["answer_accuracy"])
 
 
 def test_the_example_follows_step_head_and_read(opened: Opened, page: Page) -> None:
@@ -189,9 +189,9 @@ def test_the_keyboard_reaches_and_moves_everything(opened: Opened, page: Page) -
     tab.keyboard.press("Shift+Tab")
     tab.keyboard.press("Enter")
     assert tab.locator("#shown").inner_text() == str(steps[-2])
-    tab.locator("#rescue summary").first.focus()
+    tab.locator(f"#{RESCUE} summary").first.focus()
     tab.keyboard.press("Enter")
-    assert tab.locator("#rescue details").first.get_attribute("open") is not None
+    assert tab.locator(f"#{RESCUE} details").first.get_attribute("open") is not None
 
 
 def test_every_control_and_chart_has_a_name(opened: Opened) -> None:

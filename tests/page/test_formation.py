@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import html
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -17,9 +17,13 @@ from circuit.cli.app import app
 
 from circuit.artifacts import read_jsonl
 from circuit.page import formation_page
-from circuit.page.found import Reports
 from circuit.page.html import _script_json
 from circuit.page.panel import thinned
+from circuit.page.reports import Reports
+from circuit.reports.report import all_reports, run_report
+from circuit.reports.weight_svd_trace import WeightSvdTrace
+from circuit.reports.written import read_report
+from circuit.runs.checkpointed import open_folder
 from circuit.runs.opening import open_run
 
 RUN = Path("runs/tiny")
@@ -32,39 +36,26 @@ def key(record: dict[str, Any], columns: Iterable[str]) -> str:
     return json.dumps([record[column] for column in columns])
 
 
-def rows_of(place: Path, name: str) -> list[dict[str, Any]]:
-    (found,) = (place / RUN / "analysis").rglob(name)
-    return read_jsonl(found)
-
-
-@pytest.mark.parametrize(
-    ("panel", "data", "file"),
-    [
-        ("heads", "match", "bilinear_qk_match_separation_rows.jsonl"),
-        ("heads", "match_by_lag", "bilinear_qk_match_separation_rows.jsonl"),
-        ("heads", "write", "ov_write_progress_means.jsonl"),
-        ("weights", "weights", "weight_svd_trace_rows.jsonl"),
-        ("weights", "spectrum", "weight_svd_singular_values.jsonl"),
-        ("readability", "readability", "value_code_subspace_rows.jsonl"),
-        ("rescue", "rescue", "value_code_transfer_rescue_rows.jsonl"),
-    ],
-)
-def test_every_record_is_a_row_of_the_named_file(
-    told_once: Path, page: Page, panel: str, data: str, file: str
-) -> None:
-    records = page.records(panel, data)
-    columns = list(records[0])
-    known = [key(row, columns) for row in rows_of(told_once, file) if set(columns) <= set(row)]
-    assert {key(record, columns) for record in records} <= set(known)
-    assert len({key(record, columns) for record in records}) == len(records)
-    assert f"{file}" in page.text
-
-
-def test_every_head_and_checkpoint_is_on_the_map(told_once: Path, page: Page) -> None:
-    rows = rows_of(told_once, "bilinear_qk_match_separation_rows.jsonl")
-    want = {(row["step"], row["head"]) for row in rows}
-    for data in ("match", "write"):
-        assert {(r["step"], r["head"]) for r in page.records("heads", data)} == want
+@pytest.mark.parametrize("kind", [kind for kind in all_reports() if kind.place is not None])
+def test_a_panel_is_what_the_report_shows(told_once: Path, page: Page, kind: Any) -> None:
+    """Charts, tables and notes of a report are those that it makes of its own files."""
+    (path,) = (told_once / RUN / "analysis").rglob(f"{kind.stem()}_report.json")
+    results = read_report(path).results
+    panel = page.payload["panels"][kind.stem()]
+    for drawn in kind.charts(results):
+        for name, records in drawn.data.items():
+            assert page.records(kind.stem(), name) == [dict(record) for record in records], name
+    assert [chart["title"] for chart in panel["charts"]] == [c.title for c in kind.charts(results)]
+    for place, table in enumerate(kind.tables(results)):
+        records = page.records(kind.stem(), f"table_{place}")
+        assert [key(r, table.columns) for r in records] == [
+            key(r, table.columns) for r in table.rows
+        ]
+        assert list(panel["tables"][place]["columns"].values()) == table.headings
+    for note in kind.notes(results):
+        assert html.escape(note.replace("**", "").replace("`", ""), quote=False) in html.escape(
+            html.unescape(page.text), quote=False
+        )
 
 
 def test_learning_and_lag_are_the_metrics(told_once: Path, page: Page) -> None:
@@ -82,48 +73,6 @@ def test_learning_and_lag_are_the_metrics(told_once: Path, page: Page) -> None:
     trained = [row for row in rows if row["kind"] == "train"]
     records = page.records("learning", "training")
     assert [key(row, records[0]) for row in trained] == [key(r, r) for r in records]
-
-
-def test_contributions_are_exact_sums_of_rows(told_once: Path, page: Page) -> None:
-    rows = rows_of(told_once, "bilinear_qk_rank_adam_state_attribution_rows.jsonl")
-    lead = rows[0]["scalar"]
-    rows = [row for row in rows if row["scalar"] == lead]
-    for record in page.records("terms", "term_sums"):
-        until = [
-            row[record["kind"]][record["term"]] for row in rows if row["step"] <= record["step"]
-        ]
-        assert record["contribution"] == math.fsum(until)
-    for record in page.records("groups", "groups"):
-        groups = [row["groups"]["circuit"][record["group"]]["path"] for row in rows]
-        until = [
-            g[record["term"]]
-            for row, g in zip(rows, groups, strict=True)
-            if row["step"] <= record["step"]
-        ]
-        assert record["contribution"] == math.fsum(until)
-
-
-def test_totals_end_at_the_reports_own_summary(told_once: Path, page: Page) -> None:
-    name = "bilinear_qk_rank_adam_state_attribution_report.json"
-    (file,) = (told_once / RUN / "analysis").rglob(name)
-    window = json.loads(file.read_text())["summary"]["windows"][0]
-    last = page.records("terms", "totals")[-1]
-    assert last["step"] == window["end_step"]
-    assert (last["actual"], last["value"]) == (window["actual"], window["value_at_end"])
-    for kind in ("path", "first_order"):
-        assert last[kind] == window["predicted"][kind]
-        for end in ("", "_absolute"):
-            assert last[f"closure_{kind}{end}"] == window["closure"][f"{kind}{end}"]
-    ends = [r for r in page.records("groups", "groups") if r["step"] == last["step"]]
-    assert math.fsum(r["contribution"] for r in ends) == pytest.approx(last["path"], rel=1e-6)
-
-
-def test_interventions_are_the_reports_means(told_once: Path, page: Page) -> None:
-    (file,) = (told_once / RUN / "analysis").rglob("geometry_subspace_intervention_report.json")
-    means = json.loads(file.read_text())["summary"]["means"]
-    records = page.records("interventions", "interventions")
-    columns = [column for column in records[0] if column != "intervention"]
-    assert [key(r, columns) for r in records] == [key(mean, columns) for mean in means]
 
 
 def test_the_examples_attention_is_the_models(
@@ -169,9 +118,8 @@ def test_the_page_holds_everything_that_it_needs(page: Page) -> None:
 
 def test_a_bare_run_shows_the_commands_that_complete_it(bare: Path, told_once: Path) -> None:
     asked = formation_page(bare)
-    assert {panel.name for panel in asked.panels if panel.missing} == {
-        *("heads", "weights", "terms", "groups", "readability", "interventions", "rescue")
-    }
+    placed = {kind.stem() for kind in all_reports() if kind.place is not None}
+    assert {panel.name for panel in asked.panels if panel.missing} == placed
     text = asked.path.read_text(encoding="utf-8")
     for missing in asked.missing:
         assert missing.command in text
@@ -192,18 +140,11 @@ def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path) -> 
         found.make_context(subcommand, list(words))  # parses, and refuses what it does not know
 
 
-def test_commands_repeat_the_reports_parameters(told: Path, circuit: Circuit) -> None:
-    """What a panel says made its report makes the same rows again."""
-    result = formation_page(told, "page.html")
-    sources = {s.rows: s.command for panel in result.panels for s in panel.sources}
-    for file in ("weight_svd_trace_rows.jsonl", "geometry_subspace_intervention_rows.jsonl"):
-        (path,) = (told / "analysis").rglob(file)
-        before = path.read_bytes()
-        report = path.relative_to(told).as_posix()
-        command = sources.get(report) or sources[report.replace("rows.jsonl", "report.json")]
-        path.write_bytes(b"")
-        assert circuit(*shlex.split(command)[1:])[0] == 0
-        assert path.read_bytes() == before
+def command_of_svd(run: Path) -> str:
+    """The line that makes the run's SVD again, as its page has it."""
+    reports = Reports(open_folder(run))
+    (report,) = reports.by_command["weight-svd-trace"]
+    return reports.source(report).command
 
 
 @pytest.mark.parametrize(
@@ -216,22 +157,17 @@ def test_a_command_repeats_what_was_set(
     file = "weight_svd_trace_report.json"
     (path,) = (told / "analysis").rglob(file)
 
-    def command() -> str:
-        found = Reports(told).by_command["weight-svd-trace"][0]
-        return found.source(str(told)).command
-
     def provenance() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())["provenance"]
         return {name: found[name] for name in ("config_digest", "overrides")}
 
-    words = shlex.split(command())[1:]
+    words = shlex.split(command_of_svd(told))[1:]
     assert "--set" not in words
     words[words.index("--config") + 1] = str(config)
     given = [word for text in texts for word in ("--set", text)]
     assert circuit(*words, *given)[0] == 0
     made = provenance()
-    path.write_text(path.read_text().replace(made["config_digest"], "0" * 64))
-    assert circuit(*shlex.split(command())[1:])[0] == 0
+    assert circuit(*shlex.split(command_of_svd(told))[1:])[0] == 0
     assert provenance() == made
 
 
@@ -239,11 +175,11 @@ def test_a_command_leaves_out_what_the_runs_own_config_says(told: Path, circuit:
     config = told / "run_config.json"
     of_run = {"config": "gone.json", "set": ["seed=11"]}
     config.write_text(json.dumps({**json.loads(config.read_text()), "overrides": of_run}))
-    command = Reports(told).by_command["weight-svd-trace"][0].source(str(told)).command
+    command = command_of_svd(told)
     assert circuit(*shlex.split(command)[1:])[0] == 0
     (path,) = (told / "analysis").rglob("weight_svd_trace_report.json")
     assert json.loads(path.read_text())["provenance"]["overrides"] == of_run
-    assert Reports(told).by_command["weight-svd-trace"][0].source(str(told)).command == command
+    assert command_of_svd(told) == command
 
 
 def test_equal_inputs_give_equal_pages(told: Path) -> None:
@@ -304,16 +240,15 @@ def test_a_missing_benchmark_is_asked_for(bare: Path) -> None:
     assert "generate-benchmark" in example.missing[0].command
 
 
-def test_the_most_complete_report_is_chosen_then_the_newest(tmp_path: Path) -> None:
-    for name, heads, began in (("a", 2, 5.0), ("b", 4, 1.0), ("c", 4, 2.0), ("d", 3, 9.0)):
-        folder = tmp_path / "analysis" / name
-        folder.mkdir(parents=True)
-        payload = {"command": "x", "summary": {"heads": heads}, "parameters": {}}
-        payload["provenance"] = {"started_unix": began}
-        (folder / "x_report.json").write_text(json.dumps(payload))
-    best = Reports(tmp_path).best("x", lambda report: (report.summary["heads"],))
-    assert best is not None
-    assert best.path.parent.name == "c"
+def test_the_most_complete_report_is_shown_then_the_newest(told: Path) -> None:
+    kind = WeightSvdTrace
+    (whole,) = (told / "analysis").rglob("weight_svd_trace_report.json")
+    options = read_report(whole).results.options
+    less = options.model_copy(update={"checkpoints": options.checkpoints[:2]})
+    for name, asked in (("less", less), ("newer", options), ("least", less)):
+        run_report(kind, open_folder(told), asked, told / "analysis" / name)
+    shown = Reports(open_folder(told)).shown(kind)
+    assert [report.path.parent.name for report in shown] == ["newer"]
 
 
 def test_no_text_ends_the_data_element() -> None:

@@ -24,6 +24,9 @@ from circuit.cli.app import app
 from command_line import type_in
 from typer.models import ArgumentInfo
 
+from circuit.reports.options import Option
+from circuit.reports.report import all_reports
+
 PROBE = "runs/tiny/analysis/probe_set.jsonl"
 CHECKPOINTS = "runs/tiny/checkpoints"
 PAIR_ROWS = "diagnosis/answer_scalar_residual_diagnosis_pair_rows.jsonl"
@@ -49,16 +52,18 @@ GOOD = {
     "parts": "shard",
     "probe_set": PROBE,
     "reference_step": "4",
-    "report": "shard/report.json",
-    "route": ROUTE,
+    "reports": "shard/report.json",
+    "routes": ROUTE,
     "route_closure_rows": ROUTE_ROWS,
     "run": "runs/tiny",
+    "runs": "runs/tiny",
     "scalar_pair_rows": PAIR_ROWS,
     "scale": "smoke",
     "separation_rows": "separation/bilinear_qk_match_separation_rows.jsonl",
     "source_component": "L0H1",
     "source_stage": "embedding",
     "stage": "embedding",
+    "stages": "embedding",
     "start_step": "3",
     "step": "3",
     "subspace": "full_residual",
@@ -80,82 +85,59 @@ FURTHER = {
 }
 """What a command needs that no single option requires."""
 
-BAD: dict[str, tuple[str, ...]] = {
-    "anchor_every": ("0", "x"),
-    "basis": ("nonsense", "step:x"),
-    "benchmark_dir": ("nowhere",),
+OF_KIND: dict[str, tuple[str, ...]] = {
     "checkpoint": ("nowhere/step_000003.pt", "other/step_000003.pt", PROBE),
     "checkpoint_dir": ("nowhere", "data/tiny"),
-    "component": ("nonsense", "L9MLP", "L0H1"),
-    "config": ("nowhere.json", PROBE),
-    "context_position_role": ("nonsense",),
-    "context_stage": ("nonsense", "layer_9_post_mlp"),
-    "control": ("nonsense",),
-    "device": ("nonsense",),
-    "distractor_key_role": ("nonsense",),
-    "end_step": ("9999",),
-    "endpoint_role": ("nonsense",),
-    "files": ("nowhere", "data/tiny"),
-    "fit_fraction": ("2", "nan"),
-    "folder": ("nowhere", "data/tiny"),
-    "group_by": ("nonsense",),
+    "component": ("nonsense", "L9H0"),
     "head": ("nonsense", "L9H0", "L0H9"),
-    "head_layer": ("9",),
-    "heads": ("nonsense",),
-    "layernorm_mode": ("nonsense",),
-    "loss_scope": ("nonsense",),
-    "margin_side": ("nonsense",),
-    "operation": ("nonsense",),
-    "optimizer_trace_dir": ("nowhere", "data/tiny"),
-    "output_dir": ("foreign", PROBE),
-    "overrides": ("no_such_field=1", "seed=x"),
-    "pair_type": ("nonsense",),
-    "partition": ("nonsense",),
-    "parts": ("nowhere",),
-    "path": ("nonsense", "gauss:0"),
-    "position_role": ("nonsense",),
+    "mlp": ("nonsense", "L9MLP", "L0H1"),
     "probe_set": ("nowhere.jsonl", "data/tiny/train.jsonl"),
-    "query_mode": ("nonsense",),
-    "record_side": ("nonsense",),
-    "reference_step": ("9999",),
-    "reference_vector": ("nonsense",),
     "report": ("nowhere.json",),
-    "resume_checkpoint": ("nowhere/step_000003.pt",),
-    "ridge_lambda": ("-1", "nan"),
     "route": ("nonsense", "label=r,stage=layer_9_post_mlp,position_role=prediction"),
     "route_closure_rows": ("nowhere.jsonl", PROBE, PAIR_ROWS),
-    "route_label": ("nonsense",),
-    "route_pair_source_type": ("nonsense",),
-    "route_pair_type": ("nonsense",),
     "run": ("nowhere",),
-    "scalar": ("nonsense",),
     "scalar_pair_rows": ("nowhere.jsonl", PROBE, ROUTE_ROWS),
-    "scale": ("nonsense",),
-    "score": ("nonsense",),
-    "score_query_role": ("nonsense",),
     "separation_rows": ("nowhere.jsonl", PROBE),
-    "source_component": ("nonsense", "L9H0"),
-    "source_position_role": ("nonsense",),
-    "source_stage": ("nonsense", "layer_9_post_mlp"),
     "split": ("nonsense",),
     "stage": ("nonsense", "layer_9_post_mlp"),
+    "trace": ("nowhere", "data/tiny"),
+}
+"""Values that an option of a report refuses, by what it names."""
+
+BAD: dict[str, tuple[str, ...]] = {
+    "anchor_every": ("0", "x"),
+    "bases": ("nonsense", "step:x"),
+    "benchmark_dir": ("nowhere",),
+    "checkpoint": OF_KIND["checkpoint"],
+    "config": ("nowhere.json", PROBE),
+    "device": ("nonsense",),
+    "end_step": ("9999",),
+    "files": ("nowhere", "data/tiny"),
+    "folder": ("nowhere", "data/tiny"),
+    "head_layer": ("9",),
+    "output_dir": ("foreign", PROBE),
+    "overrides": ("no_such_field=1", "seed=x"),
+    "parts": ("nowhere",),
+    "path": ("nonsense", "gauss:0"),
+    "reference_step": ("9999",),
+    "resume_checkpoint": ("nowhere/step_000003.pt",),
+    "route_labels": ("nonsense",),
+    "run": ("nowhere",),
+    "scale": ("nonsense",),
+    "score": ("nonsense",),
+    "split": ("nonsense",),
     "start_step": ("9999",),
     "step": ("9999",),
     "steps": ("nonsense", "5:3", "0:9999"),
     "storage": ("nonsense",),
-    "subspace": ("nonsense",),
-    "support_key_role": ("nonsense",),
-    "switch_bucket": ("nonsense",),
     "target": ("nonsense",),
-    "target_position_role": ("nonsense",),
-    "target_scalar": ("nonsense",),
-    "target_stage": ("nonsense", "layer_9_post_mlp"),
-    "target_vector": ("nonsense",),
     "trace": ("foreign", PROBE),
     "train_split": ("nonsense",),
-    "window": ("nonsense", "5:3", "0:9999"),
+    "windows": ("nonsense", "5:3", "0:9999"),
 }
 """Values that an option of this name refuses wherever it stands."""
+
+REPORTS = {name: kind for kind in all_reports() for name in kind.names or (kind.command,)}
 
 INCOMPLETE = {"trace merge", "study compare-seeds"}
 """Commands that read what other commands take long to make; even their good values are refused."""
@@ -213,6 +195,8 @@ class Parameter:
     takes_value: bool
     is_integer: bool
     least: float | None
+    option: Option | None
+    """Of a report: its declaration."""
 
     def typed(self, value: str) -> tuple[str, ...]:
         """The parameter with a value, on a command line."""
@@ -221,13 +205,21 @@ class Parameter:
     @property
     def bad(self) -> tuple[str, ...] | None:
         """Values that it has to refuse; None if nothing is known of it."""
-        below = () if self.least is None else (str(int(self.least) - 1),)
-        values = (*BAD.get(self.name, ()), *below, *(("x",) if self.is_integer else ()))
-        return values or (() if self.name in ANY else None)
+        values = [*BAD.get(self.name, ()), *(["x"] if self.is_integer else [])]
+        values += [] if self.least is None else [str(int(self.least) - 1)]
+        if self.option is not None:
+            values += [
+                *OF_KIND.get(self.option.kind, ()),
+                *(["nonsense"] * bool(self.option.choices)),
+            ]
+            bounds = (self.option.above, self.option.below, self.option.least)
+            values += ["nan"] if any(isinstance(bound, float) for bound in bounds) else []
+        return tuple(values) or (() if self.name in ANY else None)
 
 
-def parameters(function: Callable[..., Any]) -> Iterator[Parameter]:
-    """What a command's function declares."""
+def parameters(function: Callable[..., Any], declared_by: Any) -> Iterator[Parameter]:
+    """What a command's function declares, and its report, if it is one's."""
+    options = declared_by.Options.declared() if declared_by else {}
     for name, declared in inspect.signature(function, eval_str=True).parameters.items():
         if get_origin(declared.annotation) is not Annotated:
             continue  # the context
@@ -237,8 +229,10 @@ def parameters(function: Callable[..., Any]) -> Iterator[Parameter]:
         required = declared.default is inspect.Parameter.empty
         inner = get_args(kind)
         integer = int in (kind, *inner, *itertools.chain(*map(get_args, inner)))
+        option = options.get(name)
+        least = option.least if option else info.min
         yield Parameter(
-            name, tuple(long[:1]) or words, required, kind is not bool, integer, info.min
+            name, tuple(long[:1]) or words, required, kind is not bool, integer, least, option
         )
 
 
@@ -249,7 +243,8 @@ def commands() -> Iterator[tuple[str, tuple[Parameter, ...]]]:
         prefix = "" if of is app else f"{of.info.name} "
         for command in of.registered_commands:
             assert command.callback is not None
-            yield f"{prefix}{command.name}", tuple(parameters(command.callback))
+            name = f"{prefix}{command.name}"
+            yield name, tuple(parameters(command.callback, REPORTS.get(name)))
 
 
 def good_values(name: str, declared: tuple[Parameter, ...]) -> dict[str, tuple[str, ...]]:
