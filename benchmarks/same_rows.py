@@ -74,7 +74,7 @@ route-to-margin-closure {PAIRS} {ROUTE}=whole,stage=$after,subspace=full_residua
 route-to-scalar-closure --route-closure-rows margin/route_to_margin_closure_rows.jsonl {ANSWERS}
  --output-dir scalar
 mlp-input-functional-subspace-report {PROBED} {ANSWERS} {THROUGH} --output-dir functional
-bilinear-qk-rank-adam-state-attribution {WINDOW} {BOTH} --heads all --by-lag
+bilinear-qk-rank-adam-state-attribution {WINDOW} {BOTH} $heads --by-lag
  --basis source --basis full --output-dir qk
 mlp-functional-write-adam-state-attribution {WINDOW} {BOTH} {THROUGH} {FEW_PAIRS}
  --reference-step $start --output-dir write
@@ -107,6 +107,11 @@ def report_commands(run: Path, named: Path) -> list[list[str]]:
         start=start,
         end=start + 4,
         head=f"L{layer}H1",
+        heads=" ".join(
+            f"--head L{n}H{h}"
+            for n in range(layer + 1)
+            for h in range(trace["config"]["model"]["heads"])
+        ),
         mlp=f"L{layer}MLP",
         after=f"layer_{layer}_post_mlp",
         checkpoints=" ".join(f"--checkpoint {path}" for path in paths),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from circuit.artifacts import Row
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
-from circuit.figures.charts import Chart, at_step, chart, chosen, colour, exact, lines, named
+from circuit.figures.charts import CATEGORY, Chart, at_step, chart, chosen, colour, exact, lines, named
 from circuit.lazy import alt, torch
 from circuit.model.components import Component
 from circuit.model.subspaces import svd_of_product
@@ -181,7 +181,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
             curve = (
                 named(name)
                 .transform_filter(chosen())
-                .mark_line(point=alt.OverlayMarkDef(size=28, filled=True))
+                .mark_line(color=CATEGORY[0], point=alt.OverlayMarkDef(size=28, color=CATEGORY[0]))
                 .encode(
                     x=alt.X("rank:O").title("rank").axis(labelAngle=0),
                     y=alt.Y("singular_value:Q").title("singular value").scale(zero=True),
