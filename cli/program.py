@@ -64,7 +64,8 @@ def program(words: Sequence[str] = ()) -> typer.Typer:
         group.registered_commands = list(group.registered_commands)
         groups[str(group.info.name)] = group
     narrow = _narrowed(app, words)
-    if narrow is app or narrow.registered_groups:
+    within = [info.typer_instance for info in narrow.registered_groups]
+    if narrow is app or within == [groups.get(words[0])]:  # the words name no hand-written command
         reports.register(app, groups, words)
         return _narrowed(app, words)
     return narrow

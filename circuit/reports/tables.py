@@ -79,4 +79,7 @@ def by_step(
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    plain = (
+        " ".join(cell.split()).replace("|", "\\|") for cell in cells
+    )  # one line, no column more
+    return f"| {' | '.join(plain)} |"

@@ -21,14 +21,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 from circuit.artifacts import Row
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
-from circuit.figures.charts import CATEGORY, Chart, at_step, chart, chosen, colour, exact, lines, named
+from circuit.figures.charts import (
+    CATEGORY,
+    Chart,
+    at_step,
+    chart,
+    chosen,
+    colour,
+    exact,
+    lines,
+    named,
+)
 from circuit.lazy import alt, torch
 from circuit.model.components import Component
 from circuit.model.subspaces import svd_of_product
 from circuit.model.weights import layer_weights
 from circuit.reports.inputs import check_headers, states_at
 from circuit.reports.options import CheckpointOptions, Option
-from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table
 from circuit.trace.states import States
 from circuit.train_config import ModelConfig
@@ -82,6 +92,11 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
     title = "Singular values of the weights"
     place = 3
     question = "Do QK and OV maps grow a few directions, or all of them?"
+
+    @classmethod
+    def usual(cls, place: Place) -> SvdOptions:
+        most = min(16, place.model.d_model, place.model.d_ff)
+        return SvdOptions(checkpoint_dir=place.given["checkpoint_dir"], max_singular_values=most)
 
     def prepare(self) -> None:
         self.setup = Setup(self.config, self.options.checkpoints[0])
