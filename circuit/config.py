@@ -122,8 +122,6 @@ def _read_json(path: Path) -> Any:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
         return parse_json(text)
-    except RecursionError:
-        raise CircuitError("not valid JSON (nested too deeply)", where=path) from None
     except json.JSONDecodeError as error:
         raise CircuitError(
             f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}:{error.colno}"

@@ -87,7 +87,7 @@ def parse_override(text: str) -> tuple[Path, Any]:
         return path, parse_json(value)
     except RepeatedKeyError as error:
         raise CircuitError(str(error), where=_option(text), fix="set each field once") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         return path, value  # text, whatever the part of it that was read
 
 

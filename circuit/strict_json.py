@@ -17,9 +17,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse a JSON document.
 
     Raises:
-        ValueError: it is none (`json.JSONDecodeError`), or a key stands twice in an object
-            (`RepeatedKeyError`).
-        RecursionError: it is nested too deeply.
+        ValueError: it is none (`json.JSONDecodeError`), it is nested too deeply, a number has more
+            digits than Python reads, or a key stands twice in an object (`RepeatedKeyError`).
     """
     repeated: list[str] = []  # named when all of the text is known to be JSON
 
@@ -30,7 +29,10 @@ def parse_json(text: str | bytes) -> Any:
             repeated.extend(name for name in found if names.count(name) > 1)
         return found
 
-    payload = json.loads(text, object_pairs_hook=made, parse_constant=_no_number)
+    try:
+        payload = json.loads(text, object_pairs_hook=made, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if repeated:
         raise RepeatedKeyError(f"{repeated[0]!r} stands twice in an object")
     return payload

@@ -1,5 +1,5 @@
 """`python -m circuit.cli`."""
 
-from .program import main
+from . import main
 
 main()

@@ -30,6 +30,7 @@ from . import (
     reproduce,
     routes,
     shells,
+    streams,
     study,
     trace,
     training,
@@ -110,18 +111,25 @@ def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the program; a `CircuitError` becomes one line on stderr and exit code 2."""
+    streams.take_over()
     try:
-        if not shells.answer(sys.argv[1:], os.environ):
-            program(sys.argv[1:])(prog_name="circuit")
+        try:
+            if not shells.answer(sys.argv[1:], os.environ):
+                program(sys.argv[1:])(prog_name="circuit")
+        finally:
+            sys.stdout.flush()
     except CircuitError as error:
         print_error(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        _say_interrupted()
     except SystemExit as ending:
-        cause = getattr(
-            ending.__context__, "__cause__", None
-        )  # Typer: Exit(130) from the interrupt
+        cause = getattr(ending.__context__, "__cause__", None)  # Typer: Exit(130) of an interrupt
         if isinstance(cause, KeyboardInterrupt):  # which no command has answered
-            typer.echo(
-                "interrupted; what was not finished is not written: start it again", err=True
-            )
+            _say_interrupted()
         raise
+
+
+def _say_interrupted() -> None:
+    typer.echo("interrupted; what was not finished is not written: start it again", err=True)
+    sys.exit(streams.interrupted_code())

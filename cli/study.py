@@ -9,7 +9,7 @@ import typer
 
 from circuit import CircuitError
 
-from . import complete, options
+from . import complete, options, streams
 from .output import print_report, print_written, progress_bar, stdout, table
 from .trace import StepBar
 from .training import (
@@ -123,7 +123,7 @@ def train(
             said = error.what
             stdout.print(said, soft_wrap=True)
     if interrupted():
-        raise typer.Exit(130)
+        raise typer.Exit(streams.interrupted_code())
     if outcome is not None:
         with OutputFolder(outcome.parent, "train-outcome", overwrite=True) as folder:
             folder.write_text(outcome.name, dump_json({"name": settings.name, "diverged": said}))

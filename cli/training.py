@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from circuit import CircuitError
 
-from . import options
+from . import options, streams
 from .output import percent, print_json, print_written, progress_bar, share, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def train(
         except KeyboardInterrupt:  # the second one: no time for a checkpoint
             bar.stop()
             stderr.print("interrupted; go on from the last checkpoint with --resume")
-            raise typer.Exit(130) from None
+            raise typer.Exit(streams.interrupted_code()) from None
     if as_json:
         print_json(train_payload(result, report))
     else:
@@ -97,7 +97,7 @@ def train(
     if interrupted():
         message = f"interrupted after step {result.step}, with a checkpoint; go on with --resume"
         stderr.print(message, soft_wrap=True)
-        raise typer.Exit(130)
+        raise typer.Exit(streams.interrupted_code())
 
 
 def trace_recorder(folder: str | None, **given: int | None) -> TraceRecorder | None:
@@ -145,19 +145,22 @@ def print_trace(report: TraceReport) -> None:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C only asks for a stop; the second one ends the program."""
+    """Within the block the first Ctrl-C or SIGTERM asks for a stop; the second one ends all."""
     asked = False
 
-    def ask(*_: object) -> None:
+    def ask(number: int, _: object) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        streams.note(number)
+        for each in before:
+            signal.signal(each, streams.interrupt)
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None:

@@ -323,15 +323,14 @@ def _by_step(checkpoints: Sequence[Path]) -> list[Path]:
 
 
 def check_finite(state: TrainState, path: Path) -> None:
-    """Refuse weights that are not finite.
+    """Refuse a state that is not finite.
 
     Raises:
         CircuitError: the checkpoint and the first such tensor are named.
     """
-    for name, tensor in state.parameters.items():
-        if not torch.isfinite(tensor).all():
-            raise CircuitError(
-                f"weights of {name} are not finite at step {state.step}: the run diverged",
-                where=path,
-                fix="choose checkpoints before it did",
-            )
+    if state.not_finite is not None:
+        raise CircuitError(
+            f"{state.not_finite} are not finite at step {state.step}: the run diverged",
+            where=path,
+            fix="choose checkpoints before it did",
+        )

@@ -270,7 +270,7 @@ def _read_metadata(folder: Path) -> BenchmarkMetadata:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
         return BenchmarkMetadata.model_validate_json(json.dumps(parse_json(text)))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if not isinstance(error, ValidationError):
             raise _edited(path, f"not valid JSON ({error})") from None
         first: Any = error.errors()[0]

@@ -217,7 +217,7 @@ def _read_metadata(path: Path) -> ProbeSetMetadata:
         raise CircuitError(f"cannot be read ({error})", where=where) from None
     try:
         return ProbeSetMetadata.model_validate_json(json.dumps(parse_json(text)))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         said = f"not valid JSON ({error})"
         if isinstance(error, ValidationError):
             first: Any = error.errors()[0]

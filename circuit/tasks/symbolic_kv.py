@@ -299,7 +299,7 @@ def record_from_json(line: str, vocab: Vocabulary, *, where: object) -> Record:
     """
     try:
         payload = parse_json(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CircuitError(
             f"not valid JSON ({error})",
             where=where,

@@ -56,6 +56,19 @@ class TrainState(State, StateHeader):
     notes: dict[str, Any] = field(default_factory=dict)
     """Small JSON facts of the loop (the best evaluation so far)."""
 
+    @property
+    def not_finite(self) -> str | None:
+        """The first parameter or moment with an entry that is no finite number."""
+        named = {
+            **{f"weights of {name}": tensor for name, tensor in self.parameters.items()},
+            **{
+                f"{moment} of {name}": tensor
+                for moment, values in (self.moments or {}).items()
+                for name, tensor in values.items()
+            },
+        }
+        return next((name for name, x in named.items() if not torch.isfinite(x).all()), None)
+
 
 def checkpoint_name(step: int) -> str:
     """File name of a step's checkpoint: `step_000250.pt`."""

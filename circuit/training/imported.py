@@ -237,7 +237,7 @@ def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
     for path in dict.fromkeys(file.parent / "config.json" for file in files):
         try:
             payload = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             continue  # none, or of something else
         if not isinstance(payload, dict) or "act_fn" not in payload:
             continue

@@ -243,6 +243,7 @@ class _Loop:
                 self._after_step(outcome, log)
             if self.evaluated_at != session.step:
                 self._measure()
+                self._refuse_not_finite()
         finally:
             log.close()
         seconds = time.perf_counter() - began
@@ -305,14 +306,9 @@ class _Loop:
 
     def _evaluate(self, log: RowLog) -> None:
         self._measure()
+        self._refuse_not_finite()
         step = self.session.step
         for evaluation in self.evaluations.values():
-            if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
-                raise DivergedError(
-                    f"training diverged: {evaluation.split} loss {evaluation.loss} at step {step}",
-                    where=f"config {self.config.name}",
-                    fix="lower the learning rate or clip the gradient",
-                )
             self._write(log, {"kind": "evaluation", "step": step, **evaluation.to_row()})
             self.progress(Progress(step, self.config.steps, evaluation=evaluation))
         best = self.config.best
@@ -326,13 +322,29 @@ class _Loop:
             }
             self._save(BEST, log)
 
+    def _refuse_not_finite(self) -> None:
+        for evaluation in self.evaluations.values():
+            if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
+                raise DivergedError(
+                    f"training diverged: {evaluation.split} loss {evaluation.loss} at step"
+                    f" {self.session.step}",
+                    where=f"config {self.config.name}",
+                    fix="lower the learning rate or clip the gradient",
+                )
+
     def _save(self, name: str, log: RowLog) -> None:
         """A state to go on from: what was recorded up to it is on the disk before it is."""
         log.sync()
         if self.recorder is not None:
             self.recorder.sync()
-        notes = {**self.notes, METRICS_ROWS: self.rows}
-        self.folder.write_bytes(name, encode_checkpoint(self.session.state(notes)))
+        state = self.session.state({**self.notes, METRICS_ROWS: self.rows})
+        if state.not_finite is not None:  # the last good state stays the one to go on from
+            raise DivergedError(
+                f"training diverged: {state.not_finite} are not finite at step {state.step}",
+                where=f"config {self.config.name}",
+                fix="lower the learning rate, clip the gradient, or raise the optimizer's eps",
+            )
+        self.folder.write_bytes(name, encode_checkpoint(state))
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:
