@@ -448,3 +448,22 @@ def test_a_second_writer_of_a_run_is_refused(workplace: Path, make_config: MakeC
     assert [row["step"] for row in read_jsonl(RUN / "metrics.jsonl") if row["kind"] == "train"] == [
         *range(1, 13)
     ]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stop_at"),
+    [
+        ({"name": "adamw", "learning_rate": 0.01, "eps": 1e-46}, 1),  # 0/0 where nothing moved
+        ({"name": "sgd", "learning_rate": 1e38}, 1),
+        ({"name": "sgd", "learning_rate": 1e38}, 4),
+    ],
+)
+def test_a_state_that_is_not_finite_is_never_saved(
+    make_config: MakeConfig, optimizer: dict[str, Any], stop_at: int
+) -> None:
+    config = make_config(optimizer=optimizer, gradient_clip=None, eval_every=1, checkpoint_every=1)
+    with pytest.raises(CircuitError, match="diverged") as refused:
+        train(config, stop_at=stop_at)
+    assert "not finite" in str(refused.value) or "nan" in str(refused.value)
+    for state in map(load_checkpoint, (RUN / "checkpoints").glob("*.pt")):
+        assert state.not_finite is None
