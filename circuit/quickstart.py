@@ -17,17 +17,14 @@ from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
 from circuit.lazy import torch
 from circuit.page import formation_page
-from circuit.reports.attribution_report import WindowOptions
-from circuit.reports.base import ReportResult
-from circuit.reports.bilinear_qk_match_separation import (
-    SeparationOptions,
-    bilinear_qk_match_separation,
-)
+from circuit.reports.bilinear_qk_match_separation import MatchSeparation, SeparationOptions
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
-    QKOptions,
-    bilinear_qk_rank_adam_state_attribution,
+    QKAttribution,
+    QKAttributionOptions,
 )
 from circuit.reports.optimizer_update_trace import TraceReport, optimizer_update_trace
+from circuit.reports.report import Progress as ReportProgress
+from circuit.reports.report import ReportResult, run_report
 from circuit.runs.checkpointed import open_folder
 from circuit.tasks.benchmark import Benchmark, write_benchmark
 from circuit.tasks.positions import Batch, EncodedSplit
@@ -96,7 +93,7 @@ def quickstart(
     *,
     training_progress: Callable[[Progress], None] | None = None,
     trace_progress: Callable[[TracedStep], None] | None = None,
-    attribution_progress: Callable[[int, int, int], None] | None = None,
+    attribution_progress: ReportProgress | None = None,
 ) -> QuickstartResult:
     """Generate, train, trace, attribute, evaluate, explain: under `data/` and `artifacts/` here.
 
@@ -136,29 +133,38 @@ def quickstart(
 def _attribute(
     config: TrainConfig,
     trace: TraceReport,
-    progress: Callable[[int, int, int], None] | None,
+    progress: ReportProgress | None,
 ) -> tuple[ReportResult, ReportResult]:
     """Find the head whose QK match grew most, and attribute it while it grew."""
     analysis = Path(config.output_dir) / "analysis"
     probe_set = analysis / "probe_set.jsonl"
     write_probe_set(config.benchmark_dir, probe_set, [EXAMPLE_SPLIT], PROBES, overwrite=True)
-    separation = bilinear_qk_match_separation(
+    separation = run_report(
+        MatchSeparation,
         config,
-        probe_set,
-        analysis / "bilinear_qk_match_separation",
-        SeparationOptions(ranks=(RANK,)),
-        checkpoint_dir=Path(config.output_dir) / "checkpoints",
+        SeparationOptions(
+            probe_set=probe_set,
+            checkpoint_dir=Path(config.output_dir) / "checkpoints",
+            ranks=(RANK,),
+        ),
+        analysis / MatchSeparation.stem(),
         overwrite=True,
     )
     head = separation.summary["winner"]["head"]
     start, end = growth_window(separation.rows[0], head)
-    attribution = bilinear_qk_rank_adam_state_attribution(
+    attribution = run_report(
+        QKAttribution,
         config,
-        probe_set,
-        trace.record.store.root,
-        analysis / "bilinear_qk_rank_adam_state_attribution",
-        QKOptions(heads=(head,), ranks=(RANK,), bases=(f"step:{end}",)),
-        window=WindowOptions(start, end),
+        QKAttributionOptions(
+            probe_set=probe_set,
+            optimizer_trace_dir=trace.record.store.root,
+            heads=(head,),
+            ranks=(RANK,),
+            bases=(f"step:{end}",),
+            start_step=start,
+            end_step=end,
+        ),
+        analysis / QKAttribution.stem(),
         overwrite=True,
         progress=progress,
     )

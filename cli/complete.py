@@ -7,6 +7,7 @@ go on with file names (cli/shells.py).
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -77,6 +78,10 @@ pair_type = values(*PAIR_TYPES)
 answer_scalar = values(*ANSWER_SCALARS)
 
 
+basis = values("source", "full", "step:")
+path_rule = values("midpoint", "simpson", "gauss:2", "gauss:3")
+
+
 # --- paths ----------------------------------------------------------------------------------------
 
 
@@ -131,7 +136,7 @@ scalar_pair_rows = artifact("answer_scalar_residual_diagnosis_pair_rows.jsonl")
 
 def attribution(incomplete: str) -> list[str]:
     """Folders of attribution reports under artifacts/."""
-    found = Path("artifacts").rglob("*_state_attribution_report.json")
+    found = Path("artifacts").rglob("*_attribution_report.json")
     return _paths(incomplete, [path.parent for path in found])
 
 
@@ -218,6 +223,31 @@ def mlp(ctx: typer.Context, incomplete: str) -> list[str]:
 def component(ctx: typer.Context, incomplete: str) -> list[str]:
     """Heads and MLPs by address."""
     return head(ctx, incomplete) + mlp(ctx, incomplete)
+
+
+def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
+    """A scalar's family, the next key of its word, or the values of the key that is being typed."""
+    from circuit.scalars.family import family_names, find_family, keys_of
+
+    before, comma, last = incomplete.rpartition(",")
+    if not comma:
+        return _starting(last, family_names())
+    family = find_family(before.partition(",")[0])
+    if family is None:
+        return []
+    key, equals, value = last.partition("=")
+    keys = keys_of(family)
+    if not equals:
+        return [f"{before},{name}=" for name in _starting(key, keys)]
+    option = family.declared().get(keys.get(key, ""))
+    if option is None:
+        return []
+    offered = _starting(value, option.choices)
+    if option.kind:
+        completer = globals()[option.kind]
+        takes_context = len(inspect.signature(completer).parameters) == 2
+        offered = completer(ctx, value) if takes_context else completer(value)
+    return [f"{before},{key}={one}" for one in offered]
 
 
 def train_field(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -18,7 +18,6 @@ from circuit import CircuitError, __version__
 
 from . import (
     answers,
-    attribution,
     checkpoints,
     data,
     functional,
@@ -40,7 +39,7 @@ from .output import print_error
 
 HAND_WRITTEN = (
     *(quickstart, page, data, training, checkpoints, trace, reproduce, study),
-    *(attribution, interventions, progress, answers, routes, functional, value_code),  # to go
+    *(interventions, progress, answers, routes, functional, value_code),  # to go
 )
 
 

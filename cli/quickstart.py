@@ -9,8 +9,8 @@ import typer
 from rich.text import Text
 
 from . import options
-from .attribution import TERM_NAMES, AttributionBar
 from .output import percent, print_json, print_written, progress_bar, stdout
+from .reports import ReportBar
 from .trace import StepBar
 from .training import TrainBar, print_evaluations, print_slices
 
@@ -40,7 +40,7 @@ def quickstart(as_json: options.Json = False) -> None:
         result = library.quickstart(
             training_progress=TrainBar(bar, config),
             trace_progress=StepBar(bar, "tracing", config.steps),
-            attribution_progress=AttributionBar(bar),
+            attribution_progress=ReportBar(bar, "attributing"),
         )
     paths = [result.benchmark_folder, result.training.folder, result.trace.record.store.root]
     paths += [result.separation.page, result.attribution.page, result.page]
@@ -83,6 +83,8 @@ def quickstart(as_json: options.Json = False) -> None:
 
 def _print_attribution(result: QuickstartResult) -> None:
     """The head that learned to look up, how much its match grew, and which terms carried it."""
+    from circuit.reports.attribution import SHORT_TERMS
+
     summary, found = result.separation.summary, result.attribution.summary["windows"][0]
     winner = summary["winner"]
     rivals = [head for head in summary["heads"] if head["score"] == winner["score"]]
@@ -101,7 +103,7 @@ def _print_attribution(result: QuickstartResult) -> None:
     )
     actual = found["actual"]
     carried = ", ".join(
-        f"{TERM_NAMES.get(name, name)} {100 * share / actual:+.1f} %"
+        f"{SHORT_TERMS.get(name, name)} {100 * share / actual:+.1f} %"
         for name, share in found["path"].items()
         if name != "rounding"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -17,7 +17,9 @@ from .output import print_json, print_table, print_written, progress_bar, stdout
 from .training import load_train_config
 
 if TYPE_CHECKING:
-    from circuit.reports.options import Option
+    from rich.progress import Progress
+
+    from circuit.options import Option
     from circuit.reports.report import Report, ReportResult
 
 READING = {
@@ -77,20 +79,23 @@ def run_and_print(
     """
     from circuit.reports.report import run_report
 
-    with flags_for_fields(kind), progress_bar(not as_json) as bar:
+    with flags_for_fields(kind.Options.flags()), progress_bar(not as_json) as bar:
         chosen = kind.Options(**{n: v for n, v in given.items() if v is not None})
-        task = bar.add_task(kind.stem().replace("_", " "), total=None, note="")
-        result = run_report(
-            kind,
-            run,
-            chosen,
-            folder,
-            overwrite=overwrite,
-            progress=lambda done, total, note: bar.update(
-                task, completed=done, total=total or None, note=note
-            ),
-        )
+        shown = ReportBar(bar, kind.stem().replace("_", " "))
+        result = run_report(kind, run, chosen, folder, overwrite=overwrite, progress=shown)
     print_result(result, as_json)
+
+
+class ReportBar:
+    """Shows how far a report is."""
+
+    def __init__(self, bar: Progress, what: str) -> None:
+        self.bar = bar
+        self.task = bar.add_task(what, total=None, note="")
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=done, total=total or None, note=note)
 
 
 def print_result(result: ReportResult, as_json: bool) -> None:
@@ -109,10 +114,10 @@ def print_result(result: ReportResult, as_json: bool) -> None:
 
 
 class flags_for_fields:  # noqa: N801  a context manager
-    """Within the block, a refusal that names a report's fields names the options instead."""
+    """Within the block, a refusal that names fields in backticks names the options instead."""
 
-    def __init__(self, kind: type[Report[Any]]) -> None:
-        self.flags = kind.Options.flags()
+    def __init__(self, flags: Mapping[str, str]) -> None:
+        self.flags = flags
 
     def __enter__(self) -> None:
         pass

@@ -13,6 +13,7 @@ from circuit import CircuitError
 
 from . import complete, options
 from .output import print_json, print_written, progress_bar, sparkline, stderr, stdout, table
+from .reports import ReportBar, flags_for_fields, print_result
 from .training import load_train_config
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     group.command("verify")(verify)
     group.command("checkout")(checkout)
     group.command("prune")(prune)
+    group.command("merge")(merge)
     app.add_typer(group, rich_help_panel=PANEL)
 
 
@@ -298,6 +300,35 @@ def prune(
         f"removed {found.removed} states ({found.freed_bytes / 1e6:.1f} MB);"
         f" {found.anchors} anchors left"
     )
+
+
+def merge(
+    output_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the whole.")],
+    parts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PART...", help="Folders of shards.", autocompletion=complete.attribution
+        ),
+    ],
+    window: Annotated[
+        list[str] | None,
+        typer.Option("--window", help="Window a:b to sum up besides the whole; repeatable."),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Join the shards of one attribution; gaps, overlaps and other options are refused."""
+    from circuit.reports.attribution import AttributionOptions, merge_attributions
+
+    with flags_for_fields(AttributionOptions.flags()), progress_bar(not as_json) as bar:
+        result = merge_attributions(
+            output_dir,
+            parts,
+            windows=tuple(window or ()),
+            overwrite=overwrite,
+            progress=ReportBar(bar, "merging"),
+        )
+    print_result(result, as_json)
 
 
 def _every(steps: int) -> str:

@@ -67,10 +67,10 @@ class Series:
         Raises:
             CircuitError: the steps of a scalar do not follow each other.
         """
-        collected: dict[str, _Columns] = {}
+        collected = Collected()
         for row in rows:
-            collected.setdefault(row["scalar"], _Columns()).add(row)
-        return {name: columns.series(name) for name, columns in collected.items()}
+            collected.add(row)
+        return collected.series()
 
     @property
     def start(self) -> int:
@@ -175,6 +175,25 @@ def _sums(columns: Mapping[str, Values]) -> dict[str, float]:
     return {name: math.fsum(values) for name, values in columns.items()}
 
 
+class Collected:
+    """Rows while they are read, column by column, which takes a small part of their space."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, _Columns] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One row more.
+
+        Raises:
+            CircuitError: its step does not follow the one before of its scalar.
+        """
+        self._columns.setdefault(row["scalar"], _Columns()).add(row)
+
+    def series(self) -> dict[str, Series]:
+        """One series a scalar, in the order of first appearance."""
+        return {name: columns.series(name) for name, columns in self._columns.items()}
+
+
 @dataclass
 class _Columns:
     """Rows of one scalar, column by column, while they are read."""
@@ -236,5 +255,5 @@ def check_windows(windows: Sequence[tuple[int, int]], start: int, end: int) -> N
     for a, b in windows:
         if not start <= a < b <= end:
             raise CircuitError(
-                f"window {a}:{b}", where="--window", expected=f"start < end within {start}:{end}"
+                f"window {a}:{b}", where="`windows`", expected=f"start < end within {start}:{end}"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,21 +139,12 @@ def attribute(
     return Series.collect(row for step in steps for row in attributor.step(step).rows(chosen))
 
 
-def attribute_window(
-    job: Job,
-    start: int,
-    end: int,
-    *,
-    worker: Worker | None = None,
-    workers: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[Rows]:
+def attribute_window(worker: Worker, start: int, end: int, *, workers: int = 1) -> Iterator[Rows]:
     """Attribute the steps that take state `start` to state `end`, in order.
 
     Args:
-        worker: an opened job, used if there is one process only.
+        worker: an opened job; it does all of the work if there is one process only.
         workers: processes; each replays with the thread count that the trace was recorded with.
-        progress: called with the last step that is done.
 
     Yields:
         The rows of one step, one a scalar.
@@ -163,20 +154,16 @@ def attribute_window(
     """
     if workers < 1:
         raise CircuitError(f"{workers} workers", expected="at least 1")
-    done = progress or (lambda _: None)
     if workers == 1:
-        for number, rows in enumerate((worker or job.prepare()).steps(start, end), start + 1):
-            yield rows
-            done(number)
+        yield from worker.steps(start, end)
         return
-    pieces = cut_at_anchors(ReplayedRun.open(job.trace), start, end, at_least=4 * workers)
+    pieces = cut_at_anchors(worker.run, start, end, at_least=4 * workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _open, (job,)) as pool:
+    with ProcessPoolExecutor(workers, context, _open, (worker.job,)) as pool:
         waiting: list[Future[list[Rows]]] = [pool.submit(_piece, *piece) for piece in pieces]
         try:
-            for (_, stop), future in zip(pieces, waiting, strict=True):
+            for future in waiting:
                 yield from future.result()
-                done(stop)
         finally:
             for future in waiting:
                 future.cancel()

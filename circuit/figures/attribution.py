@@ -1,105 +1,254 @@
-"""Figures of an attribution: terms over steps, parameter groups, scalars side by side."""
+"""Charts of an attribution: terms over steps, closure, parameter groups, scalars side by side.
+
+Rows are one step each; charts show sums of rows from the first step on, taken with `math.fsum` over
+all rows, at steps few enough to draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
-from circuit.attribution.series import Series, Values
-from circuit.figures.style import COLOURS, TERM_NAMES, panels, styled
-from circuit.lazy import np
+from circuit.attribution.series import Kind, Series
+from circuit.figures.charts import (
+    INK,
+    TERM_NAMES,
+    TICKS,
+    Chart,
+    Record,
+    at_step,
+    chart,
+    chosen,
+    colour,
+    exact,
+    named,
+    steps,
+)
+from circuit.lazy import alt
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+STOPS = 120
+"""Steps at which sums by term are drawn."""
+GROUP_STOPS = 24
+"""Steps at which sums by group are drawn."""
+GROUPS = 16
+"""Bars: groups, the others of which share one, and scalars."""
+REST = "the others"
+KINDS: dict[Kind, str] = {"path": "Path contributions", "first_order": "First order"}
 
 
-@styled
-def terms_and_closure(series: Series, windows: Sequence[tuple[int, int]] = ()) -> Figure:
-    """Cumulative change with the stacked shares of the terms; below, the error that is left.
+def series_charts(series: Series) -> list[Chart]:
+    """Terms by both kinds, closure, and the groups of every partition."""
+    return [
+        *(terms_chart(series, kind) for kind in KINDS),
+        closure_chart(series),
+        *(groups_chart(series, partition) for partition in series.groups),
+    ]
+
+
+def terms_chart(series: Series, kind: Kind = "path") -> Chart:
+    """What each term has contributed since the first step, stacked; the actual change as a line."""
+    stops = thinned(series.steps.tolist(), STOPS)
+    data = {"term_sums": term_sums(series, stops), "totals": totals(series, stops)}
+    terms = list(series.path)
+    bars = (
+        named("term_sums")
+        .transform_filter(f"datum.kind === '{kind}'")
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=steps("start", domain=[series.start, series.end]).bin("binned"),
+            x2=alt.X2("step"),
+            y=alt.Y("contribution:Q")
+            .title("sum from the first step")
+            .scale(domain=_extent(data))  # one for both kinds
+            .stack("zero"),
+            color=colour("term", terms, labels=_labels(terms)),
+            tooltip=exact("step", "term", "contribution"),
+        )
+    )
+    actual = (
+        named("totals")
+        .mark_line(color=INK, strokeWidth=2)
+        .encode(x=steps(), y="actual:Q", tooltip=exact("step", "value", "actual", kind))
+    )
+    name = "terms" if kind == "path" else f"terms_{kind}"
+    title = f"{KINDS[kind]} to {series.scalar}; line: the actual change"
+    return chart(name, title, data, bars, actual, at_step(), height=240)
+
+
+def closure_chart(series: Series) -> Chart:
+    """How far the sums are from the actual change, for both kinds."""
+    records = totals(series, thinned(series.steps.tolist(), STOPS))
+    names = ["closure_first_order", "closure_path"]
+    labels = {names[0]: "first order", names[1]: "path"}
+    shade = colour("kind", names, labels=labels, palette=["var(--c2)", "var(--c1)"])
+    lines = (
+        named("totals")
+        .transform_fold([*names], as_=["kind", "error"])
+        .transform_filter("isValid(datum.error) && datum.error > 0")
+        .mark_line(strokeWidth=1.6)
+        .encode(
+            x=steps(),
+            y=alt.Y("error:Q")
+            .title("closure error")
+            .scale(type="log")
+            .axis(format=".0e", values=_tens(records, names)),
+            color=shade,
+            tooltip=exact("step", "kind", "error", "actual"),
+        )
+    )
+    title = "Closure error: |predicted - actual| / |actual|, sums from the first step"
+    return chart("closure", title, {"totals": records}, lines, at_step())
+
+
+def groups_chart(series: Series, partition: str, count: int = GROUPS) -> Chart:
+    """The groups of a partition that end largest, split into terms, at the chosen step.
 
     Args:
-        windows: their borders are marked.
+        count: groups with a bar of their own; the others share one.
     """
-    figure, (change, error) = panels(2, height=2.7)
-    steps = np.concatenate([[series.start], series.steps])
-    shares = {name: _cumulated(values) for name, values in series.path.items()}
-    drawn = [name for name in shares if name != "rounding"]
-    for sign in (1, -1):  # shares of either sign are stacked on their own side of zero
-        base = np.zeros(len(steps))
-        for name, colour in zip(drawn, COLOURS, strict=False):
-            part = np.clip(sign * shares[name], 0, None) * sign
-            label = TERM_NAMES.get(name, name) if sign == 1 else None
-            change.fill_between(
-                steps, base, base + part, color=colour, alpha=0.35, linewidth=0, label=label
-            )
-            base = base + part
-    actual = _cumulated(series.actual)
-    change.plot(steps, actual, color="black", label="actual")
-    first = _cumulated(series.predicted("first_order"))
-    change.plot(steps, first, color="black", linestyle=":", label="first order")
-    change.set_ylabel("cumulative change")
-    change.set_title(f"{series.scalar}: what the terms of the update did")
-    for kind, style, label in (("first_order", ":", "first order"), ("path", "-", "path")):
-        off = np.abs(_cumulated(series.predicted(kind)) - actual)  # type: ignore[arg-type]
-        error.plot(
-            steps, np.where(off > 0, off, np.nan), color="black", linestyle=style, label=label
-        )
-    error.set_yscale("log")
-    error.set_ylabel("|predicted - actual|")
-    error.set_xlabel("optimizer step")
-    error.legend(loc="best", ncols=2)
-    for border in sorted({step for window in windows for step in window}):
-        for axes in (change, error):
-            axes.axvline(border, color="grey", linewidth=0.6, linestyle="--")
-    figure.legend(*change.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
-@styled
-def groups_of_terms(series: Series, partition: str, count: int = 14) -> Figure:
-    """The parameter groups that moved the scalar most, each split into terms (path shares)."""
     groups = series.groups[partition]
-    totals = {
-        group: {term: float(values.sum()) for term, values in kinds["path"].items()}
+    sums = {
+        group: math.fsum(math.fsum(values) for values in kinds["path"].values())
         for group, kinds in groups.items()
     }
-    ranked = sorted(totals, key=lambda group: -abs(sum(totals[group].values())))[:count]
-    return _bars(
-        [(group, totals[group]) for group in ranked],
-        f"{series.scalar}, steps {series.start} to {series.end}: by parameters",
-    )
+    own = sorted(sums, key=lambda group: -abs(sums[group]))[:count]
+    names = own if len(own) == len(sums) else [*own, REST]
+    name = f"groups_{partition}"
+    records = []
+    for step in thinned(series.steps.tolist(), GROUP_STOPS):
+        shares: dict[tuple[str, str], float] = {}
+        for group, kinds in groups.items():
+            for term, values in kinds["path"].items():
+                key = (group if group in own else REST, term)
+                shares[key] = shares.get(key, 0.0) + math.fsum(values[: step - series.start])
+        records += [
+            {"step": step, "group": group, "term": term, "contribution": share}
+            for (group, term), share in shares.items()
+        ]
+    ranked = "groups" if len(own) == len(sums) else f"the {len(own)} groups that end largest"
+    title = f"{series.scalar}, {ranked} ({partition}), up to the step; mark: the sum"
+    return _bars(name, title, records, "group", names, list(series.path), at_chosen=True)
 
 
-@styled
-def changes_by_scalar(series: Sequence[Series]) -> Figure:
-    """Every scalar's summed change, split into terms (path shares)."""
-    bars = [
-        (s.scalar, {term: float(values.sum()) for term, values in s.path.items()}) for s in series
+def scalars_chart(summaries: Sequence[Record], count: int = 3 * GROUPS) -> Chart:
+    """The scalars that changed most, split into terms, over their whole window.
+
+    Args:
+        summaries: see `Series.summary`.
+    """
+    ranked = sorted(summaries, key=lambda one: -abs(one["actual"]))[:count]
+    records = [
+        {"scalar": one["scalar"], "term": term, "contribution": share, "actual": one["actual"]}
+        for one in ranked
+        for term, share in one["path"].items()
     ]
-    return _bars(bars, f"steps {series[0].start} to {series[0].end}: change by scalar")
+    start, end = ranked[0]["start_step"], ranked[0]["end_step"]
+    title = f"Change of every scalar over steps {start} to {end}; mark: the sum"
+    if len(ranked) < len(summaries):
+        title = title.replace("every scalar", f"the {count} scalars that moved most")
+    names = [one["scalar"] for one in ranked]
+    return _bars("scalars", title, records, "scalar", names, list(ranked[0]["path"]))
 
 
-def _bars(bars: Sequence[tuple[str, dict[str, float]]], title: str) -> Figure:
-    figure, (axes,) = panels(1, height=0.8 + 0.24 * len(bars))
-    places = np.arange(len(bars))[::-1]
-    terms = [term for term in bars[0][1] if term != "rounding"]
-    ahead, behind = np.zeros(len(bars)), np.zeros(len(bars))
-    for term, colour in zip(terms, COLOURS, strict=False):
-        values = np.array([shares[term] for _, shares in bars])
-        left = np.where(values >= 0, ahead, behind)
-        axes.barh(places, values, left=left, color=colour, label=TERM_NAMES.get(term, term))
-        ahead, behind = ahead + np.clip(values, 0, None), behind + np.clip(values, None, 0)
-    sums = [sum(shares.values()) for _, shares in bars]
-    axes.plot(sums, places, "|", color="black", markersize=9, label="sum")
-    axes.set_yticks(places, [name for name, _ in bars])
-    axes.axvline(0, color="black", linewidth=0.6)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("path contribution to the scalar")
-    axes.set_title(title)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
+def term_sums(series: Series, stops: Sequence[int]) -> list[Record]:
+    """What each term has contributed from the first step to each stop."""
+    starts = [series.start, *stops[:-1]]
+    columns = {
+        (kind, term): values.tolist()
+        for kind in KINDS
+        for term, values in getattr(series, kind).items()
+    }
+    return [
+        {
+            "start": start,
+            "step": step,
+            "kind": kind,
+            "term": term,
+            "contribution": math.fsum(values[: step - series.start]),
+        }
+        for start, step in zip(starts, stops, strict=True)
+        for (kind, term), values in columns.items()
+    ]
 
 
-def _cumulated(values: Values) -> Values:
-    found: Values = np.concatenate([[0.0], np.cumsum(values)])
-    return found
+def totals(series: Series, stops: Sequence[int]) -> list[Record]:
+    """The scalar, its actual change, what was predicted, and the closure errors, at each stop."""
+    records = []
+    for step in stops:
+        window = series.window(series.start, step)
+        closure = {f"closure_{name}": value for name, value in asdict(window.closure()).items()}
+        records.append(
+            {
+                "step": step,
+                "scalar": series.scalar,
+                "value": float(window.after[-1]),
+                "actual": math.fsum(window.actual),
+                **{kind: math.fsum(window.predicted(kind)) for kind in KINDS},
+                **closure,
+            }
+        )
+    return records
+
+
+def thinned(every: Sequence[int], most: int) -> list[int]:
+    """At most `most` of ascending steps, evenly, with the first and the last."""
+    if len(every) <= most:
+        return list(every)
+    last = len(every) - 1
+    return [every[round(i * last / (most - 1))] for i in range(most)]
+
+
+def _bars(
+    name: str,
+    title: str,
+    records: Sequence[Record],
+    of: str,
+    names: Sequence[str],
+    terms: Sequence[str],
+    *,
+    at_chosen: bool = False,
+) -> Chart:
+    """A bar for each name, of the terms' contributions to either side, and a mark at their sum."""
+    place = named(name).transform_filter(chosen()) if at_chosen else named(name)
+    step = ["step"] if at_chosen else []
+    y = alt.Y(f"{of}:N").title(None).scale(domain=list(names)).sort(list(names))
+    bars = place.mark_bar().encode(
+        y=y,
+        x=alt.X("contribution:Q")
+        .title("path contribution")
+        .axis(tickCount=TICKS)
+        .stack("zero"),
+        color=colour("term", terms, labels=_labels(terms)),
+        tooltip=exact(*step, of, "term", "contribution"),
+    )
+    sums = (
+        place.transform_aggregate(sum="sum(contribution)", groupby=[*step, of])
+        .mark_tick(color=INK, thickness=2)
+        .encode(y=y, x="sum:Q", tooltip=exact(*step, of, "sum"))
+    )
+    return chart(name, title, {name: records}, bars, sums, height=22 * len(names))
+
+
+def _labels(terms: Sequence[str]) -> dict[str, str]:
+    return {term: TERM_NAMES.get(term, term) for term in terms}
+
+
+def _extent(data: Mapping[str, Sequence[Record]]) -> list[float]:
+    """The largest pile of terms in either direction, of both kinds."""
+    piles: dict[tuple[int, str, bool], float] = {}
+    for record in data["term_sums"]:
+        value = record["contribution"]
+        key = (record["step"], record["kind"], value >= 0)
+        piles[key] = piles.get(key, 0.0) + value
+    edges = [*piles.values(), *(record["actual"] for record in data["totals"]), 0.0]
+    low, high = min(edges), max(edges)
+    room = 0.04 * (high - low or 1.0)
+    return [low - room if low < 0 else 0.0, high + room]
+
+
+def _tens(records: Sequence[Record], columns: Sequence[str]) -> list[float]:
+    """The powers of ten between the smallest and the largest of some columns."""
+    sizes = [math.log10(record[name]) for record in records for name in columns if record[name]]
+    low, high = math.floor(min(sizes, default=0)), math.ceil(max(sizes, default=0))
+    return [10.0**k for k in range(low, high + 1)]

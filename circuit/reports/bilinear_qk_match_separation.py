@@ -11,7 +11,7 @@ from circuit.lazy import no_grad, np, torch
 from circuit.model.components import all_heads
 from circuit.model.readout import read_answers
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
-from circuit.reports import options
+from circuit import options
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table

@@ -235,7 +235,9 @@ def open_inputs(
     return inputs
 
 
-def traced_inputs(config: TrainConfig, probe_set: Path, run: ReplayedRun) -> Inputs:
+def traced_inputs(
+    config: TrainConfig, probe_set: Path, run: ReplayedRun, splits: Sequence[str] | None = None
+) -> Inputs:
     """The inputs of a report on a trace, with the trace's config and the recording's threads.
 
     Of the given config the overrides stay, for the record; what else it says beside the recipe
@@ -266,7 +268,7 @@ def traced_inputs(config: TrainConfig, probe_set: Path, run: ReplayedRun) -> Inp
     run.setup = setup.with_config(run.config)  # both share what is read and built
     threads = run.manifest.environment["threads"]
     recorded = run.config.replace(threads=threads).remembering(config)
-    return replace(_inputs(setup.with_config(recorded), probe_set), run=run)
+    return replace(_inputs(setup.with_config(recorded), probe_set, splits), run=run)
 
 
 def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = None) -> Inputs:

@@ -19,7 +19,7 @@ from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
 from circuit.lazy import no_grad, torch
 from circuit.model.dla import attribute_logits, dla_hooks
 from circuit.model.readout import read_answers
-from circuit.reports import options
+from circuit import options
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table

@@ -29,8 +29,9 @@ from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
-from circuit.reports.options import CheckpointOptions, Options, ProbeOptions
+from circuit.options import CheckpointOptions, Options, ProbeOptions
 from circuit.reports.tables import Table
+from circuit.strict_json import parse_json
 from circuit.train_config import ModelConfig, TrainConfig
 
 O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
@@ -43,14 +44,14 @@ class Findings:
     """What a report found.
 
     Attributes:
-        rows: of `<name>_rows.jsonl`.
+        rows: of `<name>_rows.jsonl`; or their text, where they are too many to keep.
         summary: the main numbers, JSON.
         law: what was checked, with its number, in one sentence.
         further: further files by name: rows, or text.
         provenance: digests of what was read, beside those that every such report has.
     """
 
-    rows: Iterable[Row]
+    rows: Iterable[Row] | str
     summary: Mapping[str, Any]
     law: str
     further: Mapping[str, Iterable[Row] | str] = field(default_factory=dict)
@@ -355,20 +356,15 @@ class open_report:  # noqa: N801  a context manager
         """Write every file of the report, the JSON last."""
         kind = type(report)
         row_file, page_file, report_file = _names(kind)
-        files = {row_file: list(findings.rows)}
-        files |= {n: f if isinstance(f, str) else list(f) for n, f in findings.further.items()}
+        further = {row_file: findings.rows, **findings.further}
+        files = {n: f if isinstance(f, str) else list(f) for n, f in further.items()}
         results = Results(
-            report.options, findings.summary, lambda name, _: cast("Any", files[name or row_file])
+            report.options, findings.summary, lambda name, text: _rows(files[name or row_file], text)
         )
         notes, tables, charts = kind.notes(results), kind.tables(results), kind.charts(results)
         texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}
         drawn = {f"{chart.name}.svg": chart.svg() for chart in charts}
-        page = [f"# {kind.command}", "", f"**{_sentence(findings.law)}**"]
-        for part in (*notes, *(f"![{c.title}]({c.name}.svg)" for c in charts)):
-            page += ["", part]
-        for table in tables:
-            page += ["", *table.markdown()]
-        texts |= {**drawn, page_file: "\n".join(page) + "\n"}
+        texts |= {**drawn, page_file: markdown(kind.command, findings.law, notes, charts, tables)}
         payload = {
             "schema_version": SCHEMA,
             "command": kind.command,
@@ -402,6 +398,18 @@ class open_report:  # noqa: N801  a context manager
         )
 
 
+def markdown(
+    title: str, law: str, notes: Sequence[str], charts: Sequence[Chart], tables: Sequence[Table]
+) -> str:
+    """The page of a report, whose charts stand beside it."""
+    page = [f"# {title}", "", f"**{_sentence(law)}**"]
+    for part in (*notes, *(f"![{one.title}]({one.name}.svg)" for one in charts)):
+        page += ["", part]
+    for table in tables:
+        page += ["", *table.markdown()]
+    return "\n".join(page) + "\n"
+
+
 SCHEMA = 2
 """Of the JSON: from 2 on it has a digest, and `parameters` are the options."""
 
@@ -409,6 +417,12 @@ SCHEMA = 2
 def _names(kind: type[Report[Any]]) -> tuple[str, str, str]:
     """Names of rows, page and report."""
     return tuple(f"{kind.stem()}_{end}" for end in ("rows.jsonl", "report.md", "report.json"))  # type: ignore[return-value]
+
+
+def _rows(file: Sequence[Row] | str, holding: str) -> Iterator[Row]:
+    if not isinstance(file, str):
+        return iter(file)
+    return (parse_json(line) for line in file.splitlines() if holding in line)
 
 
 def _sentence(text: str) -> str:

@@ -26,13 +26,10 @@ from typing import TYPE_CHECKING
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.readout import read_answers
-from circuit.scalars.base import Cache, Needs
-from circuit.tasks.positions import Batch
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
-    from transformer_lens import HookedTransformer
 
 MOVING = "moving_answer_margin"
 FIXED_SOURCE = "fixed_source_competitor_margin"
@@ -138,81 +135,3 @@ def check_scalar_names(names: Iterable[str]) -> None:
             raise CircuitError(
                 f"unknown answer scalar '{name}'", expected=f"one of {', '.join(ANSWER_SCALARS)}"
             )
-
-
-class AnswerScalar:
-    """One smooth answer scalar over fixed reads; a `Scalar` that attribution can follow."""
-
-    def __init__(
-        self,
-        name: str,
-        batch: Batch,
-        competitors: Int[Tensor, " read"] | None = None,
-        *,
-        values: range,
-    ) -> None:
-        """Describe the scalar.
-
-        Args:
-            name: one of `ANSWER_SCALARS` but the moving margin, which has kinks.
-            batch: its reads are the examples.
-            competitors: token id of the frozen competitor of each read. None takes them from the
-                model before each step, which the scalars of the *source* competitor allow; then
-                changes of different steps do not telescope.
-            values: the value tokens, a contiguous range of ids.
-
-        Raises:
-            CircuitError: the name is unknown or the moving margin's, competitors are missing, or
-                there is not one for each read.
-        """
-        check_scalar_names([name])
-        if name == MOVING:
-            raise CircuitError(
-                f"{MOVING} has a kink wherever the competitor changes",
-                expected=f"a smooth answer scalar, such as {FIXED_SOURCE}",
-            )
-        if name in OF_THE_TARGET and competitors is None:
-            raise CircuitError(f"{name} needs the competitors at the target checkpoint")
-        if competitors is not None and competitors.shape != batch.reads.answer.shape:
-            raise CircuitError(
-                f"{list(competitors.shape)} competitors", expected=f"one a read, {len(batch.reads)}"
-            )
-        self.name = name
-        self.values_range = values
-        self.reads = batch.reads
-        sequences = tuple(
-            tuple(row[:length].tolist())
-            for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
-        )
-        self.needs = Needs(sequences=sequences, hooks=(LOGITS,))
-        self._tokens = batch.tokens
-        self._competitors = None if competitors is None else competitors.to(batch.tokens.device)
-
-    def bind(self, model: HookedTransformer) -> BoundAnswerScalar:
-        """Freeze the competitors: the given ones, or the model's of this moment."""
-        if self._competitors is not None or self.name in _WITHOUT_COMPETITOR:
-            own = self.reads.answer if self._competitors is None else self._competitors
-            return BoundAnswerScalar(self, own, constant=True)
-        with torch.no_grad():
-            logits = model(self._tokens)[self.reads.row, self.reads.key_pos]
-        competitor = read_answers(logits, self.reads.answer, self.values_range).competitor
-        return BoundAnswerScalar(self, competitor, constant=False)
-
-
-_WITHOUT_COMPETITOR = ("correct_value_logit", "negative_answer_loss")
-
-
-@dataclass(frozen=True)
-class BoundAnswerScalar:
-    """An answer scalar whose competitors are frozen."""
-
-    scalar: AnswerScalar
-    competitors: Int[Tensor, " read"]
-    constant: bool
-
-    def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
-        """The scalar, one per read."""
-        reads = self.scalar.reads
-        logits = cache[LOGITS][reads.row, reads.key_pos]
-        frozen = Competitors(self.competitors, self.competitors)
-        return fixed_scalars(logits, reads.answer, frozen)[self.scalar.name]

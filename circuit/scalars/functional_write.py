@@ -8,15 +8,30 @@ it. Frozen at a reference step it gives the scalar `mean over pairs of g_ref . Î
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
+from circuit import options
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.components import Component, parse_component
+from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
+from circuit.scalars.answers import (
+    ANSWER_SCALARS,
+    FIXED_SOURCE,
+    OF_THE_TARGET,
+    Competitors,
+    answer_scalars,
+)
 from circuit.scalars.base import Cache, Needs, forward_activations
+from circuit.scalars.family import ScalarFamily
+from circuit.schemas import ScalarPairRow, read_typed_rows
+from circuit.tasks.pairs import Pair
 from circuit.tasks.positions import Batch, role_positions
 
 if TYPE_CHECKING:
@@ -24,6 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens import HookedTransformer
     from transformer_lens.hook_points import HookPoint
+
+    from circuit.reports.inputs import Checkpointed, Inputs
+    from circuit.trace.replay import ReplayedRun
 
 Target = Literal["post_mlp_total_delta", "mlp_output_delta", "input_delta"]
 Reference = Literal["post_mlp_gradient", "input_gradient"]
@@ -265,3 +283,152 @@ class FunctionalWrite:
         """`sum over the role's positions of g_ref . Î´`, one per read."""
         delta = self.reads.gather(deltas(cache, self.path, self.layers)[self.target])
         return (self.reference.to(delta.dtype) * delta).sum((1, 2))
+
+
+# --- the family -----------------------------------------------------------------------------------
+
+
+class FunctionalWrites(ScalarFamily, options.PairOptions):
+    """Which write is followed, and through which readout (definitions.md section 5).
+
+    Without scalar rows the reference step is all that is known of an interval: its source.
+    """
+
+    source_component: Annotated[
+        str, options.Option("Component whose write is followed.", kind="component", earlier="source")
+    ]
+    component: Annotated[str, options.Option("MLP that reads it.", kind="mlp", earlier="mlp")]
+    reference_step: Annotated[
+        int, options.Option("Step at which the readout gradients are frozen.", least=0)
+    ]
+    position_role: Annotated[
+        str,
+        options.Option(
+            "Role of the positions that are summed over.", choices=options.ROLES, earlier="role"
+        ),
+    ] = "prediction"
+    scalars: Annotated[
+        tuple[str, ...],
+        options.Option("Answer scalar that is read out.", flag="--scalar", choices=ANSWER_SCALARS),
+    ] = (FIXED_SOURCE,)
+    endpoint_roles: Annotated[
+        tuple[Literal["source", "target"], ...],
+        options.Option(
+            "End of an interval of the scalar rows.", flag="--endpoint-role", earlier="endpoints"
+        ),
+    ] = ("source",)
+    reference_vector: Annotated[
+        Reference, options.Option("post_mlp_gradient or input_gradient.")
+    ] = "post_mlp_gradient"
+    target_vector: Annotated[
+        Target,
+        options.Option("post_mlp_total_delta, mlp_output_delta or input_delta."),
+    ] = "post_mlp_total_delta"
+    record_side: options.RecordSide = "clean"
+    scalar_pair_rows: Annotated[
+        Path | None,
+        options.Option(
+            "Pair rows of answer-scalar-residual-diagnosis, for the competitors.",
+            kind="scalar_pair_rows",
+            unset="those of the reference step",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """The source writes before the MLP; only scalar rows know both ends of an interval."""
+        super().check()
+        WritePath.parse(self.source_component, self.component)
+        if self.scalar_pair_rows is not None:
+            return
+        of_both = [("endpoint_roles", end) for end in self.endpoint_roles if end == "target"]
+        of_both += [("scalars", name) for name in self.scalars if name in OF_THE_TARGET]
+        for name, value in of_both:
+            raise CircuitError(
+                f"{value} needs the other end of an interval",
+                where=f"`{name}`",
+                fix="give `scalar_pair_rows` of answer-scalar-residual-diagnosis",
+            )
+
+    def check_run(self, run: ReplayedRun) -> None:
+        """The reference step has to be addressable."""
+        run.check_addressable(self.reference_step)
+
+    def build(self, inputs: Inputs) -> list[FunctionalWrite]:
+        """One scalar an endpoint and answer scalar: gradients at the reference step, then frozen."""
+        point = inputs.point(self.reference_step)
+        path = WritePath.parse(self.source_component, self.component, point.model)
+        pairs = inputs.pairs(self)
+        batch = inputs.side(pairs, self.record_side)
+        reads = WriteReads.of(batch, self.position_role)
+        values = inputs.vocabulary.value_ids
+        output = self.reference_vector == "post_mlp_gradient"
+        stage = path.output_stage if output else path.input_stage
+        writes = []
+        for endpoint in self.endpoint_roles:
+            competitors = self._competitors(point, batch, pairs, endpoint, values)
+            for name in self.scalars:
+                readout = partial(
+                    _answer_scalar,
+                    answer=batch.reads.answer,
+                    competitors=competitors,
+                    values=values,
+                    name=name,
+                )
+                writes.append(
+                    FunctionalWrite(
+                        path,
+                        reads,
+                        readout_gradient(point.model, reads, path, stage, readout),
+                        layers=inputs.config.model.layers,
+                        target=self.target_vector,
+                        name=f"functional_write.{path}.{name}.{endpoint}",
+                    )
+                )
+        return writes
+
+    def _competitors(
+        self,
+        point: Checkpointed,
+        batch: Batch,
+        pairs: Sequence[Pair],
+        endpoint: str,
+        values: range,
+    ) -> Competitors:
+        """Of each pair: from the scalar rows if given, else the model's at the reference step."""
+        # reads rows of writes, too, which are made of what stands above
+        from circuit.scalars.interval_ends import ENDPOINTS, read_interval_at
+
+        rows = self.scalar_pair_rows
+        if rows is None:
+            with torch.no_grad():
+                logits = point.model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+            own = read_answers(logits, batch.reads.answer, values).competitor
+            return Competitors(own, own)
+        intervals = read_interval_at(
+            rows, pairs, side=self.record_side, endpoint=endpoint, step=point.step
+        )
+        intervals.weights([endpoint])[point.step].check(point, rows)
+        intervals.check_tokens(batch, values)
+        source, target = (
+            torch.tensor(
+                [getattr(row, f"{end}_competitor") for row in intervals.first],
+                device=batch.tokens.device,
+            )
+            for end in ENDPOINTS
+        )
+        return Competitors(source, target)
+
+    def provenance(self, inputs: Inputs) -> dict[str, Any]:
+        """How many pairs there are; shards that took competitors from other rows do not merge."""
+        facts: dict[str, Any] = {"pairs": len(inputs.pairs(self))}
+        if self.scalar_pair_rows is not None:
+            read_typed_rows(self.scalar_pair_rows, ScalarPairRow)  # says what is wrong with it
+            body = self.scalar_pair_rows.read_bytes()
+            facts["scalar_pair_rows_sha256"] = hashlib.sha256(body).hexdigest()
+        return facts
+
+
+def _answer_scalar(
+    logits: Tensor, *, answer: Tensor, competitors: Competitors, values: range, name: str
+) -> Tensor:
+    return answer_scalars(logits, answer, competitors, values)[name]

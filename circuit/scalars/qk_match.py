@@ -9,10 +9,14 @@ are left out, so that it speaks of the matching alone; `biases=True` gives the h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from pydantic import model_validator
+
+from circuit import options
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.components import Component, parse_component
@@ -20,12 +24,18 @@ from circuit.model.stages import stage_before, stage_hook
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.compared import compared_positions
+from circuit.scalars.family import ScalarFamily
+from circuit.tasks.pairs import PAIR_TYPES
 from circuit.tasks.positions import Batch
+from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformer_lens import HookedTransformer
+
+    from circuit.reports.inputs import Inputs
+    from circuit.trace.replay import ReplayedRun
 
 LayerNormMode = Literal["head_ln1", "none"]
 LAYERNORM_MODES: tuple[LayerNormMode, ...] = get_args(LayerNormMode)
@@ -251,3 +261,149 @@ def qk_matches(
         for rank in ranks
         for biases in ((False, True) if rank is None else (False,))
     ]
+
+
+# --- the family -----------------------------------------------------------------------------------
+
+_STEP_BASIS = re.compile(r"step:(\d+)")
+
+
+class QKMatches(ScalarFamily, options.PairOptions):
+    """Whose match is followed, and on which reads of which pairs (definitions.md section 5)."""
+
+    pair_types: Annotated[
+        tuple[str, ...],
+        options.Option(
+            "Pair type that is built; with route_pair_type that one alone.",
+            flag="--route-pair-source-type",
+            choices=PAIR_TYPES,
+        ),
+    ] = ("support_value",)
+    max_pairs_per_type: Annotated[
+        int,
+        options.Option(
+            "Pairs built of each type, at most.", flag="--max-route-pairs-per-type", least=1
+        ),
+    ] = 64
+    min_pairs_per_type: Annotated[
+        int,
+        options.Option(
+            "Fewer pairs of a type are an error.", flag="--min-route-pairs-per-type", least=0
+        ),
+    ] = 16
+    route_pair_type: Annotated[
+        str | None,
+        options.Option(
+            "Pair type that is scored.", choices=PAIR_TYPES, unset="all", earlier="scored_type"
+        ),
+    ] = None
+    head_layer: Annotated[
+        int | None, options.Option("Layer of the heads that are given by number.", least=0)
+    ] = None
+    heads: options.Heads = ()
+    ranks: options.Ranks = (8,)
+    bases: Annotated[
+        tuple[str, ...],
+        options.Option(
+            "source (anew before each step), step:N, or full (the whole matrix).",
+            flag="--basis",
+            kind="basis",
+        ),
+    ] = ("source",)
+    by_lag: Annotated[bool, options.Option("Also follow the reads of each lag apart.")] = False
+    context_stage: options.ContextStage = None
+    layernorm_mode: options.LayernormMode = "head_ln1"
+    score_query_role: options.ScoreQueryRole = "prediction"
+    support_key_role: options.SupportKeyRole = "support_value"
+    distractor_key_role: options.DistractorKeyRole = "value_distractors"
+    record_side: options.RecordSide = "clean"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Heads by number become addresses, and the scored type is the one that is built."""
+        given = dict(given)
+        if given.get("route_pair_type") and "pair_types" not in given:
+            given["pair_types"] = (given["route_pair_type"],)
+        layer = given.pop("head_layer", None)
+        if layer is None:
+            return given
+        numbers = [str(head) for head in given.get("heads") or ()]
+        for number in numbers or ["none"]:
+            if not number.isdecimal():
+                raise CircuitError(
+                    f"{number} with `head_layer` {layer}",
+                    where="`heads`",
+                    expected="a number, or an address such as L2H1 without `head_layer`",
+                )
+        return {**given, "heads": tuple(f"L{layer}H{number}" for number in numbers)}
+
+    def check(self) -> None:
+        """Bases have a form, and what is scored is built."""
+        super().check()
+        for basis in self.bases:
+            if basis not in ("source", "full") and not _STEP_BASIS.fullmatch(basis):
+                raise CircuitError(
+                    f"unknown basis '{basis}'",
+                    where="`bases`",
+                    expected="source, full, or step:N such as step:3000",
+                )
+        if self.route_pair_type is not None and self.route_pair_type not in self.pair_types:
+            raise CircuitError(
+                f"pairs of type {self.route_pair_type} are scored but not built",
+                where="`route_pair_type`",
+                expected=f"one of `pair_types`: {', '.join(self.pair_types)}",
+            )
+
+    def check_model(self, shape: ModelConfig) -> None:
+        """Also refuses a rank that heads do not have."""
+        super().check_model(shape)
+        for rank in self.ranks if set(self.bases) != {"full"} else ():
+            check_rank("a head", rank, shape.d_model // shape.heads)
+
+    def check_run(self, run: ReplayedRun) -> None:
+        """The steps of the bases have to be addressable."""
+        for step in filter(None, map(_STEP_BASIS.fullmatch, self.bases)):
+            run.check_addressable(int(step[1]))
+
+    def reads(self, inputs: Inputs) -> dict[str, ReadMasks]:
+        """The scored reads by suffix of their scalars' names: all, and those of each lag."""
+        pairs = [p for p in inputs.pairs(self) if self.route_pair_type in (None, p.type)]
+        batch = inputs.side(pairs, self.record_side)
+        reads = ReadMasks.of(
+            batch,
+            query_role=self.score_query_role,
+            support_role=self.support_key_role,
+            distractor_role=self.distractor_key_role,
+        )
+        if not self.by_lag:
+            return {"": reads}
+        lags = batch.reads.lag[reads.chosen]
+        by_lag = {f".lag{lag}": reads.where(lags == lag) for lag in sorted(set(lags.tolist()))}
+        return {"": reads, **by_lag}
+
+    def build(self, inputs: Inputs) -> list[QKMatch]:
+        """One scalar a head, rank, basis and group of reads."""
+        shape = inputs.config.model
+        every = [f"L{n}H{h}" for n in range(shape.layers) for h in range(shape.heads)]
+        scalars: list[QKMatch] = []
+        reads_by_suffix = self.reads(inputs)
+        for basis in self.bases:
+            step = _STEP_BASIS.fullmatch(basis)
+            model = inputs.point(int(step[1])).model if step else None
+            for suffix, reads in reads_by_suffix.items():
+                scalars += qk_matches(
+                    self.heads or every,
+                    reads,
+                    layers=shape.layers,
+                    ranks=[None] if basis == "full" else self.ranks,
+                    basis=model,
+                    layernorm_mode=self.layernorm_mode,
+                    context_stage=self.context_stage,
+                    suffix=(f"_of_step{step[1]}" if step else "") + suffix,
+                )
+        return scalars
+
+    def provenance(self, inputs: Inputs) -> dict[str, Any]:
+        """How many reads are scored."""
+        return {"scored_reads": len(self.reads(inputs)[""])}

@@ -22,7 +22,8 @@ from circuit.model import kernels
 from circuit.model.build import build_model
 from circuit.model.components import all_heads
 from circuit.model.kernels import use_fast_kernels
-from circuit.scalars.answers import ANSWER_SCALARS, MOVING, AnswerScalar
+from circuit.scalars.answer_scalar import AnswerScalar
+from circuit.scalars.answers import ANSWER_SCALARS, MOVING
 from circuit.scalars.base import Scalar, evaluate_scalar
 from circuit.scalars.functional_write import TARGETS, FunctionalWrite, WritePath, WriteReads
 from circuit.scalars.head_progress import ScoredReads, head_progress

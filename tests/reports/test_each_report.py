@@ -18,7 +18,7 @@ from tiny_run import RUN
 
 from circuit import CircuitError, read_rows
 from circuit.artifacts import read_jsonl
-from circuit.reports.options import CheckpointOptions, Option, ProbeOptions
+from circuit.options import CheckpointOptions, Option, ProbeOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.runs.opening import open_run

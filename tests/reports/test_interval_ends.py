@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from circuit.artifacts import dump_rows, read_jsonl
-from circuit.reports.interval_ends import read_intervals
+from circuit.scalars.interval_ends import read_intervals
 
 RUN = Path("runs/tiny")
 PROBE = RUN / "analysis" / "probe_set.jsonl"

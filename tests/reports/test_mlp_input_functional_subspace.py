@@ -22,7 +22,7 @@ from circuit.figures.functional_subspace import written_deltas
 from circuit.model.components import ablate
 from circuit.reports.answer_scalar_residual_diagnosis import PAIR_ROWS
 from circuit.reports.inputs import Inputs, PairOptions, open_inputs
-from circuit.reports.interval_ends import ENDPOINTS, read_intervals
+from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.reports.mlp_input_functional_subspace import (
     FunctionalSubspace,
     mlp_input_functional_subspace,

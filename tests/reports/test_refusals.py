@@ -24,7 +24,7 @@ from circuit.cli.app import app
 from command_line import type_in
 from typer.models import ArgumentInfo
 
-from circuit.reports.options import Option
+from circuit.options import Option
 from circuit.reports.report import all_reports
 
 PROBE = "runs/tiny/analysis/probe_set.jsonl"

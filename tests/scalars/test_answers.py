@@ -14,12 +14,12 @@ from transformer_lens import HookedTransformer
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.model.readout import read_answers
+from circuit.scalars.answer_scalar import AnswerScalar
 from circuit.scalars.answers import (
     ANSWER_SCALARS,
     FIXED_SOURCE,
     FIXED_TARGET,
     MOVING,
-    AnswerScalar,
     Competitors,
     answer_scalars,
     fixed_scalars,

@@ -459,7 +459,7 @@ def test_a_second_writer_of_a_run_is_refused(workplace: Path, make_config: MakeC
     ],
 )
 def test_a_state_that_is_not_finite_is_never_saved(
-    make_config: MakeConfig, optimizer: dict[str, Any], stop_at: int
+    workplace: Path, make_config: MakeConfig, optimizer: dict[str, Any], stop_at: int
 ) -> None:
     config = make_config(optimizer=optimizer, gradient_clip=None, eval_every=1, checkpoint_every=1)
     with pytest.raises(CircuitError, match="diverged") as refused:

@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
-from circuit.reports.inputs import Checkpointed, Inputs, PairOptions
+from circuit.options import PairOptions
 from circuit.scalars.answers import FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.scalars.write_products import Readout
 from circuit.schemas import RowKey, ScalarPairRow, find_checkpoint, read_typed_rows
 from circuit.tasks.pairs import Pair
 from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from circuit.reports.inputs import Checkpointed, Inputs
 
 ENDPOINTS = ("source", "target")
 
@@ -145,7 +149,9 @@ class Intervals:
             CircuitError: the probe records do not give a row's pair.
         """
         types = tuple(dict.fromkeys(row.pair_type for row in self.first))
-        built = inputs.pairs(PairOptions(types, max(len(inputs.batch.reads), 1), 0))
+        most = max(len(inputs.batch.reads), 1)
+        every = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
+        built = inputs.pairs(every)
         by_id = {pair.pair_id: pair for pair in built}
         for row in self.first:
             if row.pair_id not in by_id:

@@ -1,0 +1,280 @@
+"""Families of scalars: found by name, each with options of its own, and anybody's.
+
+A family is a module of this package that declares a class, named like neither, of options that
+make scalars; there is no list of them to keep:
+
+    class Loss(ScalarFamily):
+        scope: Annotated[Literal["full_lm", "answer"], Option("Which tokens.")] = "full_lm"
+
+        def build(self, inputs):
+            return [LossScalar(inputs.batch, self.scope)]
+
+On a command line a family is one word, `loss,scope=answer`: the module's name, and its options by
+the names of their flags; a key that stands several times has several values. Where the name is
+`module:name`, the module is anybody's that can be imported from the current folder, and the name is
+a family's class, or a function or class that is called with the inputs first and the word's keys as
+keywords, and gives a scalar or several:
+
+    def copying(inputs: Inputs, layer: int, head: int = 0) -> Scalar: ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from circuit.errors import CircuitError
+from circuit.options import Options
+from circuit.train_config import ModelConfig
+
+if TYPE_CHECKING:
+    from circuit.reports.inputs import Inputs
+    from circuit.scalars.base import Scalar
+    from circuit.trace.replay import ReplayedRun
+
+
+class ScalarFamily(Options):
+    """Options that make scalars; picklable, for every process of an attribution makes its own."""
+
+    def check_run(self, run: ReplayedRun) -> None:
+        """Refuse what the steps of a trace do not have.
+
+        Raises:
+            CircuitError: names it.
+        """
+
+    def build(self, inputs: Inputs) -> Sequence[Scalar]:
+        """The scalars, the same ones whenever it is called.
+
+        Args:
+            inputs: of the report: probe records, pairs, and the trace's states.
+
+        Raises:
+            CircuitError: the records or the model do not have what is asked for.
+        """
+        raise NotImplementedError
+
+    def provenance(self, inputs: Inputs) -> dict[str, Any]:
+        """Facts for the report; what ends in `_digest` or `_sha256` has to be equal in shards."""
+        return {}
+
+
+Given: TypeAlias = "Mapping[str, Sequence[str]]"
+"""The values of each key of a word."""
+
+
+def family_names() -> list[str]:
+    """Every family's name."""
+    package = import_module("circuit.scalars")
+    names = [module.name for module in iter_modules(package.__path__)]
+    return [name for name in names if find_family(name) is not None]
+
+
+def find_family(name: str) -> type[ScalarFamily] | None:
+    """A family by its name, that of its module; None where there is none."""
+    module = f"circuit.scalars.{name}"
+    if not name.isidentifier() or find_spec(module) is None:
+        return None
+    for value in vars(import_module(module)).values():
+        if inspect.isclass(value) and issubclass(value, ScalarFamily):
+            if value.__module__ == module and value is not ScalarFamily:
+                return value
+    return None
+
+
+def keys_of(family: type[ScalarFamily]) -> dict[str, str]:
+    """The fields of a family by the keys of its words, which are called like the flags."""
+    flags = family.flags().items()
+    return {flag.removeprefix("--").replace("-", "_"): name for name, flag in flags}
+
+
+def parse_scalars(word: str) -> ScalarFamily | OwnScalars:
+    """What a word says; a module of one's own is not imported yet.
+
+    Raises:
+        CircuitError: there is no such family or key, or a value is none.
+    """
+    name, given = split_word(word)
+    if ":" in name:
+        return OwnScalars(name, given)
+    family = find_family(name)
+    if family is None:
+        expected = f"one of {', '.join(family_names())}, or module:name of your own"
+        raise CircuitError(f"unknown scalar '{name}'", expected=expected)
+    return _with_options(family, name, given)
+
+
+def split_word(word: str) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """Name and values by key.
+
+    Raises:
+        CircuitError: a part is no `key=value`.
+    """
+    name, *parts = (part.strip() for part in word.split(","))
+    given: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        key, equals, value = (text.strip() for text in part.partition("="))
+        if not key or not equals or not value:
+            raise CircuitError(f"'{part}' in '{word}'", expected="key=value")
+        given[key] = (*given.get(key, ()), value)
+    return name, given
+
+
+def _with_options(family: type[ScalarFamily], name: str, given: Given) -> ScalarFamily:
+    keys = keys_of(family)
+    for key in given:
+        if key not in keys:
+            raise CircuitError(f"{name} has no '{key}'", expected=f"one of {', '.join(keys)}")
+    values = {
+        keys[key]: _value(name, key, texts, family.model_fields[keys[key]].annotation)
+        for key, texts in given.items()
+    }
+    try:
+        return family(**values)
+    except CircuitError as error:
+        raise _of_the_word(error, name, {field: key for key, field in keys.items()}) from None
+
+
+def _of_the_word(error: CircuitError, name: str, keys: Mapping[str, str]) -> CircuitError:
+    """A refusal of a family's options in the words that were typed."""
+
+    def typed(text: str | None) -> str | None:
+        if text is None:
+            return None
+        return re.sub(r"`(\w+)`", lambda match: keys.get(match[1], match[1]), text)
+
+    where = f"{name}, {typed(error.where)}" if error.where else name
+    return CircuitError(
+        typed(error.what) or "", where=where, expected=typed(error.expected), fix=typed(error.fix)
+    )
+
+
+def _value(name: str, key: str, texts: Sequence[str], annotation: Any) -> Any:
+    """What pydantic reads as the type: one text, or several for a tuple or list."""
+    if get_origin(annotation) in (tuple, list) or annotation in (tuple, list):
+        return list(texts)
+    if len(texts) > 1:
+        raise CircuitError(f"{name} has '{key}' {len(texts)} times", expected="once")
+    return texts[0]
+
+
+@dataclass(frozen=True)
+class OwnScalars:
+    """Scalars of somebody's own module, with the members of a `ScalarFamily`.
+
+    Attributes:
+        name: `module:name`.
+        given: texts by keyword.
+    """
+
+    name: str
+    given: Given = field(default_factory=dict)
+
+    def check_model(self, shape: ModelConfig) -> None:
+        """Import the module; refuse what the model does not have if it gives a family.
+
+        Raises:
+            CircuitError: it cannot be imported, has no such name, or does not take a key.
+        """
+        target = self._target()
+        if isinstance(target, ScalarFamily):
+            target.check_model(shape)
+
+    def check_run(self, run: ReplayedRun) -> None:
+        """As the family's, if it is one."""
+        target = self._target()
+        if isinstance(target, ScalarFamily):
+            target.check_run(run)
+
+    def build(self, inputs: Inputs) -> list[Scalar]:
+        """Call it.
+
+        Raises:
+            CircuitError: what it gives are no scalars.
+        """
+        target = self._target()
+        made = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
+        scalars = [made] if hasattr(made, "bind") else list(made)
+        for scalar in scalars:
+            missing = [name for name in ("name", "needs", "bind") if not hasattr(scalar, name)]
+            if missing:
+                raise CircuitError(
+                    f"gave {scalar!r}, which has no {missing[0]}",
+                    where=self.name,
+                    expected="a scalar or several (docs/scalars.md)",
+                )
+        return scalars
+
+    def provenance(self, inputs: Inputs) -> dict[str, Any]:
+        """The module's digest, for its code decides the rows."""
+        path = Path(str(self._module().__file__))
+        return {"scalar_module_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    def _module(self) -> Any:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        module = self.name.partition(":")[0]
+        try:
+            return import_module(module)
+        except (ImportError, ValueError) as error:
+            raise CircuitError(
+                f"module '{module}' cannot be imported ({error})",
+                where=self.name,
+                expected="module:name, importable from the current folder",
+            ) from None
+
+    def _target(self) -> ScalarFamily | Callable[[Inputs], Any]:
+        """The family with its options, or the function with its keywords."""
+        target: Any = self._module()
+        for part in self.name.partition(":")[2].split("."):
+            target = getattr(target, part, None)
+        if inspect.isclass(target) and issubclass(target, ScalarFamily):
+            return _with_options(target, self.name, self.given)
+        if not callable(target):
+            raise CircuitError(
+                "is no function or class of its module", where=self.name, expected="module:name"
+            )
+        keywords = self._keywords(target)
+        return lambda inputs: target(inputs, **keywords)
+
+    def _keywords(self, target: Callable[..., Any]) -> dict[str, Any]:
+        """The given texts as the types that the signature says; text where it says none."""
+        known = list(inspect.signature(target).parameters.values())[1:]
+        try:
+            known = list(inspect.signature(target, eval_str=True).parameters.values())[1:]
+        except NameError:  # a type that is imported for checkers alone: values stay text
+            pass
+        types = {one.name: one.annotation for one in known}
+        values: dict[str, Any] = {}
+        for key, texts in self.given.items():
+            if key not in types:
+                expected = f"one of {', '.join(types)}" if types else "no key"
+                raise CircuitError(f"takes no '{key}'", where=self.name, expected=expected)
+            plain = types[key] is inspect.Parameter.empty or isinstance(types[key], str)
+            kind = str if plain else types[key]
+            try:
+                value = _value(self.name, key, texts, kind)
+                values[key] = TypeAdapter(kind).validate_python(value)
+            except ValidationError as error:
+                what = error.errors()[0]["msg"].removeprefix("Input should be ")
+                raise CircuitError(
+                    f"{key}={texts[0]}", where=self.name, expected=what
+                ) from None
+        for one in known:
+            if one.default is one.empty and one.name not in values and one.kind not in _VARIADIC:
+                raise CircuitError(f"needs '{one.name}'", where=self.name, fix=f"add {one.name}=...")
+        return values
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

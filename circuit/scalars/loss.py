@@ -1,0 +1,65 @@
+"""The loss itself, over the probe records: Loss Change Allocation with the optimizer's terms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from circuit.lazy import torch
+from circuit.options import Option
+from circuit.scalars.answers import LOGITS
+from circuit.scalars.base import Cache, Needs
+from circuit.scalars.family import ScalarFamily
+from circuit.tasks.positions import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformer_lens import HookedTransformer
+
+    from circuit.reports.inputs import Inputs
+
+Scope = Literal["full_lm", "answer"]
+
+
+class Loss(ScalarFamily):
+    """Which tokens of the probe records are predicted."""
+
+    scope: Annotated[
+        Scope, Option("full_lm (every next token, as in training) or answer (of every read).")
+    ] = "full_lm"
+
+    def build(self, inputs: Inputs) -> list[LossScalar]:
+        """The one scalar."""
+        return [LossScalar(inputs.batch, self.scope)]
+
+
+class LossScalar:
+    """Cross-entropy in nats, a value for each predicted token; it telescopes."""
+
+    constant = True
+
+    def __init__(self, batch: Batch, scope: Scope = "full_lm") -> None:
+        """Describe the scalar.
+
+        Args:
+            batch: its records, or the answers of its reads, are predicted.
+        """
+        self.name = f"loss.{scope}"
+        self.needs = Needs(batch.sequences(), (LOGITS,))
+        if scope == "answer":
+            self._row, self._at = batch.reads.row, batch.reads.key_pos
+            self._target = batch.reads.answer
+            return
+        position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        # the token behind each position that has one: the same targets as the training loss
+        self._row, self._at = (position < batch.lengths[:, None] - 1).nonzero(as_tuple=True)
+        self._target = batch.tokens[self._row, self._at + 1]
+
+    def bind(self, model: HookedTransformer) -> LossScalar:
+        """Nothing depends on the step."""
+        return self
+
+    def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
+        """The loss of each predicted token."""
+        logits = cache[LOGITS][self._row, self._at]
+        return torch.nn.functional.cross_entropy(logits, self._target, reduction="none")
