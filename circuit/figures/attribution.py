@@ -34,7 +34,7 @@ GROUP_STOPS = 24
 GROUPS = 16
 """Bars: groups, the others of which share one, and scalars."""
 REST = "the others"
-KINDS: dict[Kind, str] = {"path": "Path contributions", "first_order": "First order"}
+KINDS: dict[Kind, str] = {"path": "Path contributions", "first_order": "First-order contributions"}
 
 
 def series_charts(series: Series) -> list[Chart]:
@@ -213,12 +213,10 @@ def _bars(
     place = named(name).transform_filter(chosen()) if at_chosen else named(name)
     step = ["step"] if at_chosen else []
     y = alt.Y(f"{of}:N").title(None).scale(domain=list(names)).sort(list(names))
+    y = y.axis(labelLimit=300)
     bars = place.mark_bar().encode(
         y=y,
-        x=alt.X("contribution:Q")
-        .title("path contribution")
-        .axis(tickCount=TICKS)
-        .stack("zero"),
+        x=alt.X("contribution:Q").title("path contribution").axis(tickCount=TICKS).stack("zero"),
         color=colour("term", terms, labels=_labels(terms)),
         tooltip=exact(*step, of, "term", "contribution"),
     )

@@ -274,7 +274,9 @@ class Attribution(Report[A]):
             "scalar": "scalar",
             "steps": "steps",
             "actual": ("actual", "+.4g"),
-            **{key: (name, "+.4g" if name != "rounding" else "+.1g") for key, name in terms.items()},
+            **{
+                key: (name, "+.4g" if name != "rounding" else "+.1g") for key, name in terms.items()
+            },
             "closure": ("closure %", ".2g"),
             "closure_first_order": ("1st order %", ".2g"),
             "sign_matches": ("same sign", ".0%"),
@@ -487,7 +489,9 @@ def _read_shard(folder: Path) -> _Shard:
             _ = shard.settings(), trace["state_at_end"], trace["state_at_start"]
             return shard
         except (KeyError, TypeError) as error:
-            raise CircuitError(f"is no report of {report.command} ({error!r})", where=path) from None
+            raise CircuitError(
+                f"is no report of {report.command} ({error!r})", where=path
+            ) from None
     raise CircuitError(
         "holds no attribution", where=folder, expected="the output folder of an attribution"
     )

@@ -158,7 +158,9 @@ class AnswerScalars(ScalarFamily, options.PairOptions):
             if step is None:
                 return None
             with torch.no_grad():
-                logits = inputs.point(step).model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+                logits = inputs.point(step).model(batch.tokens)[
+                    batch.reads.row, batch.reads.key_pos
+                ]
             return read_answers(logits, batch.reads.answer, values).competitor
 
         of_end = {False: competitors(self.source_step), True: competitors(self.target_step)}

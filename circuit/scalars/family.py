@@ -86,11 +86,9 @@ def find_family(name: str) -> type[ScalarFamily] | None:
     module = f"circuit.scalars.{name}"
     if not name.isidentifier() or find_spec(module) is None:
         return None
-    for value in vars(import_module(module)).values():
-        if inspect.isclass(value) and issubclass(value, ScalarFamily):
-            if value.__module__ == module and value is not ScalarFamily:
-                return value
-    return None
+    classes = [one for one in vars(import_module(module)).values() if inspect.isclass(one)]
+    families = [one for one in classes if issubclass(one, ScalarFamily) and one != ScalarFamily]
+    return next((one for one in families if one.__module__ == module), None)
 
 
 def keys_of(family: type[ScalarFamily]) -> dict[str, str]:
@@ -250,11 +248,7 @@ class OwnScalars:
 
     def _keywords(self, target: Callable[..., Any]) -> dict[str, Any]:
         """The given texts as the types that the signature says; text where it says none."""
-        known = list(inspect.signature(target).parameters.values())[1:]
-        try:
-            known = list(inspect.signature(target, eval_str=True).parameters.values())[1:]
-        except NameError:  # a type that is imported for checkers alone: values stay text
-            pass
+        _, *known = _signature(target).parameters.values()
         types = {one.name: one.annotation for one in known}
         values: dict[str, Any] = {}
         for key, texts in self.given.items():
@@ -268,13 +262,20 @@ class OwnScalars:
                 values[key] = TypeAdapter(kind).validate_python(value)
             except ValidationError as error:
                 what = error.errors()[0]["msg"].removeprefix("Input should be ")
-                raise CircuitError(
-                    f"{key}={texts[0]}", where=self.name, expected=what
-                ) from None
+                raise CircuitError(f"{key}={texts[0]}", where=self.name, expected=what) from None
         for one in known:
             if one.default is one.empty and one.name not in values and one.kind not in _VARIADIC:
-                raise CircuitError(f"needs '{one.name}'", where=self.name, fix=f"add {one.name}=...")
+                raise CircuitError(
+                    f"needs '{one.name}'", where=self.name, fix=f"add {one.name}=..."
+                )
         return values
+
+
+def _signature(target: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(target, eval_str=True)
+    except NameError:  # a type is imported for checkers alone: its values stay text
+        return inspect.signature(target)
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

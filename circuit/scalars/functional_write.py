@@ -295,7 +295,8 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
     """
 
     source_component: Annotated[
-        str, options.Option("Component whose write is followed.", kind="component", earlier="source")
+        str,
+        options.Option("Component whose write is followed.", kind="component", earlier="source"),
     ]
     component: Annotated[str, options.Option("MLP that reads it.", kind="mlp", earlier="mlp")]
     reference_step: Annotated[
@@ -354,7 +355,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
         run.check_addressable(self.reference_step)
 
     def build(self, inputs: Inputs) -> list[FunctionalWrite]:
-        """One scalar an endpoint and answer scalar: gradients at the reference step, then frozen."""
+        """One scalar an endpoint and answer scalar, with gradients of the reference step."""
         point = inputs.point(self.reference_step)
         path = WritePath.parse(self.source_component, self.component, point.model)
         pairs = inputs.pairs(self)

@@ -178,6 +178,6 @@ def test_windows_outside_are_refused(window: tuple[int, int]) -> None:
     a, b = window
     with pytest.raises(CircuitError, match=rf"window {a}:{b}; expected start < end within 8:12"):
         series.window(a, b)
-    with pytest.raises(CircuitError, match=rf"--window: window {a}:{b}; expected .* 8:12"):
+    with pytest.raises(CircuitError, match=rf"`windows`: window {a}:{b}; expected .* 8:12"):
         check_windows([(8, 12), window], 8, 12)
     check_windows([(8, 9), (9, 12), (8, 12)], 8, 12)

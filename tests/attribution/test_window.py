@@ -83,8 +83,11 @@ def recorded(config: TrainConfig, folder: Path, **options: Any) -> Path:
 
 def text(job: Job, *windows: tuple[int, int], workers: int = 1, anew: bool = True) -> str:
     """The rows of some windows, one after the other, each by a worker of its own if `anew`."""
-    worker = None if anew else job.prepare()
-    found = (attribute_window(job, *window, worker=worker, workers=workers) for window in windows)
+    shared = job.prepare()
+    found = (
+        attribute_window(job.prepare() if anew else shared, *window, workers=workers)
+        for window in windows
+    )
     return "".join(dump_rows(rows) for window in found for rows in window)
 
 
@@ -135,18 +138,8 @@ def test_one_worker_may_go_backwards(jobs: dict[str, Job], whole: dict[str, str]
 
 
 def test_two_processes_make_the_rows_of_one(jobs: dict[str, Job], whole: dict[str, str]) -> None:
-    done: list[int] = []
-    found = attribute_window(jobs["source"], 2, 12, workers=2, progress=done.append)
-    rows = "".join(dump_rows(rows) for rows in found)
+    rows = text(jobs["source"], (2, 12), workers=2)
     assert rows.splitlines() == whole["source"].splitlines()[2:]
-    assert done == [4, 8, 12]
-
-
-def test_progress_names_every_step(jobs: dict[str, Job]) -> None:
-    done: list[int] = []
-    worker = jobs["source"].prepare()
-    list(attribute_window(jobs["source"], 5, 9, worker=worker, progress=done.append))
-    assert done == [6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("at_least", [1, 2, 3, 8])
@@ -197,7 +190,7 @@ def test_terms_of_sgd_have_their_own_names(
         {**config.model_dump(), "optimizer": optimizer, "gradient_clip": None}
     )
     folder = recorded(sgd, tmp_path / "sgd", end_step=5)
-    found = [row for (row,) in attribute_window(Job(folder, Matches()), 0, 5)]
+    found = [row for (row,) in attribute_window(Job(folder, Matches()).prepare(), 0, 5)]
     for row in found:
         assert tuple(row["path"]) == (*SGDRule.names, "rounding")
         assert row["clip_factor"] == 1.0
@@ -216,9 +209,9 @@ def test_terms_of_sgd_have_their_own_names(
 def test_a_scope_of_answers_adds_one_reference_and_changes_no_term(
     jobs: dict[str, Job], trace: Path
 ) -> None:
-    plain = list(attribute_window(jobs["source"], 3, 6))
+    plain = list(attribute_window(jobs["source"].prepare(), 3, 6))
     scoped = dataclasses.replace(jobs["source"], loss_scope="answer")
-    for (one,), (other,) in zip(plain, attribute_window(scoped, 3, 6), strict=True):
+    for (one,), (other,) in zip(plain, attribute_window(scoped.prepare(), 3, 6), strict=True):
         added = set(other["references"]) - set(one["references"])
         assert added == {"answer_raw_sgd"}
         assert other["references"].pop("answer_raw_sgd") != one["references"]["raw_sgd"]
@@ -241,11 +234,12 @@ def test_bad_jobs_are_refused_before_a_step_is_replayed(
         Job(trace, Matches(repeated=2)).prepare()
     with pytest.raises(CircuitError, match="there is no trace here"):
         Job(trace / "nowhere", Matches()).prepare()
+    worker = jobs["source"].prepare()
     with pytest.raises(CircuitError, match="0 workers; expected at least 1"):
-        list(attribute_window(jobs["source"], 0, 4, workers=0))
+        list(attribute_window(worker, 0, 4, workers=0))
     for window in ((0, 13), (4, 4), (6, 5), (-1, 3)):
         with pytest.raises(CircuitError, match=r"expected start < end within 0:12"):
-            list(attribute_window(jobs["source"], *window, workers=2))
+            list(attribute_window(worker, *window, workers=2))
 
 
 def test_a_step_that_does_not_replay_ends_the_attribution(
@@ -259,8 +253,7 @@ def test_a_step_that_does_not_replay_ends_the_attribution(
         return {**row, "loss": 0.0} if step == 3 else row
 
     monkeypatch.setattr(worker.run.store, "row", other)
-    done: list[int] = []
+    steps = attribute_window(worker, 0, 6)
+    assert [next(steps)[0]["step"], next(steps)[0]["step"]] == [1, 2]
     with pytest.raises(CircuitError, match="step 3 does not replay: it first differs in loss"):
-        for _ in attribute_window(jobs["source"], 0, 6, worker=worker, progress=done.append):
-            pass
-    assert done == [1, 2]
+        next(steps)
