@@ -199,7 +199,7 @@ def register(app: typer.Typer, groups: dict[str, typer.Typer], words: Sequence[s
 
     named = find_report(words[0]) if words else None
     for kind in [named] if named else _all():
-        for name in kind.names or (kind.command,):
+        for name in (kind.names or (kind.command,)) if kind.generated else ():
             group, _, last = name.rpartition(" ")
             place = groups[group] if group else app
             panel = None if group else kind.panel

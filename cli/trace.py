@@ -12,7 +12,16 @@ from rich.progress import Progress as Bar
 from circuit import CircuitError
 
 from . import complete, options
-from .output import print_json, print_written, progress_bar, sparkline, stderr, stdout, table
+from .output import (
+    print_json,
+    print_table,
+    print_written,
+    progress_bar,
+    sparkline,
+    stderr,
+    stdout,
+    table,
+)
 from .reports import ReportBar, flags_for_fields, print_result
 from .training import load_train_config
 
@@ -139,10 +148,7 @@ def record(
         paths = files + [str(path) for path in report.paths]
         print_json({"law": report.law, "summary": report.summary, "paths": paths})
         return
-    made = table(None, ["term", "mean norm over steps"])
-    for name, value in report.summary["mean_term_norms"].items():
-        made.add_row(name, f"{value:.4g}")
-    stdout.print(made)
+    print_table(report.tables[0])
     print_written([store.root, *report.paths])
     stdout.print(f"{report.summary['bytes'] / 1e6:.1f} MB on disk")
     stdout.print(report.law, soft_wrap=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from circuit import options
 from circuit.artifacts import Row
 from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
 from circuit.lazy import no_grad, np, torch
 from circuit.model.components import all_heads
 from circuit.model.readout import read_answers
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
-from circuit import options
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table

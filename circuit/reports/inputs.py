@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
-from circuit.lazy import torch
 from circuit.model.weights import load_tensors
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.pairs import Pair, build_pairs, check_pair_types, pair_batch

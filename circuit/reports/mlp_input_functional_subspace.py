@@ -30,9 +30,9 @@ from circuit.lazy import pd
 from circuit.model.subspaces import check_rank
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import open_inputs
-from circuit.scalars.interval_ends import ENDPOINTS, End, Intervals, read_intervals
 from circuit.scalars.answers import FIXED_SOURCE, check_scalar_names
 from circuit.scalars.functional_write import WritePath
+from circuit.scalars.interval_ends import ENDPOINTS, End, Intervals, read_intervals
 from circuit.scalars.write_products import SIZES, SUMMED, Measured, measure
 from circuit.tasks.groups import GROUPS, group_tokens
 from circuit.tasks.pairs import PAIR_TYPES, SIDES

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from circuit.artifacts import OutputFolder, dump_json
-from circuit.figures.style import svg
-from circuit.figures.trace import terms_over_steps
+from circuit.config import digest_of
+from circuit.figures.attribution import thinned
+from circuit.figures.charts import (
+    INK,
+    TERM_NAMES,
+    Chart,
+    at_step,
+    chart,
+    colour,
+    exact,
+    named,
+    steps,
+)
+from circuit.lazy import alt
+from circuit.reports.report import SCHEMA, Report, Results, markdown
+from circuit.reports.tables import Table
 from circuit.strict_json import parse_json
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
@@ -21,6 +35,109 @@ from circuit.train_config import TrainConfig
 from circuit.training.loop import TrainResult, train
 
 NAME = "optimizer_update_trace"
+STOPS = 300
+"""Steps that are drawn."""
+
+
+class OptimizerUpdateTrace(Report[RecordOptions]):
+    """Record every optimizer step of a run: terms, digests, and full states at anchors.
+
+    The recording writes its own folder (`optimizer_update_trace`, `train_traced`); here stands what
+    is shown of it.
+    """
+
+    command = COMMAND
+    Options = RecordOptions
+    generated = False
+    title = "Loss, and the size of the update's terms"
+    question = "How large is each term of the optimizer's updates, step by step?"
+
+    @classmethod
+    def size(cls, results: Results[RecordOptions]) -> tuple[float, ...]:
+        return (results.summary["steps"],)
+
+    @classmethod
+    def notes(cls, results: Results[RecordOptions]) -> list[str]:
+        s = results.summary
+        return [
+            f"Steps {s['start_step']} to {s['end_step']} of {s['optimizer']}, {s['anchors']} full"
+            f" states, {s['bytes'] / 1e6:.1f} MB on disk. Mean clip factor"
+            f" {s['mean_clip_factor']:.4f}; loss {s['first_loss']:.4f} at the first step,"
+            f" {s['last_loss']:.4f} at the last.",
+            "`raw_sgd` and `clipped_sgd` are not part of the update: they are what plain SGD would"
+            " have done with the same gradient. Norms do not add up; the vectors do.",
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[RecordOptions]) -> list[Table]:
+        whole = results.summary["mean_update_norm"]
+        norms = [
+            {"term": name, "norm": norm, "share": norm / whole if whole else None}
+            for name, norm in results.summary["mean_term_norms"].items()
+        ]
+        columns = {
+            "term": "term",
+            "norm": ("mean norm over steps", ".4g"),
+            "share": ("share of the update's mean norm", ".3g"),
+        }
+        moved = [
+            {"tensor": name, "steps": times}
+            for name, times in results.summary["most_moved_tensors"].items()
+        ]
+        return [
+            Table("Terms", columns, norms, console=len(norms)),
+            Table("Tensors that moved most", {"tensor": "tensor", "steps": "in steps"}, moved),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[RecordOptions]) -> list[Chart]:
+        rows = list(results.rows())
+        stops = set(thinned([row["step"] for row in rows], STOPS))
+        drawn = [row for row in rows if row["step"] in stops]
+        losses = [{"step": row["step"], "loss": row["loss"]} for row in drawn]
+        names = ["update", *(name for name in rows[0]["term_norms"] if name in TERM_NAMES)]
+        norms = [
+            {"step": row["step"], "term": name, "norm": norm}
+            for row in drawn
+            for name, norm in {"update": row["update_norm"], **row["term_norms"]}.items()
+            if name in names and norm  # a log scale has no zero
+        ]
+        shade = colour("term", names, labels=TERM_NAMES, palette=[INK, *COLOURS])
+        return [
+            _course(f"{NAME}_loss", "Batch loss", {"trace_losses": losses}, "loss", "loss (nats)"),
+            _course(
+                NAME,
+                "Norms of the update and its terms",
+                {"trace_norms": norms},
+                "norm",
+                "Euclidean norm",
+                shade,
+            ),
+        ]
+
+
+COLOURS = [f"var(--c{number})" for number in range(1, 8)]
+
+
+def _course(
+    name: str,
+    title: str,
+    data: Mapping[str, Sequence[Mapping[str, Any]]],
+    y: str,
+    y_title: str,
+    shade: alt.Color | None = None,
+) -> Chart:
+    (key,) = data
+    lines = (
+        named(key)
+        .mark_line(strokeWidth=1.3, color=INK)
+        .encode(
+            x=steps(),
+            y=alt.Y(f"{y}:Q").title(y_title).scale(type="log").axis(tickCount=5),
+            tooltip=exact("step", *(["term"] if shade else []), y),
+        )
+    )
+    return chart(name, title, data, lines.encode(color=shade) if shade else lines, at_step())
 
 
 @dataclass(frozen=True)
@@ -32,6 +149,7 @@ class TraceReport:
     law: str
     """What was checked, in one sentence."""
     paths: list[Path]
+    tables: Sequence[Table]
 
 
 def optimizer_update_trace(
@@ -95,13 +213,19 @@ def _report(
     store = record.store
     summary = summarize(store, record.history)
     law = closing_law(summary)
-    report = {
-        "schema_version": 1,
+    kind = OptimizerUpdateTrace
+    results = Results(options, summary, lambda name, holding: store.rows)
+    charts, tables = kind.charts(results), kind.tables(results)
+    texts = {f"{one.name}.svg": one.svg() for one in charts}
+    title = f"Optimizer update trace of {store.manifest.config.name}"
+    texts[f"{NAME}_report.md"] = markdown(title, law, kind.notes(results), charts, tables)
+    payload = {
+        "schema_version": SCHEMA,
         "command": COMMAND,
-        "parameters": _parameters(options) | {"config": config.model_dump(mode="json")},
+        "parameters": options.to_json(),
         "law": law,
-        "paths": [MANIFEST, ROWS, f"{NAME}.svg", f"{NAME}_report.md", f"{NAME}_report.json"],
         "summary": summary,
+        "paths": [MANIFEST, ROWS, *texts],
         "provenance": {
             "environment": store.manifest.environment,
             **config.provenance(store.manifest.benchmark_digest),
@@ -111,13 +235,10 @@ def _report(
             "steps_of_this_call": record.steps,
         },
     }
+    texts[f"{NAME}_report.json"] = dump_json({**payload, "digest": digest_of(payload)})
     with OutputFolder(store.root, COMMAND, resume=True) as folder:
-        paths = [
-            folder.write_text(f"{NAME}.svg", svg(terms_over_steps(store.rows))),
-            folder.write_text(f"{NAME}_report.md", _page(store, summary, law)),
-            folder.write_text(f"{NAME}_report.json", dump_json(report)),
-        ]
-    return TraceReport(record, summary, law, paths)
+        paths = [folder.write_text(name, text) for name, text in texts.items()]
+    return TraceReport(record, summary, law, paths, tables)
 
 
 def _recorded_overrides(trace: Path) -> list[dict[str, Any]]:
@@ -183,13 +304,6 @@ def trace_bytes(store: TraceStore) -> int:
     return sum(path.stat().st_size for path in paths if path.exists())
 
 
-def _parameters(options: RecordOptions) -> dict[str, Any]:
-    payload = asdict(options)
-    if options.resume_checkpoint is not None:
-        payload["resume_checkpoint"] = str(options.resume_checkpoint)
-    return payload
-
-
 def _most_moved(rows: Sequence[Mapping[str, Any]], count: int = 10) -> dict[str, int]:
     """How often each tensor was among a step's top parameters; the most frequent ones."""
     times: dict[str, int] = {}
@@ -198,37 +312,3 @@ def _most_moved(rows: Sequence[Mapping[str, Any]], count: int = 10) -> dict[str,
             times[entry["name"]] = times.get(entry["name"], 0) + 1
     ranked = sorted(times.items(), key=lambda item: (-item[1], item[0]))
     return dict(ranked[:count])
-
-
-def _page(store: TraceStore, summary: Mapping[str, Any], law: str) -> str:
-    config = store.manifest.config
-    lines = [
-        f"# Optimizer update trace of {config.name}",
-        "",
-        f"Steps {summary['start_step']} to {summary['end_step']} of {config.optimizer.name},"
-        f" {summary['anchors']} full states, {summary['bytes'] / 1e6:.1f} MB.",
-        "",
-        f"**{law[0].upper()}{law[1:]}.**",
-        "",
-        f"![loss and norms of the terms]({NAME}.svg)",
-        "",
-        "| term | mean norm over steps | share of the update's mean norm |",
-        "|---|---:|---:|",
-    ]
-    total = summary["mean_update_norm"]
-    for name, value in summary["mean_term_norms"].items():
-        share = f"{value / total:.3g}" if total else "-"
-        lines.append(f"| `{name}` | {value:.4g} | {share} |")
-    lines += [
-        "",
-        "`raw_sgd` and `clipped_sgd` are not part of the update: they are what plain SGD would have"
-        " done with the same gradient. Norms do not add up; the vectors do.",
-        "",
-        f"Mean clip factor {summary['mean_clip_factor']:.4f}; loss {summary['first_loss']:.4f} at"
-        f" the first step, {summary['last_loss']:.4f} at the last.",
-        "",
-        "| tensor that moved most | in steps |",
-        "|---|---:|",
-    ]
-    lines += [f"| `{name}` | {times} |" for name, times in summary["most_moved_tensors"].items()]
-    return "\n".join(lines) + "\n"

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from circuit import options
 from circuit.artifacts import Row
 from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
 from circuit.lazy import no_grad, torch
 from circuit.model.dla import attribute_logits, dla_hooks
 from circuit.model.readout import read_answers
-from circuit import options
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table

@@ -28,8 +28,8 @@ from circuit.config import digest_of
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
-from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
 from circuit.options import CheckpointOptions, Options, ProbeOptions
+from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
 from circuit.reports.tables import Table
 from circuit.strict_json import parse_json
 from circuit.train_config import ModelConfig, TrainConfig
@@ -101,6 +101,8 @@ class Report(Generic[O]):
         names: words of the command line, where they are not `command` alone.
         panel: heading of the command in `--help`.
         reads_run: whether it takes a run's config.
+        generated: whether `run_report` makes it, and the command line its command; else both are
+            of its own.
         title, question: of its panel on the page.
         place: of the panel among others; where there is none, the page shows the report but does
             not ask for it.
@@ -112,6 +114,7 @@ class Report(Generic[O]):
     names: ClassVar[tuple[str, ...]] = ()
     panel: ClassVar[str] = "Circuits"
     reads_run: ClassVar[bool] = True
+    generated: ClassVar[bool] = True
     title: ClassVar[str] = ""
     question: ClassVar[str] = ""
     place: ClassVar[int | None] = None

@@ -36,8 +36,8 @@ from circuit.lazy import alt, torch
 from circuit.model.components import Component
 from circuit.model.subspaces import svd_of_product
 from circuit.model.weights import layer_weights
-from circuit.reports.inputs import check_headers, states_at
 from circuit.options import CheckpointOptions, Option
+from circuit.reports.inputs import check_headers, states_at
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table
 from circuit.trace.states import States

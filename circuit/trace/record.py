@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from circuit.artifacts import OutputFolder
 from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts, prepare_process, recorded_facts
 from circuit.errors import CircuitError
+from circuit.options import Option, Options
 from circuit.trace.compare import state_difference
 from circuit.trace.states import States
 from circuit.trace.step import TracedStep, Tracer
@@ -34,25 +35,38 @@ from circuit.training.setup import Setup, check_state
 DIGEST_ALGORITHM = "sha256 over dtype, shape and bytes of the flat float32 vector or token batch"
 
 
-@dataclass(frozen=True)
-class RecordOptions:
+class RecordOptions(Options):
     """What to record."""
 
-    end_step: int | None = None
-    num_steps: int | None = None
-    resume_checkpoint: Path | None = None
-    """Start at this saved state instead of at the initial weights."""
-    anchor_every: int = 50
-    checkpoint_every: int = 1
-    checkpoint_start_step: int = 0
-    storage: Literal["anchors", "dense"] = "anchors"
-    top_k_parameters: int = 10
-    require_historical_replay: bool = False
+    end_step: Annotated[int | None, Option("Last step to record.", least=1)] = None
+    num_steps: Annotated[
+        int | None, Option("How many steps, where `end_step` is not given.", least=1)
+    ] = None
+    resume_checkpoint: Annotated[
+        Path | None,
+        Option(
+            "Start at this checkpoint of the run.", kind="checkpoint", unset="the initial weights"
+        ),
+    ] = None
+    anchor_every: Annotated[int, Option("Steps between stored full states.", least=1)] = 50
+    checkpoint_every: Annotated[int, Option("Steps between addressable checkpoints.", least=1)] = 1
+    checkpoint_start_step: Annotated[int, Option("First addressable step.", least=0)] = 0
+    storage: Annotated[
+        Literal["anchors", "dense"],
+        Option("anchors (replays the steps between) or dense (stores every addressable step)."),
+    ] = "anchors"
+    top_k_parameters: Annotated[
+        int, Option("Tensors listed per step, by size of their update.", least=1)
+    ] = 10
+    require_historical_replay: Annotated[
+        bool,
+        Option("Prove that every checkpoint that the run saved is reached bit for bit, or fail."),
+    ] = False
 
-    def __post_init__(self) -> None:
-        for name in ("anchor_every", "checkpoint_every", "top_k_parameters"):
-            if getattr(self, name) < 1:
-                raise CircuitError(f"{name} is {getattr(self, name)}", expected="at least 1")
+    def words(self) -> list[str]:
+        """With the start that the command line asks for."""
+        start = [] if self.resume_checkpoint else ["--from-initialization"]
+        return [*start, *super().words()]
 
 
 @dataclass(frozen=True)

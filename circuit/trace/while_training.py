@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +78,9 @@ class TraceRecorder:
                 "is the run's own folder", where=root, expected="a folder of the trace's own"
             )
         endless = self.options.end_step is None and self.options.num_steps is None
-        self.planned = replace(self.options, end_step=config.steps) if endless else self.options
+        self.planned = (
+            self.options.model_copy(update={"end_step": config.steps}) if endless else self.options
+        )
         self._resume = resume
         outputs = OutputFolder(root, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
         with outputs as self._outputs, ExitStack() as self._open:

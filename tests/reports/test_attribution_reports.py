@@ -1,10 +1,10 @@
-"""The attribution commands, as they are typed: files, shards, options, and what they refuse."""
+"""Attributions: windows, heads and lags that add up, shards that join, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from command_line import type_in
 from tiny_run import MadeOnce
 
 from circuit.artifacts import read_jsonl
-from circuit.attribution.window import ScalarSource
-from circuit.config import load_config
-from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
-from circuit.reports.inputs import PairOptions, traced_inputs
+from circuit.config import digest_of, load_config
+from circuit.errors import CircuitError
+from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
+    QKAttribution,
+    QKAttributionOptions,
+)
+from circuit.reports.inputs import traced_inputs
+from circuit.reports.report import ReportResult, run_report
 from circuit.scalars.base import evaluate_scalar
-from circuit.scalars.qk_match import QKMatch
+from circuit.scalars.qk_match import QKMatch, QKMatches
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
@@ -30,7 +34,6 @@ PROBES = RUN / "analysis/probe_set.jsonl"
 CONFIG = RUN / "run_config.json"
 BASE = ("--config", str(CONFIG), "--probe-set", str(PROBES))
 BASE += ("--optimizer-trace-dir", "trace", "--min-route-pairs-per-type", "4")
-HEAD = ("--head-layer", "1", "--head", "1", "--rank", "3")
 CONTRACT = (
     *("--device", "cpu", "--head-layer", "1", "--head", "1", "--rank", "8"),
     *("--context-stage", "layer_0_post_mlp", "--layernorm-mode", "head_ln1"),
@@ -41,18 +44,21 @@ CONTRACT = (
     *("--loss-scope", "full_lm", "--overwrite"),
 )
 Circuit = Callable[..., Any]
+Attribute = Callable[..., ReportResult]
 
 
-def scalars_of(source: ScalarSource, run: ReplayedRun) -> Sequence[Any]:
-    return source.scalars(source.inputs(run))
+def options(**changes: Any) -> QKAttributionOptions:
+    base = {"probe_set": PROBES, "optimizer_trace_dir": Path("trace"), "min_pairs_per_type": 4}
+    return QKAttributionOptions(**{**base, "heads": ("L1H1",), "ranks": (3,), **changes})
 
 
 @pytest.fixture
-def qk(circuit: Circuit, traced: Path) -> Circuit:
-    """Types `circuit trace qk`, with the folder that it writes to and further words."""
+def qk(traced: Path, trained: Path) -> Attribute:
+    """Attributes one head's match, with other options, into a folder."""
 
-    def run(folder: str, *words: str, base: tuple[str, ...] = BASE) -> Any:
-        return circuit("trace", "qk", *base, "--output-dir", folder, *words)
+    def run(folder: str, **changes: Any) -> ReportResult:
+        config = load_config(CONFIG, TrainConfig)
+        return run_report(QKAttribution, config, options(**changes), folder)
 
     return run
 
@@ -73,60 +79,37 @@ def files_of(folder: str | Path, *, but: tuple[str, ...] = ()) -> dict[str, byte
     return {path.name: path.read_bytes() for path in found if not path.name.endswith(own)}
 
 
-def test_the_contracts_command_leaves_its_outputs(qk: Circuit, circuit: Circuit) -> None:
-    words = (QK.replace("_", "-"), *BASE[:6], "--output-dir", "out", *CONTRACT)
-    done = circuit(*words)
+def test_the_contracts_command_leaves_its_outputs(circuit: Circuit, traced: Path) -> None:
+    done = circuit(QK.replace("_", "-"), *BASE[:6], "--output-dir", "out", *CONTRACT)
     assert (done.code, done.err) == (0, "")
     names = [f"{QK}_report.json", f"{QK}_report.md", f"{QK}_rows.jsonl"]
-    assert sorted(files_of("out")) == [*names, "groups_circuit.svg", "terms.svg"]
+    figures = ["closure.svg", "groups_circuit.svg", "terms.svg", "terms_first_order.svg"]
+    assert sorted(files_of("out")) == sorted([*names, *figures])
     rows, report = rows_of("out"), report_of("out")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert {row["scalar"] for row in rows} == {"qk_match.L1H1.rank8"}
     assert report["law"].startswith("the contributions to qk_match.L1H1.rank8 over steps 0:12")
-    (summary,) = report["summary"]["windows"]
-    assert summary["actual"] == pytest.approx(sum(row["actual"] for row in rows))
-    given = report["parameters"]
-    assert (given["heads"], given["ranks"], given["path"]) == (["L1H1"], [8], "simpson")
+    assert (report["parameters"]["heads"], report["parameters"]["head_layer"]) == (["L1H1"], None)
     assert report["provenance"]["trace"]["state_at_start"] == ReplayedRun.open(
         "trace"
     ).store.state_digests(0)
-    assert str(Path.cwd()) not in "".join(
-        body.decode() for name, body in files_of("out").items() if name != names[0]
-    )
-    # under its other name: the same bytes
-    assert qk("short", *CONTRACT[:-1]).code == 0
+    # under its other name, and as a scalar of its family: the same bytes
+    assert circuit("trace", "qk", *BASE[:6], "--output-dir", "short", *CONTRACT[:-1]).code == 0
     first, short = (files_of(folder, but=("report.json",)) for folder in ("out", "short"))
     assert first == short
+    word = "qk_match,head_layer=1,head=1,rank=8,min_route_pairs_per_type=4"
+    words = (*BASE[:6], "--scalar", word, "--output-dir", "any")
+    assert circuit("trace", "attribute", *words).code == 0
+    any_rows = Path("any/scalar_attribution_rows.jsonl").read_bytes()
+    assert any_rows == (Path("out") / names[2]).read_bytes()
 
 
-def test_an_earlier_report_is_kept_unless_told(qk: Circuit) -> None:
-    assert qk("out", *HEAD, "--end-step", "2").code == 0
-    before = files_of("out")
-    again = qk("out", *HEAD, "--end-step", "3")
-    assert (again.code, again.out) == (2, "")
-    assert "pass --overwrite" in again.err
-    assert files_of("out") == before
-    bad = qk("out", *HEAD[:-1], "9", "--overwrite")  # refused input leaves the earlier report
-    assert (bad.code, files_of("out")) == (2, before)
-    assert qk("out", *HEAD, "--end-step", "3", "--overwrite").code == 0
-    assert len(rows_of("out")) == 3
-
-
-def test_json_is_one_object_whose_paths_exist(qk: Circuit) -> None:
-    done = qk("out", *HEAD, "--end-step", "2", "--json")
-    assert (done.code, done.err) == (0, "")
-    assert done.payload["law"] == report_of("out")["law"]
-    assert all(Path(path).is_file() for path in done.payload["paths"])
-
-
-def test_every_window_is_the_sum_of_its_rows(qk: Circuit) -> None:
-    windows = ("--window", "0:5", "--window", "5:12", "--window", "3:4")
-    assert qk("out", *HEAD, *windows, "--partition", "layer", "--partition", "circuit").code == 0
-    rows, report = rows_of("out"), report_of("out")
-    page = (Path("out") / f"{QK}_report.md").read_text()
-    for summary, (a, b) in zip(
-        report["summary"]["windows"], [(0, 12), (0, 5), (5, 12), (3, 4)], strict=True
-    ):
+def test_every_window_is_the_sum_of_its_rows(qk: Attribute) -> None:
+    windows = ((0, 12), (0, 5), (5, 12), (3, 4))
+    texts = tuple(f"{a}:{b}" for a, b in windows[1:])
+    result = qk("out", windows=texts, partitions=("layer", "circuit"))
+    rows = rows_of("out")
+    for summary, (a, b) in zip(result.summary["windows"], windows, strict=True):
         assert (summary["start_step"], summary["end_step"]) == (a, b)
         for term, share in summary["path"].items():
             own = sum(row["path"][term] for row in rows[a:b])
@@ -134,14 +117,13 @@ def test_every_window_is_the_sum_of_its_rows(qk: Circuit) -> None:
             for groups in summary["groups"].values():
                 total = sum(kinds["path"][term] for kinds in groups.values())
                 assert total == pytest.approx(own, rel=1e-7, abs=1e-9)
-        assert f"| {a}:{b} | {summary['actual']:+.4g} |" in page
-    assert {"groups_layer.svg", "groups_circuit.svg"} <= set(files_of("out"))
+    drawn = {path.name for path in result.figures}
+    assert {"groups_layer.svg", "groups_circuit.svg"} <= drawn
 
 
-def test_all_heads_bases_and_lags_in_one_pass(qk: Circuit) -> None:
-    words = ("--heads", "all", "--rank", "2", "--rank", "3", "--end-step", "3", "--by-lag")
-    bases = ("--basis", "source", "--basis", "step:6", "--basis", "full")
-    assert qk("all", *words, *bases).code == 0
+def test_all_heads_bases_and_lags_in_one_pass(qk: Attribute) -> None:
+    bases = ("source", "step:6", "full")
+    qk("all", heads=(), ranks=(2, 3), end_step=3, by_lag=True, bases=bases)
     rows = rows_of("all")
     kinds = ["rank2", "rank3", "rank2_of_step6", "rank3_of_step6", "full", "full_with_biases"]
     heads = ["L0H0", "L0H1", "L1H0", "L1H1"]
@@ -152,15 +134,14 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Circuit) -> None:
     for row in rows:
         assert row["telescopes"] == any(kind in row["scalar"] for kind in ("full", "step6"))
     # alone, a scalar is what it is among many
-    assert qk("one", *HEAD, "--end-step", "3").code == 0
+    qk("one", end_step=3)
     among = [row for row in rows if row["scalar"] == "qk_match.L1H1.rank3"]
     for ours, theirs in zip(rows_of("one"), among, strict=True):
         assert ours["actual"] == pytest.approx(theirs["actual"], rel=1e-4, abs=1e-7)
     # the whole is the mean of the lags, weighted by their reads
     config = load_config(CONFIG, TrainConfig)
-    study = traced_inputs(config, PROBES, ReplayedRun.open("trace"))
-    options = QKOptions(pairs=PairOptions(min_per_type=4), by_lag=True)
-    reads = options.reads(options.batch(study))
+    inputs = traced_inputs(config, PROBES, ReplayedRun.open("trace"))
+    reads = QKMatches(min_pairs_per_type=4, by_lag=True).reads(inputs)
     for step in (1, 3):
         own = {row["scalar"]: row["path"] for row in rows if row["step"] == step}
         for name in names:
@@ -169,39 +150,29 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Circuit) -> None:
                 assert parts / len(reads[""]) == pytest.approx(share, rel=1e-4, abs=1e-8)
 
 
-def test_options_choose_what_is_scored(qk: Circuit, traced: Path) -> None:
-    """Each of them is another choice of reads, positions or states; together, the library's."""
-    changes: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-        "side": (("--record-side", "corrupted"), {"side": "corrupted"}),
-        "support": (("--support-key-role", "support_key"), {"support_role": "support_key"}),
-        "far": (
-            ("--distractor-key-role", "key_distractors"),
-            {"distractor_role": "key_distractors"},
-        ),
-        "query": (
-            (
-                *("--score-query-role", "support_value", "--support-key-role", "support_key"),
-                *("--distractor-key-role", "support_op"),
-            ),
-            {
-                "query_role": "support_value",
-                "support_role": "support_key",
-                "distractor_role": "support_op",
-            },
-        ),
-        "norm": (("--layernorm-mode", "none"), {"layernorm_mode": "none"}),
-        "stage": (("--context-stage", "embedding"), {"context_stage": "embedding"}),
-        "type": (("--route-pair-type", "query_key"), {"scored_type": "query_key"}),
-    }
-    config, trace = load_config(CONFIG, TrainConfig), ReplayedRun.open(traced)
-    study = traced_inputs(config, PROBES, trace)
-    model = study.setup.model(trace.state(4))
+def test_options_choose_what_is_scored(qk: Attribute, traced: Path) -> None:
+    """Each of them is another choice of reads, positions or states; together, the report's."""
+    changes: list[dict[str, Any]] = [
+        {"record_side": "corrupted"},
+        {"support_key_role": "support_key"},
+        {"distractor_key_role": "key_distractors"},
+        {
+            "score_query_role": "support_value",
+            "support_key_role": "support_key",
+            "distractor_key_role": "support_op",
+        },
+        {"layernorm_mode": "none"},
+        {"context_stage": "embedding"},
+        {"route_pair_type": "query_key"},
+    ]
+    trace = ReplayedRun.open(traced)
+    inputs = traced_inputs(load_config(CONFIG, TrainConfig), PROBES, trace)
+    model = inputs.setup.model(trace.state(4))
+    types = {"pair_types": ("query_key", "support_value"), "max_pairs_per_type": 9}
+    own = {"heads": ("L1H1",), "ranks": (3,), "min_pairs_per_type": 4, **types}
 
     def scalar_of(**changed: Any) -> QKMatch:
-        types = ("query_key", "support_value")
-        pairs = PairOptions(types, max_per_type=9, min_per_type=4)
-        options = QKOptions(**{"heads": ("L1H1",), "ranks": (3,), "pairs": pairs, **changed})
-        (scalar,) = scalars_of(QKScalars(config, PROBES, options), trace)
+        (scalar,) = QKMatches(**own, **changed).build(inputs)
         return scalar
 
     def chosen(scalar: QKMatch) -> tuple[Any, ...]:
@@ -211,14 +182,10 @@ def test_options_choose_what_is_scored(qk: Circuit, traced: Path) -> None:
         return reads.sequences, str(read), scalar.hook, scalar.layernorm_mode
 
     plain = scalar_of()
-    choices = {name: chosen(scalar_of(**changed)) for name, (_, changed) in changes.items()}
-    assert len({chosen(plain), *choices.values()}) == 8
-    assert len(scalar_of(scored_type="query_key").reads) < len(plain.reads)
-    words = [word for typed, _ in changes.values() for word in typed]
-    words += ["--route-pair-source-type", "query_key", "--route-pair-source-type", "support_value"]
-    words += ["--max-route-pairs-per-type", "9", "--start-step", "4", "--end-step", "5"]
-    assert qk("out", *HEAD, *words).code == 0
-    everything = {name: one for _, changed in changes.values() for name, one in changed.items()}
+    assert len({chosen(plain), *(chosen(scalar_of(**changed)) for changed in changes)}) == 8
+    assert len(scalar_of(route_pair_type="query_key").reads) < len(plain.reads)
+    everything = {name: one for changed in changes for name, one in changed.items()}
+    qk("out", **types, **everything, start_step=4, end_step=5)
     with torch.no_grad():
         value = float(evaluate_scalar(scalar_of(**everything), model).mean())
     assert rows_of("out")[0]["before"] == pytest.approx(value, rel=1e-4, abs=1e-6)
@@ -244,11 +211,23 @@ def shards_once(trained_once: Path, traced_once: Path, made_once: MadeOnce) -> P
 
 
 @pytest.fixture
-def shards(qk: Circuit, shards_once: Path) -> Circuit:
+def shards(qk: Attribute, shards_once: Path) -> Attribute:
     """Copies of them in the working directory."""
     for name in (*SHARDS, "whole"):
         shutil.copytree(shards_once / name, name)
     return qk
+
+
+def rewritten(folder: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """A report whose JSON was changed before its digest was taken."""
+    path = Path(folder) / f"{QK}_report.json"
+    payload = json.loads(path.read_text())
+    claimed = payload.pop("digest")
+    assert claimed == digest_of(payload)
+    change(payload)
+    if payload["schema_version"] > 1:
+        payload["digest"] = digest_of(payload)
+    path.write_text(json.dumps(payload))
 
 
 @pytest.mark.usefixtures("shards")
@@ -271,56 +250,80 @@ def test_merged_shards_are_the_unsharded_report(circuit: Circuit) -> None:
     assert (refused.code, "pass --overwrite" in refused.err) == (2, True)
 
 
-def test_shards_that_do_not_fit_are_refused(shards: Circuit, circuit: Circuit) -> None:
-    full = ("--head", "L1H1", "--basis", "full")
+@pytest.mark.usefixtures("shards")
+def test_shards_of_schema_1_merge_too(circuit: Circuit) -> None:
+    """Parameters under their names of then, without a digest."""
 
-    def shard(folder: str, *words: str) -> str:
-        assert shards(folder, *full, "--start-step", "5", "--end-step", "8", *words).code == 0
+    def earlier(payload: dict[str, Any]) -> None:
+        new, pairs = payload["parameters"], {"types": ["support_value"]}
+        same = ("probe_set", "optimizer_trace_dir", "heads", "ranks", "bases", "by_lag", "path")
+        same += ("partitions", "loss_scope", "start_step", "end_step", "context_stage")
+        payload["schema_version"] = 1
+        payload["parameters"] = {name: new[name] for name in same} | {
+            "layernorm_mode": "head_ln1",
+            "query_role": "prediction",
+            "support_role": "support_value",
+            "distractor_role": "value_distractors",
+            "side": "clean",
+            "pairs": {**pairs, "max_per_type": 64, "min_per_type": 4},
+            "scored_type": None,
+            "windows": [[new["start_step"], new["end_step"]]],
+        }
+
+    for name in SHARDS:
+        rewritten(name, earlier)
+    assert circuit("trace", "merge", "out", *SHARDS, "--window", "2:9").code == 0
+    assert files_of("out", but=("report.json",)) == files_of("whole", but=("report.json",))
+    assert report_of("out")["parameters"] == report_of("whole")["parameters"]
+
+
+def test_shards_that_do_not_fit_are_refused(shards: Attribute, circuit: Circuit) -> None:
+    def shard(folder: str, **changes: Any) -> str:
+        own = {"ranks": (8,), "bases": ("full",), "start_step": 5, "end_step": 8}
+        shards(folder, **own, **changes)
         return folder
 
-    def edited(folder: str, change: Callable[[Path, dict[str, Any]], None]) -> str:
+    def copied(folder: str) -> Path:
         shutil.copytree("two", folder)
-        path = Path(folder) / f"{QK}_report.json"
-        payload = json.loads(path.read_text())
-        change(Path(folder) / f"{QK}_rows.jsonl", payload)
-        path.write_text(json.dumps(payload))
+        return Path(folder) / f"{QK}_rows.jsonl"
+
+    def edited(folder: str, change: Callable[[dict[str, Any]], None]) -> str:
+        copied(folder)
+        rewritten(folder, change)
         return folder
 
-    def another_state(rows: Path, payload: dict[str, Any]) -> None:
+    def another_state(payload: dict[str, Any]) -> None:
         payload["provenance"]["trace"]["state_at_start"]["parameters"] = "0" * 64
 
-    def another_run(rows: Path, payload: dict[str, Any]) -> None:
+    def another_run(payload: dict[str, Any]) -> None:
         payload["provenance"]["config_digest"] = "0" * 64
 
-    def no_rows(rows: Path, payload: dict[str, Any]) -> None:
-        rows.write_text("")
-
-    def fewer_rows(rows: Path, payload: dict[str, Any]) -> None:
-        rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
-
-    def damaged(rows: Path, payload: dict[str, Any]) -> None:
-        rows.write_text(rows.read_text().replace('"step": 6', '"step": 7'))
-
-    def without(rows: Path, payload: dict[str, Any]) -> None:
+    def without(payload: dict[str, Any]) -> None:
         del payload["provenance"]["trace"]
 
+    rows = copied("none").read_text()
+    Path("none", f"{QK}_rows.jsonl").write_text("")
+    copied("fewer").write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    copied("damaged").write_text(rows.replace('"step": 6', '"step": 7'))
+    copied("changed")
+    digits = Path("changed", f"{QK}_report.json")
+    digits.write_text(digits.read_text().replace('"start_step": 5', '"start_step": 4', 1))
     cases = [
         (["one", "three"], "three: a gap between 0:5 and 8:12; expected a shard that starts at 5"),
         (["one", "two", "two"], "two: an overlap between 5:8 and 5:8"),
         (["one", "whole"], "an overlap between 0:5 and 0:12"),
-        (["one", shard("rule", "--path", "midpoint")], "differ in path: 'simpson' and 'midpoint'"),
-        (["one", shard("layer", "--partition", "layer")], "differ in partitions: ['circuit']"),
-        (["one", shard("side", "--record-side", "corrupted")], "differ in side: 'clean'"),
-        (["one", shard("ask", "--loss-scope", "answer")], "differ in loss_scope: 'full_lm'"),
+        (["one", shard("rule", path="midpoint")], "differ in path: 'simpson' and 'midpoint'"),
+        (["one", shard("side", record_side="corrupted")], "differ in record_side: 'clean'"),
         (["one", edited("state", another_state)], "states at step 5 are not the same in both"),
         (["one", edited("run", another_run)], "differ in config_digest"),
-        (["one", edited("fewer", fewer_rows)], "cover 0:7; expected 0:8, as the reports say"),
-        ([edited("none", no_rows)], "the shards hold no rows"),
-        (["one", edited("damaged", damaged)], "damaged/"),
+        (["one", "fewer"], "cover 0:7; expected 0:8, as the reports say"),
+        (["none"], "the shards hold no rows"),
+        (["one", "damaged"], "damaged/"),
+        (["one", "changed"], "was changed after it was written: its digest is another"),
         (["one", edited("without", without)], "is no report of bilinear-qk-rank"),
         (["one", "trace"], "trace: holds no attribution; expected the output folder of"),
         (["one", "nowhere"], "nowhere: holds no attribution"),
-        (["one", "two", "--window", "4:9"], "window 4:9; expected start < end within 0:8"),
+        (["one", "two", "--window", "4:9"], "--window: window 4:9; expected start < end"),
     ]
     for parts, message in cases:
         done = circuit("trace", "merge", "out", *parts)
@@ -330,72 +333,54 @@ def test_shards_that_do_not_fit_are_refused(shards: Circuit, circuit: Circuit) -
         assert not Path("out").exists() or not files_of("out")
 
 
-WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "no head": ((), "no head is named; pass --head L2H1, or --heads all"),
-    "head": (("--head", "L1H2"), "no component 'L1H2'; expected layers 0-1, heads 0-1"),
-    "layer": (("--head-layer", "2", "--head", "0"), "no component 'L2H0'"),
-    "MLP": (("--head", "L1MLP"), "'L1MLP' is no head; expected a head"),
-    "address": (("--head", "one"), "unknown component 'one'"),
-    "both": (("--head-layer", "1", "--head", "L1H1"), "--head L1H1 with --head-layer 1"),
-    "all and one": (("--heads", "all", "--head", "L1H1"), "'all' alone"),
-    "twice": (("--head", "L1H1", "--head", "L1H1"), "expected each once"),
-    "rank": ((*HEAD[:-1], "9"), "rank 9 of a head; expected 1 to 8"),
-    "basis": ((*HEAD, "--basis", "step"), "unknown basis 'step'; expected source, full, or step:N"),
-    "basis later": ((*HEAD, "--basis", "step:13"), "step 13 of the trace is not addressable"),
-    "partition": ((*HEAD, "--partition", "head"), "unknown partition 'head'; expected one of"),
-    "path": ((*HEAD, "--path", "gauss"), "unknown path rule 'gauss'; expected midpoint, simpson"),
-    "scope": ((*HEAD, "--loss-scope", "lm"), "unknown loss scope 'lm'; expected full_lm or answer"),
-    "end": ((*HEAD, "--end-step", "13"), "window 0:13; expected start < end within 0:12"),
-    "empty": ((*HEAD, "--start-step", "4", "--end-step", "4"), "window 4:4"),
-    "window": ((*HEAD, "--end-step", "6", "--window", "2:7"), "--window: window 2:7"),
-    "no window": ((*HEAD, "--window", "7:2"), "window '7:2'; expected a:b with a < b"),
-    "stage": ((*HEAD, "--context-stage", "layer_2_post_mlp"), "unknown stage 'layer_2_post_mlp'"),
-    "norm": ((*HEAD, "--layernorm-mode", "ln2"), "unknown layernorm mode 'ln2'"),
-    "role": ((*HEAD, "--support-key-role", "nowhere"), "unknown role 'nowhere'"),
-    "side": ((*HEAD, "--record-side", "left"), "unknown side 'left'"),
-    "type": ((*HEAD, "--route-pair-type", "none"), "unknown pair type 'none'"),
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "layer": ({"head_layer": 2, "heads": ("0",)}, "no component 'L2H0'"),
+    "both": ({"head_layer": 1}, "L1H1 with `head_layer` 1; expected a number, or an address"),
+    "rank": ({"ranks": (9,)}, "rank 9 of a head; expected 1 to 8"),
+    "basis": ({"bases": ("step",)}, "unknown basis 'step'; expected source, full, or step:N"),
+    "basis later": ({"bases": ("step:13",)}, "step 13 of the trace is not addressable"),
+    "path": ({"path": "gauss"}, "unknown path rule 'gauss'; expected midpoint, simpson"),
+    "end": ({"end_step": 13}, "window 0:13; expected start < end within 0:12"),
+    "empty": ({"start_step": 4, "end_step": 4}, "window 4:4"),
+    "window": ({"end_step": 6, "windows": ("2:7",)}, "`windows`: window 2:7; expected start < end"),
+    "no window": ({"windows": ("7:2",)}, "window '7:2'; expected a:b with a < b"),
     "unbuilt": (
-        (*HEAD, "--route-pair-type", "recency", "--route-pair-source-type", "support_value"),
+        {"route_pair_type": "recency", "pair_types": ("support_value",)},
         "pairs of type recency are scored but not built",
     ),
-    "few pairs": ((*HEAD, "--min-route-pairs-per-type", "60"), "expected at least 60"),
-    "trace": ((*HEAD, "--optimizer-trace-dir", "runs"), "there is no trace here"),
-    "probes": ((*HEAD, "--probe-set", "nowhere.jsonl"), "nowhere.jsonl"),
+    "few pairs": ({"min_pairs_per_type": 60}, "expected at least 60"),
+    "trace": ({"optimizer_trace_dir": Path("runs")}, "there is no trace here"),
 }
 
 
-@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=list(WRONG))
-def test_bad_input_is_one_line_and_writes_nothing(
-    qk: Circuit, words: tuple[str, ...], message: str
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=list(WRONG))
+def test_what_does_not_exist_is_refused(
+    qk: Attribute, changes: dict[str, Any], message: str
 ) -> None:
-    done = qk("out", *words)
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1
-    assert message in done.err
+    with pytest.raises(CircuitError) as refused:
+        qk("out", **changes)
+    assert message in str(refused.value)
     assert not Path("out").exists() or not files_of("out")
 
 
-def test_another_run_is_refused(qk: Circuit) -> None:
+def test_another_run_than_the_traces_is_refused(circuit: Circuit, traced: Path) -> None:
     config = json.loads(CONFIG.read_text())
     Path("other.json").write_text(json.dumps({**config, "seed": 12}))
-    done = qk("out", *HEAD, base=("--config", "other.json", *BASE[2:]))
+    done = circuit("trace", "qk", "--config", "other.json", *BASE[2:], "--output-dir", "out")
     assert done.code == 2
     assert "is not that of the trace: seed is 11 there and 12 here" in done.err
 
 
-def test_a_window_in_which_nothing_moves_has_null_closures(qk: Circuit) -> None:
+@pytest.mark.usefixtures("trained")
+def test_a_window_in_which_nothing_moves_has_null_closures() -> None:
     """The rate ends at zero, and with it the last step."""
     config = json.loads(CONFIG.read_text())
     config["schedule"] = {"name": "linear"}
     Path("still.json").write_text(json.dumps(config))
     still = load_config(Path("still.json"), TrainConfig)
     record_trace(still, "still", RecordOptions(end_step=12, anchor_every=4))
-    base = ("--config", "still.json", "--probe-set", str(PROBES), "--optimizer-trace-dir", "still")
-    words = ("--min-route-pairs-per-type", "4", "--start-step", "11")
-    done = qk("out", *HEAD, *words, base=base)
-    assert (done.code, done.err) == (0, "")
-    (summary,) = report_of("out")["summary"]["windows"]
+    asked = options(optimizer_trace_dir=Path("still"), start_step=11)
+    result = run_report(QKAttribution, still, asked, "out")
+    (summary,) = result.summary["windows"]
     assert summary["actual"] == 0.0
     assert set(summary["closure"].values()) == {None}
-    assert set(summary["path"].values()) == {0.0}

@@ -1,10 +1,9 @@
-"""The attribution of a functional write, as it is typed: whose, read by what, against whom."""
+"""The attribution of a functional write: whose, read by what, against whom."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,20 @@ import pytest
 import torch
 
 from circuit.artifacts import dump_row, read_jsonl
-from circuit.attribution.window import Job, ScalarSource, attribute_window
+from circuit.attribution.window import Job, attribute_window
 from circuit.config import load_config
+from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
-from circuit.reports.inputs import PairOptions, traced_inputs
-from circuit.reports.mlp_functional_write_adam_state_attribution import WriteOptions, WriteScalars
+from circuit.reports.attribution import TracedScalars
+from circuit.reports.inputs import Inputs, PairOptions, traced_inputs
+from circuit.reports.mlp_functional_write_adam_state_attribution import (
+    WriteAttribution,
+    WriteAttributionOptions,
+)
+from circuit.reports.report import ReportResult, run_report
 from circuit.scalars.answers import Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
-from circuit.scalars.functional_write import readout_gradient
+from circuit.scalars.functional_write import FunctionalWrite, FunctionalWrites, readout_gradient
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
 
@@ -27,63 +32,55 @@ NAME = "mlp_functional_write_adam_state_attribution"
 RUN = Path("runs/tiny")
 PROBES = RUN / "analysis/probe_set.jsonl"
 CONFIG = RUN / "run_config.json"
-STUDY = ("--config", str(CONFIG), "--probe-set", str(PROBES))
-PAIRS = ("--pair-type", "support_value", "--min-pairs-per-type", "4")
 ROWS = "answers/answer_scalar_residual_diagnosis_pair_rows.jsonl"
 FIXED = ("fixed_source_competitor_margin", "fixed_target_competitor_margin")
 Circuit = Callable[..., Any]
 
 
-def scalars_of(source: ScalarSource, run: ReplayedRun) -> Sequence[Any]:
-    return source.scalars(source.inputs(run))
+OWN = {"source_component": "L0H1", "component": "L0MLP", "reference_step": 6}
+OWN |= {"min_pairs_per_type": 4}
+Write = Callable[..., ReportResult]
 
 
 @pytest.fixture
-def write(circuit: Circuit, traced: Path) -> Circuit:
-    """Types `circuit trace write` for a path, with the folder and further words."""
+def write(traced: Path) -> Write:
+    """Attributes a write, with other options, into a folder."""
 
-    def run(folder: str, *words: str, source: str = "L0H1", mlp: str = "L0MLP") -> Any:
-        path = ("--source-component", source, "--component", mlp, "--reference-step", "6")
-        out = ("--optimizer-trace-dir", str(traced), "--output-dir", folder)
-        return circuit("trace", "write", *STUDY, *path, *PAIRS, *out, *words)
+    def run(folder: str, **changes: Any) -> ReportResult:
+        given = {"probe_set": PROBES, "optimizer_trace_dir": traced, **OWN, **changes}
+        config = load_config(CONFIG, TrainConfig)
+        return run_report(WriteAttribution, config, WriteAttributionOptions(**given), folder)
 
     return run
 
 
 @pytest.fixture
-def diagnosed(write: Circuit, diagnose_once: Callable[..., Path]) -> None:
+def inputs(traced: Path) -> Inputs:
+    return traced_inputs(load_config(CONFIG, TrainConfig), PROBES, ReplayedRun.open(traced))
+
+
+@pytest.fixture
+def diagnosed(trained: Path, diagnose_once: Callable[..., Path]) -> None:
     """Answer scalars over 3:6 and 6:9, so that step 6 is the end of one and the start of one."""
     pairs = PairOptions(("support_value",), min_per_type=4)
     shutil.copytree(diagnose_once("diagnosed_all", pairs, (3, 6, 9)), Path(ROWS).parent)
 
 
-def options(**changes: Any) -> WriteOptions:
-    return WriteOptions("L0H1", "L0MLP", 6, pairs=PairOptions(min_per_type=4), **changes)
+def family(**changes: Any) -> FunctionalWrites:
+    return FunctionalWrites(**{**OWN, **changes})
 
 
 def rows_of(folder: str) -> list[dict[str, Any]]:
     return read_jsonl(Path(folder) / f"{NAME}_rows.jsonl")
 
 
-def report_of(folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(folder) / f"{NAME}_report.json").read_text())
-    return found
-
-
-def test_every_option_is_taken_and_the_change_telescopes(write: Circuit) -> None:
-    words = ("--device", "cpu", "--position-role", "prediction", "--endpoint-role", "source")
-    words += ("--scalar", "correct_value_logit", "--scalar", "fixed_source_competitor_margin")
-    words += ("--reference-vector", "post_mlp_gradient", "--target-vector", "post_mlp_total_delta")
-    words += ("--record-side", "clean", "--max-pairs-per-type", "64", "--loss-scope", "full_lm")
-    words += ("--start-step", "2", "--end-step", "9", "--window", "2:5", "--window", "5:9")
-    done = write("out", *words, "--json")
-    assert (done.code, done.err) == (0, "")
-    assert all(Path(path).is_file() for path in done.payload["paths"])
-    rows, report = rows_of("out"), report_of("out")
-    names = [f"functional_write.L0H1_to_L0MLP.{s}.source" for s in (words[7], words[9])]
-    assert [row["scalar"] for row in rows] == names * 7
+def test_the_change_telescopes(write: Write) -> None:
+    scalars = ("correct_value_logit", "fixed_source_competitor_margin")
+    result = write("out", scalars=scalars, start_step=2, end_step=9, windows=("2:5", "5:9"))
+    names = [f"functional_write.L0H1_to_L0MLP.{name}.source" for name in scalars]
+    assert [row["scalar"] for row in rows_of("out")] == names * 7
     for name in names:
-        own = [s for s in report["summary"]["windows"] if s["scalar"] == name]
+        own = [s for s in result.summary["windows"] if s["scalar"] == name]
         whole, first, second = own
         assert whole["telescopes"]
         change = whole["value_at_end"] - whole["value_at_start"]
@@ -94,7 +91,6 @@ def test_every_option_is_taken_and_the_change_telescopes(write: Circuit) -> None
             second["value_at_end"],
         )
         assert whole["closure"]["path"] < 0.1 * whole["closure"]["first_order"]
-    assert report["parameters"]["scalar_pair_rows"] is None
 
 
 @pytest.mark.parametrize("vector", ["post_mlp_gradient", "input_gradient"])
@@ -103,9 +99,9 @@ def test_the_parts_of_a_write_add_up(traced: Path, vector: str) -> None:
     config = load_config(CONFIG, TrainConfig)
 
     def rows(target: str) -> list[dict[str, Any]]:
-        chosen = options(target_vector=target, reference_vector=vector)
-        job = Job(traced, WriteScalars(config, PROBES, chosen))
-        return [row for (row,) in attribute_window(job, 0, 2)]
+        chosen = family(target_vector=target, reference_vector=vector)
+        job = Job(traced, TracedScalars(config, PROBES, (chosen,)))
+        return [row for (row,) in attribute_window(job.prepare(), 0, 2)]
 
     total, given, own = map(rows, ("post_mlp_total_delta", "input_delta", "mlp_output_delta"))
     assert total[0]["before"] != 0
@@ -116,11 +112,9 @@ def test_the_parts_of_a_write_add_up(traced: Path, vector: str) -> None:
                 assert one[kind][term] + other[kind][term] == pytest.approx(share, abs=1e-7)
 
 
-def test_the_reference_vector_is_taken_at_its_end_of_the_mlp(traced: Path) -> None:
-    config = load_config(CONFIG, TrainConfig)
-    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
-    answer = study.side(study.pairs(options().pairs), "clean").reads.answer
-    model = study.setup.model(ReplayedRun.open(traced).state(6))
+def test_the_reference_vector_is_taken_at_its_end_of_the_mlp(inputs: Inputs) -> None:
+    answer = inputs.side(inputs.pairs(family()), "clean").reads.answer
+    model = inputs.point(6).model
 
     def scalar(logits: torch.Tensor) -> torch.Tensor:
         return logits.gather(-1, answer[:, None])[:, 0]
@@ -129,108 +123,97 @@ def test_the_reference_vector_is_taken_at_its_end_of_the_mlp(traced: Path) -> No
         ("post_mlp_gradient", "layer_0_post_mlp"),
         ("input_gradient", "layer_0_post_attn"),
     ):
-        wanted = options(reference_vector=vector, scalars=("correct_value_logit",))
-        (write,) = scalars_of(WriteScalars(config, PROBES, wanted), ReplayedRun.open(traced))
+        own = family(reference_vector=vector, scalars=("correct_value_logit",))
+        (write,) = own.build(inputs)
         expected = readout_gradient(model, write.reads, write.path, stage, scalar)
         torch.testing.assert_close(write.reference, expected)
 
 
-def competitors_at(step: int, traced: Path) -> torch.Tensor:
-    config = load_config(CONFIG, TrainConfig)
-    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
-    batch = study.side(study.pairs(options().pairs), "clean")
-    model = study.setup.model(ReplayedRun.open(traced).state(step))
-    with torch.no_grad():
-        logits = model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
-    return read_answers(logits, batch.reads.answer, study.vocabulary.value_ids).competitor
-
-
 @pytest.mark.usefixtures("diagnosed")
-def test_the_competitors_are_those_of_the_interval_that_the_endpoint_names(traced: Path) -> None:
+def test_the_competitors_are_those_of_the_interval_that_the_endpoint_names(inputs: Inputs) -> None:
     """Step 6 as source: the interval 6:9; as target: 3:6."""
-    config = load_config(CONFIG, TrainConfig)
-    wanted = options(endpoints=("source", "target"), scalars=FIXED)
-    found = scalars_of(WriteScalars(config, PROBES, wanted, Path(ROWS)), ReplayedRun.open(traced))
-    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
-    batch = study.side(study.pairs(wanted.pairs), "clean")
-    model = study.setup.model(ReplayedRun.open(traced).state(6))
-    at = {step: competitors_at(step, traced) for step in (3, 6, 9)}
+    ends = {"endpoint_roles": ("source", "target"), "scalars": FIXED}
+    writes = family(scalar_pair_rows=Path(ROWS), **ends).build(inputs)
+    batch = inputs.side(inputs.pairs(family()), "clean")
+    values, model = inputs.vocabulary.value_ids, inputs.point(6).model
+
+    def competitors_at(step: int) -> torch.Tensor:
+        with torch.no_grad():
+            logits = inputs.point(step).model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+        return read_answers(logits, batch.reads.answer, values).competitor
+
+    at = {step: competitors_at(step) for step in (3, 6, 9)}
     assert all((at[step] != at[6]).any() for step in (3, 9))
     expected = {"source": Competitors(at[6], at[9]), "target": Competitors(at[3], at[6])}
     names = [(end, scalar) for end in ("source", "target") for scalar in FIXED]
-    for write, (end, name) in zip(found, names, strict=True):
+    for write, (end, name) in zip(writes, names, strict=True):
         assert write.name == f"functional_write.L0H1_to_L0MLP.{name}.{end}"
 
         def scalar(logits: torch.Tensor, end: str = end, name: str = name) -> torch.Tensor:
-            values = study.vocabulary.value_ids
             return answer_scalars(logits, batch.reads.answer, expected[end], values)[name]
 
         stage = write.path.output_stage
         reference = readout_gradient(model, write.reads, write.path, stage, scalar)
         torch.testing.assert_close(write.reference, reference)
     # the source of one interval is the target of the other, and the model's own at that step
-    own = scalars_of(WriteScalars(config, PROBES, options()), ReplayedRun.open(traced))[0]
-    for write in (found[0], found[3], own):
-        torch.testing.assert_close(write.reference, found[0].reference)
-    for write in (found[1], found[2]):
-        assert not torch.allclose(write.reference, found[0].reference)
+    own: FunctionalWrite = family().build(inputs)[0]
+    for write in (writes[0], writes[3], own):
+        torch.testing.assert_close(write.reference, writes[0].reference)
+    for write in (writes[1], writes[2]):
+        assert not torch.allclose(write.reference, writes[0].reference)
 
 
 @pytest.mark.usefixtures("diagnosed")
-def test_rows_that_do_not_cover_the_pairs_are_refused(
-    write: Circuit, circuit: Circuit, traced: Path
-) -> None:
+def test_rows_that_do_not_cover_the_pairs_are_refused(write: Write, circuit: Circuit) -> None:
     lines = Path(ROWS).read_text().splitlines(keepends=True)
     Path("few.jsonl").write_text("".join(lines[1:]))
-    Path("none.jsonl").write_text("")
-    cases = [
-        (("--scalar-pair-rows", "few.jsonl"), "few.jsonl: no row of pair support_value:"),
-        (("--scalar-pair-rows", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
-        (("--scalar-pair-rows", ROWS, "--reference-step", "3", "--endpoint-role", "target"), "3"),
-        (("--scalar-pair-rows", ROWS, "--reference-step", "7"), "whose source is step 7"),
+    rows = {"scalar_pair_rows": Path(ROWS)}
+    cases: list[tuple[dict[str, Any], str]] = [
+        # the first row is of the interval 3:6, clean side
+        (
+            {"scalar_pair_rows": Path("few.jsonl"), "reference_step": 3},
+            "few.jsonl: no row of pair support_value:",
+        ),
+        ({"scalar_pair_rows": Path("nowhere.jsonl")}, "nowhere.jsonl: no such file"),
+        ({**rows, "reference_step": 3, "endpoint_roles": ("target",)}, "target is step 3"),
+        ({**rows, "reference_step": 7}, "whose source is step 7"),
     ]
-    for number, (words, message) in enumerate(cases):
-        if number == 0:  # the first row is of the interval 3:6, clean side
-            words += ("--reference-step", "3")
-        done = write("out", *words)
-        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-        assert message in done.err
-        assert not Path("out").exists() or not list(Path("out").glob("mlp*"))
+    for changes, message in cases:
+        with pytest.raises(CircuitError) as refused:
+            write("out", **changes)
+        assert message in str(refused.value)
+        assert not list(Path("out").glob("mlp*"))
     # shards whose competitors come from other rows do not merge, wherever the rows stand
     Path("copy.jsonl").write_text("".join(lines))
-    rows = read_jsonl(Path(ROWS))
-    rows[0]["answer"] += 1
-    Path("other.jsonl").write_text("".join(dump_row(row) + "\n" for row in rows))
+    held = read_jsonl(Path(ROWS))
+    held[0]["answer"] += 1
+    Path("other.jsonl").write_text("".join(dump_row(row) + "\n" for row in held))
     for name, given, a, b in (
         ("one", ROWS, 0, 2),
         ("same", "copy.jsonl", 2, 4),
         ("other", "other.jsonl", 2, 4),
         ("own", None, 2, 4),
     ):
-        words = ("--start-step", str(a), "--end-step", str(b))
-        words += () if given is None else ("--scalar-pair-rows", given)
-        assert write(name, *words).code == 0
+        path = None if given is None else Path(given)
+        write(name, start_step=a, end_step=b, scalar_pair_rows=path)
     assert circuit("trace", "merge", "merged", "one", "same").code == 0
     for part in ("other", "own"):
-        refused = circuit("trace", "merge", "bad", "one", part)
-        assert refused.code == 2
-        assert "the shards differ in scalar_pair_rows_sha256" in refused.err
+        refusal = circuit("trace", "merge", "bad", "one", part)
+        assert refusal.code == 2
+        assert "the shards differ in scalar_pair_rows_sha256" in refusal.err
 
 
-def test_the_value_at_the_reference_step_is_the_scalars_own(write: Circuit, traced: Path) -> None:
-    assert write("out", "--start-step", "5", "--end-step", "7").code == 0
-    config = load_config(CONFIG, TrainConfig)
-    (scalar,) = scalars_of(WriteScalars(config, PROBES, options()), ReplayedRun.open(traced))
-    study = traced_inputs(config, PROBES, ReplayedRun.open(traced))
-    model = study.setup.model(ReplayedRun.open(traced).state(6))
+def test_the_value_at_the_reference_step_is_the_scalars_own(write: Write, inputs: Inputs) -> None:
+    write("out", start_step=5, end_step=7)
+    (scalar,) = family().build(inputs)
     with torch.no_grad():
-        mean = float(evaluate_scalar(scalar, model).mean())
+        mean = float(evaluate_scalar(scalar, inputs.point(6).model).mean())
     five, six = rows_of("out")
     assert five["after"] == six["before"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.usefixtures("diagnosed")
-def test_rows_of_another_run_are_refused_by_row(write: Circuit) -> None:
+def test_rows_of_another_run_are_refused_by_row(write: Write) -> None:
     """Other weights, other answers, a competitor that is no value, two intervals of one end."""
     rows = read_jsonl(Path(ROWS))
     mine = [i for i, r in enumerate(rows) if (r["source_step"], r["margin_side"]) == (6, "clean")]
@@ -247,42 +230,32 @@ def test_rows_of_another_run_are_refused_by_row(write: Circuit) -> None:
     ):
         changed = [row | changes.get(i, {}) for i, row in enumerate(rows)]
         Path("changed.jsonl").write_text("".join(dump_row(row) + "\n" for row in changed))
-        done = write("out", "--scalar-pair-rows", "changed.jsonl", "--end-step", "2")
-        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-        assert "changed.jsonl" in done.err
-        assert message in done.err
+        with pytest.raises(CircuitError) as refused:
+            write("out", scalar_pair_rows=Path("changed.jsonl"), end_step=2)
+        assert "changed.jsonl" in str(refused.value)
+        assert message in str(refused.value)
         assert not list(Path("out").glob("mlp*"))
 
 
-WRONG: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
-    "source after": ({"source": "L1H0"}, (), "'L1H0' does not write before 'L0MLP'"),
-    "itself": ({"source": "L0MLP"}, (), "'L0MLP' does not write before 'L0MLP'"),
-    "no MLP": ({"mlp": "L0H0"}, (), "component 'L0H0' is a head; expected an MLP"),
-    "source": ({"source": "L0H5"}, (), "no component 'L0H5'"),
-    "layer": ({"mlp": "L2MLP"}, (), "no component 'L2MLP'"),
-    "scalar": ({}, ("--scalar", "margin"), "unknown answer scalar 'margin'; expected one of"),
-    "endpoint": ({}, ("--endpoint-role", "end"), "unknown endpoint role 'end'; expected source"),
-    "reference": ({}, ("--reference-vector", "g"), "unknown reference vector 'g'"),
-    "target": ({}, ("--target-vector", "d"), "unknown target vector 'd'; expected post_mlp_total"),
-    "role": ({}, ("--position-role", "nowhere"), "unknown role 'nowhere'"),
-    "other end": ({}, ("--endpoint-role", "target"), "'target' needs the other end of an interval"),
-    "fixed target": ({}, ("--scalar", FIXED[1]), f"'{FIXED[1]}' needs the other end"),
-    "target's best": ({}, ("--scalar", "target_best_wrong_logit"), "pass --scalar-pair-rows"),
-    "step": ({}, ("--reference-step", "13"), "step 13 of the trace is not addressable"),
-    "path": ({}, ("--path", "euler"), "unknown path rule 'euler'"),
-    "twice": ({}, ("--scalar", FIXED[0], "--scalar", FIXED[0]), "expected each once"),
-    "pairs": ({}, ("--min-pairs-per-type", "60"), "expected at least 60"),
-    "window": ({}, ("--end-step", "14"), "window 0:14; expected start < end within 0:12"),
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "source after": ({"source_component": "L1H0"}, "'L1H0' does not write before 'L0MLP'"),
+    "itself": ({"source_component": "L0MLP"}, "'L0MLP' does not write before 'L0MLP'"),
+    "no MLP": ({"component": "L0H0"}, "component 'L0H0' is a head; expected an MLP"),
+    "source": ({"source_component": "L0H5"}, "no component 'L0H5'"),
+    "layer": ({"component": "L2MLP"}, "no component 'L2MLP'"),
+    "other end": ({"endpoint_roles": ("target",)}, "target needs the other end of an interval"),
+    "fixed target": ({"scalars": (FIXED[1],)}, f"{FIXED[1]} needs the other end"),
+    "target's best": ({"scalars": ("target_best_wrong_logit",)}, "give `scalar_pair_rows`"),
+    "step": ({"reference_step": 13}, "step 13 of the trace is not addressable"),
+    "pairs": ({"min_pairs_per_type": 60}, "expected at least 60"),
 }
 
 
-@pytest.mark.parametrize(("path", "words", "message"), WRONG.values(), ids=list(WRONG))
-def test_bad_input_is_one_line_and_writes_nothing(
-    write: Circuit, path: dict[str, str], words: tuple[str, ...], message: str
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=list(WRONG))
+def test_what_does_not_exist_is_refused(
+    write: Write, changes: dict[str, Any], message: str
 ) -> None:
-    done = write("out", *words, **path)
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1
-    assert message in done.err
+    with pytest.raises(CircuitError) as refused:
+        write("out", **changes)
+    assert message in str(refused.value)
     assert not Path("out").exists() or not list(Path("out").glob("mlp*_*"))

@@ -105,6 +105,7 @@ def test_the_contracts_command_leaves_its_outputs(trained: Path, run: Run) -> No
         "checkpoints",
         "optimizer-update-trace.manifest.json",
         "optimizer_update_trace.svg",
+        "optimizer_update_trace_loss.svg",
         "optimizer_update_trace_report.json",
         "optimizer_update_trace_report.md",
         "optimizer_update_trace_rows.jsonl",
@@ -134,15 +135,15 @@ def test_the_reports_summary_is_that_of_the_rows(trained: Path, run: Run) -> Non
     first = Counter(row["top_parameters"][0]["name"] for row in rows)
     assert found["most_moved_tensors"] == dict(first)
     assert found["historical_checkpoints_equal"] == [3, 6, 9, 12]
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["parameters"]["top_k_parameters"] == 40
     assert {"environment", "seconds", "config_digest"} <= set(report["provenance"])
     tensors = load_checkpoint(Path(OUTPUT) / "checkpoints" / "step_000012.pt").parameters
     assert all(len(row["top_parameters"]) == min(40, len(tensors)) for row in rows)
     page = (Path(OUTPUT) / "optimizer_update_trace_report.md").read_text("utf-8")
     for term, value in found["mean_term_norms"].items():
-        assert f"| `{term}` | {value:.4g} |" in page
-    assert "![loss and norms of the terms](optimizer_update_trace.svg)" in page
+        assert f"| {term} | {value:.4g} |" in page
+    assert "![Norms of the update and its terms](optimizer_update_trace.svg)" in page
     figure = ElementTree.parse(Path(OUTPUT) / "optimizer_update_trace.svg").getroot()
     assert figure.tag.endswith("svg")
 
@@ -154,7 +155,7 @@ def test_equal_inputs_give_equal_reports(trained: Path, run: Run) -> None:
         assert run("optimizer-update-trace", "--config", CONFIG, *words)[0] == 0
     reports = [report_of(folder) for folder in ("one", "deep/two")]
     for report in reports:
-        del report["provenance"]
+        del report["provenance"], report["digest"]
     assert reports[0] == reports[1]
     for name in ("optimizer_update_trace.svg", "optimizer_update_trace_report.md"):
         texts = [(Path(folder) / name).read_text("utf-8") for folder in ("one", "deep/two")]
