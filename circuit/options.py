@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from circuit.errors import CircuitError
 from circuit.model.components import parse_component
 from circuit.model.stages import stage_hook
+from circuit.schemas import SWITCH_BUCKETS
 from circuit.tasks.groups import SINGLE_ROLES
 from circuit.tasks.pairs import PAIR_TYPES, SIDES
 from circuit.tasks.positions import ROLES
@@ -268,9 +269,25 @@ DistractorKeyRole = Annotated[
 RecordSide = Annotated[str, Option("Side of the pairs.", choices=SIDES, earlier="side")]
 MarginSides = Annotated[
     tuple[str, ...],
-    Option("Side whose logits are read.", flag="--margin-side", choices=SIDES, earlier="sides"),
+    Option(
+        "Side whose logits are read.",
+        flag="--margin-side",
+        choices=SIDES,
+        unset="all",
+        earlier="sides",
+    ),
 ]
 MaxRecords = Annotated[int | None, Option("That many reads, in file order.", least=1, unset="all")]
+ProbeSet = Annotated[Path, Option("Probe set (JSONL).", kind="probe_set")]
+SwitchBuckets = Annotated[
+    tuple[str, ...],
+    Option(
+        "Changes that enter, by whether the competitor switched.",
+        flag="--switch-bucket",
+        choices=SWITCH_BUCKETS,
+    ),
+]
+FitIntercept = Annotated[bool, Option("Fit a constant beside the routes.")]
 ScalarPairRows = Annotated[
     Path,
     Option("Pair rows of answer-scalar-residual-diagnosis.", kind="scalar_pair_rows"),
@@ -285,7 +302,7 @@ class ProbeOptions(Options):
         splits: of its records; none takes all.
     """
 
-    probe_set: Annotated[Path, Option("Probe set (JSONL).", kind="probe_set")]
+    probe_set: ProbeSet
     splits: Annotated[
         tuple[str, ...],
         Option("Split of the probe records.", flag="--split", kind="split", unset="all"),

@@ -58,6 +58,7 @@ SUBSPACES = (
     "head_ov_output",
     "full_residual",
 )
+ROUTE_KEYS = ("label", "stage", "subspace", "rank", "head_layer", "head", "position_role")
 SCALES = ("full", "short", "smoke")
 MOST_BYTES = 2**20  # of a file that is read
 MOST_OFFERED = 64  # layers, and heads
@@ -131,6 +132,7 @@ def artifact(pattern: str) -> Callable[[str], list[str]]:
 
 
 weights = artifact("*.safetensors")
+route_closure_rows = artifact("route_to_margin_closure_rows.jsonl")
 scalar_pair_rows = artifact("answer_scalar_residual_diagnosis_pair_rows.jsonl")
 
 
@@ -248,6 +250,19 @@ def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
         takes_context = len(inspect.signature(completer).parameters) == 2
         offered = completer(ctx, value) if takes_context else completer(value)
     return [f"{before},{key}={one}" for one in offered]
+
+
+def route(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The next key of a route, or the values of the key that is being typed."""
+    before, comma, last = incomplete.rpartition(",")
+    key, equals, value = last.partition("=")
+    start = before + comma
+    if not equals:
+        present = {part.partition("=")[0] for part in before.split(",")}
+        return [f"{start}{k}=" for k in ROUTE_KEYS if k.startswith(key) and k not in present]
+    of_key = {"stage": stage(ctx, value), "position_role": role(value)}
+    of_key["subspace"] = _starting(value, SUBSPACES)
+    return [f"{start}{key}={name}" for name in of_key.get(key, [])]
 
 
 def train_field(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -17,17 +17,14 @@ import typer
 from circuit import CircuitError, __version__
 
 from . import (
-    answers,
     checkpoints,
     data,
-    functional,
     interventions,
     page,
     progress,
     quickstart,
     reports,
     reproduce,
-    routes,
     shells,
     streams,
     study,
@@ -39,7 +36,7 @@ from .output import print_error
 
 HAND_WRITTEN = (
     *(quickstart, page, data, training, checkpoints, trace, reproduce, study),
-    *(interventions, progress, answers, routes, functional, value_code),  # to go
+    *(interventions, progress, value_code),  # to go
 )
 
 

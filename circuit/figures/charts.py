@@ -263,3 +263,39 @@ def heat(
         fill=None, stroke="black", strokeWidth=1.5, aria=False
     )
     return [cells, frame]
+
+
+def thinned(rows: Sequence[Record], most: int = 2000) -> list[Record]:
+    """Every so many of the rows, so that there are no more than `most`."""
+    return list(rows[:: max(1, -(-len(rows) // most))])
+
+
+def equals(
+    data: str,
+    x: tuple[str, str],
+    y: tuple[str, str],
+    shade: alt.Color,
+    rows: Sequence[Record],
+    *,
+    where: str | None = None,
+) -> list[alt.Chart]:
+    """A point a record, and the line on which both of its numbers are equal.
+
+    Args:
+        x, y: column and title.
+        rows: the data, whose range the line has.
+        where: filter.
+    """
+    values = [row[column] for row in rows for column, _ in (x, y)] or [0.0]
+    ends = [{"at": bound(values)} for bound in (min, max)]
+    line = alt.Chart(alt.InlineData(values=ends)).mark_line(color=INK, strokeWidth=1, aria=False)
+    points = named(data) if where is None else named(data).transform_filter(where)
+    return [
+        line.encode(x=alt.X("at:Q").title(x[1]), y=alt.Y("at:Q").title(y[1])),
+        points.mark_circle(size=16, opacity=0.55).encode(
+            x=alt.X(f"{x[0]}:Q").title(x[1]),
+            y=alt.Y(f"{y[0]}:Q").title(y[1]),
+            color=shade,
+            tooltip=exact(*(rows[0] if rows else ())),
+        ),
+    ]

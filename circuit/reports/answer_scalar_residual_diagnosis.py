@@ -13,169 +13,334 @@ margin, and the switch, which is exact; the other scalars have no switch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.artifacts import Row, dump_rows
-from circuit.attribution.line import MOST_INTERVALS, TOLERANCE
+from circuit import options
+from circuit.artifacts import Row
+from circuit.attribution.line import MOST_INTERVALS, TOLERANCE, Line
 from circuit.errors import CircuitError
-from circuit.figures.answer_scalars import first_order_against_actual, parts_of_change
-from circuit.lazy import pd
-from circuit.reports.answer_changes import (
-    Change,
-    DiagnosisOptions,
-    DiagnosisProgress,
-    interval_changes,
+from circuit.figures.charts import (
+    Chart,
+    chart,
+    chosen,
+    colour,
+    equals,
+    exact,
+    named,
+    thinned,
 )
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import choose_checkpoints, open_inputs
-from circuit.scalars.answers import ANSWER_SCALARS, MOVING, check_scalar_names
-from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow
-from circuit.tasks.pairs import SIDES, Pair
-from circuit.train_config import TrainConfig
+from circuit.lazy import alt, pd
+from circuit.model.weights import named_tensors
+from circuit.options import Option
+from circuit.reports.answer_changes import Change
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Table
+from circuit.scalars.answers import ANSWER_SCALARS, MOVING, ScalarNames
+from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, run_relative
+from circuit.tasks.pairs import SIDES
 
-COMMAND = "answer-scalar-residual-diagnosis"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PAIR_ROWS = "answer_scalar_residual_diagnosis_pair_rows.jsonl"
-PARTS = "answer_scalar_residual_diagnosis_parts"
-FIRST_ORDER = "answer_scalar_residual_diagnosis_first_order"
 POOLED = "all"
 """`margin_side` or `pair_type` of a row over all of them."""
-
-
-def answer_scalar_residual_diagnosis(
-    config: TrainConfig,
-    probe_set: str | Path,
-    output_dir: str | Path,
-    options: DiagnosisOptions | None = None,
-    *,
-    checkpoints: Sequence[Path] | None = None,
-    checkpoint_dir: Path | None = None,
-    overwrite: bool = False,
-    progress: Callable[[DiagnosisProgress], None] | None = None,
-) -> ReportResult:
-    """Write the report.
-
-    Raises:
-        CircuitError: an option names what does not exist, there are fewer than two checkpoints or
-            too few pairs, a checkpoint or probe set is of another run, or the output folder is not
-            free.
-    """
-    options = options or DiagnosisOptions()
-    _check_options(options)
-    chosen = choose_checkpoints(checkpoints, checkpoint_dir, least=2)
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=chosen)
-        others = len(inputs.vocabulary.value_ids) - 1
-        if not 1 <= options.top_k_wrong <= others:
-            raise CircuitError(
-                f"--top-k-wrong {options.top_k_wrong}", expected=f"1 to {others}, the wrong values"
-            )
-        pairs = inputs.pairs(options.pairs)
-        run = Path(config.output_dir)
-        changes = list(interval_changes(inputs, chosen, pairs, options, progress))
-        pair_rows = [row for change in changes for row in change.rows(pairs, run, options)]
-        table = _long_table(pair_rows)
-        rows = _mean_rows(table, options, _nodes(changes))
-        summary = _summary(table, changes, pairs, options)
-        shown = MOVING if MOVING in options.scalars else options.scalars[0]
-        figures = {
-            PARTS: parts_of_change(_pooled(rows)),
-            FIRST_ORDER: first_order_against_actual([r.model_dump() for r in pair_rows], shown),
-        }
-        return writer.write(
-            parameters={
-                "probe_set": str(probe_set),
-                "checkpoint_dir": None if checkpoint_dir is None else str(checkpoint_dir),
-                "checkpoints": [str(path) for path in chosen],
-                "config": config.model_dump(mode="json"),
-                "tolerance": TOLERANCE,
-                "most_nodes": MOST_INTERVALS + 1,
-                **asdict(options),
-            },
-            summary=summary,
-            rows=rows,
-            page=_page(rows, summary),
-            figures=figures,
-            further={PAIR_ROWS: dump_rows(row.model_dump() for row in pair_rows)},
-            provenance={
-                **inputs.provenance(),
-                "checkpoint_digests": {
-                    str(point.step): point.digest
-                    for change in changes
-                    for point in (change.source, change.target)
-                },
-            },
-            law=_law(summary),
-            device=config.device,
-        )
-
-
-def _check_options(options: DiagnosisOptions) -> None:
-    check_scalar_names(options.scalars)
-    for option, names, known in (
-        ("--scalar", options.scalars, ANSWER_SCALARS),
-        ("--margin-side", options.sides, SIDES),
-        ("--switch-bucket", options.switch_buckets, SWITCH_BUCKETS),
-    ):
-        unknown = [name for name in names if name not in known]
-        if unknown or not names or len(set(names)) < len(names):
-            raise CircuitError(
-                ", ".join(unknown or names) or "nothing",
-                where=option,
-                expected=f"some of {', '.join(known)}, each once",
-            )
-
 
 _PARTS = ("first_order", "curvature", "switch")
 _COLUMNS = ("source", "target", "delta", *_PARTS)
 
 
-def _long_table(pair_rows: Sequence[ScalarPairRow]) -> pd.DataFrame:
+class DiagnosisOptions(options.ProbeOptions, options.CheckpointOptions, options.PairOptions):
+    """Which pairs and scalars are followed; the pair rows hold every bucket."""
+
+    margin_sides: options.MarginSides = SIDES
+    scalars: ScalarNames = ANSWER_SCALARS
+    switch_buckets: options.SwitchBuckets = SWITCH_BUCKETS
+    top_k_wrong: Annotated[int, Option("Best wrong values in every pair row.", least=1)] = 5
+
+
+class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
+    """Answer scalars between consecutive checkpoints: first order, curvature, switch."""
+
+    command = "answer-scalar-residual-diagnosis"
+    Options = DiagnosisOptions
+    least = 2
+    title = "Changes of the answers"
+    question = "Did the answers change as the gradient says, by curvature, or by a new competitor?"
+
+    def prepare(self) -> None:
+        super().prepare()
+        most, asked = len(self.inputs.vocabulary.value_ids) - 1, self.options
+        if asked.top_k_wrong > most:
+            raise CircuitError(
+                f"{asked.top_k_wrong}",
+                where="`top_k_wrong`",
+                expected=f"1 to {most}, the wrong values",
+            )
+        self.pairs = self.inputs.pairs(asked)
+        self.sides = {side: self.inputs.side(self.pairs, side) for side in asked.margin_sides}
+        self.source: Checkpointed | None = None
+        self.before: dict[str, Tensor] = {}  # weights of the source, whose model is loaded anew
+        self.reached: dict[str, Tensor] = {}  # logits there, where the next line starts
+        self.lines: list[dict[str, Any]] = []
+        self.split_error = 0.0
+
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        """The pair rows of the interval that ends here; none at the first checkpoint."""
+        source, before = self.source, self.before
+        weights = {name: tensor.clone() for name, tensor in named_tensors(point.model).items()}
+        self.source, self.before = point, weights
+        if source is None:
+            return
+        for side, batch in self.sides.items():
+            line = Line(
+                point.model,
+                before,
+                weights,
+                batch.tokens,
+                (batch.reads.row, batch.reads.key_pos),
+                source_logits=self.reached.get(side),
+            )
+            where = f"{source.step} -> {point.step}, {side}"
+
+            def taken(node: int, nodes: int, where: str = where) -> None:
+                self.tell(f"{where}, node {node} of {nodes}")
+
+            change = Change.along(
+                line,
+                batch.reads.answer,
+                self.inputs.vocabulary.value_ids,
+                scalars=self.options.scalars,
+                top_k_wrong=self.options.top_k_wrong,
+                progress=taken,
+            )
+            self.reached[side] = line.ends[1]
+            yield from self._rows(change, source, point, side)
+
+    def _rows(
+        self, change: Change, source: Checkpointed, target: Checkpointed, side: str
+    ) -> Iterator[Row]:
+        gaps = {name: gap or 0.0 for name, gap in change.line.gap.items()}
+        worst = max(gaps, key=gaps.__getitem__)
+        steps = {"source_step": source.step, "target_step": target.step}
+        self.lines.append(
+            {
+                **steps,
+                "margin_side": side,
+                "nodes": change.line.nodes,
+                "scalar": worst,
+                "gap": gaps[worst],
+                "closed": change.line.closed,
+            }
+        )
+        self.split_error = max(self.split_error, change.split_error)
+        run = Path(self.config.output_dir)
+        for i, pair in enumerate(self.pairs):
+            yield ScalarPairRow(
+                **steps,
+                source_checkpoint=run_relative(source.path, run),
+                target_checkpoint=run_relative(target.path, run),
+                source_digest=source.digest,
+                target_digest=target.digest,
+                pair_id=pair.pair_id,
+                pair_type=pair.type,
+                split=pair.clean.split,
+                margin_side=side,
+                **{name: values[i] for name, values in change.columns.items()},
+            ).model_dump()
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        table = _long_table(rows)
+        nodes: dict[tuple[int, int], int] = {}
+        for line in self.lines:
+            interval = line["source_step"], line["target_step"]
+            nodes[interval] = max(nodes.get(interval, 0), line["nodes"])
+        kinds = [pair.type for pair in self.pairs]
+        summary = {
+            "pairs": {kind: kinds.count(kind) for kind in self.options.pair_types},
+            "steps": sorted({step for interval in nodes for step in interval}),
+            "switched": [
+                {
+                    "source_step": source,
+                    "target_step": target,
+                    "share": float(_interval(table, source, target)["switched"].mean()),
+                }
+                for source, target in nodes
+            ],
+            "line_integral": self.lines,
+            "largest_split_error": self.split_error,
+            "over_all_intervals": list(_scalar_rows(table, self.options)),
+        }
+        means = _mean_rows(table, self.options, nodes)
+        return Findings(means, summary, _law(summary), further={PAIR_ROWS: rows})
+
+    @classmethod
+    def size(cls, results: Results[DiagnosisOptions]) -> tuple[float, ...]:
+        return len(results.summary["steps"]), sum(results.summary["pairs"].values())
+
+    @classmethod
+    def notes(cls, results: Results[DiagnosisOptions]) -> list[str]:
+        counts = ", ".join(f"{count} {kind}" for kind, count in results.summary["pairs"].items())
+        steps = results.summary["steps"]
+        return [
+            f"Means over pairs ({counts}) and sides; {len(steps)} checkpoints, {steps[0]} to"
+            f" {steps[-1]}. First order is the derivative along the straight line between the"
+            " checkpoints at the source, curvature the rest of the line integral, switch what a"
+            " change of competitor takes from the moving margin; R² is that of first order alone,"
+            " pair by pair."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[DiagnosisOptions]) -> list[Table]:
+        numbers = {
+            "mean_delta": ("change", ".3f"),
+            "mean_first_order": ("first order", ".3f"),
+            "mean_curvature": ("curvature", ".3f"),
+            "mean_switch": ("switch", ".3f"),
+            "first_order_r2": ("R²", ".3f"),
+        }
+        over_all = results.summary["over_all_intervals"]
+        buckets = {"scalar": "scalar", "switch_bucket": "bucket", "pairs": "changes"}
+        ends = {"mean_source": ("source", ".3f"), "mean_target": ("target", ".3f")}
+        intervals = {
+            **{"scalar": "scalar", "interval": "interval", **ends, **numbers},
+            **{"switched": ("switched", ".0%"), "nodes": "nodes", "gap": ("gap", ".2%")},
+        }
+        shares = {s["target_step"]: s["share"] for s in results.summary["switched"]}
+        rows = [
+            {
+                **row,
+                "step": row["target_step"],
+                "interval": f"{row['source_step']} -> {row['target_step']}",
+                "switched": shares[row["target_step"]],
+            }
+            for row in _pooled(results)
+        ]
+        title = "Over all intervals, pairs and sides, by bucket"
+        return [
+            Table(title, {**buckets, **numbers}, over_all, console=len(over_all)),
+            Table("By interval", intervals, rows),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[DiagnosisOptions]) -> list[Chart]:
+        scalars = results.options.scalars
+        shown = MOVING if MOVING in scalars else scalars[0]
+        data = [
+            {"step": row["target_step"], **{name: row[name] for name in _SHOWN}}
+            for row in _pooled(results)
+            if row["pairs"]
+        ]
+        pairs = thinned(
+            [
+                {
+                    "step": row["target_step"],
+                    **{name: row[name] for name in ("source_step", "margin_side", "pair_id")},
+                    "competitor": "switched" if row["switched"] else "the same",
+                    "first_order": row["first_order"][shown],
+                    "delta": row["deltas"][shown],
+                }
+                for row in results.rows(PAIR_ROWS)
+            ]
+        )
+        at = alt.X("step:O").title("interval, by its target step").axis(labelAngle=0)
+        at = at.scale(paddingInner=0.3)
+        band = named("answer_course").transform_filter(chosen())
+        return [
+            chart(
+                f"{cls.stem()}_course",
+                f"{shown}: mean change and its parts",
+                {"answer_course": [row for row in data if row["scalar"] == shown]},
+                band.mark_rect(color="var(--line)", opacity=0.6, aria=False).encode(x=at),
+                *_bars("answer_course", at, alt.Y("value:Q").title("mean change").stack("zero")),
+            ),
+            chart(
+                f"{cls.stem()}_parts",
+                "Every scalar over the interval: mean change and its parts",
+                {"answer_parts": data},
+                *_bars(
+                    "answer_parts",
+                    alt.X("value:Q").title("mean change").stack("zero"),
+                    alt.Y("scalar:N").title(None).sort(list(scalars)).axis(labelLimit=240),
+                    where=chosen(),
+                ),
+                height=26 * len(scalars),
+            ),
+            chart(
+                f"{cls.stem()}_first_order",
+                f"{shown} over the interval: every pair and side",
+                {"answer_pairs": pairs},
+                *equals(
+                    "answer_pairs",
+                    ("first_order", "first order"),
+                    ("delta", "actual change"),
+                    colour("competitor", ("the same", "switched"), title="competitor"),
+                    pairs,
+                    where=chosen(),
+                ),
+                height=260,
+            ),
+        ]
+
+
+_SHOWN = ("source_step", "scalar", "pairs", *(f"mean_{name}" for name in _COLUMNS))
+_LABELS = {
+    "mean_first_order": "first order",
+    "mean_curvature": "curvature",
+    "mean_switch": "switch of competitor",
+}
+
+
+def _bars(data: str, x: alt.X, y: alt.Y, *, where: str = "true") -> list[alt.Chart]:
+    """The parts of changes stacked, and a mark at the change itself.
+
+    Args:
+        x, y: one of them is of the stacked `value`.
+    """
+    rows = named(data).transform_filter(where)
+    parts = rows.transform_fold(list(_LABELS), as_=["part", "value"])
+    actual = rows.transform_calculate(value="datum.mean_delta")
+    shade = colour("part", list(_LABELS), labels=_LABELS)
+    mark = {"shape": "diamond", "size": 60, "filled": True, "color": "var(--ink)", "opacity": 1}
+    return [
+        parts.mark_bar().encode(x=x, y=y, color=shade, tooltip=exact("step", *_SHOWN)),
+        actual.mark_point(**mark).encode(x=x, y=y, tooltip=exact("step", *_SHOWN)),
+    ]
+
+
+def _long_table(pair_rows: Sequence[Row]) -> pd.DataFrame:
     """One line for every pair row and scalar."""
+    same = ("source_step", "target_step", "margin_side", "pair_type", "switched")
+    parts = {"source": "source_values", "target": "target_values", "delta": "deltas"}
     return pd.DataFrame(
         {
-            "source_step": row.source_step,
-            "target_step": row.target_step,
-            "margin_side": row.margin_side,
-            "pair_type": row.pair_type,
-            "switched": row.switched,
-            "scalar": name,
-            "source": row.source_values[name],
-            "target": row.target_values[name],
-            "delta": delta,
-            "first_order": row.first_order[name],
-            "curvature": row.curvature[name],
-            "switch": row.switch[name],
+            **{name: row[name] for name in same},
+            "scalar": scalar,
+            **{name: row[parts.get(name, name)][scalar] for name in _COLUMNS},
         }
         for row in pair_rows
-        for name, delta in row.deltas.items()
+        for scalar in row["deltas"]
     )
 
 
-def _nodes(changes: Sequence[Change]) -> dict[tuple[int, int], int]:
-    """The most nodes that an interval took."""
-    nodes: dict[tuple[int, int], int] = {}
-    for change in changes:
-        key = (change.source.step, change.target.step)
-        nodes[key] = max(nodes.get(key, 0), change.line.nodes)
-    return nodes
-
-
 def _mean_rows(
-    table: pd.DataFrame, options: DiagnosisOptions, nodes: dict[tuple[int, int], int]
-) -> list[Row]:
-    """Means by interval, side, type, scalar and bucket; sides and types also pooled."""
-    rows: list[Row] = []
-    sides = list(options.sides) + [POOLED] * (len(options.sides) > 1)
-    types = list(options.pairs.types) + [POOLED] * (len(options.pairs.types) > 1)
+    table: pd.DataFrame, asked: DiagnosisOptions, nodes: dict[tuple[int, int], int]
+) -> Iterator[Row]:
+    """Means by interval, side, type, scalar and bucket; sides and types also pooled.
+
+    Args:
+        nodes: the most that the line integrals of an interval took.
+    """
+    sides = list(asked.margin_sides) + [POOLED] * (len(asked.margin_sides) > 1)
+    types = list(asked.pair_types) + [POOLED] * (len(asked.pair_types) > 1)
     for (source, target), most in nodes.items():
         of_interval = _interval(table, source, target)
         for side in sides:
             of_side = _where(of_interval, "margin_side", side)
             for pair_type in types:
-                of_type = _where(of_side, "pair_type", pair_type)
                 place = {
                     "source_step": source,
                     "target_step": target,
@@ -183,8 +348,8 @@ def _mean_rows(
                     "pair_type": pair_type,
                     "nodes": most,
                 }
-                rows += [place | row for row in _scalar_rows(of_type, options)]
-    return rows
+                of_type = _where(of_side, "pair_type", pair_type)
+                yield from (place | row for row in _scalar_rows(of_type, asked))
 
 
 def _interval(table: pd.DataFrame, source: int, target: int) -> pd.DataFrame:
@@ -195,16 +360,14 @@ def _where(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     return table if value == POOLED else table[table[column] == value]
 
 
-def _scalar_rows(table: pd.DataFrame, options: DiagnosisOptions) -> Iterator[dict[str, Any]]:
+def _scalar_rows(table: pd.DataFrame, asked: DiagnosisOptions) -> Iterator[dict[str, Any]]:
     """Means of every scalar in every bucket."""
-    for name in options.scalars:
-        own = table[table["scalar"] == name]
-        for bucket in options.switch_buckets:
-            chosen = own if bucket == "all" else own[own["switched"] == (bucket != _SAME)]
-            yield {"scalar": name, "switch_bucket": bucket, **_means(chosen)}
-
-
-_SAME = "same_competitor"
+    for name in asked.scalars:
+        of_scalar = table[table["scalar"] == name]
+        for bucket in asked.switch_buckets:
+            switched = of_scalar["switched"] == (bucket == "competitor_switch")
+            means = _means(of_scalar if bucket == "all" else of_scalar[switched])
+            yield {"scalar": name, "switch_bucket": bucket, **means}
 
 
 def _means(table: pd.DataFrame) -> dict[str, Any]:
@@ -230,49 +393,15 @@ def _means(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _pooled(rows: Sequence[Row]) -> list[Row]:
-    """The rows over all sides and types."""
-    sides = {row["margin_side"] for row in rows}
-    types = {row["pair_type"] for row in rows}
-    side = POOLED if len(sides) > 1 else min(sides)
-    pair_type = POOLED if len(types) > 1 else min(types)
-    return [r for r in rows if (r["margin_side"], r["pair_type"]) == (side, pair_type)]
-
-
-def _summary(
-    table: pd.DataFrame,
-    changes: Sequence[Change],
-    pairs: Sequence[Pair],
-    options: DiagnosisOptions,
-) -> dict[str, Any]:
-    gaps = [
-        {
-            "source_step": change.source.step,
-            "target_step": change.target.step,
-            "margin_side": change.side,
-            "nodes": change.line.nodes,
-            "scalar": max(change.line.gap, key=lambda name: change.line.gap[name] or 0.0),
-            "gap": max(gap or 0.0 for gap in change.line.gap.values()),
-            "closed": change.line.closed,
-        }
-        for change in changes
-    ]
-    shares = [
-        {
-            "source_step": source,
-            "target_step": target,
-            "share": float(_interval(table, source, target)["switched"].mean()),
-        }
-        for source, target in _nodes(changes)
-    ]
-    return {
-        "pairs": {kind: sum(p.type == kind for p in pairs) for kind in options.pairs.types},
-        "steps": sorted({c.source.step for c in changes} | {c.target.step for c in changes}),
-        "switched": shares,
-        "line_integral": gaps,
-        "largest_split_error": max(change.split_error for change in changes),
-        "over_all_intervals": list(_scalar_rows(table, options)),
-    }
+def _pooled(results: Results[DiagnosisOptions]) -> list[Row]:
+    """The rows over all sides and types in the first bucket, by scalar."""
+    asked = results.options
+    side = POOLED if len(asked.margin_sides) > 1 else asked.margin_sides[0]
+    kind = POOLED if len(asked.pair_types) > 1 else asked.pair_types[0]
+    place = (side, kind, asked.switch_buckets[0])
+    columns = ("margin_side", "pair_type", "switch_bucket")
+    rows = [row for row in results.rows() if tuple(row[name] for name in columns) == place]
+    return sorted(rows, key=lambda row: ANSWER_SCALARS.index(row["scalar"]))
 
 
 def _law(summary: dict[str, Any]) -> str:
@@ -292,57 +421,3 @@ def _law(summary: dict[str, Any]) -> str:
         f"first order, curvature and switch sum to the change within {gap}, with {nodes} nodes at"
         f" most; the moving margin's split is off by at most {summary['largest_split_error']:.1g}"
     )
-
-
-def _page(rows: Sequence[Row], summary: dict[str, Any]) -> list[str]:
-    counts = ", ".join(f"{count} {kind}" for kind, count in summary["pairs"].items())
-    steps = summary["steps"]
-    shares = {(s["source_step"], s["target_step"]): s["share"] for s in summary["switched"]}
-    lines = [
-        f"Pairs: {counts}; {len(steps)} checkpoints, {steps[0]} to {steps[-1]}. Means over pairs"
-        " and sides. First order is the derivative along the straight line between the checkpoints"
-        " at the source, curvature the rest of the line integral, switch what a change of"
-        " competitor takes from the moving margin; R²: of first order alone, pair by pair.",
-        "",
-        f"![parts of the changes]({PARTS}.svg)",
-        "",
-        f"![first order against actual]({FIRST_ORDER}.svg)",
-        "",
-        "## By interval",
-        "",
-        "| scalar | interval | source | target | change | first order | curvature | switch | R² |"
-        " switched | nodes | gap |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    ordered = sorted(
-        (row for row in _pooled(rows) if row["switch_bucket"] == rows[0]["switch_bucket"]),
-        key=lambda row: (ANSWER_SCALARS.index(row["scalar"]), row["source_step"]),
-    )
-    for row in ordered:
-        share = shares[row["source_step"], row["target_step"]]
-        gap = "-" if row["gap"] is None else f"{100 * row['gap']:.2g} %"
-        lines.append(
-            f"| `{row['scalar']}` | {row['source_step']} -> {row['target_step']} |"
-            f" {_shown(row['mean_source'])} | {_shown(row['mean_target'])} | {_cells(row)} |"
-            f" {100 * share:.0f} % | {row['nodes']} | {gap} |"
-        )
-    lines += [
-        "",
-        "## Over all intervals, by bucket",
-        "",
-        "| scalar | bucket | changes | change | first order | curvature | switch | R² |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in summary["over_all_intervals"]:
-        bucket = f"| `{row['scalar']}` | {row['switch_bucket']} | {row['pairs']} |"
-        lines.append(f"{bucket} {_cells(row)} |")
-    return lines
-
-
-def _cells(row: Row) -> str:
-    names = ("mean_delta", *(f"mean_{part}" for part in _PARTS), "first_order_r2")
-    return " | ".join(_shown(row[name]) for name in names)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""What the two closure reports share: fits as rows and as Markdown tables."""
+"""What the two closure reports share: fits as rows, in tables and as a chart."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from circuit.artifacts import Row
-from circuit.errors import CircuitError
-from circuit.lazy import np
+from circuit.figures.charts import Chart, chart, exact, named
+from circuit.lazy import alt, np
+from circuit.reports.tables import Table
 from circuit.scalars.least_squares import least_squares
-from circuit.tasks.pairs import SIDES
 
-
-def check_sides(sides: Sequence[str]) -> None:
-    """Refuse sides of a pair that do not exist, none, or one named twice.
-
-    Raises:
-        CircuitError: says which.
-    """
-    if not sides or len(set(sides)) < len(sides) or not set(sides) <= set(SIDES):
-        raise CircuitError(
-            f"margin sides {', '.join(sides) or '(none)'}",
-            expected=f"{' and '.join(SIDES)}, or one of them, each named once",
-        )
+NOTE = (
+    "R² is about the mean (below zero, the mean alone does better), `held out` predicts every pair"
+    " by a fit without it (5 parts), `about zero` compares with no change at all. A contribution is"
+    " coefficient times mean change of the route's score; with the intercept they sum to the mean"
+    " prediction. Coefficients are those of the joint fit: routes overlap."
+)
 
 
 def fit_deltas(
@@ -62,78 +56,84 @@ def empty_fit(labels: Sequence[str]) -> dict[str, Any]:
     return {**dict.fromkeys(one), "rows": 0, "columns": len(labels), "undetermined_routes": []}
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table, a dash where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """A Markdown table: first column left, the others right."""
-    rule = "|---" + "|---:" * (len(heads) - 1) + "|"
-    return [_line(heads), rule, *map(_line, rows)]
-
-
-def fit_lines(fits: Sequence[Row], names: Mapping[str, str]) -> list[str]:
+def fits_table(title: str, names: Mapping[str, str], fits: Sequence[Row]) -> Table:
     """A table of fits.
 
     Args:
-        fits: rows of `Fit.to_row`, and what tells them apart.
         names: key -> heading of what tells them apart.
     """
-    heads = [
-        *names.values(),
-        "rows",
-        "mean change",
-        "R²",
-        "held out",
-        "about zero",
-        "rank",
-        "condition",
+    columns: dict[str, str | tuple[str, str]] = {
+        **names,
+        "rows": "rows",
+        "mean_actual": ("mean change", ".3f"),
+        "r_squared": ("R²", ".3f"),
+        "r_squared_held_out": ("held out", ".3f"),
+        "r_squared_about_zero": ("about zero", ".3f"),
+        "of": "rank",
+        "condition_number": ("condition", ".0f"),
+    }
+    rows = [
+        {**fit, "of": None if fit["rank"] is None else f"{fit['rank']} of {fit['columns']}"}
+        for fit in fits
     ]
-    return markdown(
-        heads,
-        [
-            [
-                *(fit[name] for name in names),
-                fit["rows"],
-                number(fit["mean_actual"]),
-                number(fit["r_squared"]),
-                number(fit["r_squared_held_out"]),
-                number(fit["r_squared_about_zero"]),
-                "-" if fit["rank"] is None else f"{fit['rank']} of {fit['columns']}",
-                number(fit["condition_number"], 0),
-            ]
-            for fit in fits
-        ],
-    )
+    return Table(title, columns, rows, console=len(rows))
 
 
-def warnings_of(fits: Sequence[Row], name: str) -> list[str]:
-    """One line for each fit whose design does not determine every coefficient, and a blank one.
+def undetermined(fits: Sequence[Row], *names: str) -> list[str]:
+    """A paragraph for all fits whose rows leave the coefficients of the same routes open.
 
     Args:
-        name: key of a fit's name.
+        names: keys of what tells the fits apart.
     """
-    found = []
+    open_in: dict[tuple[str, ...], list[str]] = {}
     for fit in fits:
-        if fit["undetermined_routes"]:
-            routes = ", ".join(f"`{label}`" for label in fit["undetermined_routes"])
-            found.append(
-                f"- {fit[name]}: rank {fit['rank']} of {fit['columns']}. The rows do not determine"
-                f" the coefficients of {routes}; the solution of least norm is shown."
-            )
-    return [*found, ""] if found else []
+        routes = tuple(fit["undetermined_routes"])
+        open_in.setdefault(routes, []).append(" ".join(str(fit[name]) for name in names))
+    return [
+        f"The rows do not determine the coefficients of {', '.join(f'`{r}`' for r in routes)} in"
+        f" {'any fit' if len(of) == len(fits) else ', '.join(of)}; the solution of least norm is"
+        " shown."
+        for routes, of in open_in.items()
+        if routes
+    ]
 
 
-NOTE = (
-    "R² is about the mean (scikit-learn's score; below zero, the mean alone does better),"
-    " `held out` predicts every pair by a fit without it (5 parts), `about zero` compares with no"
-    " change at all. A contribution is coefficient times mean change of the route's score;"
-    " contributions and intercept sum to the mean predicted change. Routes overlap: what one"
-    " stage carries, later stages carry too. Coefficients are those of the joint fit, the less"
-    " certain the larger the condition number of the design."
-)
+def contributions(name: str, title: str, fits: Sequence[Row], key: str) -> Chart:
+    """Contribution of each route (lines) to the mean change in each fit (columns).
 
-
-def _line(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+    Args:
+        key: of what tells the fits apart; those without rows are left out.
+    """
+    data = [
+        {
+            key: fit[key],
+            "route": label,
+            "coefficient": fit["coefficients"][label],
+            "mean_contribution": value,
+            "mean_actual": fit["mean_actual"],
+        }
+        for fit in fits
+        if fit["rows"]
+        for label, value in fit["mean_contributions"].items()
+    ]
+    largest = max((abs(row["mean_contribution"]) for row in data), default=0.0) or 1.0
+    routes = list(dict.fromkeys(row["route"] for row in data))
+    words = alt.Axis(labelAngle=0, labelOverlap=False, labelExpr="split(datum.label, /[ _]/)")
+    place = named(name).encode(
+        x=alt.X(f"{key}:N").title(None).sort(None).axis(words),
+        y=alt.Y("route:N").title(None).sort(routes),
+        tooltip=exact(*(data[0] if data else ())),
+    )
+    shades = alt.Scale(scheme="blueorange", domain=[-largest, largest])
+    dark = f"abs(datum.mean_contribution) > {0.6 * largest!r}"
+    ink = alt.condition(dark, alt.value("white"), alt.value("black"))
+    return chart(
+        name,
+        title,
+        {name: data},
+        place.mark_rect().encode(color=alt.Color("mean_contribution:Q").scale(shades).legend(None)),
+        place.mark_text(fontSize=11).encode(
+            text=alt.Text("mean_contribution:Q").format(".2f"), color=ink
+        ),
+        height=24 * max(1, len(routes)),
+    )

@@ -18,318 +18,327 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from circuit.artifacts import Row, dump_rows
-from circuit.errors import CircuitError
-from circuit.figures.functional_subspace import written_deltas
+from circuit import options
+from circuit.artifacts import Row
+from circuit.figures.charts import Chart, at_step, chart, colour, lines
 from circuit.lazy import pd
 from circuit.model.subspaces import check_rank
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import open_inputs
-from circuit.scalars.answers import FIXED_SOURCE, check_scalar_names
+from circuit.options import Option
+from circuit.reports.inputs import Checkpointed, open_inputs
+from circuit.reports.report import Findings, Report, Results
+from circuit.reports.tables import Table
+from circuit.scalars.answers import FIXED_SOURCE, ScalarNames
 from circuit.scalars.functional_write import WritePath
-from circuit.scalars.interval_ends import ENDPOINTS, End, Intervals, read_intervals
+from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.scalars.write_products import SIZES, SUMMED, Measured, measure
-from circuit.tasks.groups import GROUPS, group_tokens
-from circuit.tasks.pairs import PAIR_TYPES, SIDES
-from circuit.tasks.positions import ROLES, Batch
-from circuit.tasks.symbolic_kv import Vocabulary
-from circuit.train_config import TrainConfig
+from circuit.tasks.groups import GROUPS, check_group, group_tokens
+from circuit.tasks.pairs import PAIR_TYPES
+from circuit.tasks.positions import ROLES
 
-COMMAND = "mlp-input-functional-subspace-report"
 EVERYTHING = "all"
 """`group_by` of the rows over all pairs of a type."""
 
 _END = ("source_step", "target_step", "endpoint_role", "step", "position_role", "scalar")
 
 
-@dataclass(frozen=True)
-class FunctionalSubspace:
-    """Which write is followed, where, and through which readouts.
+class SubspaceOptions(options.Options):
+    """Which write is followed, where, and through which readouts."""
 
-    Attributes:
-        source, mlp: the write path, such as `L1H3` and `L1MLP`.
-        roles: positions, some of `ROLES`.
-        scalars: answer scalars that are read out.
-        endpoints: ends of the rows' intervals, some of `ENDPOINTS`.
-        group_by: tokens by which pairs are summed, some of `GROUPS`.
-        pair_types: of the rows.
-        side: of the pairs and of the rows.
-        rank: of the PCA bases.
-        start_step, end_step: intervals within these steps; None takes all.
-    """
+    probe_set: options.ProbeSet
+    scalar_pair_rows: options.ScalarPairRows
+    source_component: Annotated[
+        str, Option("Component that writes, such as L1H1.", kind="component", earlier="source")
+    ]
+    component: Annotated[
+        str, Option("MLP that reads it, such as L1MLP.", kind="mlp", earlier="mlp")
+    ]
+    pair_types: Annotated[
+        tuple[str, ...], Option("Pair type of the rows.", flag="--pair-type", choices=PAIR_TYPES)
+    ] = ("support_value",)
+    position_roles: Annotated[
+        tuple[str, ...],
+        Option("Role of the positions.", flag="--position-role", choices=ROLES, earlier="roles"),
+    ] = ("prediction",)
+    group_by: Annotated[
+        tuple[str, ...],
+        Option("Token by which pairs are summed.", flag="--group-by", choices=GROUPS),
+    ] = ("answer_value",)
+    scalars: ScalarNames = (FIXED_SOURCE,)
+    endpoint_roles: Annotated[
+        tuple[str, ...],
+        Option(
+            "End of each interval.",
+            flag="--endpoint-role",
+            choices=ENDPOINTS,
+            earlier="endpoints",
+        ),
+    ] = ENDPOINTS
+    subspace_rank: Annotated[int, Option("Rank of the PCA bases.", least=1, earlier="rank")] = 4
+    record_side: options.RecordSide = "clean"
+    start_step: Annotated[
+        int | None, Option("Only intervals that start at this step or later.", least=0)
+    ] = None
+    end_step: Annotated[
+        int | None, Option("Only intervals that end at this step or earlier.", least=0)
+    ] = None
 
-    source: str
-    mlp: str
-    roles: tuple[str, ...] = ("prediction",)
-    scalars: tuple[str, ...] = (FIXED_SOURCE,)
-    endpoints: tuple[str, ...] = ENDPOINTS
-    group_by: tuple[str, ...] = ("answer_value",)
-    pair_types: tuple[str, ...] = ("support_value",)
-    side: str = "clean"
-    rank: int = 4
-    start_step: int | None = None
-    end_step: int | None = None
-
-    def __post_init__(self) -> None:
-        WritePath.parse(self.source, self.mlp)
-        check_scalar_names(self.scalars)
-        for option, names, known in (
-            ("--position-role", self.roles, ROLES),
-            ("--scalar", self.scalars, self.scalars),
-            ("--endpoint-role", self.endpoints, ENDPOINTS),
-            ("--group-by", self.group_by, GROUPS),
-            ("--pair-type", self.pair_types, PAIR_TYPES),
-            ("--record-side", (self.side,), SIDES),
-        ):
-            unknown = [name for name in names if name not in known]
-            if unknown or not names or len(set(names)) < len(names):
-                raise CircuitError(
-                    ", ".join(unknown or names) or "nothing",
-                    where=option,
-                    expected=f"some of {', '.join(known)}, each once",
-                )
+    def check(self) -> None:
+        """The component writes before the MLP; a role allows each grouping."""
+        super().check()
+        WritePath.parse(self.source_component, self.component)
+        for group in self.group_by:
+            for role in self.position_roles:
+                check_group(group, role)
 
 
-def mlp_input_functional_subspace(
-    config: TrainConfig,
-    probe_set: str | Path,
-    scalar_pair_rows: Path,
-    wanted: FunctionalSubspace,
-    output_dir: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Write the report.
+class FunctionalSubspace(Report[SubspaceOptions]):
+    """Whether the readout uses what a component writes to an MLP: past it, and through it."""
 
-    Args:
-        scalar_pair_rows: rows of `answer-scalar-residual-diagnosis` on this probe set and run.
-        progress: called with the checkpoints done and their number.
+    command = "mlp-input-functional-subspace-report"
+    Options = SubspaceOptions
+    title = "What is read of a write"
+    question = "Does the answer use what the component writes: past the MLP, or through it?"
 
-    Raises:
-        CircuitError: the rows are no such rows, lack a pair, or are of other pairs or weights (the
-            row is named); an option names what does not exist, the rank is too large, or the
-            output folder is not free.
-    """
-    WritePath.parse(wanted.source, wanted.mlp, shape=(config.model.layers, config.model.heads))
-    intervals = read_intervals(
-        scalar_pair_rows,
-        pair_types=wanted.pair_types,
-        side=wanted.side,
-        start_step=wanted.start_step,
-        end_step=wanted.end_step,
-    )
-    weights = intervals.weights(wanted.endpoints)
-    check_rank("--subspace-rank", wanted.rank, min(len(intervals.first) - 1, config.model.d_model))
-    run = Path(config.output_dir)
-    checkpoints = intervals.checkpoints(weights, run)
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        inputs = open_inputs(config, probe_set, checkpoints=checkpoints)
-        batch = inputs.side(intervals.pairs(inputs), wanted.side)
-        intervals.check_tokens(batch, inputs.vocabulary.value_ids)
-        groups = _groups(batch, wanted, inputs.vocabulary)
-        ends = intervals.ends(wanted.endpoints)
-        found: dict[int, Measured] = {}
-        for done, point in enumerate(inputs.models(checkpoints), start=1):
-            step = list(weights)[done - 1]
-            weights[step].check(point, scalar_pair_rows)
-            readouts = {end.readout(s) for end in ends if end.step == step for s in wanted.scalars}
-            path = WritePath.parse(wanted.source, wanted.mlp, point.model)
-            found[step] = measure(
-                point.model, batch, path, wanted.roles, sorted(readouts), wanted.rank
-            )
-            if progress is not None:
-                progress(done, len(checkpoints))
-        rows = list(_pair_rows(ends, found, wanted, intervals))
-        group_rows = _group_rows(rows, groups, wanted, len(batch.reads))
-        summary = _summary(group_rows, intervals, wanted, config.model.d_model, found)
-        return writer.write(
-            parameters={
-                "probe_set": str(probe_set),
-                "scalar_pair_rows": str(scalar_pair_rows),
-                **asdict(wanted),
-            },
-            summary=summary,
-            rows=rows,
-            page=_page(summary, wanted),
-            figures={
-                f"{writer.name}_{scalar}": written_deltas(
-                    summary["means"], scalar, f"{wanted.source} -> {wanted.mlp}"
-                )
-                for scalar in wanted.scalars
-            },
-            further={f"{writer.name}_group_rows.jsonl": dump_rows(group_rows)},
-            provenance={
-                **inputs.provenance(),
-                "scalar_pair_rows_sha256": hashlib.sha256(
-                    scalar_pair_rows.read_bytes()
-                ).hexdigest(),
-                "checkpoint_digests": {str(step): w.digest for step, w in weights.items()},
-            },
-            law="skip and MLP sum to the whole, g_out.δ_total = g_out.δ_in + g_out.δ_mlp with δ_mlp"
-            " read at the MLP's own output,"
-            f" within {summary['closure_error']:.1g} of the largest product",
-            device=config.device,
+    def prepare(self) -> None:
+        asked = self.options
+        self.intervals = read_intervals(
+            asked.scalar_pair_rows,
+            pair_types=asked.pair_types,
+            side=asked.record_side,
+            start_step=asked.start_step,
+            end_step=asked.end_step,
         )
+        self.weights = self.intervals.weights(asked.endpoint_roles)
+        most = min(len(self.intervals.first) - 1, self.config.model.d_model)
+        check_rank("`subspace_rank`", asked.subspace_rank, most)
+        run = Path(self.config.output_dir)
+        self.checkpoints = self.intervals.checkpoints(self.weights, run)
+        self.inputs = open_inputs(self.config, asked.probe_set, checkpoints=self.checkpoints)
+        pairs = self.intervals.pairs(self.inputs)
+        self.batch = self.inputs.side(pairs, asked.record_side)
+        self.intervals.check_tokens(self.batch, self.inputs.vocabulary.value_ids)
+        self.ends = self.intervals.ends(asked.endpoint_roles)
+        self.measured: dict[int, Measured] = {}
 
+    def points(self) -> Iterator[Checkpointed]:
+        return self.inputs.models(self.checkpoints)
 
-def _groups(
-    batch: Batch, wanted: FunctionalSubspace, vocabulary: Vocabulary
-) -> dict[tuple[str, str], list[str]]:
-    """The token by which each pair is summed, for every grouping and role."""
-    return {
-        (group, role): [vocabulary.tokens[t] for t in group_tokens(batch, group, role).tolist()]
-        for group in wanted.group_by
-        for role in wanted.roles
-    }
+    @property
+    def total(self) -> int:
+        return len(self.checkpoints)
 
+    def measure(self, point: Checkpointed) -> list[Row]:
+        """Readouts of the ends at this step; rows go by intervals, and come with the last."""
+        asked = self.options
+        self.weights[point.step].check(point, asked.scalar_pair_rows)
+        ends = [end for end in self.ends if end.step == point.step]
+        readouts = {end.readout(scalar) for end in ends for scalar in asked.scalars}
+        path = WritePath.parse(asked.source_component, asked.component, point.model)
+        self.measured[point.step] = measure(
+            point.model,
+            self.batch,
+            path,
+            asked.position_roles,
+            sorted(readouts),
+            asked.subspace_rank,
+        )
+        return []
 
-def _pair_rows(
-    ends: Sequence[End],
-    found: dict[int, Measured],
-    wanted: FunctionalSubspace,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
-    """One row an end, role, scalar and pair, in this order."""
-    for end in ends:
-        at = found[end.step]
-        for role in wanted.roles:
-            for scalar in wanted.scalars:
-                readout = end.readout(scalar)
-                columns, values = at.columns[readout, role], end.values(scalar)
-                for i, pair in enumerate(end.rows):
-                    yield {
-                        "source_step": pair.source_step,
-                        "target_step": pair.target_step,
-                        "endpoint_role": end.endpoint,
-                        "step": end.step,
-                        "position_role": role,
-                        "scalar": scalar,
-                        "pair_id": pair.pair_id,
-                        "pair_type": pair.pair_type,
-                        "record_side": pair.margin_side,
-                        "competitor": readout.competitors[i] if readout.competitors else None,
-                        "switched": pair.switched,
-                        "positions": at.positions[role][i],
-                        "scalar_value": values[i],
-                        **{name: columns[name][i] for name in (*SUMMED, *SIZES)},
-                    }
+    def conclude(self, rows: list[Row]) -> Findings:
+        rows = list(self._pair_rows())
+        group_rows = self._group_rows(rows)
+        largest = max(at.largest for at in self.measured.values())
+        gap = max(at.gap for at in self.measured.values())
+        error = gap / largest if largest else 0.0
+        asked = self.options
+        summary = {
+            "path": f"{asked.source_component}_to_{asked.component}",
+            "intervals": [list(steps) for steps in self.intervals.by_steps],
+            "steps": list(self.measured),
+            "pairs": len(self.intervals.first),
+            "closure_error": error,
+            "chance_overlap": math.sqrt(asked.subspace_rank / self.config.model.d_model),
+            "means": [_mean(row) for row in group_rows if row["group_by"] == EVERYTHING],
+        }
+        law = (
+            "skip and MLP sum to the whole, g_out.δ_total = g_out.δ_in + g_out.δ_mlp with δ_mlp"
+            f" read at the MLP's own output, within {error:.1g} of the largest product"
+        )
+        return Findings(rows, summary, law, further={f"{self.stem()}_group_rows.jsonl": group_rows})
 
+    def provenance(self) -> dict[str, Any]:
+        pair_rows = self.options.scalar_pair_rows.read_bytes()
+        return {
+            **self.inputs.provenance(),
+            "scalar_pair_rows_sha256": hashlib.sha256(pair_rows).hexdigest(),
+            "parameters_sha256": {str(step): w.digest for step, w in self.weights.items()},
+        }
 
-def _group_rows(
-    rows: Sequence[Row],
-    groups: dict[tuple[str, str], list[str]],
-    wanted: FunctionalSubspace,
-    pairs: int,
-) -> list[dict[str, Any]]:
-    """Sums of the products and means of the rest by end, pair type and group.
-
-    Means leave nulls out, and are null without any other.
-    """
-    table = pd.DataFrame(rows).astype(dict.fromkeys((*SUMMED, *SIZES), float))
-    made: list[dict[str, Any]] = []
-    for group in (EVERYTHING, *wanted.group_by):
-        tokens = [
-            EVERYTHING if group == EVERYTHING else groups[group, row["position_role"]][i % pairs]
-            for i, row in enumerate(rows)
+    def _pair_rows(self) -> Iterator[Row]:
+        """One row an end, role, scalar and pair, in this order."""
+        places = [
+            (end, role, scalar)
+            for end in self.ends
+            for role in self.options.position_roles
+            for scalar in self.options.scalars
         ]
-        keys = [*_END, "pair_type", "group_by", "group_token"]
-        grouped = table.assign(group_by=group, group_token=tokens).groupby(keys, sort=False)
-        joined = pd.concat(
-            [
+        for end, role, scalar in places:
+            at, readout, values = self.measured[end.step], end.readout(scalar), end.values(scalar)
+            columns = at.columns[readout, role]
+            for i, pair in enumerate(end.rows):
+                yield {
+                    "source_step": pair.source_step,
+                    "target_step": pair.target_step,
+                    "endpoint_role": end.endpoint,
+                    "step": end.step,
+                    "position_role": role,
+                    "scalar": scalar,
+                    "pair_id": pair.pair_id,
+                    "pair_type": pair.pair_type,
+                    "record_side": pair.margin_side,
+                    "competitor": readout.competitors[i] if readout.competitors else None,
+                    "switched": pair.switched,
+                    "positions": at.positions[role][i],
+                    "scalar_value": values[i],
+                    **{name: columns[name][i] for name in (*SUMMED, *SIZES)},
+                }
+
+    def _group_rows(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Sums of the products and means of the rest by end, pair type and group.
+
+        Means leave nulls out, and are null without any other.
+        """
+        table = pd.DataFrame(rows).astype(dict.fromkeys((*SUMMED, *SIZES), float))
+        texts, pairs = self.inputs.vocabulary.tokens, len(self.batch.reads)
+        summed: list[dict[str, Any]] = []
+        for group in (EVERYTHING, *self.options.group_by):
+            of_role = {
+                role: [EVERYTHING] * pairs
+                if group == EVERYTHING
+                else [texts[t] for t in group_tokens(self.batch, group, role).tolist()]
+                for role in self.options.position_roles
+            }
+            tokens = [of_role[row["position_role"]][i % pairs] for i, row in enumerate(rows)]
+            keys = [*_END, "pair_type", "group_by", "group_token"]
+            grouped = table.assign(group_by=group, group_token=tokens).groupby(keys, sort=False)
+            columns = [
                 grouped.size().rename("pairs"),
                 grouped[list(SUMMED)].sum().add_prefix("sum_"),
                 grouped[list(SIZES)].mean().add_prefix("mean_"),
-            ],
-            axis=1,
-        ).reset_index()
-        for row in joined.to_dict("records"):
-            shown = {str(k): None if _is_nan(v) else v for k, v in row.items()}
-            token = None if group == EVERYTHING else shown["group_token"]
-            made.append(shown | {"group_token": token})
-    return made
+            ]
+            for row in pd.concat(columns, axis=1).reset_index().to_dict("records"):
+                shown = {str(key): None if _is_nan(value) else value for key, value in row.items()}
+                token = None if group == EVERYTHING else shown["group_token"]
+                summed.append(shown | {"group_token": token})
+        return summed
+
+    @classmethod
+    def size(cls, results: Results[SubspaceOptions]) -> tuple[float, ...]:
+        return len(results.summary["steps"]), results.summary["pairs"]
+
+    @classmethod
+    def notes(cls, results: Results[SubspaceOptions]) -> list[str]:
+        asked, summary = results.options, results.summary
+        return [
+            f"What {asked.source_component} adds to the stream before and behind {asked.component};"
+            f" means over {summary['pairs']} pairs ({asked.record_side} side) in units of the"
+            " scalar. `ablation`: what ablating the component really takes, through all positions."
+            " Overlaps: norm of the unit projection on the other's PCA basis of rank"
+            f" {asked.subspace_rank}, {summary['chance_overlap']:.2f} for a random direction."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[SubspaceOptions]) -> list[Table]:
+        several = len(results.options.pair_types) > 1
+        rows = [
+            {
+                **row,
+                "place": f"{row['position_role']}, {row['pair_type']}"
+                if several
+                else row["position_role"],
+                "end": f"{row['endpoint_role']} of {row['source_step']} -> {row['target_step']}",
+            }
+            for row in results.summary["means"]
+        ]
+        places = {"place": "role", "end": "end", "pairs": "n"}
+        drawn = []
+        for scalar in results.options.scalars:
+            of_scalar = [row for row in rows if row["scalar"] == scalar]
+            drawn += [
+                Table(scalar, {**places, **_PRODUCTS}, of_scalar, console=len(of_scalar)),
+                Table(f"{scalar}: directions", {**places, **_DIRECTIONS}, of_scalar),
+            ]
+        return drawn
+
+    @classmethod
+    def charts(cls, results: Results[SubspaceOptions]) -> list[Chart]:
+        """Mean products over steps: a chart a scalar, role, pair type and end."""
+        several = len(results.options.pair_types) > 1
+        panels: dict[tuple[str, ...], list[Row]] = {}
+        for row in results.summary["means"]:
+            panels.setdefault(tuple(row[name] for name in _PANEL), []).append(row)
+        shade = colour("part", list(_PARTS), labels=_PARTS)
+        shown, title = ("step", "part", "value"), "mean over pairs"
+        drawn = []
+        for (scalar, role, kind, end), rows in panels.items():
+            name = "_".join((scalar, role, *([kind] if several else []), end))
+            data = [
+                {"step": row["step"], "part": part, "value": row[part]}
+                for row in rows
+                for part in _PARTS
+            ]
+            drawn.append(
+                chart(
+                    f"{cls.stem()}_{name}",
+                    f"{scalar} at {role}{f', {kind} pairs' if several else ''}, at the {end} of"
+                    " each interval",
+                    {f"written_{name}": data},
+                    lines(f"written_{name}", "value", title, shade, shown),
+                    at_step(),
+                )
+            )
+        return drawn
+
+
+_PANEL = ("scalar", "position_role", "pair_type", "endpoint_role")
+_PARTS = {
+    "mean_g_out_delta_in": "g_out·δ_in (past the MLP)",
+    "mean_g_out_delta_mlp": "g_out·δ_mlp (through it)",
+    "mean_g_out_delta_total": "g_out·δ_total (both)",
+    "mean_g_in_delta_in": "g_in·δ_in",
+    "mean_ablation_effect": "effect of ablation",
+}
+"""What charts draw."""
+_PRODUCTS = {
+    "mean_g_in_delta_in": ("g_in.δ_in", ".3f"),
+    "mean_g_out_delta_in": ("g_out.δ_in", ".3f"),
+    "mean_g_out_delta_mlp": ("g_out.δ_mlp", ".3f"),
+    "mean_g_out_delta_total": ("g_out.δ_total", ".3f"),
+    "mean_ablation_effect": ("ablation", ".3f"),
+    "through_mlp": ("through MLP", ".1%"),
+}
+_DIRECTIONS = {
+    "mean_cosine_g_in_delta_in": ("cos(g_in, δ_in)", ".3f"),
+    "mean_cosine_g_out_delta_total": ("cos(g_out, δ_total)", ".3f"),
+    "mean_overlap_delta_in_on_g_in": ("δ_in on g_in", ".3f"),
+    "mean_overlap_g_in_on_delta_in": ("g_in on δ_in", ".3f"),
+}
+
+
+def _mean(row: Row) -> Row:
+    """Means over the pairs of a row of sums; `through_mlp` is null where the total is zero."""
+    total, through = row["sum_g_out_delta_total"], row["sum_g_out_delta_mlp"]
+    return {
+        **{name: row[name] for name in (*_END, "pair_type", "pairs")},
+        **{f"mean_{name}": row[f"sum_{name}"] / row["pairs"] for name in SUMMED},
+        "through_mlp": through / total if total else None,
+        **{f"mean_{name}": row[f"mean_{name}"] for name in SIZES},
+    }
 
 
 def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _summary(
-    group_rows: Sequence[Row],
-    intervals: Intervals,
-    wanted: FunctionalSubspace,
-    d_model: int,
-    found: dict[int, Measured],
-) -> dict[str, Any]:
-    """Means over all pairs of a type at every end; `through_mlp` null where the total is zero."""
-    means = []
-    for row in group_rows:
-        if row["group_by"] == EVERYTHING:
-            total, through = row["sum_g_out_delta_total"], row["sum_g_out_delta_mlp"]
-            means.append(
-                {
-                    **{name: row[name] for name in (*_END, "pair_type", "pairs")},
-                    **{f"mean_{name}": row[f"sum_{name}"] / row["pairs"] for name in SUMMED},
-                    "through_mlp": through / total if total else None,
-                    **{f"mean_{name}": row[f"mean_{name}"] for name in SIZES},
-                }
-            )
-    largest = max(at.largest for at in found.values())
-    return {
-        "path": f"{wanted.source}_to_{wanted.mlp}",
-        "intervals": [list(steps) for steps in intervals.by_steps],
-        "steps": list(found),
-        "pairs": len(intervals.first),
-        "closure_error": max(at.gap for at in found.values()) / largest if largest else 0.0,
-        "chance_overlap": math.sqrt(wanted.rank / d_model),
-        "means": means,
-    }
-
-
-_SHOWN = (*(f"mean_{name}" for name in SUMMED), "through_mlp", "mean_cosine_g_in_delta_in")
-_SHOWN_SIZES = (
-    "mean_cosine_g_out_delta_total",
-    "mean_overlap_delta_in_on_g_in",
-    "mean_overlap_g_in_on_delta_in",
-)
-
-
-def _page(summary: dict[str, Any], wanted: FunctionalSubspace) -> list[str]:
-    lines = [
-        f"{summary['pairs']} pairs ({wanted.side} side), what {wanted.source} adds to the stream"
-        f" before and behind {wanted.mlp}. Means over pairs in units of the scalar; `through MLP`:"
-        " share of g_out.δ_mlp in g_out.δ_total; `ablation`: what ablating the component really"
-        " takes, through all positions; overlaps: norm of the unit projection on the other's PCA"
-        f" basis of rank {wanted.rank}, {summary['chance_overlap']:.2f} for a random direction.",
-        "",
-    ]
-    for scalar in wanted.scalars:
-        lines += [
-            f"## {scalar}",
-            "",
-            f"![written deltas](mlp_input_functional_subspace_{scalar}.svg)",
-            "",
-            "| role | end | step | pair type | g_in.δ_in | g_out.δ_in | g_out.δ_mlp | g_out.δ_total"
-            " | ablation | through MLP | cos(g_in, δ_in) | cos(g_out, δ_total) | δ_in on g_in"
-            " | g_in on δ_in |",
-            "|---|---|---:|---|" + "---:|" * 10,
-        ]
-        for role in wanted.roles:
-            lines += [
-                f"| {role} | {row['endpoint_role']} of {row['source_step']} ->"
-                f" {row['target_step']} | {row['step']} | {row['pair_type']} |"
-                + "".join(f" {_shown(row[name])} |" for name in (*_SHOWN, *_SHOWN_SIZES))
-                for row in summary["means"]
-                if (row["scalar"], row["position_role"]) == (scalar, role)
-            ]
-        lines.append("")
-    return lines
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

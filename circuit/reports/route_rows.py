@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
+from circuit.artifacts import Row
 from circuit.lazy import torch
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed
@@ -82,8 +82,9 @@ def score_checkpoint(
     )
 
 
-def route_rows(
-    scored: Sequence[Scored],
+def interval_rows(
+    source: Scored,
+    target: Scored,
     pairs: Sequence[Pair],
     sides: PairSides,
     routes: Sequence[Route],
@@ -91,46 +92,39 @@ def route_rows(
     *,
     margin_sides: Sequence[str],
     target_scalar: str,
-) -> list[RouteRow]:
-    """One row an interval, pair and side, in this order.
+) -> Iterator[Row]:
+    """One `RouteRow` a pair and side, in this order, not yet predicted.
 
     Args:
-        scored: checkpoints of ascending steps.
         values: the value tokens, a contiguous range of ids.
         target_scalar: one of `TARGET_SCALARS`.
     """
     labels = [route.label for route in routes]
-
-    def by_label(scores: Tensor) -> list[dict[str, float]]:
-        return [dict(zip(labels, column, strict=True)) for column in scores.T.tolist()]
-
-    rows = []
-    for source, target in pairwise(scored):
-        ends = {s: _target(source, target, sides, s, target_scalar, values) for s in SIDES}
-        before, after = source.scores.double(), target.scores.double()
-        tables = [by_label(scores) for scores in (before, after, after - before)]
-        for index, pair in enumerate(pairs):
-            for side in margin_sides:
-                first, last = ends[side]
-                rows.append(
-                    RouteRow(
-                        source_step=source.step,
-                        target_step=target.step,
-                        source_digest=source.digest,
-                        target_digest=target.digest,
-                        pair_id=pair.pair_id,
-                        pair_type=pair.type,
-                        margin_side=cast(Side, side),
-                        source_route_scores=tables[0][index],
-                        target_route_scores=tables[1][index],
-                        route_score_deltas=tables[2][index],
-                        target_scalar=target_scalar,
-                        source_value=first[index],
-                        target_value=last[index],
-                        delta=last[index] - first[index],
-                    )
-                )
-    return rows
+    ends = {s: _target(source, target, sides, s, target_scalar, values) for s in SIDES}
+    before, after = source.scores.double(), target.scores.double()
+    scores = {
+        "source_route_scores": before,
+        "target_route_scores": after,
+        "route_score_deltas": after - before,
+    }
+    columns = {name: table.T.tolist() for name, table in scores.items()}
+    for index, pair in enumerate(pairs):
+        for side in margin_sides:
+            first, last = (end[index] for end in ends[side])
+            yield RouteRow(
+                source_step=source.step,
+                target_step=target.step,
+                source_digest=source.digest,
+                target_digest=target.digest,
+                pair_id=pair.pair_id,
+                pair_type=pair.type,
+                margin_side=cast(Side, side),
+                target_scalar=target_scalar,
+                source_value=first,
+                target_value=last,
+                delta=last - first,
+                **{n: dict(zip(labels, of[index], strict=True)) for n, of in columns.items()},
+            ).model_dump()
 
 
 def _target(
@@ -140,21 +134,17 @@ def _target(
     side: str,
     target_scalar: str,
     values: range,
-) -> tuple[list[float], list[float]]:
+) -> list[list[float]]:
     """The target scalar of one side at both ends of an interval, one value a pair."""
     ends = [end.logits[side] for end in (source, target)]
     if target_scalar == CONTRAST:
         transfer = sides.transfer.cpu()
-        found = [contrast_margin(logits, transfer) for logits in ends]
-    else:
-        batch = sides.clean if side == "clean" else sides.corrupted
-        answer = batch.reads.answer.cpu()
-        chosen = [read_answers(logits, answer, values).competitor for logits in ends]
-        competitors = Competitors(*chosen)
-        found = [
-            answer_scalars(logits, answer, competitors, values)[target_scalar] for logits in ends
-        ]
-    return found[0].double().tolist(), found[1].double().tolist()
+        return [contrast_margin(logits, transfer).double().tolist() for logits in ends]
+    batch = sides.clean if side == "clean" else sides.corrupted
+    answer = batch.reads.answer.cpu()
+    competitors = Competitors(*(read_answers(x, answer, values).competitor for x in ends))
+    both = [answer_scalars(logits, answer, competitors, values) for logits in ends]
+    return [of[target_scalar].double().tolist() for of in both]
 
 
 def mean_scores(
@@ -163,17 +153,17 @@ def mean_scores(
     """Mean score of each route by checkpoint and pair type, and its share of the mean gap."""
     rows = []
     for kind in dict.fromkeys(pair.type for pair in pairs):
-        own = torch.tensor([pair.type == kind for pair in pairs])
+        of_kind = torch.tensor([pair.type == kind for pair in pairs])
         for point in scored:
-            gap = float(point.gap[own].double().mean())
+            gap = float(point.gap[of_kind].double().mean())
             for route, score in zip(routes, point.scores, strict=True):
-                mean = float(score[own].double().mean())
+                mean = float(score[of_kind].double().mean())
                 rows.append(
                     {
                         "step": point.step,
                         "pair_type": kind,
                         "route": route.label,
-                        "pairs": int(own.sum()),
+                        "pairs": int(of_kind.sum()),
                         "mean_score": mean,
                         "mean_gap": gap,
                         "share": mean / gap if gap else None,

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from circuit.artifacts import dump_rows
+from circuit import options
+from circuit.artifacts import Row
 from circuit.errors import CircuitError
-from circuit.figures.closure import actual_against_predicted, contributions, r_squared_by_scalar
-from circuit.reports.base import ReportResult, open_report
+from circuit.figures.charts import Chart, chart, colour, equals, exact, named, thinned
+from circuit.lazy import alt
+from circuit.options import Option
 from circuit.reports.closure import (
     NOTE,
-    check_sides,
+    contributions,
     empty_fit,
     fit_deltas,
-    fit_lines,
-    markdown,
-    number,
-    warnings_of,
+    fits_table,
+    undetermined,
 )
+from circuit.reports.report import Findings, Report, Results
+from circuit.reports.tables import Table
+from circuit.scalars.answers import ScalarNames
 from circuit.schemas import (
     SWITCH_BUCKETS,
     IntervalRow,
@@ -34,28 +36,29 @@ from circuit.schemas import (
     names_of,
     read_typed_rows,
 )
+from circuit.tasks.pairs import PAIR_TYPES
 
-COMMAND = "route-to-scalar-closure"
+PAIR_ROWS = "route_to_scalar_closure_pair_rows.jsonl"
 
 
-@dataclass(frozen=True)
-class ScalarClosure:
-    """Parameters of the report; None takes everything that the rows hold.
+class ScalarClosureOptions(options.Options):
+    """What is taken of the rows; sides are pooled."""
 
-    Attributes:
-        scalars: answer scalars of the scalar rows.
-        switch_buckets: some of `SWITCH_BUCKETS`.
-        route_labels: of the route rows, in the order of the design's columns.
-        pair_types, margin_sides: of the rows that enter; the sides are pooled.
-        fit_intercept: whether the least squares have a constant.
-    """
-
-    scalars: tuple[str, ...] | None = None
-    switch_buckets: tuple[str, ...] = SWITCH_BUCKETS
-    route_labels: tuple[str, ...] | None = None
-    pair_types: tuple[str, ...] | None = None
-    margin_sides: tuple[str, ...] | None = None
-    fit_intercept: bool = False
+    route_closure_rows: Annotated[
+        Path, Option("Rows of route-to-margin-closure.", kind="route_closure_rows")
+    ]
+    scalar_pair_rows: options.ScalarPairRows
+    scalars: ScalarNames = ()
+    switch_buckets: options.SwitchBuckets = SWITCH_BUCKETS
+    route_labels: Annotated[
+        tuple[str, ...], Option("Route, by its label.", flag="--route-label", unset="all")
+    ] = ()
+    pair_types: Annotated[
+        tuple[str, ...],
+        Option("Pair type of the rows.", flag="--pair-type", choices=PAIR_TYPES, unset="all"),
+    ] = ()
+    margin_sides: options.MarginSides = ()
+    fit_intercept: options.FitIntercept = False
 
 
 class Joined(NamedTuple):
@@ -78,89 +81,204 @@ class _PairKey(NamedTuple):
         return f"{self.source_step} -> {self.target_step}, {self.pair_id}"
 
 
-def route_to_scalar_closure(
-    route_closure_rows: Path,
-    scalar_pair_rows: Path,
-    wanted: ScalarClosure,
-    output_dir: str | Path,
-    *,
-    overwrite: bool = False,
-) -> ReportResult:
-    """Join, fit every scalar and bucket, and write the report.
+class ScalarClosure(Report[ScalarClosureOptions]):
+    """Which answer scalar do changes of route scores explain, and when?"""
 
-    Raises:
-        CircuitError: a file is missing, damaged or of another kind; a row is missing, is there
-            twice with different content, or is of other weights (it is named); a scalar, bucket,
-            route, type or side is not in the rows; or the folder is not free.
-    """
-    for bucket in wanted.switch_buckets:
-        if bucket not in SWITCH_BUCKETS:
-            raise CircuitError(
-                f"unknown switch bucket '{bucket}'", expected=f"one of {', '.join(SWITCH_BUCKETS)}"
-            )
-    if len(set(wanted.switch_buckets)) < len(wanted.switch_buckets):
-        raise CircuitError("a switch bucket is named twice", expected="each once")
-    if wanted.margin_sides is not None:
-        check_sides(wanted.margin_sides)
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        routes = read_typed_rows(route_closure_rows, RouteRow)
-        scalars = read_typed_rows(scalar_pair_rows, ScalarPairRow)
-        held = names_of((row.route_score_deltas for row in routes), "routes", route_closure_rows)
-        labels = _chosen("route", wanted.route_labels, held, route_closure_rows)
-        held = names_of((row.deltas for row in scalars), "scalars", scalar_pair_rows)
-        names = _chosen("scalar", wanted.scalars, held, scalar_pair_rows)
-        joined = join_rows(
+    command = "route-to-scalar-closure"
+    Options = ScalarClosureOptions
+    reads_run = False
+    title = "Routes to the answer scalars"
+    question = "Which answer scalar do changes of route scores explain?"
+
+    def prepare(self) -> None:
+        """Read both files, and join them."""
+        asked = self.options
+        route_file, scalar_file = asked.route_closure_rows, asked.scalar_pair_rows
+        routes = read_typed_rows(route_file, RouteRow)
+        scalars = read_typed_rows(scalar_file, ScalarPairRow)
+        held = names_of((row.route_score_deltas for row in routes), "routes", route_file)
+        self.labels = _chosen("route", asked.route_labels, held, route_file)
+        held = names_of((row.deltas for row in scalars), "scalars", scalar_file)
+        self.names = _chosen("scalar", asked.scalars, held, scalar_file)
+        self.joined = join_rows(
             routes,
             scalars,
-            route_closure_rows,
-            scalar_pair_rows,
-            pair_types=wanted.pair_types,
-            margin_sides=wanted.margin_sides,
+            route_file,
+            scalar_file,
+            pair_types=asked.pair_types,
+            margin_sides=asked.margin_sides,
         )
-        fits, rows = _fit(joined, names, labels, wanted)
-        intervals = sorted({(j.scalars.source_step, j.scalars.target_step) for j in joined})
+        if not any(j.scalars.in_bucket(b) for b in asked.switch_buckets for j in self.joined):
+            raise CircuitError(
+                f"no row is in bucket {', '.join(asked.switch_buckets)}",
+                where=scalar_file,
+                fix="choose another with `switch_buckets`",
+            )
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        fits, pair_rows = self._fits()
+        scalars = [j.scalars for j in self.joined]
+        intervals = sorted({(row.source_step, row.target_step) for row in scalars})
+        long = ("coefficients", "mean_contributions")
         summary = {
             "intervals": [list(interval) for interval in intervals],
-            "pairs": len({j.scalars.pair_id for j in joined}),
-            "sides": _unique([j.scalars.margin_side for j in joined]),
-            "rows": len(joined),
-            "switched": sum(j.scalars.switched for j in joined),
-            "routes": labels,
-            "fits": [
-                {k: v for k, v in fit.items() if k not in ("coefficients", "mean_contributions")}
-                for fit in fits
-            ],
+            "pairs": len({row.pair_id for row in scalars}),
+            "sides": list(dict.fromkeys(row.margin_side for row in scalars)),
+            "rows": len(scalars),
+            "switched": sum(row.switched for row in scalars),
+            "routes": self.labels,
+            "fits": [{k: v for k, v in fit.items() if k not in long} for fit in fits],
         }
-        shown = next((fit["switch_bucket"] for fit in fits if fit["rows"]), None)
-        if shown is None:
-            raise CircuitError(
-                f"no row is in bucket {', '.join(wanted.switch_buckets)}",
-                where=scalar_pair_rows,
-                fix="choose another with --switch-bucket",
-            )
-        first = [fit for fit in fits if fit["switch_bucket"] == shown]
-        return writer.write(
-            parameters={
-                "route_closure_rows": str(route_closure_rows),
-                "scalar_pair_rows": str(scalar_pair_rows),
-                **asdict(wanted),
-            },
-            summary=summary,
-            rows=fits,
-            page=_page(writer.name, summary, fits, first, labels, wanted),
-            figures={
-                f"{writer.name}_r_squared": r_squared_by_scalar(fits),
-                f"{writer.name}_fit": actual_against_predicted(_points(rows, names, shown)),
-                f"{writer.name}_contributions": contributions(first, "scalar"),
-            },
-            further={f"{writer.name}_pair_rows.jsonl": dump_rows(rows)},
-            provenance={
-                "route_closure_rows_sha256": _sha256(route_closure_rows),
-                "scalar_pair_rows_sha256": _sha256(scalar_pair_rows),
-            },
-            law=f"every one of {len(joined)} scalar rows has the route row of its interval and"
-            " pair, of the same weights, and no route row is left over",
+        law = (
+            f"every one of {len(scalars)} scalar rows has the route row of its interval and pair,"
+            " of the same weights, and no route row is left over"
         )
+        return Findings(fits, summary, law, further={PAIR_ROWS: pair_rows})
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            f"{name}_sha256": hashlib.sha256(getattr(self.options, name).read_bytes()).hexdigest()
+            for name in ("route_closure_rows", "scalar_pair_rows")
+        }
+
+    def _fits(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A fit for each scalar and bucket, and a row for each joined row."""
+        rows: list[dict[str, Any]] = [
+            {
+                **{key: getattr(j.scalars, key) for key in _ROW_KEYS},
+                "actual": {name: j.scalars.deltas[name] for name in self.names},
+                "predicted": {},
+                "residual": {},
+            }
+            for j in self.joined
+        ]
+        fits = []
+        for name in self.names:
+            for bucket in self.options.switch_buckets:
+                place = {"scalar": name, "switch_bucket": bucket}
+                entering = [i for i, j in enumerate(self.joined) if j.scalars.in_bucket(bucket)]
+                if not entering:
+                    fits.append({**place, **empty_fit(self.labels)})
+                    continue
+                joined = [self.joined[i] for i in entering]
+                fit, predicted = fit_deltas(
+                    [{k: j.route.route_score_deltas[k] for k in self.labels} for j in joined],
+                    [j.scalars.deltas[name] for j in joined],
+                    [j.scalars.pair_id for j in joined],
+                    fit_intercept=self.options.fit_intercept,
+                )
+                fits.append({**place, **fit})
+                for i, value in zip(entering, predicted, strict=True):
+                    rows[i]["predicted"].setdefault(bucket, {})[name] = value
+                    residual = rows[i]["actual"][name] - value
+                    rows[i]["residual"].setdefault(bucket, {})[name] = residual
+        return fits, rows
+
+    @classmethod
+    def size(cls, results: Results[ScalarClosureOptions]) -> tuple[float, ...]:
+        return len(results.summary["fits"]), results.summary["rows"]
+
+    @classmethod
+    def notes(cls, results: Results[ScalarClosureOptions]) -> list[str]:
+        summary = results.summary
+        steps = summary["intervals"]
+        return [
+            f"Changes of answer scalars over {len(steps)} intervals of steps {steps[0][0]} to"
+            f" {steps[-1][1]}, {summary['pairs']} pairs, {' and '.join(summary['sides'])} side"
+            f" pooled, by changes of {len(summary['routes'])} route scores,"
+            f" {'with' if results.options.fit_intercept else 'without'} intercept. The competitor"
+            f" switched in {summary['switched']} of {summary['rows']} rows.",
+            *undetermined(summary["fits"], "scalar", "switch_bucket"),
+            NOTE,
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[ScalarClosureOptions]) -> list[Table]:
+        fits = _shown(results)
+        columns = {fit["scalar"]: (fit["scalar"], ".3f") for fit in fits}
+        rows = [
+            {"route": label} | {fit["scalar"]: fit["mean_contributions"][label] for fit in fits}
+            for label in results.summary["routes"]
+        ]
+        title = f"Contributions to the mean change, bucket {fits[0]['switch_bucket']}"
+        names = {"scalar": "scalar", "switch_bucket": "bucket"}
+        return [
+            fits_table("Fits", names, results.summary["fits"]),
+            Table(title, {"route": "route", **columns}, rows),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[ScalarClosureOptions]) -> list[Chart]:
+        """R² of every fit; contributions, and every row, in the first bucket that has rows."""
+        fits = _shown(results)
+        bucket = fits[0]["switch_bucket"]
+        points: dict[str, list[Row]] = {fit["scalar"]: [] for fit in fits}
+        for row in results.rows(PAIR_ROWS):
+            for scalar, predicted in row["predicted"].get(bucket, {}).items():
+                points[scalar].append(
+                    {
+                        **{key: row[key] for key in ("source_step", "target_step", "pair_id")},
+                        "competitor": "switched" if row["switched"] else "the same",
+                        "predicted": predicted,
+                        "actual": row["actual"][scalar],
+                    }
+                )
+        shade = colour("competitor", ("the same", "switched"), title="competitor")
+        name = cls.stem()
+        drawn = [
+            _r_squared(f"{name}_r_squared", results.summary["fits"]),
+            contributions(
+                f"{name}_contributions",
+                f"Coefficient × mean change of the score, by scalar, bucket {bucket}",
+                fits,
+                "scalar",
+            ),
+        ]
+        for scalar, every in points.items():
+            rows = thinned(every)
+            ends = ("predicted", "predicted change"), ("actual", "actual change")
+            data = f"{name}_fit_{scalar}"
+            title = f"Changes of {scalar}, actual and predicted, bucket {bucket}"
+            drawn.append(
+                chart(data, title, {data: rows}, *equals(data, *ends, shade, rows), height=220)
+            )
+        return drawn
+
+
+_ROW_KEYS = ("source_step", "target_step", "pair_id", "pair_type", "margin_side", "switched")
+
+
+def _shown(results: Results[ScalarClosureOptions]) -> list[Row]:
+    """The fits in the first bucket that has rows."""
+    fits = list(results.rows())
+    bucket = next(fit["switch_bucket"] for fit in fits if fit["rows"])
+    return [fit for fit in fits if fit["switch_bucket"] == bucket]
+
+
+def _r_squared(name: str, fits: Sequence[Row]) -> Chart:
+    """Bars of R² by scalar and bucket, a stroke where pairs are held out."""
+    columns = ("scalar", "switch_bucket", "rows", "r_squared", "r_squared_held_out")
+    data = [{column: fit[column] for column in columns} for fit in fits]
+    buckets = list(dict.fromkeys(row["switch_bucket"] for row in data))
+    scalars = list(dict.fromkeys(row["scalar"] for row in data))
+    least = min((row["r_squared"] for row in data if row["r_squared"] is not None), default=0.0)
+    domain = [max(min(0.0, 1.05 * least), -1.0), 1.0]
+    place = named(name).encode(
+        y=alt.Y("scalar:N").title(None).sort(scalars).axis(labelLimit=240),
+        yOffset=alt.YOffset("switch_bucket:N").sort(buckets),
+        tooltip=exact(*columns),
+    )
+    title = "R² (stroke: held out)"
+    x = alt.X("r_squared:Q").title(title).scale(domain=domain)
+    held_out = alt.X("r_squared_held_out:Q").title(title).scale(domain=domain)
+    return chart(
+        name,
+        "Share of each scalar's changes that changes of route scores explain",
+        {name: data},
+        place.mark_bar(clip=True).encode(x=x, color=colour("switch_bucket", buckets)),
+        place.mark_tick(color="var(--ink)", thickness=2, clip=True).encode(x=held_out),
+        height=(14 * len(buckets) + 8) * len(scalars),
+    )
 
 
 def join_rows(
@@ -169,19 +287,22 @@ def join_rows(
     route_file: Path,
     scalar_file: Path,
     *,
-    pair_types: Sequence[str] | None = None,
-    margin_sides: Sequence[str] | None = None,
+    pair_types: Sequence[str] = (),
+    margin_sides: Sequence[str] = (),
 ) -> list[Joined]:
     """Each chosen scalar row with the route row of its interval and pair, in the scalars' order.
+
+    Args:
+        pair_types, margin_sides: that are chosen; all without any.
 
     Raises:
         CircuitError: one of them is missing, they are of different weights, two sides of a pair
             have different route scores, or a type or side is in neither file; the row is named.
     """
-    types = _unique([row.pair_type for row in (*routes, *scalars)])
-    types = _chosen("pair type", pair_types, types, scalar_file)
-    sides = _unique([row.margin_side for row in (*routes, *scalars)])
-    sides = _chosen("margin side", margin_sides, sides, scalar_file)
+    types = _chosen(
+        "pair type", pair_types, [r.pair_type for r in (*routes, *scalars)], scalar_file
+    )
+    sides = _chosen("side", margin_sides, [r.margin_side for r in (*routes, *scalars)], scalar_file)
     by_pair = _by_pair([row for row in routes if row.pair_type in types], route_file)
     joined = []
     for row in scalars:
@@ -206,26 +327,24 @@ def join_rows(
                     where=scalar_file,
                     expected=f"the intervals, pairs and sides of {route_file}",
                     fix="make both files from the same checkpoints, probe set and pair options, or"
-                    " choose with --pair-type and --margin-side",
+                    " choose with `pair_types` and `margin_sides`",
                 )
     return joined
 
 
 def _by_pair(routes: Sequence[RouteRow], where: Path) -> dict[_PairKey, RouteRow]:
-    found: dict[_PairKey, RouteRow] = {}
+    """The route row of each interval and pair, whose sides must agree."""
+    by_pair: dict[_PairKey, RouteRow] = {}
+    same = ("route_score_deltas", "source_digest", "target_digest")
     for row in routes:
-        first = found.setdefault(_PairKey.of(row), row)
-        if (
-            first.route_score_deltas != row.route_score_deltas
-            or first.source_digest != row.source_digest
-            or first.target_digest != row.target_digest
-        ):
+        first = by_pair.setdefault(_PairKey.of(row), row)
+        if any(getattr(first, name) != getattr(row, name) for name in same):
             raise CircuitError(
                 f"the route row of {row.key} differs from that of side {first.margin_side}",
                 where=where,
                 expected="the same weights and route scores on both sides of a pair",
             )
-    return found
+    return by_pair
 
 
 def _refuse_other_weights(
@@ -243,127 +362,18 @@ def _refuse_other_weights(
             )
 
 
-def _fit(
-    joined: Sequence[Joined], names: Sequence[str], labels: Sequence[str], wanted: ScalarClosure
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A fit for each scalar and bucket, and a row for each joined row."""
-    rows = [
-        {
-            **{key: getattr(j.scalars, key) for key in _ROW_KEYS},
-            "actual": {name: j.scalars.deltas[name] for name in names},
-            "predicted": {},
-            "residual": {},
-        }
-        for j in joined
-    ]
-    fits = []
-    for name in names:
-        for bucket in wanted.switch_buckets:
-            own = [i for i, j in enumerate(joined) if j.scalars.in_bucket(bucket)]
-            group = {"scalar": name, "switch_bucket": bucket}
-            if not own:
-                fits.append({**group, **empty_fit(labels)})
-                continue
-            fit, predicted = fit_deltas(
-                [{k: joined[i].route.route_score_deltas[k] for k in labels} for i in own],
-                [joined[i].scalars.deltas[name] for i in own],
-                [joined[i].scalars.pair_id for i in own],
-                fit_intercept=wanted.fit_intercept,
-            )
-            fits.append({**group, **fit})
-            for i, value in zip(own, predicted, strict=True):
-                rows[i]["predicted"].setdefault(bucket, {})[name] = value
-                rows[i]["residual"].setdefault(bucket, {})[name] = rows[i]["actual"][name] - value
-    return fits, rows
-
-
-_ROW_KEYS = ("source_step", "target_step", "pair_id", "pair_type", "margin_side", "switched")
-
-
-def _chosen(what: str, wanted: Sequence[str] | None, held: Sequence[str], where: Path) -> list[str]:
-    """The names asked for, all that there are by default.
+def _chosen(what: str, asked: Sequence[str], held: Sequence[str], where: Path) -> list[str]:
+    """The names asked for, all that there are without any.
 
     Raises:
-        CircuitError: a name is not in the rows, or stands twice.
+        CircuitError: a name is not in the rows.
     """
-    for name in wanted or ():
-        if name not in held:
+    known = list(dict.fromkeys(held))
+    for name in asked:
+        if name not in known:
             raise CircuitError(
                 f"the rows hold no {what} '{name}'",
                 where=where,
-                expected=f"one of {', '.join(held)}",
+                expected=f"one of {', '.join(known)}",
             )
-    chosen = list(wanted or held)
-    if len(set(chosen)) < len(chosen):
-        raise CircuitError(f"a {what} is named twice", expected="each once")
-    return chosen
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _unique(values: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
-def _points(
-    rows: Sequence[dict[str, Any]], names: Sequence[str], bucket: str
-) -> list[dict[str, Any]]:
-    """What the figure of actual against predicted shows: the rows of one bucket."""
-    return [
-        {
-            "panel": name,
-            "group": "competitor switched" if row["switched"] else "same competitor",
-            "actual": row["actual"][name],
-            "predicted": row["predicted"][bucket][name],
-        }
-        for name in names
-        for row in rows
-        if bucket in row["predicted"]
-    ]
-
-
-def _page(
-    name: str,
-    summary: dict[str, Any],
-    fits: Sequence[dict[str, Any]],
-    first: Sequence[dict[str, Any]],
-    labels: Sequence[str],
-    wanted: ScalarClosure,
-) -> list[str]:
-    steps = summary["intervals"]
-    named = [{**fit, "fit": f"`{fit['scalar']}`, {fit['switch_bucket']}"} for fit in fits]
-    return [
-        f"Changes of answer scalars over {len(steps)} intervals of steps {steps[0][0]} to"
-        f" {steps[-1][1]}, {summary['pairs']} pairs, {' and '.join(summary['sides'])} side pooled,"
-        f" by changes of {len(labels)} route scores,"
-        f" {'with' if wanted.fit_intercept else 'without'} intercept. The competitor switched in"
-        f" {summary['switched']} of {summary['rows']} rows.",
-        "",
-        *fit_lines(fits, {"scalar": "scalar", "switch_bucket": "bucket"}),
-        "",
-        *warnings_of(named, "fit"),
-        NOTE,
-        "",
-        f"![R² by scalar and bucket]({name}_r_squared.svg)",
-        "",
-        f"![actual against predicted]({name}_fit.svg)",
-        "",
-        f"## Contributions to the mean change, bucket `{first[0]['switch_bucket']}`",
-        "",
-        *markdown(
-            ["route", *(f"`{fit['scalar']}`" for fit in first)],
-            [
-                [f"`{label}`", *(number(_contribution(fit, label)) for fit in first)]
-                for label in labels
-            ],
-        ),
-        "",
-        f"![contributions of the routes]({name}_contributions.svg)",
-    ]
-
-
-def _contribution(fit: dict[str, Any], label: str) -> float | None:
-    values = fit["mean_contributions"]
-    return None if values is None else float(values[label])
+    return list(asked or known)

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.readout import read_answers
+from circuit.options import Option
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -44,6 +45,11 @@ ANSWER_SCALARS = (
     "target_best_wrong_logit",
 )
 """The answer scalars of definitions.md section 5, in its order."""
+
+ScalarNames = Annotated[
+    tuple[str, ...],
+    Option("Answer scalar.", flag="--scalar", choices=ANSWER_SCALARS, unset="all"),
+]
 
 OF_THE_TARGET = (FIXED_TARGET, "target_best_wrong_logit")
 """Those whose competitor only the target of an interval has."""

@@ -150,9 +150,8 @@ class Intervals:
         """
         types = tuple(dict.fromkeys(row.pair_type for row in self.first))
         most = max(len(inputs.batch.reads), 1)
-        every = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
-        built = inputs.pairs(every)
-        by_id = {pair.pair_id: pair for pair in built}
+        asked = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
+        by_id = {pair.pair_id: pair for pair in inputs.pairs(asked)}
         for row in self.first:
             if row.pair_id not in by_id:
                 raise CircuitError(

@@ -121,7 +121,9 @@ def least_squares(
         None if groups is None else _held_out(x, y, fit_intercept, groups),
         rank,
         _dependent(centred, rank, labels),
-        _condition(centred) if rank == x.shape[1] else None,
+        float(np.linalg.cond(centred / np.linalg.norm(centred, axis=0)))
+        if rank == x.shape[1]
+        else None,
     )
 
 
@@ -135,7 +137,10 @@ def r_squared(y: Array, predicted: Array, about: float) -> float | None:
 
 
 def _solve(x: Array, y: Array, fit_intercept: bool) -> tuple[Array, float, int]:
-    """Coefficients, intercept and rank; numpy's solution of least norm."""
+    """Coefficients, intercept and rank; numpy's solution of least norm.
+
+    scikit-learn's `LinearRegression` gives the same where the rank is full, but takes no cutoff.
+    """
     x_mean, y_mean = (x.mean(0), float(y.mean())) if fit_intercept else (np.zeros(x.shape[1]), 0.0)
     solution, _, rank, _ = np.linalg.lstsq(x - x_mean, y - y_mean, rcond=RESOLUTION)
     coefficients = np.asarray(solution, dtype=np.float64)
@@ -161,10 +166,5 @@ def _dependent(x: Array, rank: int, labels: Sequence[str]) -> tuple[str, ...]:
         return ()
     triangle = np.linalg.qr(x, mode="r")  # the same null space, with no more rows than columns
     null = np.linalg.svd(triangle, full_matrices=True)[2][rank:]
-    part = np.sqrt((null**2).sum(0))
+    part = np.linalg.norm(null, axis=0)
     return tuple(label for label, share in zip(labels, part, strict=True) if share > 1e-3)
-
-
-def _condition(x: Array) -> float:
-    values = np.linalg.svd(x / np.sqrt((x**2).sum(0)), compute_uv=False)
-    return float(values[0] / values[-1])

@@ -6,12 +6,12 @@ whole residual, `subspace=...,rank=...` with `head_layer=...,head=...` for a hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from circuit.errors import CircuitError
-from circuit.model.components import Component
+from circuit.model.components import Component, parse_component
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import (
     EMBEDDING_SUBSPACES,
@@ -23,14 +23,14 @@ from circuit.model.subspaces import (
 from circuit.tasks.positions import ROLES
 from circuit.train_config import ModelConfig
 
-OPTION = "--route"
+_FIELD = "`routes`"
 _KEYS = ("label", "stage", "subspace", "rank", "head_layer", "head", "position_role")
 _NUMBERS = ("rank", "head_layer", "head")
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where a corrupted run is patched.
+    """Where a corrupted run is patched; as text it is its word.
 
     Attributes:
         label: names the route; unique among those of a report.
@@ -39,6 +39,9 @@ class Route:
         subspace: one of `SUBSPACES`.
         rank: of the subspace; None for the whole residual.
         head: whose subspace it is, where it is a head's.
+
+    Raises:
+        CircuitError: a name does not exist, or rank and head do not fit the subspace.
     """
 
     label: str
@@ -48,9 +51,38 @@ class Route:
     rank: int | None = None
     head: Component | None = None
 
+    def __post_init__(self) -> None:
+        if not self.label or self.label.strip() != self.label or "," in self.label:
+            raise CircuitError(f"label {self.label!r}", where=_FIELD, expected="a name, no comma")
+        _check_shape(self)
+
+    def __str__(self) -> str:
+        given = {**self.to_row(), "head_layer": None, "head": None}
+        if self.head is not None:
+            given |= {"head_layer": self.head.layer, "head": self.head.head}
+        return ",".join(f"{key}={given[key]}" for key in _KEYS if given[key] is not None)
+
     def to_row(self) -> dict[str, Any]:
         """The route as JSON; the head by its address."""
         return {**asdict(self), "head": None if self.head is None else str(self.head)}
+
+
+def read_route(value: Any) -> Any:
+    """A route from its word or its JSON; anything else as it is.
+
+    Raises:
+        CircuitError: as `parse_route`; or the JSON has other fields.
+    """
+    if isinstance(value, str):
+        return parse_route(value)
+    if not isinstance(value, Mapping):
+        return value
+    address = value.get("head")
+    head = parse_component(address, kind="head") if isinstance(address, str) else address
+    try:
+        return Route(**{**value, "head": head})
+    except TypeError:
+        raise CircuitError(f"{value} is no route", where=_FIELD) from None
 
 
 def parse_route(spec: str) -> Route:
@@ -63,60 +95,66 @@ def parse_route(spec: str) -> Route:
     given = _split(spec)
     for key in ("label", "stage", "position_role"):
         if key not in given:
-            raise CircuitError(f"no {key} in '{spec}'", where=OPTION, expected=f"{key}=...")
+            raise CircuitError(f"no {key} in '{spec}'", where=_FIELD, expected=f"{key}=...")
     numbers = {key: _number(key, given[key], spec) for key in _NUMBERS if key in given}
     subspace = given.get("subspace", FULL_RESIDUAL)
     if ("head" in numbers) != ("head_layer" in numbers):
         raise CircuitError(
             f"route '{given['label']}' names half a head",
-            where=OPTION,
+            where=_FIELD,
             expected="both head_layer=... and head=..., or neither",
         )
     head = Component(numbers["head_layer"], numbers["head"]) if "head" in numbers else None
-    route = Route(
+    return Route(
         given["label"], given["stage"], given["position_role"], subspace, numbers.get("rank"), head
     )
-    _check_shape(route)
-    return route
+
+
+def check_labels(routes: Sequence[Route]) -> None:
+    """Refuse two routes of one label.
+
+    Raises:
+        CircuitError: names it.
+    """
+    labels = [route.label for route in routes]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise CircuitError(f"two routes have the label '{label}'", where=_FIELD)
 
 
 def check_routes(
-    routes: Sequence[Route], model: ModelConfig, *, num_keys: int, num_values: int
+    routes: Sequence[Route],
+    model: ModelConfig,
+    *,
+    num_keys: int | None = None,
+    num_values: int | None = None,
 ) -> None:
     """Refuse routes that a model of this shape does not have.
 
+    Args:
+        num_keys, num_values: of the vocabulary, where it is known.
+
     Raises:
-        CircuitError: there is no route, a label is named twice, or a stage, role, subspace, head or
-            rank does not exist; the route is named.
+        CircuitError: a stage, head or rank does not exist; the route is named.
     """
-    if not routes:
-        raise CircuitError("no route", where=OPTION, expected="at least one")
-    labels = [route.label for route in routes]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise CircuitError(f"two routes have the label '{twice}'", where=OPTION)
     most = {
-        "embedding_key_identity": min(num_keys - 1, model.d_model),
-        "embedding_value_identity": min(num_values - 1, model.d_model),
+        "embedding_key_identity": min((num_keys or 2**31) - 1, model.d_model),
+        "embedding_value_identity": min((num_values or 2**31) - 1, model.d_model),
         **dict.fromkeys(HEAD_SUBSPACES, model.d_model // model.heads),
     }
     for route in routes:
-        where = f"route '{route.label}'"
-        _check_shape(route)
         try:
             stage_hook(route.stage, model.layers)
-            if route.head is not None and (
-                route.head.layer >= model.layers or (route.head.head or 0) >= model.heads
-            ):
-                raise CircuitError(
-                    f"the model has no component '{route.head}'",
-                    expected=f"layers 0-{model.layers - 1}, heads 0-{model.heads - 1}",
-                )
+            if route.head is not None:
+                parse_component(str(route.head), shape=(model.layers, model.heads))
             if route.rank is not None:
                 check_rank(route.subspace, route.rank, most[route.subspace])
         except CircuitError as error:
             raise CircuitError(
-                error.what, where=where, expected=error.expected, fix=error.fix
+                error.what,
+                where=f"route '{route.label}'",
+                expected=error.expected,
+                fix=error.fix,
             ) from None
 
 
@@ -126,12 +164,12 @@ def _split(spec: str) -> dict[str, str]:
         key, equals, value = (text.strip() for text in part.partition("="))
         if key not in _KEYS:
             raise CircuitError(
-                f"unknown key '{key}' in '{spec}'", where=OPTION, expected=", ".join(_KEYS)
+                f"unknown key '{key}' in '{spec}'", where=_FIELD, expected=", ".join(_KEYS)
             )
         if not equals or not value:
-            raise CircuitError(f"'{key}' has no value in '{spec}'", where=OPTION)
+            raise CircuitError(f"'{key}' has no value in '{spec}'", where=_FIELD)
         if key in given:
-            raise CircuitError(f"'{key}' stands twice in '{spec}'", where=OPTION)
+            raise CircuitError(f"'{key}' stands twice in '{spec}'", where=_FIELD)
         given[key] = value
     return given
 
@@ -139,7 +177,7 @@ def _split(spec: str) -> dict[str, str]:
 def _number(key: str, text: str, spec: str) -> int:
     if not text.isdecimal():
         raise CircuitError(
-            f"{key}={text} in '{spec}'", where=OPTION, expected="a whole number, 0 or more"
+            f"{key}={text} in '{spec}'", where=_FIELD, expected="a whole number, 0 or more"
         )
     return int(text)
 

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import pytest
 import typer
-from circuit.cli import answers, reproduce, routes, value_code
 from circuit.cli import complete as offers
+from circuit.cli import reproduce, value_code
 from circuit.cli.app import app
 from typer.main import get_command
 
@@ -30,7 +30,6 @@ from circuit.reports.interventions import QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
 from circuit.scalars.functional_write import Reference, Target
 from circuit.scalars.qk_match import LayerNormMode
-from circuit.schemas import SWITCH_BUCKETS
 from circuit.tasks.groups import GROUPS
 from circuit.tasks.pairs import PAIR_TYPES, SIDES
 from circuit.tasks.positions import ROLES
@@ -109,8 +108,6 @@ def test_every_command_that_takes_a_config_takes_set() -> None:
         (offers.DEVICES, get_args(Device)),
         (offers.SCALES, tuple(SCALES)),
         (reproduce.TARGETS, TARGETS),
-        (routes.BUCKETS, SWITCH_BUCKETS),
-        (answers.SWITCH_BUCKETS, SWITCH_BUCKETS),
         (value_code.GROUPS, GROUPS),
         (value_code.CONTROLS, CONTROLS),
     ],

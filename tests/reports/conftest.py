@@ -9,9 +9,10 @@ import pytest
 from tiny_run import RUN, MadeOnce, circuit, traced, traced_once, trained, trained_once
 
 from circuit.config import load_config
-from circuit.reports.answer_changes import DiagnosisOptions
-from circuit.reports.answer_scalar_residual_diagnosis import answer_scalar_residual_diagnosis
-from circuit.reports.inputs import PairOptions
+from circuit.options import PairOptions
+from circuit.reports.answer_scalar_residual_diagnosis import AnswerScalarDiagnosis, DiagnosisOptions
+from circuit.reports.inputs import _wanted
+from circuit.reports.report import run_report
 from circuit.train_config import TrainConfig
 
 __all__ = ["circuit", "traced", "traced_once", "trained", "trained_once"]
@@ -29,13 +30,16 @@ def diagnose_once(trained_once: Path, made_once: MadeOnce) -> Diagnose:
             out = Path.cwd() / "answers"
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(trained_once)
-                answer_scalar_residual_diagnosis(
-                    load_config(RUN / "run_config.json", TrainConfig),
-                    RUN / "analysis" / "probe_set.jsonl",
-                    out,
-                    DiagnosisOptions(pairs),
-                    checkpoints=[RUN / f"checkpoints/step_{step:06d}.pt" for step in steps],
+                types, most, least = _wanted(pairs)
+                options = DiagnosisOptions(
+                    probe_set=RUN / "analysis" / "probe_set.jsonl",
+                    checkpoints=tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in steps),
+                    pair_types=types,
+                    max_pairs_per_type=most,
+                    min_pairs_per_type=least,
                 )
+                config = load_config(RUN / "run_config.json", TrainConfig)
+                run_report(AnswerScalarDiagnosis, config, options, out)
 
         return made_once(name, fill) / "answers"
 
@@ -45,6 +49,7 @@ def diagnose_once(trained_once: Path, made_once: MadeOnce) -> Diagnose:
 @pytest.fixture(scope="session")
 def diagnosed_once(diagnose_once: Diagnose) -> Path:
     """Answer scalars over 3:6, 6:9 and 9:12: two pair types, both sides."""
-    return diagnose_once(
-        "diagnosed", PairOptions(("support_value", "recency"), 6, 3), (3, 6, 9, 12)
+    pairs = PairOptions(
+        pair_types=("support_value", "recency"), max_pairs_per_type=6, min_pairs_per_type=3
     )
+    return diagnose_once("diagnosed", pairs, (3, 6, 9, 12))

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from circuit.artifacts import read_jsonl
 from circuit.attribution import line
 from circuit.config import load_config
-from circuit.figures.answer_scalars import first_order_against_actual, parts_of_change
-from circuit.reports.answer_changes import DiagnosisOptions
+from circuit.errors import CircuitError
 from circuit.reports.answer_scalar_residual_diagnosis import (
     PAIR_ROWS,
-    answer_scalar_residual_diagnosis,
+    AnswerScalarDiagnosis,
+    DiagnosisOptions,
 )
-from circuit.reports.inputs import PairOptions, open_inputs
+from circuit.reports.inputs import open_inputs
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.written import read_report
 from circuit.scalars.answers import ANSWER_SCALARS, FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, find_checkpoint, read_typed_rows
 from circuit.tasks.pairs import SIDES
 from circuit.train_config import TrainConfig
 
-NAME = "answer_scalar_residual_diagnosis"
 RUN = Path("runs/tiny")
 PROBE = RUN / "analysis" / "probe_set.jsonl"
 CHECKPOINTS = RUN / "checkpoints"
-OUTPUT = RUN / "analysis" / NAME / "all"
-COMMAND = (
-    *("answer-scalar-residual-diagnosis", "--config", str(RUN / "run_config.json")),
-    *("--probe-set", str(PROBE), "--checkpoint-dir", str(CHECKPOINTS)),
-    *("--output-dir", str(OUTPUT), "--pair-type", "support_value", "--split", "heldout_pairs"),
-    *("--max-pairs-per-type", "7", "--min-pairs-per-type", "3", "--top-k-wrong", "4"),
-)
 INTERVALS = [(3, 6), (6, 9), (9, 12)]
-Circuit = Callable[..., Any]
+OPTIONS = DiagnosisOptions(
+    probe_set=PROBE,
+    checkpoint_dir=CHECKPOINTS,
+    pair_types=("support_value", "query_key"),
+    max_pairs_per_type=7,
+    min_pairs_per_type=3,
+    top_k_wrong=4,
+)
 Rows = list[ScalarPairRow]
+
+
+def diagnose(folder: Path, **changes: Any) -> ReportResult:
+    config = load_config(RUN / "run_config.json", TrainConfig)
+    options = DiagnosisOptions(**{**dict(OPTIONS), **changes})
+    return run_report(AnswerScalarDiagnosis, config, options, folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +53,9 @@ def report(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained_once)
-        result = answer_scalar_residual_diagnosis(
-            load_config(RUN / "run_config.json", TrainConfig),
-            PROBE,
-            folder,
-            DiagnosisOptions(PairOptions(("support_value", "query_key"), 7, 3), top_k_wrong=4),
-            checkpoint_dir=CHECKPOINTS,
-        )
-        return {
-            "result": result,
-            "rows": read_jsonl(result.rows[0]),
-            "pair_rows": read_typed_rows(folder / PAIR_ROWS, ScalarPairRow),
-        }
+        result = diagnose(folder)
+    pair_rows = read_typed_rows(folder / PAIR_ROWS, ScalarPairRow)
+    return {"result": result, "rows": read_jsonl(result.rows[0]), "pair_rows": pair_rows}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +124,7 @@ def test_values_and_checkpoints_are_those_of_the_models(
 ) -> None:
     monkeypatch.chdir(trained_once)
     study = open_inputs(load_config(RUN / "run_config.json", TrainConfig), PROBE)
-    pairs = {p.pair_id: p for p in study.pairs(PairOptions(("support_value", "query_key"), 7, 3))}
+    pairs = {p.pair_id: p for p in study.pairs(OPTIONS)}
     values = study.vocabulary.value_ids
     for row in pair_rows[::9]:
         path = find_checkpoint(row.target_checkpoint, RUN, PROBE)
@@ -173,72 +168,26 @@ def test_the_rows_are_means_of_the_pair_rows(pair_rows: Rows, report: dict[str, 
     assert {row["switch_bucket"] for row in report["rows"]} == set(SWITCH_BUCKETS)
 
 
-def test_an_integral_that_does_not_close_is_said_so(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("trained")
+def test_an_integral_that_does_not_close_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line, "TOLERANCE", 1e-12)
     monkeypatch.setattr(line, "MOST_INTERVALS", 4)
-    result = answer_scalar_residual_diagnosis(
-        load_config(RUN / "run_config.json", TrainConfig),
-        PROBE,
-        "report",
-        DiagnosisOptions(PairOptions(min_per_type=3), sides=("clean",), scalars=(MOVING,)),
-        checkpoint_dir=CHECKPOINTS,
-    )
+    one = {"margin_sides": ("clean",), "scalars": (MOVING,), "pair_types": ("support_value",)}
+    result = diagnose(Path("report"), **one)
     assert "3 of 3 line integrals do NOT close" in result.law
-    (scalars,) = {
-        tuple(r.deltas) for r in read_typed_rows(Path("report") / PAIR_ROWS, ScalarPairRow)
-    }
+    (scalars,) = {tuple(row.deltas) for row in read_typed_rows(result.rows[1], ScalarPairRow)}
     assert scalars == (MOVING,)
 
 
-def test_the_command_takes_types_splits_and_bounds(circuit: Circuit) -> None:
-    done = circuit(*COMMAND)
-    assert done.code == 0, done.err
-    assert "moving_answer_margin" in done.out
-    assert "sum to the change within" in done.out
-    names = [f"{NAME}_rows.jsonl", PAIR_ROWS, f"{NAME}_parts.svg", f"{NAME}_report.md"]
-    assert all((OUTPUT / name).is_file() for name in names)
-    report = json.loads((OUTPUT / f"{NAME}_report.json").read_text())
-    assert report["law"].startswith("first order, curvature and switch")
-    assert report["parameters"]["pairs"]["types"] == ["support_value"]
-    assert report["parameters"]["splits"] == ["heldout_pairs"]
+@pytest.mark.usefixtures("trained")
+def test_no_more_wrong_values_than_there_are() -> None:
+    with pytest.raises(CircuitError, match="`top_k_wrong`: 32; expected 1 to 31"):
+        diagnose(Path("report"), top_k_wrong=32)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--scalar", "margin"), "unknown answer scalar 'margin'"),
-        (("--margin-side", "left"), "--margin-side: left; expected some of clean, corrupted"),
-        (("--switch-bucket", "none"), "--switch-bucket: none"),
-        (("--scalar", MOVING, "--scalar", MOVING), "each once"),
-        (("--top-k-wrong", "32"), "--top-k-wrong 32; expected 1 to 31"),
-        (("--pair-type", "values"), "unknown pair type 'values'"),
-        (("--split", "train"), "no record of split 'train'"),
-        (("--min-pairs-per-type", "7000", "--max-pairs-per-type", "7000"), "at least 7000"),
-        (("--checkpoint", str(CHECKPOINTS / "step_000003.pt")), "expected at least 2"),
-        (
-            tuple(f"--checkpoint={CHECKPOINTS}/step_00000{step}.pt" for step in (3, 4)),
-            "step_000004.pt",
-        ),
-    ],
-)
-def test_bad_input_gives_one_line_and_writes_nothing(
-    circuit: Circuit, words: tuple[str, ...], message: str
-) -> None:
-    done = circuit(*COMMAND, *words)
-    assert done.code == 2
-    assert message in done.err
-    assert done.err.count("\n") == 1
-    assert not OUTPUT.exists() or {path.suffix for path in OUTPUT.iterdir()} == {".lock"}
-
-
-def test_figures_draw_every_interval(report: dict[str, Any], pair_rows: Rows) -> None:
-    rows = [r for r in report["rows"] if r["margin_side"] == r["pair_type"] == "all"]
-    parts: Figure = parts_of_change(rows)
-    panels = [axes for axes in parts.axes if axes.axison]
-    assert [axes.get_title(loc="left") for axes in panels] == list(ANSWER_SCALARS)
-    assert all(len(axes.patches) == 3 * 3 for axes in panels)
-    scatter = first_order_against_actual([row.model_dump() for row in pair_rows], MOVING)
-    drawn = sum(len(c.get_offsets()) for axes in scatter.axes for c in axes.collections)
-    assert drawn == len(pair_rows)
+def test_charts_draw_every_interval_and_pair(report: dict[str, Any], pair_rows: Rows) -> None:
+    written = read_report(report["result"].report)
+    course, parts, pairs = AnswerScalarDiagnosis.charts(written.results)
+    assert [row["step"] for row in course.data["answer_course"]] == [6, 9, 12]
+    assert {row["scalar"] for row in parts.data["answer_parts"]} == set(ANSWER_SCALARS)
+    assert len(pairs.data["answer_pairs"]) == len(pair_rows)

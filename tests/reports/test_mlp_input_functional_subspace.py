@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,47 +18,38 @@ from transformer_lens.hook_points import HookPoint
 from circuit.artifacts import read_jsonl
 from circuit.config import load_config
 from circuit.errors import CircuitError
-from circuit.figures.functional_subspace import written_deltas
 from circuit.model.components import ablate
+from circuit.options import PairOptions
 from circuit.reports.answer_scalar_residual_diagnosis import PAIR_ROWS
-from circuit.reports.inputs import Inputs, PairOptions, open_inputs
-from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
-from circuit.reports.mlp_input_functional_subspace import (
-    FunctionalSubspace,
-    mlp_input_functional_subspace,
-)
+from circuit.reports.inputs import Inputs, open_inputs
+from circuit.reports.mlp_input_functional_subspace import FunctionalSubspace, SubspaceOptions
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.written import read_report
 from circuit.scalars.answers import FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.scalars.functional_write import WritePath
+from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.scalars.write_products import PRODUCTS, SIZES, SUMMED, Readout, measure
 from circuit.schemas import RowKey, ScalarPairRow, read_typed_rows
 from circuit.tasks.pairs import Pair
 from circuit.tasks.positions import Batch, role_mask
 from circuit.train_config import TrainConfig
 
-NAME = "mlp_input_functional_subspace"
 RUN = Path("runs/tiny")
 PROBE = RUN / "analysis" / "probe_set.jsonl"
 ROWS = RUN / "analysis" / "answers" / PAIR_ROWS
-OUTPUT = RUN / "analysis" / NAME / "path"
-COMMAND = (
-    *("mlp-input-functional-subspace-report", "--config", str(RUN / "run_config.json")),
-    *("--probe-set", str(PROBE), "--scalar-pair-rows", str(ROWS), "--output-dir", str(OUTPUT)),
-    *("--source-component", "L0H1", "--component", "L0MLP", "--position-role", "prediction"),
-    *("--position-role", "support_value", "--scalar", FIXED_SOURCE, "--scalar", FIXED_TARGET),
-    *("--group-by", "query_key", "--endpoint-role", "target", "--subspace-rank", "3"),
-)
-WANTED = FunctionalSubspace(
-    "L0H1",
-    "L0MLP",
-    roles=("prediction", "value_distractors"),
+OPTIONS = SubspaceOptions(
+    probe_set=PROBE,
+    scalar_pair_rows=ROWS,
+    source_component="L0H1",
+    component="L0MLP",
+    position_roles=("prediction", "value_distractors"),
     scalars=(MOVING, FIXED_SOURCE, FIXED_TARGET, "negative_answer_loss", "target_best_wrong_logit"),
     group_by=("query_key",),
     pair_types=("support_value", "recency"),
-    rank=3,
+    subspace_rank=3,
 )
 INTO, OUT = "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"
 INTERVALS = [(3, 6), (6, 9), (9, 12)]
-Circuit = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,7 @@ def study(desk: Path) -> Inputs:
 @pytest.fixture(scope="module")
 def report(study: Inputs) -> dict[str, Any]:
     """Its result, rows and group rows."""
-    result = mlp_input_functional_subspace(study.config, PROBE, ROWS, WANTED, "report")
+    result = make(study.config, "report")
     return {
         "result": result,
         "rows": read_jsonl(result.rows[0]),
@@ -90,11 +81,9 @@ def report(study: Inputs) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def own_desk(circuit: Circuit, desk: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The pair rows, in a working directory of the test's own."""
-    shutil.copytree(desk / ROWS.parent, ROWS.parent, dirs_exist_ok=True)
-    return read_jsonl(ROWS)
+def make(config: TrainConfig, folder: str, **changes: Any) -> ReportResult:
+    options = SubspaceOptions(**{**dict(OPTIONS), **changes})
+    return run_report(FunctionalSubspace, config, options, folder)
 
 
 def stage_gradient(
@@ -166,13 +155,13 @@ def test_rows_are_those_of_one_pair_at_a_time(
     report: dict[str, Any], study: Inputs, desk: Path
 ) -> None:
     """Plain runs of the model of each end, with the row's own competitor."""
-    pairs = read_intervals(ROWS, pair_types=WANTED.pair_types, side="clean")
+    pairs = read_intervals(ROWS, pair_types=OPTIONS.pair_types, side="clean")
     batch = study.side(pairs.pairs(study), "clean")
     for number, (end, scalar) in enumerate(CHECKED):
         steps = INTERVALS[number % 3]
         step, interval = steps[ENDPOINTS.index(end)], pairs.by_steps[steps]
         (point,) = study.models([RUN / "checkpoints" / f"step_{step:06d}.pt"])
-        for role in WANTED.roles:
+        for role in OPTIONS.position_roles:
             rows = [
                 row
                 for row in report["rows"]
@@ -245,12 +234,12 @@ def test_an_end_that_two_intervals_share_reads_alike(report: dict[str, Any]) -> 
             key = (row["step"], row["pair_id"], row["position_role"])
             of.setdefault(key, []).append(row["g_out_delta_total"])
     shared = [values for values in of.values() if len(values) == 2]
-    assert len(shared) == 2 * len({pair for _, pair, _ in of}) * len(WANTED.roles)
+    assert len(shared) == 2 * len({pair for _, pair, _ in of}) * len(OPTIONS.position_roles)
     assert all(one == other for one, other in shared)
 
 
 def test_groups_are_sums_and_means_of_their_pairs(report: dict[str, Any], study: Inputs) -> None:
-    keys = {pair.pair_id: query_key(pair, study) for pair in study.pairs(PairOptions(TYPES, 6, 3))}
+    keys = {pair.pair_id: query_key(pair, study) for pair in study.pairs(PAIRS)}
     total = 0
     for group in report["groups"]:
         own = [
@@ -272,7 +261,7 @@ def test_groups_are_sums_and_means_of_their_pairs(report: dict[str, Any], study:
     assert {group["group_by"] for group in report["groups"]} == {"all", "query_key"}
 
 
-TYPES = ("support_value", "recency")
+PAIRS = PairOptions(pair_types=OPTIONS.pair_types, max_pairs_per_type=6, min_pairs_per_type=3)
 SAME = ("source_step", "endpoint_role", "position_role", "scalar", "pair_type")
 
 
@@ -303,75 +292,53 @@ def test_a_source_that_writes_nothing_is_read_as_nothing(study: Inputs, desk: Pa
     assert found.gap == found.largest == 0
 
 
-def test_the_figure_has_a_panel_a_role_and_end(report: dict[str, Any]) -> None:
-    means = [row for row in report["result"].summary["means"] if row["pair_type"] == "recency"]
-    figure = written_deltas(means, MOVING, "L0H1 -> L0MLP")
-    assert len(figure.axes) == len(WANTED.roles) * len(ENDPOINTS)
-    drawn = [np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines]
+def test_every_scalar_role_type_and_end_has_its_chart(report: dict[str, Any]) -> None:
+    drawn = {
+        one.name: one
+        for one in FunctionalSubspace.charts(read_report(report["result"].report).results)
+    }
+    roles, types = OPTIONS.position_roles, OPTIONS.pair_types
+    assert len(drawn) == len(OPTIONS.scalars) * len(roles) * len(types) * len(ENDPOINTS)
+    name = f"{MOVING}_prediction_recency_source"
+    data = drawn[f"mlp_input_functional_subspace_{name}"].data[f"written_{name}"]
     expected = [
         row["mean_g_out_delta_total"]
-        for row in means
-        if (row["scalar"], row["position_role"], row["endpoint_role"])
-        == (MOVING, "prediction", "source")
+        for row in report["result"].summary["means"]
+        if (row["scalar"], row["position_role"], row["pair_type"], row["endpoint_role"])
+        == (MOVING, "prediction", "recency", "source")
     ]
-    assert expected in drawn
-
-
-def test_the_command_writes_every_file(circuit: Circuit, own_desk: list[dict[str, Any]]) -> None:
-    done = circuit(*COMMAND)
-    assert done.code == 0, done.err
-    assert "support_value" in done.out
-    assert "skip and MLP sum to the whole" in done.out
-    names = sorted(p.name for p in OUTPUT.iterdir() if p.suffix in (".jsonl", ".svg", ".md"))
-    assert names == [
-        f"{NAME}_{FIXED_SOURCE}.svg",
-        f"{NAME}_{FIXED_TARGET}.svg",
-        f"{NAME}_group_rows.jsonl",
-        f"{NAME}_report.md",
-        f"{NAME}_rows.jsonl",
-    ]
-    assert len(read_jsonl(OUTPUT / f"{NAME}_rows.jsonl")) == 3 * 2 * 2 * 6
-    found = json.loads((OUTPUT / f"{NAME}_report.json").read_text())
-    assert found["summary"]["pairs"] == 6
-    assert found["parameters"]["endpoints"] == ["target"]
+    assert [r["value"] for r in data if r["part"] == "mean_g_out_delta_total"] == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "message"),
     [
-        (("--source-component", "L0H7"), "no component 'L0H7'"),
-        (("--component", "L0H0"), "'L0H0' is a head"),
-        (("--source-component", "L1H0"), "'L1H0' does not write before 'L0MLP'"),
-        (("--scalar", "margin"), "unknown answer scalar 'margin'"),
-        (("--scalar", FIXED_SOURCE), "each once"),
-        (("--position-role", "nowhere"), "--position-role: nowhere"),
-        (("--endpoint-role", "middle"), "--endpoint-role: middle"),
-        (("--group-by", "lag"), "--group-by: lag"),
-        (("--group-by", "position_token", "--position-role", "causal_prefix"), "several positions"),
-        (("--record-side", "left"), "--record-side: left"),
-        (("--pair-type", "distractor"), "no row of pair type 'distractor'"),
-        (("--subspace-rank", "6"), "rank 6 of --subspace-rank; expected 1 to 5"),
+        ({"component": "L0H0"}, "'L0H0' is a head"),
+        ({"source_component": "L1H0"}, "'L1H0' does not write before 'L0MLP'"),
+        ({"group_by": ("position_token",)}, "several positions"),
+        ({"pair_types": ("distractor",)}, "no row of pair type 'distractor'"),
+        ({"subspace_rank": 12}, "rank 12 of `subspace_rank`; expected 1 to 11"),
+        ({"start_step": 7, "end_step": 11}, "steps 7 to 11; expected some of 3 -> 6"),
         (
-            ("--start-step", "7", "--end-step", "11"),
-            "steps 7 to 11; expected some of 3 -> 6",
-        ),
-        (("--scalar-pair-rows", str(ROWS.parent / "none.jsonl")), "none.jsonl"),
-        (
-            ("--scalar-pair-rows", str(ROWS).replace("_pair_rows", "_rows")),
+            {"scalar_pair_rows": ROWS.with_name(ROWS.name.replace("_pair_rows", "_rows"))},
             "rows.jsonl:1: field 'source_digest'",
         ),
     ],
 )
-def test_bad_input_gives_one_line_and_writes_nothing(
-    circuit: Circuit, own_desk: list[dict[str, Any]], words: tuple[str, ...], message: str
+def test_what_the_rows_or_the_model_do_not_have_is_refused(
+    study: Inputs, changes: dict[str, Any], message: str
 ) -> None:
-    done = circuit(*COMMAND, *words)
-    assert done.code == 2
-    assert message in done.err
-    assert done.err.count("\n") == 1
-    assert not OUTPUT.exists()
+    with pytest.raises(CircuitError, match=re.escape(message)):
+        make(study.config, "refused", **changes)
+    assert not list(Path("refused").glob("*_report.*"))
 
 
-def test_options_are_checked_before_anything_else() -> None:
-    with pytest.raises(CircuitError, match="--endpoint-role: nothing"):
-        FunctionalSubspace("L0H0", "L0MLP", endpoints=())
+def test_the_options_of_an_earlier_report_are_read() -> None:
+    """Schema 1 called them otherwise."""
+    earlier = {
+        **{"probe_set": str(PROBE), "scalar_pair_rows": str(ROWS), "source": "L0H1"},
+        **{"mlp": "L0MLP", "roles": ["prediction", "value_distractors"], "rank": 3},
+        **{"scalars": OPTIONS.scalars, "endpoints": ENDPOINTS, "group_by": ["query_key"]},
+        **{"pair_types": OPTIONS.pair_types, "side": "clean", "start_step": None},
+    }
+    assert SubspaceOptions.from_json(earlier, schema=1) == OPTIONS

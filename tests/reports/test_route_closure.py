@@ -1,11 +1,8 @@
-"""The chain diagnosis -> routes -> closure as it is typed: what it writes, how it refuses."""
+"""The chain diagnosis -> routes -> closure: what it writes, how it refuses."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,46 +10,56 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from circuit.cli import complete as cli_complete
-from circuit.cli import main
-from circuit.cli import routes as cli_routes
+from circuit.cli import complete
 
 from circuit.artifacts import dump_rows, read_jsonl
+from circuit.config import load_config
+from circuit.errors import CircuitError
 from circuit.model.subspaces import SUBSPACES
+from circuit.reports.answer_scalar_residual_diagnosis import AnswerScalarDiagnosis, DiagnosisOptions
+from circuit.reports.report import Report, ReportResult, run_report
+from circuit.reports.route_to_margin_closure import MarginClosure, MarginClosureOptions
+from circuit.reports.route_to_scalar_closure import ScalarClosure, ScalarClosureOptions
 from circuit.scalars.routes import parse_route
-from circuit.schemas import SWITCH_BUCKETS
-from circuit.tasks.pairs import SIDES
+from circuit.train_config import TrainConfig
 
 RUN = Path("runs/tiny")
 SCALARS, ROUTES, CLOSURE = (RUN / "analysis" / name for name in ("scalars", "routes", "closure"))
 ROUTE_ROWS = ROUTES / "route_to_margin_closure_rows.jsonl"
 SCALAR_ROWS = SCALARS / "answer_scalar_residual_diagnosis_pair_rows.jsonl"
-SELECTION = [
-    *("--config", str(RUN / "run_config.json")),
-    *("--probe-set", str(RUN / "analysis" / "probe_set.jsonl")),
-    *("--checkpoint-dir", str(RUN / "checkpoints")),
-    *(f"--checkpoint={RUN}/checkpoints/step_{step:06d}.pt" for step in (3, 6, 12)),
-    *("--pair-type", "support_value", "--pair-type", "query_key"),
-    *("--max-pairs-per-type", "6", "--min-pairs-per-type", "2"),
-]
-ROUTE_SPECS = [
+SELECTION: dict[str, Any] = {
+    "probe_set": RUN / "analysis" / "probe_set.jsonl",
+    "checkpoints": tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in (3, 6, 12)),
+    "pair_types": ("support_value", "query_key"),
+    "max_pairs_per_type": 6,
+    "min_pairs_per_type": 2,
+}
+ROUTE_SPECS = (
     "label=whole,stage=final_norm,position_role=prediction",
     "label=value,stage=embedding,subspace=embedding_value_identity,rank=6,position_role=support_value",
     "label=query,stage=layer_0_post_mlp,subspace=head_qk_query,rank=4,head_layer=1,head=1,"
     "position_role=query_key",
-]
-MARGIN = [
-    *("route-to-margin-closure", *SELECTION, "--output-dir", str(ROUTES)),
-    *(word for spec in ROUTE_SPECS for word in ("--route", spec)),
-]
-DIAGNOSIS = ["answer-scalar-residual-diagnosis", *SELECTION, "--output-dir", str(SCALARS)]
-SCALAR = [
-    *("route-to-scalar-closure", "--route-closure-rows", str(ROUTE_ROWS)),
-    *("--scalar-pair-rows", str(SCALAR_ROWS), "--output-dir", str(CLOSURE)),
-]
-ONE = [*SCALAR, "--scalar", "moving_answer_margin"]
-Circuit = Callable[..., Any]
+)
+MOVING = {"scalars": ("moving_answer_margin",)}
 Rows = list[dict[str, Any]]
+
+
+def of_run(kind: type[Report[Any]], options: Any, folder: Path) -> ReportResult:
+    config = load_config(RUN / "run_config.json", TrainConfig)
+    return run_report(kind, config, options, folder, overwrite=True)
+
+
+def margin(**changes: Any) -> ReportResult:
+    options = MarginClosureOptions(**{**SELECTION, "routes": ROUTE_SPECS, **changes})
+    return of_run(MarginClosure, options, ROUTES)
+
+
+def scalar(**changes: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    """The fits of the scalars."""
+    files = {"route_closure_rows": ROUTE_ROWS, "scalar_pair_rows": SCALAR_ROWS}
+    options = ScalarClosureOptions(**files, **changes)
+    result = run_report(ScalarClosure, None, options, CLOSURE, overwrite=True)
+    return {(row["scalar"], row["switch_bucket"]): row for row in read_jsonl(result.rows[0])}
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +69,8 @@ def chain_once(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(trained_once, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for words in (DIAGNOSIS, MARGIN):
-            patch.setattr(sys, "argv", ["circuit", *words])
-            with pytest.raises(SystemExit, match=r"^0$"):
-                main()
+        of_run(AnswerScalarDiagnosis, DiagnosisOptions(**SELECTION), SCALARS)
+        margin()
     return folder
 
 
@@ -78,11 +83,6 @@ def chain(chain_once: Path, trained: Path) -> None:
 def rewrite(path: Path, change: Callable[[Rows], Rows]) -> None:
     """Change the rows of a file, with right digests."""
     path.write_text(dump_rows(change(read_jsonl(path))), encoding="utf-8")
-
-
-def fits_of(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    rows = read_jsonl(folder / "route_to_scalar_closure_rows.jsonl")
-    return {(row["scalar"], row["switch_bucket"]): row for row in rows}
 
 
 @pytest.mark.usefixtures("chain")
@@ -104,52 +104,35 @@ def test_rows_hold_every_interval_pair_and_side_and_their_residuals() -> None:
     assert all(row["share"] == pytest.approx(1) for row in means if row["route"] == "whole")
 
 
-def test_all_of_the_final_residual_is_the_change_of_the_contrast_margin(circuit: Circuit) -> None:
-    done = circuit(*MARGIN, "--target-scalar", "contrast_margin")
-    assert done.code == 0, done.err
-    by_side: dict[tuple[Any, ...], dict[str, Any]] = {}
+@pytest.mark.usefixtures("trained")
+def test_all_of_the_final_residual_is_the_change_of_the_contrast_margin() -> None:
+    result = margin(target_scalar="contrast_margin")
+    assert result.summary["largest_incomplete_transfer"] < 1e-5
     rows = read_jsonl(ROUTE_ROWS)
-    for row in rows:
-        by_side[row["source_step"], row["pair_id"], row["margin_side"]] = row
-    for (step, pair, side), row in by_side.items():
-        if side == "clean":
-            other = by_side[step, pair, "corrupted"]["delta"]
-            gap = row["delta"] - other
-            assert row["route_score_deltas"]["whole"] == pytest.approx(gap, abs=1e-4)
+    for clean, corrupted in zip(rows[::2], rows[1::2], strict=True):
+        gap = clean["delta"] - corrupted["delta"]
+        assert clean["route_score_deltas"]["whole"] == pytest.approx(gap, abs=1e-4)
     assert max(abs(row["delta"]) for row in rows) > 0.1
 
 
-def test_the_moving_margin_closes_alike_in_both_reports(circuit: Circuit, chain: None) -> None:
-    done = circuit(*ONE, "--json")
-    assert done.code == 0, done.err
-    ours = fits_of(CLOSURE)["moving_answer_margin", "all"]
+@pytest.mark.usefixtures("chain")
+def test_the_moving_margin_closes_alike_in_both_reports() -> None:
+    ours = scalar(**MOVING)["moving_answer_margin", "all"]
     theirs = read_jsonl(ROUTES / "route_to_margin_closure_fits.jsonl")[0]
     for name in ("r_squared", "r_squared_about_zero", "mean_actual"):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
     assert ours["coefficients"] == pytest.approx(theirs["coefficients"], abs=1e-4)
 
 
-def test_fits_add_as_their_scalars_do_and_buckets_share_the_rows(
-    circuit: Circuit, chain: None
-) -> None:
-    four = [
-        *("--scalar", "correct_value_logit", "--scalar", "source_best_wrong_logit"),
-        *("--scalar", "fixed_source_competitor_margin", "--scalar", "moving_answer_margin"),
-    ]
-    assert circuit(*SCALAR, *four).code == 0
-    fits = fits_of(CLOSURE)
+@pytest.mark.usefixtures("chain")
+def test_fits_add_as_their_scalars_do_and_buckets_share_the_rows() -> None:
+    parts = "fixed_source_competitor_margin", "correct_value_logit", "source_best_wrong_logit"
+    fits = scalar(scalars=(*parts, "moving_answer_margin"))
     assert len(fits) == 4 * 3
     for bucket in ("all", "same_competitor", "competitor_switch"):
-        margin, correct, wrong = (
-            fits[name, bucket]["coefficients"]
-            for name in (
-                "fixed_source_competitor_margin",
-                "correct_value_logit",
-                "source_best_wrong_logit",
-            )
-        )
+        whole, correct, wrong = (fits[name, bucket]["coefficients"] for name in parts)
         assert fits["moving_answer_margin", bucket]["rows"] > 0
-        for label, value in margin.items():
+        for label, value in whole.items():
             assert value == pytest.approx(correct[label] - wrong[label], abs=1e-4)
     same, switched = (
         fits["moving_answer_margin", b] for b in ("same_competitor", "competitor_switch")
@@ -159,40 +142,41 @@ def test_fits_add_as_their_scalars_do_and_buckets_share_the_rows(
     assert fixed["coefficients"] == pytest.approx(same["coefficients"], abs=1e-4)
 
 
-def test_options_choose_rows_and_columns(circuit: Circuit, chain: None) -> None:
-    done = circuit(
-        *SCALAR,
-        *("--scalar", "correct_value_logit", "--switch-bucket", "all", "--fit-intercept"),
-        *("--route-label", "value", "--pair-type", "support_value", "--margin-side", "clean"),
-    )
-    assert done.code == 0, done.err
-    (fit,) = fits_of(CLOSURE).values()
+@pytest.mark.usefixtures("chain")
+def test_options_choose_rows_and_columns() -> None:
+    (fit,) = scalar(
+        scalars=("correct_value_logit",),
+        switch_buckets=("all",),
+        route_labels=("value",),
+        pair_types=("support_value",),
+        margin_sides=("clean",),
+        fit_intercept=True,
+    ).values()
     assert (fit["rows"], list(fit["coefficients"])) == (12, ["value"])
     assert fit["intercept"] != 0
     rows = read_jsonl(CLOSURE / "route_to_scalar_closure_pair_rows.jsonl")
     assert {(row["pair_type"], row["margin_side"]) for row in rows} == {("support_value", "clean")}
 
 
-def test_routes_of_one_side_serve_the_scalars_of_both(circuit: Circuit, chain: None) -> None:
-    assert circuit(*ONE).code == 0
-    both = fits_of(CLOSURE)
+@pytest.mark.usefixtures("chain")
+def test_routes_of_one_side_serve_the_scalars_of_both() -> None:
+    both = scalar(**MOVING)
     rewrite(ROUTE_ROWS, lambda rows: [row for row in rows if row["margin_side"] == "clean"])
-    assert circuit(*ONE, "--overwrite").code == 0
-    assert fits_of(CLOSURE) == both
+    assert scalar(**MOVING) == both
 
 
-def test_a_bucket_without_rows_says_nothing(circuit: Circuit, chain: None) -> None:
+@pytest.mark.usefixtures("chain")
+def test_a_bucket_without_rows_says_nothing() -> None:
     def never(rows: Rows) -> Rows:
         return [
             row | {"switched": False, "target_competitor": row["source_competitor"]} for row in rows
         ]
 
     rewrite(SCALAR_ROWS, never)
-    assert circuit(*ONE).code == 0
-    fit = fits_of(CLOSURE)["moving_answer_margin", "competitor_switch"]
+    fit = scalar(**MOVING)["moving_answer_margin", "competitor_switch"]
     assert (fit["rows"], fit["r_squared"], fit["coefficients"]) == (0, None, None)
-    done = circuit(*ONE, "--switch-bucket", "competitor_switch", "--overwrite")
-    assert (done.code, "no row is in bucket competitor_switch" in done.err) == (2, True)
+    with pytest.raises(CircuitError, match="no row is in bucket competitor_switch"):
+        scalar(**MOVING, switch_buckets=("competitor_switch",))
 
 
 def _other_weights(rows: Rows) -> Rows:
@@ -208,6 +192,7 @@ def _other_scores(rows: Rows) -> Rows:
     return [rows[0], rows[1] | {"route_score_deltas": changed}, *rows[2:]]
 
 
+@pytest.mark.usefixtures("chain")
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -222,101 +207,67 @@ def _other_scores(rows: Rows) -> Rows:
     ],
 )
 def test_rows_that_do_not_match_are_refused_and_named(
-    circuit: Circuit, chain: None, file: Path, change: Callable[[Rows], Rows], message: str
+    file: Path, change: Callable[[Rows], Rows], message: str
 ) -> None:
     rewrite(file, change)
-    done = circuit(*SCALAR)
-    assert done.code == 2
-    assert message in done.err
-    assert len(done.err.splitlines()) == 1
+    with pytest.raises(CircuitError, match=message):
+        scalar()
     assert not list(CLOSURE.glob("*.json*"))
 
 
-def test_the_report_says_which_rows_it_joined(circuit: Circuit, chain: None) -> None:
-    assert circuit(*ONE).code == 0
-    found = json.loads((CLOSURE / "route_to_scalar_closure_report.json").read_text())["provenance"]
-    for name, path in (("route_closure_rows", ROUTE_ROWS), ("scalar_pair_rows", SCALAR_ROWS)):
-        assert found[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_the_wrong_file_is_refused(circuit: Circuit, chain: None) -> None:
-    shutil.copy(SCALAR_ROWS, ROUTE_ROWS)
-    done = circuit(*SCALAR)
-    assert done.code == 2
-    assert "expected a row of route-to-margin-closure" in done.err
-    ROUTE_ROWS.unlink()
-    done = circuit(*SCALAR)
-    assert (done.code, done.err.endswith("no such file\n")) == (2, True)
-
-
+@pytest.mark.usefixtures("chain")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "message"),
     [
-        (["--scalar", "odd"], "the rows hold no scalar 'odd'"),
-        (["--route-label", "odd"], "the rows hold no route 'odd'"),
-        (["--pair-type", "recency"], "the rows hold no pair type 'recency'"),
-        (["--switch-bucket", "odd"], "unknown switch bucket 'odd'"),
-        (["--switch-bucket", "all", "--switch-bucket", "all"], "a switch bucket is named twice"),
-        (["--margin-side", "left"], "margin sides left; expected clean and corrupted"),
+        ({"route_labels": ("odd",)}, "the rows hold no route 'odd'"),
+        ({"pair_types": ("recency",)}, "the rows hold no pair type 'recency'"),
     ],
 )
 def test_choices_that_the_rows_do_not_hold_are_refused(
-    circuit: Circuit, chain: None, words: list[str], message: str
+    changes: dict[str, Any], message: str
 ) -> None:
-    done = circuit(*SCALAR, *words)
-    assert done.code == 2
-    assert message in done.err
+    with pytest.raises(CircuitError, match=message):
+        scalar(**changes)
 
 
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("routes", "message"),
     [
-        (["--route", ROUTE_SPECS[0]], "two routes have the label 'whole'"),
-        (["--route", "label=a,where=b"], "unknown key 'where'"),
-        (["--route", ROUTE_SPECS[1].replace("value,", "v,").replace("=6", "=99")], "rank 99"),
-        (["--target-scalar", "odd"], "unknown target scalar 'odd'"),
-        (["--min-pairs-per-type", "50", "--max-pairs-per-type", "60"], "expected at least 50"),
-        (["--split", "train"], "no record of split 'train'"),
-        (["--margin-side", "clean", "--margin-side", "clean"], "margin sides clean, clean"),
-        (
-            ["--checkpoint", f"{RUN}/checkpoints/step_000006.pt"],
-            "expected one checkpoint a step, named once",
-        ),
+        ((*ROUTE_SPECS, ROUTE_SPECS[1].replace("value,", "whole,", 1)), "have the label 'whole'"),
+        (("label=a,where=b",), "unknown key 'where'"),
+        ((ROUTE_SPECS[1].replace("=6", "=99"),), "route 'value': rank 99"),
+        ((ROUTE_SPECS[2].replace("head=1", "head=9"),), "route 'query': .*L1H9"),
+        ((ROUTE_SPECS[0].replace("final_norm", "layer_7_post_mlp"),), "route 'whole': .*layer_7"),
     ],
 )
-def test_a_closure_that_cannot_be_is_refused_before_anything_is_written(
-    circuit: Circuit, words: list[str], message: str
-) -> None:
-    done = circuit(*MARGIN, *words)
-    assert done.code == 2
-    assert message in done.err
-    assert len(done.err.splitlines()) == 1
-    assert not list(ROUTES.glob("*.json*"))
+def test_routes_that_cannot_be_are_refused(routes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(CircuitError, match=message):
+        margin(routes=routes)
 
 
-@pytest.mark.usefixtures("chain")
-def test_the_report_holds_its_parameters_and_its_law() -> None:
-    report = json.loads((ROUTES / "route_to_margin_closure_report.json").read_text())
-    assert [route["label"] for route in report["parameters"]["routes"]] == [
-        "whole",
-        "value",
-        "query",
-    ]
-    assert report["parameters"]["routes"][2]["head"] == "L1H1"
-    assert report["summary"]["largest_incomplete_transfer"] < 1e-5
-    assert "transfer the contrast margin completely" in report["law"]
+def test_routes_are_read_back_from_json_and_words() -> None:
+    options = MarginClosureOptions(**SELECTION, routes=ROUTE_SPECS)
+    assert options.to_json()["routes"][2]["head"] == "L1H1"
+    assert MarginClosureOptions.from_json(options.to_json()) == options
+    words = options.words()
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--route"]
+    assert tuple(map(parse_route, given)) == options.routes
+    earlier = options.to_json() | {
+        "pairs": {"types": ["support_value", "query_key"], "max_per_type": 6, "min_per_type": 2}
+    }
+    for name in ("pair_types", "max_pairs_per_type", "min_pairs_per_type"):
+        del earlier[name]
+    assert MarginClosureOptions.from_json(earlier, schema=1) == options
 
 
 def test_completion_offers_what_the_library_knows() -> None:
-    assert cli_complete.SUBSPACES == SUBSPACES
-    assert cli_routes.BUCKETS == SWITCH_BUCKETS
-    assert cli_complete.SIDES == SIDES
-    context = SimpleNamespace(params={})
-    complete = partial(cli_routes.complete_route, context)
-    assert complete("label=a,st") == ["label=a,stage="]
-    assert complete("label=a,stage=fin") == ["label=a,stage=final_norm"]
-    assert complete("subspace=full") == ["subspace=full_residual"]
-    keys = [word.removesuffix("=") for word in complete("")]
+    assert complete.SUBSPACES == SUBSPACES
+    offered = partial(complete.route, SimpleNamespace(params={}))
+    assert offered("label=a,st") == ["label=a,stage="]
+    assert offered("label=a,stage=fin") == ["label=a,stage=final_norm"]
+    assert offered("subspace=full") == ["subspace=full_residual"]
+    keys = [word.removesuffix("=") for word in offered("")]
     words = {"label": "a", "stage": "b", "position_role": "prediction", "rank": "1"}
     words |= {"subspace": "head_qk_key", "head": "1", "head_layer": "0"}
     assert parse_route(",".join(f"{key}={words[key]}" for key in keys)).label == "a"

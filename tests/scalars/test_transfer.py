@@ -13,7 +13,7 @@ from circuit.model.build import build_model
 from circuit.model.components import Component
 from circuit.model.stages import patch, stage_hook, stage_names
 from circuit.model.subspaces import Basis
-from circuit.scalars.routes import Route, check_routes, parse_route
+from circuit.scalars.routes import Route, check_labels, check_routes, parse_route, read_route
 from circuit.scalars.transfer import (
     PairRuns,
     PairSides,
@@ -196,8 +196,9 @@ def test_a_route_is_read_from_its_word() -> None:
     )
     assert route == Route("a", "embedding", "query_key", "head_qk_query", 4, Component(1, 0))
     assert parse_route("position_role=prediction, label=b, stage=final_norm").rank is None
+    assert parse_route(str(route)) == read_route(route.to_row()) == route
     with pytest.raises(CircuitError, match="two routes have the label 'a'"):
-        check_routes([route, route], SHAPE, num_keys=4, num_values=32)
+        check_labels([route, route])
 
 
 BASE = "label=a,stage=embedding,position_role=query_key"
