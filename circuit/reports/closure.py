@@ -12,17 +12,17 @@ from circuit.reports.tables import Table
 from circuit.scalars.least_squares import least_squares
 
 NOTE = (
-    "R² is about the mean (below zero, the mean alone does better), `held out` predicts every pair"
-    " by a fit without it (5 parts), `about zero` compares with no change at all. A contribution is"
-    " coefficient times mean change of the route's score; with the intercept they sum to the mean"
-    " prediction. Coefficients are those of the joint fit: routes overlap."
+    "R² is about the mean (below zero, the mean alone does better), `held out` predicts the pairs"
+    " of every record by a fit without it (5 parts), `about zero` compares with no change at all. A"
+    " contribution is coefficient times mean change of the route's score; with the intercept they"
+    " sum to the mean prediction. Coefficients are those of the joint fit: routes overlap."
 )
 
 
 def fit_deltas(
     route_score_deltas: Sequence[Mapping[str, float]],
     deltas: Sequence[float],
-    pair_ids: Sequence[str],
+    records: Sequence[str],
     *,
     fit_intercept: bool,
 ) -> tuple[dict[str, Any], list[float]]:
@@ -30,6 +30,7 @@ def fit_deltas(
 
     Args:
         route_score_deltas: by label, the same labels in every row; the first row's order counts.
+        records: of the rows' pairs; a record is held out with all its pairs, sides and intervals.
 
     Raises:
         CircuitError: there is no row or no route.
@@ -38,7 +39,7 @@ def fit_deltas(
     x = np.array([[row[label] for label in labels] for row in route_score_deltas])
     y = np.array(deltas)
     fit = least_squares(
-        x.reshape(len(y), len(labels)), y, labels, fit_intercept=fit_intercept, groups=pair_ids
+        x.reshape(len(y), len(labels)), y, labels, fit_intercept=fit_intercept, groups=records
     )
     shown = fit.to_row()
     row = {
@@ -56,11 +57,14 @@ def empty_fit(labels: Sequence[str]) -> dict[str, Any]:
     return {**dict.fromkeys(one), "rows": 0, "columns": len(labels), "undetermined_routes": []}
 
 
-def fits_table(title: str, names: Mapping[str, str], fits: Sequence[Row]) -> Table:
+def fits_table(
+    title: str, names: Mapping[str, str], fits: Sequence[Row], *, console: int = 0
+) -> Table:
     """A table of fits.
 
     Args:
         names: key -> heading of what tells them apart.
+        console: that many are printed; all without it.
     """
     columns: dict[str, str | tuple[str, str]] = {
         **names,
@@ -76,7 +80,7 @@ def fits_table(title: str, names: Mapping[str, str], fits: Sequence[Row]) -> Tab
         {**fit, "of": None if fit["rank"] is None else f"{fit['rank']} of {fit['columns']}"}
         for fit in fits
     ]
-    return Table(title, columns, rows, console=len(rows))
+    return Table(title, columns, rows, console=console or len(rows))
 
 
 def undetermined(fits: Sequence[Row], *names: str) -> list[str]:

@@ -45,7 +45,7 @@ from circuit.reports.tables import Table, by_step
 from circuit.scalars.answers import MOVING
 from circuit.scalars.routes import Route, check_labels, check_routes, read_route
 from circuit.scalars.transfer import PairSides
-from circuit.tasks.pairs import SIDES
+from circuit.tasks.pairs import SIDES, record_of
 from circuit.train_config import ModelConfig
 
 FITS = "route_to_margin_closure_fits.jsonl"
@@ -160,7 +160,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             fit, predicted = fit_deltas(
                 [row["route_score_deltas"] for row in of_group],
                 [row["delta"] for row in of_group],
-                [row["pair_id"] for row in of_group],
+                [record_of(row["pair_id"]) for row in of_group],
                 fit_intercept=asked.fit_intercept,
             )
             fits.append({"group": name, "pair_type": kind, "margin_side": side, **fit})

@@ -36,7 +36,7 @@ from circuit.schemas import (
     names_of,
     read_typed_rows,
 )
-from circuit.tasks.pairs import PAIR_TYPES
+from circuit.tasks.pairs import PAIR_TYPES, record_of
 
 PAIR_ROWS = "route_to_scalar_closure_pair_rows.jsonl"
 
@@ -164,7 +164,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
                 fit, predicted = fit_deltas(
                     [{k: j.route.route_score_deltas[k] for k in self.labels} for j in joined],
                     [j.scalars.deltas[name] for j in joined],
-                    [j.scalars.pair_id for j in joined],
+                    [record_of(j.scalars.pair_id) for j in joined],
                     fit_intercept=self.options.fit_intercept,
                 )
                 fits.append({**place, **fit})
@@ -256,7 +256,7 @@ def _shown(results: Results[ScalarClosureOptions]) -> list[Row]:
 
 
 def _r_squared(name: str, fits: Sequence[Row]) -> Chart:
-    """Bars of R² by scalar and bucket, a stroke where pairs are held out."""
+    """Bars of R² by scalar and bucket, a stroke where records are held out."""
     columns = ("scalar", "switch_bucket", "rows", "r_squared", "r_squared_held_out")
     data = [{column: fit[column] for column in columns} for fit in fits]
     buckets = list(dict.fromkeys(row["switch_bucket"] for row in data))

@@ -96,8 +96,8 @@ def least_squares(
         x: `[row, column]`.
         y: `[row]`.
         labels: of the columns.
-        groups: one a row; the held-out R² leaves whole groups out, dealt into `FOLDS` parts in the
-            order in which they first appear.
+        groups: one a row; the held-out R² leaves whole groups out, dealt into `FOLDS` parts by
+            scikit-learn's `GroupKFold`.
 
     Raises:
         CircuitError: there is no row or no column.
@@ -148,15 +148,16 @@ def _solve(x: Array, y: Array, fit_intercept: bool) -> tuple[Array, float, int]:
 
 
 def _held_out(x: Array, y: Array, fit_intercept: bool, groups: Sequence[str]) -> float | None:
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    if len(numbers) < FOLDS:
+    from sklearn.model_selection import GroupKFold
+
+    if len(set(groups)) < FOLDS:
         return None
-    fold = np.array([numbers[group] % FOLDS for group in groups])
     predicted = np.empty_like(y)
-    for left_out in range(FOLDS):
-        test = fold == left_out
-        coefficients, intercept, _ = _solve(x[~test], y[~test], fit_intercept)
-        predicted[test] = x[test] @ coefficients + intercept
+    # shuffled: the plain deal sorts groups by size, and its order of equals is the processor's
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
+    for known, left_out in folds.split(x, groups=list(groups)):
+        coefficients, intercept, _ = _solve(x[known], y[known], fit_intercept)
+        predicted[left_out] = x[left_out] @ coefficients + intercept
     return r_squared(y, predicted, y.mean())
 
 

@@ -280,6 +280,20 @@ def _pair(kind: str, record: Record, site: _Site) -> Pair:
     return Pair(pair_id, kind, record, corrupted, site.read.index, change.transfer, change.what)
 
 
+def record_of(pair_id: str) -> str:
+    """The sample id of a pair's clean record, as the pair's id has it.
+
+    Raises:
+        CircuitError: it is no id of a pair.
+    """
+    kind, _, rest = pair_id.partition(":")
+    behind = 3 if kind == "distractor" else 2  # the read, and what changed
+    sample_id, *others = rest.rsplit(":", behind)
+    if kind not in _TYPES or len(others) < behind or not sample_id:
+        raise CircuitError(f"no pair has the id '{pair_id}'", expected="type:record:read:what")
+    return sample_id
+
+
 def check_pair_types(types: Sequence[str], max_per_type: int, min_per_type: int) -> None:
     """Refuse pair types that do not exist, and limits that contradict each other.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from circuit.errors import CircuitError
 from circuit.scalars.least_squares import FOLDS, least_squares
@@ -46,18 +47,29 @@ def test_contributions_and_intercept_sum_to_the_mean_prediction() -> None:
 
 def test_whole_groups_are_held_out() -> None:
     x, y = design()
-    groups = [f"pair{index // 3}" for index in range(len(y))]
-    fold = np.arange(len(y)) // 3 % FOLDS
-    predicted = np.empty_like(y)
-    for left_out in range(FOLDS):
-        test = fold == left_out
-        predicted[test] = LinearRegression().fit(x[~test], y[~test]).predict(x[test])
+    groups = [f"record{index % 13}" for index in range(len(y))]
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
+    predicted = cross_val_predict(LinearRegression(), x, y, groups=groups, cv=folds)
     fit = least_squares(x, y, LABELS, fit_intercept=True, groups=groups)
     assert fit.r_squared is not None
     assert fit.r_squared_held_out == pytest.approx(r2_score(y, predicted), abs=1e-12)
     assert fit.r_squared_held_out < fit.r_squared
     few = [group for group in ("p", "q", "r", "s") for _ in range(10)]
     assert least_squares(x, y, LABELS, groups=few).r_squared_held_out is None
+
+
+def test_what_a_group_shares_helps_no_fit_that_holds_it_out() -> None:
+    """Rows of one group are alike, and tell nothing of another's: held out, nothing is left."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 4)
+    x = np.eye(20)[groups] + 1e-3 * generator.normal(size=(80, 20))
+    y = np.repeat(generator.normal(size=20), 4)
+    labels = [str(index) for index in range(20)]
+    by_group = least_squares(x, y, labels, groups=[str(group) for group in groups])
+    by_row = least_squares(x, y, labels, groups=[str(index) for index in range(80)])
+    assert by_group.r_squared_held_out is not None
+    assert by_row.r_squared_held_out is not None
+    assert by_group.r_squared_held_out < 0.1 < 0.9 < by_row.r_squared_held_out
 
 
 def test_a_rank_deficient_design_says_so_and_takes_the_least_norm() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.pairs import PAIR_TYPES, Pair, build_pairs
+from circuit.tasks.pairs import PAIR_TYPES, Pair, build_pairs, record_of
 from circuit.tasks.symbolic_kv import Record, Vocabulary
 
 Changed = tuple[dict[int, str], str, tuple[str, str]]
@@ -100,6 +100,13 @@ def test_pairs_are_those_of_the_table(small: Benchmark, kind: str, split: str) -
     assert len(found.pairs) > 10
 
 
+def test_the_id_of_a_pair_names_its_record() -> None:
+    assert record_of("recency:a:b:2:14") == record_of("distractor:a:b:0:3:V001") == "a:b"
+    for odd in ("other", "recency:2:14", "distractor:a:0:V001", "odd:a:0:V001"):
+        with pytest.raises(CircuitError, match=f"no pair has the id '{odd}'"):
+            record_of(odd)
+
+
 def test_a_pair_differs_in_one_variable_before_its_answer(small: Benchmark) -> None:
     vocab = small.vocabulary
     found = build_pairs(
@@ -125,6 +132,7 @@ def test_a_pair_differs_in_one_variable_before_its_answer(small: Benchmark) -> N
             assert a.key == b.key
             assert status[0] == status[1]
         assert pair.side("clean") is pair.clean
+        assert record_of(pair.pair_id) == pair.clean.sample_id
         assert pair.side("corrupted").source_id == pair.clean.sample_id
 
 
