@@ -25,6 +25,9 @@ SWITCH_BUCKETS = ("all", "same_competitor", "competitor_switch")
 Side = Literal["clean", "corrupted"]
 """Side of a pair."""
 
+RouteBasis = Literal["refit", "source"]
+"""Bases of route scores: those of each checkpoint, or the source's at both ends of an interval."""
+
 
 class RowKey(NamedTuple):
     """What tells the rows of a file apart."""
@@ -130,6 +133,7 @@ class RouteRow(IntervalRow):
     """Transfer score of every route and a target scalar at both ends of an interval.
 
     Attributes:
+        basis: that the scores have; rows of earlier versions, which do not say, are refitted.
         source_route_scores, target_route_scores, route_score_deltas: by label of the route.
         target_scalar: name of the answer scalar that the routes are held against.
         source_value, target_value, delta: of that scalar.
@@ -137,6 +141,7 @@ class RouteRow(IntervalRow):
         residual: delta minus predicted.
     """
 
+    basis: RouteBasis = "refit"
     source_route_scores: dict[str, float]
     target_route_scores: dict[str, float]
     route_score_deltas: dict[str, float]

@@ -19,12 +19,14 @@ from circuit.scalars.transfer import (
     route_bases,
     route_scores,
 )
-from circuit.schemas import RouteRow, Side
+from circuit.schemas import RouteBasis, RouteRow, Side
 from circuit.tasks.pairs import SIDES, Pair
 from circuit.tasks.symbolic_kv import Vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from circuit.model.subspaces import Basis
 
 CONTRAST = "contrast_margin"
 TARGET_SCALARS = (*ANSWER_SCALARS, CONTRAST)
@@ -42,7 +44,9 @@ class Scored:
     """Everything of one checkpoint.
 
     Attributes:
-        scores: of each route and pair.
+        bases: of each route, from the weights here; None for the whole residual.
+        scores: of each route and pair with these bases.
+        frozen_scores: the same with the bases of the checkpoint before; None at the first.
         gap: clean minus corrupted contrast margin of each pair.
         incompleteness: largest |score - gap| over pairs and `WHOLE`.
         logits: at the prediction positions, by side.
@@ -50,16 +54,22 @@ class Scored:
 
     step: int
     digest: str
+    bases: Sequence[Basis | None]
     scores: Tensor
+    frozen_scores: Tensor | None
     gap: Tensor
     incompleteness: float
     logits: dict[str, Tensor]
 
 
 def score_checkpoint(
-    point: Checkpointed, sides: PairSides, routes: Sequence[Route], vocabulary: Vocabulary
+    point: Checkpointed,
+    sides: PairSides,
+    routes: Sequence[Route],
+    vocabulary: Vocabulary,
+    before: Scored | None,
 ) -> Scored:
-    """Run both sides once and each route once.
+    """Run both sides once and each route once, and each that has a basis once with that of before.
 
     Raises:
         CircuitError: a role has unequal counts on the two sides of a pair.
@@ -72,12 +82,20 @@ def score_checkpoint(
         contrast_margin(logits, sides.transfer).cpu()
         for logits in (runs.clean_logits, runs.corrupted_logits)
     )
+    refitted, whole = scores[: len(routes)], scores[len(routes) :]
+    frozen = None if before is None else refitted.clone()
+    turned = [index for index, route in enumerate(routes) if route.rank is not None]
+    if before is not None and frozen is not None and turned:
+        chosen, old = [routes[i] for i in turned], [before.bases[i] for i in turned]
+        frozen[turned] = route_scores(model, sides, runs, chosen, old).cpu()
     return Scored(
         point.step,
         point.digest,
-        scores[: len(routes)],
+        bases[: len(routes)],
+        refitted,
+        frozen,
         clean - corrupted,
-        float((scores[len(routes) :] - (clean - corrupted)).abs().max()),
+        float((whole - (clean - corrupted)).abs().max()),
         {"clean": runs.clean_logits.cpu(), "corrupted": runs.corrupted_logits.cpu()},
     )
 
@@ -92,16 +110,20 @@ def interval_rows(
     *,
     margin_sides: Sequence[str],
     target_scalar: str,
+    basis: RouteBasis,
 ) -> Iterator[Row]:
     """One `RouteRow` a pair and side, in this order, not yet predicted.
 
     Args:
         values: the value tokens, a contiguous range of ids.
         target_scalar: one of `TARGET_SCALARS`.
+        basis: that the target's scores are taken with: its own, or the source's.
     """
     labels = [route.label for route in routes]
     ends = {s: _target(source, target, sides, s, target_scalar, values) for s in SIDES}
-    before, after = source.scores.double(), target.scores.double()
+    at_target = target.scores if basis == "refit" else target.frozen_scores
+    assert at_target is not None, "every checkpoint but the first knows the bases of the one before"
+    before, after = source.scores.double(), at_target.double()
     scores = {
         "source_route_scores": before,
         "target_route_scores": after,
@@ -119,6 +141,7 @@ def interval_rows(
                 pair_id=pair.pair_id,
                 pair_type=pair.type,
                 margin_side=cast(Side, side),
+                basis=basis,
                 target_scalar=target_scalar,
                 source_value=first,
                 target_value=last,

@@ -3,6 +3,10 @@
 At each checkpoint every route of every pair is scored (definitions.md section 5, Transfer). Over
 each interval between consecutive checkpoints the change of a target scalar, on each side of each
 pair, is fitted by the changes of the route scores of that pair; routes know no side.
+
+A basis that is refitted at each checkpoint turns with the weights, and the change of a route's
+score holds that turn; with the basis of the interval's source at both ends it does not. The fit is
+made both ways, and `basis` says which way the rows have.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import sqrt
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, PlainSerializer
 
@@ -41,10 +45,11 @@ from circuit.reports.route_rows import (
     mean_scores,
     score_checkpoint,
 )
-from circuit.reports.tables import Table, by_step
+from circuit.reports.tables import Table, by_step, cell
 from circuit.scalars.answers import MOVING
 from circuit.scalars.routes import Route, check_labels, check_routes, read_route
 from circuit.scalars.transfer import PairSides
+from circuit.schemas import RouteBasis
 from circuit.tasks.pairs import SIDES, record_of
 from circuit.train_config import ModelConfig
 
@@ -70,6 +75,10 @@ class MarginClosureOptions(options.ProbeOptions, options.CheckpointOptions, opti
     target_scalar: Annotated[
         str, Option("Scalar whose changes are fitted.", choices=TARGET_SCALARS)
     ] = MOVING
+    basis: Annotated[
+        RouteBasis,
+        Option("Bases at the target of an interval, in the rows: refitted, or the source's."),
+    ] = "refit"
     fit_intercept: options.FitIntercept = False
 
     def check(self) -> None:
@@ -104,27 +113,37 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
         for route in asked.routes:  # unequal counts are refused before any model is loaded
             self.sides.places(route.position_role)
         self.scored: list[Scored] = []
+        turned = any(route.rank is not None for route in asked.routes)
+        others = [basis for basis in get_args(RouteBasis) if turned and basis != asked.basis]
+        self.rows: dict[RouteBasis, list[Row]] = {basis: [] for basis in (asked.basis, *others)}
 
-    def measure(self, point: Checkpointed) -> Iterator[Row]:
-        """The rows of the interval that ends here; none at the first checkpoint."""
+    def measure(self, point: Checkpointed) -> list[Row]:
+        """Makes the rows of the interval that ends here, with each basis."""
         asked, vocabulary = self.options, self.inputs.vocabulary
-        self.scored.append(score_checkpoint(point, self.sides, asked.routes, vocabulary))
-        if len(self.scored) > 1:
-            yield from interval_rows(
-                *self.scored[-2:],
-                self.pairs,
-                self.sides,
-                asked.routes,
-                vocabulary.value_ids,
-                margin_sides=asked.margin_sides,
-                target_scalar=asked.target_scalar,
-            )
+        before = self.scored[-1] if self.scored else None
+        here = score_checkpoint(point, self.sides, asked.routes, vocabulary, before)
+        self.scored.append(here)
+        for basis, rows in self.rows.items():
+            if before is not None:
+                rows += interval_rows(
+                    before,
+                    here,
+                    self.pairs,
+                    self.sides,
+                    asked.routes,
+                    vocabulary.value_ids,
+                    margin_sides=asked.margin_sides,
+                    target_scalar=asked.target_scalar,
+                    basis=basis,
+                )
+        return []
 
     def conclude(self, rows: list[Row]) -> Findings:
-        fits, predicted = self._fits(rows)
+        by_basis = {basis: self._fits(rows, basis) for basis, rows in self.rows.items()}
+        fits, predicted = by_basis[self.options.basis]
         rows = [
             {**row, "predicted_delta": value, "residual": row["delta"] - value}
-            for row, value in zip(rows, predicted, strict=True)
+            for row, value in zip(self.rows[self.options.basis], predicted, strict=True)
         ]
         worst = max(one.incompleteness for one in self.scored)
         summary = {
@@ -134,15 +153,28 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             "largest_incomplete_transfer": worst,
             "root_mean_square_residual": sqrt(fmean(row["residual"] ** 2 for row in rows)),
             "fits": {fit["group"]: {k: v for k, v in fit.items() if k != "group"} for fit in fits},
+            "by_basis": {
+                basis: {
+                    **{name: of_basis[0][name] for name in _COMPARED},
+                    "mean_score_changes": {
+                        route.label: fmean(r["route_score_deltas"][route.label] for r in changes)
+                        for route in self.options.routes
+                    },
+                }
+                for (basis, changes), (of_basis, _) in zip(
+                    self.rows.items(), by_basis.values(), strict=True
+                )
+            },
         }
         law = (
             f"let in whole, at the embedding or at {WHOLE[1].stage}, the clean activations transfer"
             f" the contrast margin completely: at most {worst:.1e} logits off"
         )
         means = mean_scores(self.scored, self.pairs, self.options.routes)
-        return Findings(rows, summary, law, further={FITS: fits, MEANS: means})
+        every = [fit for of_basis, _ in by_basis.values() for fit in of_basis]
+        return Findings(rows, summary, law, further={FITS: every, MEANS: means})
 
-    def _fits(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[float]]:
+    def _fits(self, rows: Sequence[Row], basis: str) -> tuple[list[dict[str, Any]], list[float]]:
         """Least squares of all rows, then of each side and pair type; predictions of the first."""
         asked = self.options
         groups = [("all rows", "all", "all")]
@@ -163,7 +195,8 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
                 [record_of(row["pair_id"]) for row in of_group],
                 fit_intercept=asked.fit_intercept,
             )
-            fits.append({"group": name, "pair_type": kind, "margin_side": side, **fit})
+            place = {"group": name, "pair_type": kind, "margin_side": side, "basis": basis}
+            fits.append({**place, **fit})
             predictions.append(predicted)
         return fits, predictions[0]
 
@@ -180,18 +213,22 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             f" {' and '.join(asked.margin_sides)} side, by changes of {len(asked.routes)} route"
             f" scores, {'with' if asked.fit_intercept else 'without'} intercept; head subspaces are"
             " applied to the raw residual, the head's LayerNorm is not folded in.",
-            *undetermined(list(results.rows(FITS)), "group"),
+            _bases(results),
+            *undetermined(_fits_of(results), "group"),
             NOTE,
         ]
 
     @classmethod
     def tables(cls, results: Results[MarginClosureOptions]) -> list[Table]:
-        fits, steps = list(results.rows(FITS)), results.summary["steps"]
+        fits, steps = _every_fit(results), results.summary["steps"]
+        by_basis = results.summary.get("by_basis", {})
+        changes = {basis: of["mean_score_changes"] for basis, of in by_basis.items()}
         routes = [
             {
                 **route.to_row(),
                 "coefficient": fits[0]["coefficients"][route.label],
                 "contribution": fits[0]["mean_contributions"][route.label],
+                **{basis: of[route.label] for basis, of in changes.items()},
             }
             for route in results.options.routes
         ]
@@ -199,6 +236,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             **{"label": "route", "stage": "stage", "position_role": "role"},
             **{"subspace": "subspace", "rank": "rank", "head": "head"},
             "coefficient": ("coefficient", ".3f"),
+            **{basis: (f"change, {basis}", ".3f") for basis in changes},
             "contribution": ("contribution", ".3f"),
         }
         courses: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -207,7 +245,12 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             course[EVERYTHING][str(row["step"])] = row["mean_gap"]
             course.setdefault(row["route"], {})[str(row["step"])] = row["mean_score"]
         return [
-            fits_table("Fits", {"group": "group"}, fits),
+            fits_table(
+                "Fits",
+                {"group": "group", "basis": "basis"},
+                fits,
+                console=len(results.summary["fits"]) + 1,  # and all rows with the other basis
+            ),
             Table("Routes", columns, routes, console=len(routes)),
             *(
                 Table(
@@ -238,15 +281,38 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             contributions(
                 f"{cls.stem()}_contributions",
                 "Coefficient × mean change of the score, by fit",
-                list(results.rows(FITS)),
+                _fits_of(results),
                 "group",
             ),
             *_scores(f"{cls.stem()}_scores", list(results.rows(MEANS))),
         ]
 
 
+_COMPARED = ("r_squared", "r_squared_held_out", "r_squared_about_zero", "rank")
 _DASHES = ([1, 0], [5, 4], [2, 2])
 _SHOWN = ("source_step", "target_step", "pair_id", "margin_side", "delta", "predicted_delta")
+
+
+def _fits_of(results: Results[MarginClosureOptions]) -> list[Row]:
+    """The fits with the basis that the rows have."""
+    return [fit for fit in _every_fit(results) if fit["basis"] == results.options.basis]
+
+
+def _every_fit(results: Results[MarginClosureOptions]) -> list[Row]:
+    return [{"basis": "refit", **fit} for fit in results.rows(FITS)]  # schema 1 did not say
+
+
+def _bases(results: Results[MarginClosureOptions]) -> str:
+    """How well all rows are fitted with refitted bases, and with those of the source."""
+    by_basis = results.summary.get("by_basis", {})
+    if len(by_basis) < 2:
+        return f"Bases: `{results.options.basis}`."
+    values = {basis: cell(of["r_squared"], ".3f") for basis, of in by_basis.items()}
+    return (
+        f"R² of all rows: {values['refit']} with bases refitted at each checkpoint, whose changes"
+        f" of score hold the turning of the basis, {values['source']} with those of the interval's"
+        f" source at both ends. The rows have `{results.options.basis}`."
+    )
 
 
 def _scores(name: str, means: Sequence[Row]) -> Iterator[Chart]:

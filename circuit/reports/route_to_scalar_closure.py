@@ -96,6 +96,13 @@ class ScalarClosure(Report[ScalarClosureOptions]):
         route_file, scalar_file = asked.route_closure_rows, asked.scalar_pair_rows
         routes = read_typed_rows(route_file, RouteRow)
         scalars = read_typed_rows(scalar_file, ScalarPairRow)
+        self.basis, *others = {row.basis: None for row in routes}
+        if others:
+            raise CircuitError(
+                f"holds route scores of bases {self.basis} and {others[0]}",
+                where=route_file,
+                expected="one basis in all rows",
+            )
         held = names_of((row.route_score_deltas for row in routes), "routes", route_file)
         self.labels = _chosen("route", asked.route_labels, held, route_file)
         held = names_of((row.deltas for row in scalars), "scalars", scalar_file)
@@ -127,6 +134,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
             "rows": len(scalars),
             "switched": sum(row.switched for row in scalars),
             "routes": self.labels,
+            "basis": self.basis,
             "fits": [{k: v for k, v in fit.items() if k not in long} for fit in fits],
         }
         law = (
@@ -180,14 +188,14 @@ class ScalarClosure(Report[ScalarClosureOptions]):
 
     @classmethod
     def notes(cls, results: Results[ScalarClosureOptions]) -> list[str]:
-        summary = results.summary
+        summary, intercept = results.summary, results.options.fit_intercept
         steps = summary["intervals"]
         return [
             f"Changes of answer scalars over {len(steps)} intervals of steps {steps[0][0]} to"
             f" {steps[-1][1]}, {summary['pairs']} pairs, {' and '.join(summary['sides'])} side"
-            f" pooled, by changes of {len(summary['routes'])} route scores,"
-            f" {'with' if results.options.fit_intercept else 'without'} intercept. The competitor"
-            f" switched in {summary['switched']} of {summary['rows']} rows.",
+            f" pooled, by changes of {len(summary['routes'])} route scores (basis:"
+            f" {summary.get('basis', 'refit')}), {'with' if intercept else 'without'} intercept."
+            f" The competitor switched in {summary['switched']} of {summary['rows']} rows.",
             *undetermined(summary["fits"], "scalar", "switch_bucket"),
             NOTE,
         ]

@@ -9,18 +9,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from circuit.cli import complete
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from circuit.artifacts import dump_rows, read_jsonl
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.subspaces import SUBSPACES
 from circuit.reports.answer_scalar_residual_diagnosis import AnswerScalarDiagnosis, DiagnosisOptions
+from circuit.reports.inputs import open_inputs
 from circuit.reports.report import Report, ReportResult, run_report
 from circuit.reports.route_to_margin_closure import MarginClosure, MarginClosureOptions
 from circuit.reports.route_to_scalar_closure import ScalarClosure, ScalarClosureOptions
+from circuit.scalars.least_squares import FOLDS
 from circuit.scalars.routes import parse_route
+from circuit.scalars.transfer import PairRuns, PairSides, route_bases, route_scores
+from circuit.tasks.pairs import SIDES, record_of
 from circuit.train_config import TrainConfig
 
 RUN = Path("runs/tiny")
@@ -99,7 +107,8 @@ def test_rows_hold_every_interval_pair_and_side_and_their_residuals() -> None:
         assert row["predicted_delta"] + row["residual"] == pytest.approx(row["delta"], abs=1e-12)
     fits = read_jsonl(ROUTES / "route_to_margin_closure_fits.jsonl")
     groups = ["all rows", "clean", "corrupted", "support_value", "query_key"]
-    assert [fit["group"] for fit in fits] == groups
+    every = [(group, basis) for basis in ("refit", "source") for group in groups]
+    assert [(fit["group"], fit["basis"]) for fit in fits] == every
     means = read_jsonl(ROUTES / "route_to_margin_closure_mean_scores.jsonl")
     assert all(row["share"] == pytest.approx(1) for row in means if row["route"] == "whole")
 
@@ -113,6 +122,85 @@ def test_all_of_the_final_residual_is_the_change_of_the_contrast_margin() -> Non
         gap = clean["delta"] - corrupted["delta"]
         assert clean["route_score_deltas"]["whole"] == pytest.approx(gap, abs=1e-4)
     assert max(abs(row["delta"]) for row in rows) > 0.1
+
+
+@pytest.mark.usefixtures("chain")
+def test_the_source_s_basis_is_taken_at_both_ends() -> None:
+    """Against scores of the target's model with bases of the source's."""
+    refitted, by_basis = read_jsonl(ROUTE_ROWS), margin().summary["by_basis"]
+    result = margin(basis="source")
+    inputs = open_inputs(load_config(RUN / "run_config.json", TrainConfig), SELECTION["probe_set"])
+    options = MarginClosureOptions(**SELECTION, routes=ROUTE_SPECS)
+    pairs = inputs.pairs(options)
+    sides = PairSides.of(pairs, *(inputs.side(pairs, side) for side in SIDES))
+    bases: list[Any] = []
+    expected: dict[int, list[list[float]]] = {}
+    for point in inputs.models(options.checkpoints):
+        runs = PairRuns.of(point.model, sides, options.routes)
+        frozen = bases or route_bases(point.model, options.routes, inputs.vocabulary)
+        scores = route_scores(point.model, sides, runs, options.routes, frozen)
+        expected[point.step] = scores.T.tolist()
+        bases = route_bases(point.model, options.routes, inputs.vocabulary)
+    rows = read_jsonl(ROUTE_ROWS)
+    for i, (row, other) in enumerate(zip(rows, refitted, strict=True)):
+        target = list(row["target_route_scores"].values())
+        assert target == pytest.approx(expected[row["target_step"]][i // 2 % 12], abs=1e-5)
+        assert (row["basis"], other["basis"]) == ("source", "refit")
+        assert row["source_route_scores"] == other["source_route_scores"]
+        whole = row["route_score_deltas"]["whole"]
+        assert whole == other["route_score_deltas"]["whole"]
+    turned = [
+        r["route_score_deltas"]["value"] - o["route_score_deltas"]["value"]
+        for r, o in zip(rows, refitted, strict=True)
+    ]
+    assert max(map(abs, turned)) > 1e-3
+    assert result.summary["by_basis"] == by_basis
+    assert list(by_basis) == ["refit", "source"]
+    assert result.summary["fits"]["all rows"]["r_squared"] == by_basis["source"]["r_squared"]
+    assert f"{by_basis['source']['r_squared']:.3f} with those of the interval's" in result.notes[1]
+    scalar(**MOVING)
+    assert "(basis: source)" in (CLOSURE / "route_to_scalar_closure_report.md").read_text()
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_basis_of_every_direction_does_not_turn() -> None:
+    """The projection is the identity, whatever the basis: both are the whole residual."""
+    whole = "stage=layer_0_post_mlp,position_role=prediction"
+    routes = f"label=whole,{whole}", f"label=all,{whole},subspace=embedding_value_identity,rank=16"
+    both = margin(routes=routes).summary["by_basis"]
+    for of_basis in both.values():
+        changes = of_basis["mean_score_changes"]
+        assert changes["all"] == pytest.approx(changes["whole"], abs=1e-4)
+    alone = margin(routes=routes[:1])
+    assert list(alone.summary["by_basis"]) == ["refit"]
+
+
+@pytest.mark.usefixtures("chain")
+def test_pairs_of_one_record_are_held_out_together() -> None:
+    """As scikit-learn deals the records that the pairs' ids name."""
+    fit = scalar(**MOVING, switch_buckets=("all",))["moving_answer_margin", "all"]
+    rows = read_jsonl(SCALAR_ROWS)
+    scores = {
+        (r["source_step"], r["pair_id"]): r["route_score_deltas"] for r in read_jsonl(ROUTE_ROWS)
+    }
+    x = np.array([list(scores[row["source_step"], row["pair_id"]].values()) for row in rows])
+    y = np.array([row["deltas"]["moving_answer_margin"] for row in rows])
+    records = [record_of(row["pair_id"]) for row in rows]
+    assert FOLDS <= len(set(records)) < 12
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
+    model = LinearRegression(fit_intercept=False)
+    predicted = cross_val_predict(model, x, y, groups=records, cv=folds)
+    assert fit["r_squared_held_out"] == pytest.approx(r2_score(y, predicted), abs=1e-4)
+
+
+@pytest.mark.usefixtures("chain")
+def test_rows_of_earlier_versions_are_read_and_of_two_bases_refused() -> None:
+    now = scalar(**MOVING)
+    rewrite(ROUTE_ROWS, lambda rows: [{k: row[k] for k in row if k != "basis"} for row in rows])
+    assert scalar(**MOVING) == now
+    rewrite(ROUTE_ROWS, lambda rows: [*rows[:-2], *(r | {"basis": "source"} for r in rows[-2:])])
+    with pytest.raises(CircuitError, match="route scores of bases refit and source"):
+        scalar(**MOVING)
 
 
 @pytest.mark.usefixtures("chain")
