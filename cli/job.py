@@ -10,8 +10,8 @@ import shlex
 import sys
 
 from circuit import CircuitError
-from circuit.pipelines.jobs import split_commands
-from circuit.pipelines.processes import end_with_parent
+from circuit.studies.jobs import split_commands
+from circuit.studies.processes import end_with_parent
 
 from .app import app
 from .output import print_error, stderr

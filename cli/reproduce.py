@@ -14,8 +14,8 @@ from . import complete, options
 from .output import print_json, progress_bar, stderr, stdout, table
 
 if TYPE_CHECKING:
-    from circuit.pipelines.claims import Claim
-    from circuit.pipelines.reproduce import Event, Outcome, Plan
+    from circuit.studies.claims import Claim
+    from circuit.studies.reproduce import Event, Outcome, Plan
 
 PANEL = "Study"
 TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
@@ -60,8 +60,8 @@ def reproduce(
 
     What follows after -- goes to Snakemake as it is.
     """
-    from circuit.pipelines.reproduce import Request, make_plan, packaged_profile, run
-    from circuit.pipelines.scales import find_scale
+    from circuit.studies.reproduce import Request, make_plan, packaged_profile, run
+    from circuit.studies.scales import find_scale
 
     chosen = None if profile is None else packaged_profile(profile).resolve()
     request = Request(target, find_scale(scale), cores, chosen, tuple(context.args))
@@ -170,8 +170,8 @@ class _Live:
 def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:
     """What holds in this reproduction, also written beside it."""
     from circuit.artifacts import OutputFolder, dump_json
-    from circuit.pipelines.claims import claims_page, judge
-    from circuit.pipelines.study import Study
+    from circuit.studies.claims import claims_page, judge
+    from circuit.studies.study import Study
 
     request = plan.request
     found = judge(Study(request.scale), request.folder, request.target)
@@ -186,7 +186,7 @@ def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:
 
 
 def _print_claims(found: list[Claim], paths: list[Path]) -> None:
-    from circuit.pipelines.claims import numbers_of
+    from circuit.studies.claims import numbers_of
 
     marks = {True: "holds", False: "DOES NOT HOLD", None: "not judged"}
     for claim in found:

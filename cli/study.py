@@ -50,8 +50,8 @@ def register(app: typer.Typer) -> None:
 def configs(scale: Scale) -> None:
     """Write the contract's configs at another scale, under configs/ of the current folder."""
     from circuit.artifacts import atomic_write_text
-    from circuit.pipelines.configs import contract_configs, scaled
-    from circuit.pipelines.scales import find_scale
+    from circuit.studies.configs import contract_configs, scaled
+    from circuit.studies.scales import find_scale
 
     wanted = find_scale(scale)
     if wanted.is_contract:
@@ -99,7 +99,7 @@ def train(
         trace, end_step=trace_end_step, top_k_parameters=trace_top_k_parameters
     )
     from circuit.artifacts import OutputFolder, dump_json
-    from circuit.pipelines.continuation import run_goes_on
+    from circuit.studies.continuation import run_goes_on
     from circuit.training.session import DivergedError
 
     traced = None if recorder is None else recorder.folder_of(settings)
@@ -146,8 +146,8 @@ def trace(
 ) -> None:
     """optimizer-update-trace from initialization; goes on with a recording that was cut off."""
     settings = load_train_config(config, overrides, device, train_split=train_split)
-    from circuit.pipelines.continuation import trace_goes_on
     from circuit.reports.optimizer_update_trace import optimizer_update_trace
+    from circuit.studies.continuation import trace_goes_on
     from circuit.trace.record import RecordOptions
 
     resume = trace_goes_on(output_dir, settings)
@@ -192,7 +192,7 @@ def heads(
     as_json: options.Json = False,
 ) -> None:
     """Winner, runner-up, median and bottom of the heads by growth of their separation."""
-    from circuit.pipelines.selection import select_heads
+    from circuit.studies.selection import select_heads
 
     result = select_heads(
         separation_rows,
@@ -230,8 +230,8 @@ def write_paths(
 ) -> None:
     """Which path from a head through an MLP writes most for the answer at a checkpoint."""
     settings = load_train_config(config, overrides, device)
-    from circuit.pipelines.write_scan import ScanOptions, select_write_paths
     from circuit.reports.inputs import PairOptions
+    from circuit.studies.write_scan import ScanOptions, select_write_paths
 
     pairs = PairOptions(
         tuple(pair_type or ["support_value"]), max_pairs_per_type, min_pairs_per_type
@@ -262,7 +262,7 @@ def optimizers(
     as_json: options.Json = False,
 ) -> None:
     """Compare runs by optimizer: learning, QK separation and OV progress."""
-    from circuit.pipelines.compare_optimizers import compare_optimizers
+    from circuit.studies.compare_optimizers import compare_optimizers
 
     result = compare_optimizers(run, output_dir, overwrite=overwrite)
     if not as_json:
@@ -291,7 +291,7 @@ def seeds(
     as_json: options.Json = False,
 ) -> None:
     """Compare seeds: does the role repeat, does its address move?"""
-    from circuit.pipelines.compare_seeds import compare_seeds
+    from circuit.studies.compare_seeds import compare_seeds
 
     result = compare_seeds(report, output_dir, overwrite=overwrite)
     if not as_json:

@@ -1,5 +1,5 @@
 """A tiny trained run with a probe set and its trace, made once a test run; fixtures of tests of
-reports, pages and pipelines."""
+reports, pages and studies."""
 
 from __future__ import annotations
 

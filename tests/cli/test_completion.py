@@ -23,13 +23,13 @@ from circuit.attribution.groups import Partition
 from circuit.model.rescue import CONTROLS
 from circuit.model.stages import stage_names
 from circuit.model.subspaces import SUBSPACES
-from circuit.pipelines.scales import SCALES
-from circuit.pipelines.study import TARGETS
 from circuit.reports.geometry_subspace_intervention import Operation
 from circuit.reports.interventions import QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
 from circuit.scalars.functional_write import Reference, Target
 from circuit.scalars.qk_match import LayerNormMode
+from circuit.studies.scales import SCALES
+from circuit.studies.study import TARGETS
 from circuit.tasks.groups import GROUPS
 from circuit.tasks.pairs import PAIR_TYPES, SIDES
 from circuit.tasks.positions import ROLES

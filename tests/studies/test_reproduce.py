@@ -20,9 +20,9 @@ from warm_jobs import warm_python
 
 from circuit.config import load_config
 from circuit.errors import CircuitError
-from circuit.pipelines.continuation import run_goes_on, trace_goes_on
-from circuit.pipelines.reproduce import Event, Request, make_plan, packaged_profile, read_event, run
-from circuit.pipelines.scales import SCALES
+from circuit.studies.continuation import run_goes_on, trace_goes_on
+from circuit.studies.reproduce import Event, Request, make_plan, packaged_profile, read_event, run
+from circuit.studies.scales import SCALES
 from circuit.train_config import TrainConfig
 
 SMOKE = Path("artifacts/scale/smoke")
@@ -241,8 +241,8 @@ def test_the_slurm_profile_ships() -> None:
 
 def test_help_of_the_study_imports_no_torch() -> None:
     code = (
-        "import sys; from circuit.cli.app import app; import circuit.pipelines.reproduce;"
-        " import circuit.pipelines.claims; assert 'torch' not in sys.modules"
+        "import sys; from circuit.cli.app import app; import circuit.studies.reproduce;"
+        " import circuit.studies.claims; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert main is not None
@@ -264,6 +264,6 @@ rule after:
 def test_no_more_jobs_than_cores(tmp_path: Path) -> None:
     """Also behind a job that was ready alone, which Snakemake 9.15.0 does not charge."""
     (tmp_path / "Snakefile").write_text(CHAIN)
-    command = [sys.executable, "-m", "circuit.pipelines.processes", "--cores", "1"]
+    command = [sys.executable, "-m", "circuit.studies.processes", "--cores", "1"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "log").read_text().split() == ["+", "-"] * 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from circuit.pipelines.commands import (
+from circuit.studies.commands import (
     BENCHMARK_FILE,
     DATA,
     DONE,
@@ -19,9 +19,9 @@ from circuit.pipelines.commands import (
     trace_job,
     train_job,
 )
-from circuit.pipelines.configs import BENCHMARK, FORMATION, GENERALIZATION, HORIZON
-from circuit.pipelines.jobs import Job, Words, checkpoints, options, report_file
-from circuit.pipelines.scales import Scale
+from circuit.studies.configs import BENCHMARK, FORMATION, GENERALIZATION, HORIZON
+from circuit.studies.jobs import Job, Words, checkpoints, options, report_file
+from circuit.studies.scales import Scale
 
 TARGET = "reference"
 DIAGNOSIS = "answer-scalar-residual-diagnosis"

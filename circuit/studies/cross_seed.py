@@ -10,18 +10,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from circuit.pipelines.ablation import derive_job
-from circuit.pipelines.commands import (
+from circuit.strict_json import parse_json
+from circuit.studies.ablation import derive_job
+from circuit.studies.commands import (
     MATCH_ROLES,
     PROBE,
     shard_edges,
     sharded,
     train_job,
 )
-from circuit.pipelines.configs import FORMATION, HORIZON
-from circuit.pipelines.jobs import Job, Words, checkpoints, options, report_file
-from circuit.pipelines.scales import Scale
-from circuit.strict_json import parse_json
+from circuit.studies.configs import FORMATION, HORIZON
+from circuit.studies.jobs import Job, Words, checkpoints, options, report_file
+from circuit.studies.scales import Scale
 
 TARGET = "cross-seed"
 ROOT = "artifacts/runs/symbolic_kv_cross_seed_adam"

@@ -13,12 +13,12 @@ import pytest
 
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
-from circuit.pipelines.configs import BENCHMARK, contract_configs, scaled
-from circuit.pipelines.costs import cost_of, rates
-from circuit.pipelines.jobs import split_commands
-from circuit.pipelines.reproduce import Request, make_plan, read_dry_run
-from circuit.pipelines.scales import SCALES
-from circuit.pipelines.study import PAPER, TARGETS, Study
+from circuit.studies.configs import BENCHMARK, contract_configs, scaled
+from circuit.studies.costs import cost_of, rates
+from circuit.studies.jobs import split_commands
+from circuit.studies.reproduce import Request, make_plan, read_dry_run
+from circuit.studies.scales import SCALES
+from circuit.studies.study import PAPER, TARGETS, Study
 from circuit.train_config import TrainConfig
 
 PROJECT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_a_trace_that_the_contract_asks_for_is_a_second_execution_and_no_other_i
 
 
 def test_every_kind_has_its_resources() -> None:
-    table = json.loads((PROJECT / "circuit/pipelines/resources.json").read_text())["rules"]
+    table = json.loads((PROJECT / "circuit/studies/resources.json").read_text())["rules"]
     for scale in SCALES.values():
         study = Study(scale)
         kinds = {job.kind for target in TARGETS for job in study.everything(target)}

@@ -17,9 +17,9 @@ from typing import Any
 from circuit.artifacts import dump_json
 from circuit.errors import CircuitError
 from circuit.figures.seeds import roles_by_seed, terms_by_seed
-from circuit.pipelines.selection import ROLES
 from circuit.reports.base import ReportResult, open_report
 from circuit.strict_json import parse_json
+from circuit.studies.selection import ROLES
 from circuit.training.run_folder import refuse_another_runs
 
 COMMAND = "cross-seed-comparison"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from circuit.pipelines.jobs import Job
-from circuit.pipelines.scales import CONTRACT_UNIT, Scale
 from circuit.strict_json import parse_json
+from circuit.studies.jobs import Job
+from circuit.studies.scales import CONTRACT_UNIT, Scale
 
 SMALLER = {"full": 1.0, "short": 0.14, "smoke": 0.05}
 """Cost of a unit of work at a scale, over that of the contract's model and data (measured)."""
@@ -44,13 +44,13 @@ class Cost:
 
 def rates(kind: str) -> dict[str, Any]:
     """The entry of a rule, the defaults filled in."""
-    table = parse_json(files("circuit.pipelines").joinpath("resources.json").read_text())
+    table = parse_json(files("circuit.studies").joinpath("resources.json").read_text())
     return {**table["default"], **table["rules"].get(kind, {})}
 
 
 def needs_of(scale: Scale) -> dict[str, dict[str, Any]]:
     """Threads and resources of every rule, as Snakemake takes them; cards where they are used."""
-    table = parse_json(files("circuit.pipelines").joinpath("resources.json").read_text())
+    table = parse_json(files("circuit.studies").joinpath("resources.json").read_text())
     found = {}
     for kind, own in table["rules"].items():
         entry = {**table["default"], **own}

@@ -11,8 +11,8 @@ from typing import Any
 
 from circuit import __version__
 from circuit.errors import CircuitError
-from circuit.pipelines.commands import BENCHMARK_FILE
 from circuit.strict_json import parse_json
+from circuit.studies.commands import BENCHMARK_FILE
 from circuit.trace.store import TraceStore
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import list_checkpoints, read_description

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from circuit.pipelines.commands import (
+from circuit.studies.commands import (
     PROBE,
     evaluate_job,
     progress_words,
     train_job,
 )
-from circuit.pipelines.configs import HORIZON, ablation_configs
-from circuit.pipelines.jobs import Job, Words, options, report_file
-from circuit.pipelines.scales import PILOTS, SWEEP, Scale
+from circuit.studies.configs import HORIZON, ablation_configs
+from circuit.studies.jobs import Job, Words, options, report_file
+from circuit.studies.scales import PILOTS, SWEEP, Scale
 
 TARGET, WIDE = "ablation", "sgd-wide"
 ROOT = "artifacts/runs/symbolic_kv_optimizer_ablation"

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from circuit.pipelines.ablation import COMPARISON, ROOT, WIDE_ROOT
-from circuit.pipelines.commands import DONE, SPARSE
-from circuit.pipelines.cross_seed import COMPARISON as SEEDS
-from circuit.pipelines.cross_seed import ROOT as SEED_ROOT
-from circuit.pipelines.jobs import Job, report_file
-from circuit.pipelines.study import PAPER, Study
 from circuit.strict_json import parse_json
+from circuit.studies.ablation import COMPARISON, ROOT, WIDE_ROOT
+from circuit.studies.commands import DONE, SPARSE
+from circuit.studies.cross_seed import COMPARISON as SEEDS
+from circuit.studies.cross_seed import ROOT as SEED_ROOT
+from circuit.studies.jobs import Job, report_file
+from circuit.studies.study import PAPER, Study
 from circuit.training.run_folder import refuse_another_runs
 
 Numbers = dict[str, float | int | str | None]

@@ -10,11 +10,11 @@ from pathlib import Path
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
 from circuit.errors import CircuitError
-from circuit.pipelines import ablation, cross_seed, reference
-from circuit.pipelines.configs import BENCHMARK, contract_configs, scaled
-from circuit.pipelines.cross_seed import Seed, comparison_job
-from circuit.pipelines.jobs import Batch, Job, Words
-from circuit.pipelines.scales import Scale
+from circuit.studies import ablation, cross_seed, reference
+from circuit.studies.configs import BENCHMARK, contract_configs, scaled
+from circuit.studies.cross_seed import Seed, comparison_job
+from circuit.studies.jobs import Batch, Job, Words
+from circuit.studies.scales import Scale
 from circuit.train_config import TrainConfig
 
 TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")

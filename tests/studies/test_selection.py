@@ -16,12 +16,12 @@ from circuit.artifacts import dump_rows
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
-from circuit.pipelines.selection import growth_of, name_roles, rank_candidates, select_heads
-from circuit.pipelines.write_scan import final_writes, write_paths
 from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import FunctionalWrite, WriteReads, readout_gradient
+from circuit.studies.selection import growth_of, name_roles, rank_candidates, select_heads
+from circuit.studies.write_scan import final_writes, write_paths
 from circuit.train_config import TrainConfig
 
 SCORES = st.dictionaries(
@@ -103,7 +103,7 @@ def test_bad_windows_are_refused(tmp_path: Path, changes: dict[str, Any], said: 
 def test_scan_equals_one_path_at_a_time(
     trained: Path, role: str, rows_a_pass: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("circuit.pipelines.write_scan._ROWS", rows_a_pass)
+    monkeypatch.setattr("circuit.studies.write_scan._ROWS", rows_a_pass)
     config = load_config(trained / "run_config.json", TrainConfig)
     study = open_inputs(config, trained / "analysis" / "probe_set.jsonl")
     batch = study.side(study.pairs(PairOptions(max_per_type=5, min_per_type=1)), "clean")

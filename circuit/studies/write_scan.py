@@ -17,11 +17,11 @@ from circuit.lazy import torch
 from circuit.model.components import Component, all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
-from circuit.pipelines.selection import name_roles, rank_candidates
 from circuit.reports.base import ReportResult, open_report
 from circuit.reports.inputs import PairOptions, open_inputs
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, fixed_scalars
 from circuit.scalars.functional_write import WritePath, WriteReads
+from circuit.studies.selection import name_roles, rank_candidates
 from circuit.tasks.pairs import check_side
 from circuit.tasks.positions import Batch, check_roles
 from circuit.train_config import TrainConfig

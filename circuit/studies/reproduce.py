@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 from circuit.errors import CircuitError
-from circuit.pipelines.costs import Cost, cost_of
-from circuit.pipelines.jobs import Job
-from circuit.pipelines.scales import Scale
-from circuit.pipelines.study import Study, check_target, missing_configs
+from circuit.studies.costs import Cost, cost_of
+from circuit.studies.jobs import Job
+from circuit.studies.scales import Scale
+from circuit.studies.study import Study, check_target, missing_configs
 
-SNAKEFILE = str(files("circuit.pipelines").joinpath("Snakefile"))
+SNAKEFILE = str(files("circuit.studies").joinpath("Snakefile"))
 LOG = Path("artifacts/logs/snakemake.log")
 _RULE = re.compile(r"^(?:local)?(?:rule|checkpoint) (\S+):$")
 _FIELD = re.compile(r"^    (\w+): (.*)$")
@@ -62,7 +62,7 @@ class Request:
         """The command line of Snakemake."""
         profile = ["--workflow-profile", str(self.profile)] if self.profile else []
         return [
-            *(sys.executable, "-m", "circuit.pipelines.processes", "--snakefile", SNAKEFILE),
+            *(sys.executable, "-m", "circuit.studies.processes", "--snakefile", SNAKEFILE),
             *("--directory", str(self.folder), "--config", f"scale={self.scale.name}"),
             *("--cores", str(self.cores), *profile),
             *("--rerun-incomplete", "--nolock", "--keep-going", "--show-failed-logs"),
@@ -285,7 +285,7 @@ def packaged_profile(name: str) -> Path:
     Raises:
         CircuitError: there is neither.
     """
-    for place in (Path(str(files("circuit.pipelines").joinpath("profiles", name))), Path(name)):
+    for place in (Path(str(files("circuit.studies").joinpath("profiles", name))), Path(name)):
         if (place / "config.yaml").is_file():
             return place
     raise CircuitError(f"no profile '{name}'", expected="slurm, or a folder with a config.yaml")

@@ -8,8 +8,8 @@ from typing import Any
 
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
-from circuit.pipelines.scales import LONG, PILOTS, SWEEP, Scale
 from circuit.strict_json import parse_json
+from circuit.studies.scales import LONG, PILOTS, SWEEP, Scale
 from circuit.train_config import TrainConfig
 
 BENCHMARK = "configs/benchmark/symbolic_kv_base.json"

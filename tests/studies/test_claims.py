@@ -11,15 +11,15 @@ import pytest
 
 from circuit.artifacts import dump_rows
 from circuit.errors import CircuitError
-from circuit.pipelines.ablation import COMPARISON, ROOT
-from circuit.pipelines.claims import Claim, claims_page, judge
-from circuit.pipelines.commands import DONE
-from circuit.pipelines.compare_optimizers import compare_optimizers
-from circuit.pipelines.compare_seeds import compare_seeds
-from circuit.pipelines.cross_seed import ROOT as SEEDS
-from circuit.pipelines.jobs import report_file
-from circuit.pipelines.scales import SCALES
-from circuit.pipelines.study import Study
+from circuit.studies.ablation import COMPARISON, ROOT
+from circuit.studies.claims import Claim, claims_page, judge
+from circuit.studies.commands import DONE
+from circuit.studies.compare_optimizers import compare_optimizers
+from circuit.studies.compare_seeds import compare_seeds
+from circuit.studies.cross_seed import ROOT as SEEDS
+from circuit.studies.jobs import report_file
+from circuit.studies.scales import SCALES
+from circuit.studies.study import Study
 
 STUDY = Study(SCALES["short"])
 

@@ -1,6 +1,6 @@
 """Processes that end with the one that started them.
 
-`python -m circuit.pipelines.processes ...` is `snakemake ...` that does.
+`python -m circuit.studies.processes ...` is `snakemake ...` that does.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from circuit.cli.job import run_commands
 from warm import warm_program
 
-from circuit.pipelines.jobs import split_commands
+from circuit.studies.jobs import split_commands
 
 OTHERS = """
 if sys.argv[1:3] != ["-m", "circuit.cli.job"]:

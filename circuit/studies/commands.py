@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from circuit.pipelines.jobs import Job, Words, checkpoints, options, report_file
-from circuit.pipelines.scales import Scale
+from circuit.studies.jobs import Job, Words, checkpoints, options, report_file
+from circuit.studies.scales import Scale
 
 DATA = "data/generated/symbolic_kv_stream_learnability"
 BENCHMARK_FILE = f"{DATA}/metadata.json"
