@@ -134,6 +134,9 @@ def artifact(pattern: str) -> Callable[[str], list[str]]:
 weights = artifact("*.safetensors")
 route_closure_rows = artifact("route_to_margin_closure_rows.jsonl")
 scalar_pair_rows = artifact("answer_scalar_residual_diagnosis_pair_rows.jsonl")
+separation_rows = artifact("bilinear_qk_match_separation_rows.jsonl")
+report = artifact("*_report.json")
+score = values("rank8", "full")
 
 
 def attribution(incomplete: str) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 from circuit import CircuitError
 
 from . import complete, options, streams
-from .output import print_report, print_written, progress_bar, stdout, table
+from .output import print_written, progress_bar, stdout
 from .trace import StepBar
 from .training import (
     TrainBar,
@@ -40,10 +40,6 @@ def register(app: typer.Typer) -> None:
     group.command("derive-config")(derive_config)
     group.command("train", cls=options.TracingCommand)(train)
     group.command("trace")(trace)
-    group.command("select-heads")(heads)
-    group.command("select-write-paths")(write_paths)
-    group.command("compare-optimizers")(optimizers)
-    group.command("compare-seeds")(seeds)
     app.add_typer(group, rich_help_panel=PANEL)
 
 
@@ -168,135 +164,3 @@ def trace(
         )
     print_written(report.paths)
     stdout.print(report.law, soft_wrap=True)
-
-
-def heads(
-    separation_rows: Annotated[
-        Path,
-        typer.Option(
-            help="Row file of bilinear-qk-match-separation.",
-            autocompletion=complete.artifact("bilinear_qk_match_separation_rows.jsonl"),
-        ),
-    ],
-    output_dir: options.OutputDir,
-    start_step: Annotated[int, typer.Option(min=0, help="Start of the window.")],
-    end_step: Annotated[int, typer.Option(min=1, help="End of the window.")],
-    score: Annotated[
-        str,
-        typer.Option(
-            help="Which score, such as rank8 or full.",
-            autocompletion=complete.values("rank8", "full"),
-        ),
-    ] = "rank8",
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-) -> None:
-    """Winner, runner-up, median and bottom of the heads by growth of their separation."""
-    from circuit.studies.selection import select_heads
-
-    result = select_heads(
-        separation_rows,
-        output_dir,
-        start=start_step,
-        end=end_step,
-        score=score,
-        overwrite=overwrite,
-    )
-    if not as_json:
-        made = table(None, ["role", "head", "growth"])
-        for role, found in result.summary["selected"].items():
-            made.add_row(role, found["head"], f"{found['growth']:+.4g}")
-        stdout.print(made)
-    print_report(result, as_json)
-
-
-def write_paths(
-    config: options.TrainConfigPath,
-    probe_set: options.ProbeSet,
-    checkpoint: options.Checkpoint,
-    output_dir: options.OutputDir,
-    overrides: options.Set = None,
-    position_role: Annotated[
-        str,
-        typer.Option(help="Positions that are summed over.", autocompletion=complete.role),
-    ] = "prediction",
-    record_side: options.RecordSide = "clean",
-    pair_type: options.PairTypes = None,
-    max_pairs_per_type: options.MaxPairs = 64,
-    min_pairs_per_type: options.MinPairs = 16,
-    overwrite: options.Overwrite = False,
-    device: options.Device = None,
-    as_json: options.Json = False,
-) -> None:
-    """Which path from a head through an MLP writes most for the answer at a checkpoint."""
-    settings = load_train_config(config, overrides, device)
-    from circuit.reports.inputs import PairOptions
-    from circuit.studies.write_scan import ScanOptions, select_write_paths
-
-    pairs = PairOptions(
-        tuple(pair_type or ["support_value"]), max_pairs_per_type, min_pairs_per_type
-    )
-    result = select_write_paths(
-        settings,
-        probe_set,
-        checkpoint,
-        output_dir,
-        ScanOptions(position_role, record_side, pairs),
-        overwrite=overwrite,
-    )
-    if not as_json:
-        made = table(None, ["role", "path", "final write"])
-        for role, found in result.summary["selected"].items():
-            made.add_row(role, found["path"], f"{found['final_write']:+.4g}")
-        stdout.print(made)
-    print_report(result, as_json)
-
-
-def optimizers(
-    run: Annotated[
-        list[Path],
-        typer.Option("--run", help="Folder of a run; repeatable.", autocompletion=complete.run),
-    ],
-    output_dir: options.OutputDir,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-) -> None:
-    """Compare runs by optimizer: learning, QK separation and OV progress."""
-    from circuit.studies.compare_optimizers import compare_optimizers
-
-    result = compare_optimizers(run, output_dir, overwrite=overwrite)
-    if not as_json:
-        made = table(None, ["optimizer", "runs", "learned", "diverged", "best accuracy %"])
-        for name, found in result.summary["groups"].items():
-            best = found["best_answer_accuracy"]
-            made.add_row(
-                name,
-                *(str(found[column]) for column in ("runs", "learned", "diverged")),
-                "-" if best is None else f"{100 * best:.1f}",
-            )
-        stdout.print(made)
-    print_report(result, as_json)
-
-
-def seeds(
-    report: Annotated[
-        list[Path],
-        typer.Option(
-            help="Report of a seed: selections and attributions; repeatable.",
-            autocompletion=complete.artifact("*_report.json"),
-        ),
-    ],
-    output_dir: options.OutputDir,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-) -> None:
-    """Compare seeds: does the role repeat, does its address move?"""
-    from circuit.studies.compare_seeds import compare_seeds
-
-    result = compare_seeds(report, output_dir, overwrite=overwrite)
-    if not as_json:
-        made = table(None, ["seed", "winner head", "winner path"])
-        for name, head in result.summary["winner_heads"].items():
-            made.add_row(name, head, result.summary["winner_paths"][name])
-        stdout.print(made)
-    print_report(result, as_json)

@@ -162,3 +162,20 @@ def read_report(path: str | Path) -> Written:
             fix="make it again",
         )
     return Written(path, payload)
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """A JSON object of this program that is no report, such as a run's `summary.json`.
+
+    Raises:
+        CircuitError: there is none, or it is damaged.
+    """
+    try:
+        payload = parse_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CircuitError("no such file", where=path) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CircuitError(f"is damaged ({error})", where=path, fix="make it again") from None
+    if not isinstance(payload, dict):
+        raise CircuitError("is damaged (no object)", where=path, fix="make it again")
+    return payload

@@ -1,29 +1,112 @@
 """What the study claims, held against the reports of a reproduction.
 
-A claim is a sentence with a threshold in it. It holds, does not hold, or cannot be judged because a
-report is missing or has not the numbers. Nothing is computed here but comparisons.
+The claims are data, `claims.json`. A claim says in which report its numbers stand and how they are
+compared; its sentence is made from the comparisons, so that a threshold stands once. It holds or
+does not; it is not judged only where a report is not there, or where the scale cannot show it. A
+damaged report is an error.
+
+A number's path is made of keys and of verbs with arguments, such as `@max growth` (see `_VERBS`). A
+comparison is `NUMBER [- NUMBER] SIGN BOUND`; a bound is a threshold, `THRESHOLD * NUMBER` or a
+number. `{0}` in the text is the threshold of the first comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from circuit.errors import CircuitError
+from circuit.reports.written import SUFFIX, read_document, read_report
 from circuit.strict_json import parse_json
-from circuit.studies.ablation import COMPARISON, ROOT, WIDE_ROOT
-from circuit.studies.commands import DONE, SPARSE
-from circuit.studies.cross_seed import COMPARISON as SEEDS
-from circuit.studies.cross_seed import ROOT as SEED_ROOT
-from circuit.studies.jobs import Job, report_file
+from circuit.studies.configs import ablation_configs
+from circuit.studies.reference import KEY_RANK
 from circuit.studies.study import PAPER, Study
-from circuit.training.run_folder import refuse_another_runs
 
 Numbers = dict[str, float | int | str | None]
-Verdict = tuple[bool, Numbers]
-Reports = Callable[..., dict[str, Any]]
-"""`report(kind, name)`: the summary of one report of the reference run."""
+_TEST = re.compile(r"(\w+)(?: - (\w+))? ([<>=]+) (?:([\d.]+)(?: \* (\w+))?|(\w+))")
+_SIGNS = {
+    **{">=": operator.ge, ">": operator.gt, "==": operator.eq},
+    **{"<=": operator.le, "<": operator.lt},
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`number - minus sign bound * times`; without `minus` and `times`, if it has none."""
+
+    number: str
+    minus: str
+    sign: str
+    bound: float
+    times: str
+
+    @classmethod
+    def parse(cls, text: str) -> Comparison:
+        """A comparison as `claims.json` writes it."""
+        match = _TEST.fullmatch(text)
+        assert match is not None, text
+        number, minus, sign, bound, times, other = match.groups()
+        return cls(number, minus or "", sign, float(bound or 1), times or other or "")
+
+    def holds(self, numbers: Mapping[str, Any]) -> bool:
+        """Whether it does.
+
+        Raises:
+            NotShownError: one of the numbers is null.
+        """
+        for name in filter(None, (self.number, self.minus, self.times)):
+            if numbers[name] is None:
+                raise NotShownError(f"{name.replace('_', ' ')} is not defined at this scale")
+        left = numbers[self.number] - (numbers[self.minus] if self.minus else 0)
+        right = self.bound * (numbers[self.times] if self.times else 1)
+        return bool(_SIGNS[self.sign](left, right))
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim of the study, as `claims.json` has it.
+
+    Attributes:
+        part: that it belongs to.
+        text: with places for the thresholds.
+        report: target, kind and name of the job that writes it; the name is a pattern.
+        numbers: by name, the path, or an object with a report of its own and the path.
+        tests: all of which hold where it does.
+        name: by which others presuppose it.
+        given: a comparison, or the name of a claim, without which it cannot be judged,
+        unless: and why.
+        run: of the ablation that it is about, which a scale may lack.
+    """
+
+    part: str
+    text: str
+    report: str
+    numbers: Mapping[str, Any]
+    tests: Sequence[str]
+    name: str = ""
+    given: str = ""
+    unless: str = ""
+    run: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The claim in words."""
+        bounds = [Comparison.parse(test).bound for test in self.tests]
+        return self.text.format(*bounds).replace("%", " %")
+
+
+@cache
+def statements() -> list[Statement]:
+    """The claims, in the order of the study."""
+    text = files("circuit.studies").joinpath("claims.json").read_text(encoding="utf-8")
+    return [Statement(**entry) for entry in parse_json(text)]
 
 
 @dataclass(frozen=True)
@@ -49,8 +132,8 @@ class Claim:
         return asdict(self)
 
 
-class _MissingError(Exception):
-    """A report or a number is not there."""
+class NotShownError(Exception):
+    """A report is not there, or the scale cannot show a claim."""
 
 
 def judge(study: Study, root: Path, target: str) -> list[Claim]:
@@ -58,253 +141,119 @@ def judge(study: Study, root: Path, target: str) -> list[Claim]:
 
     Args:
         root: folder that the study ran in.
+
+    Raises:
+        CircuitError: a report is damaged, or of another run than the one that it stands in.
     """
     parts = PAPER if target == "paper" else (target,)
-    jobs = {(job.target, job.kind, job.name): job for job in study.jobs}
-    reader = _Reader(root, jobs)
-    found = []
-    for part, statement, test in _CLAIMS:
-        if part not in parts:
-            continue
-        try:
-            holds, numbers = test(reader)
-            found.append(Claim(part, statement, holds, numbers))
-        except _MissingError as error:
-            found.append(Claim(part, statement, None, {}, str(error)))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            found.append(
-                Claim(part, statement, None, {}, f"the reports of this scale have no {error}")
-            )
-    return found
+    judge = _Judge(study, root)
+    return [judge.judged(claim) for claim in statements() if claim.part in parts]
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Judge:
+    study: Study
     root: Path
-    jobs: Mapping[tuple[str, str, str], Job]
+    contents: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
+    """Files that were read."""
 
-    def json(self, path: str) -> dict[str, Any]:
+    def judged(self, claim: Statement) -> Claim:
+        """A claim with its verdict."""
         try:
-            payload = parse_json((self.root / path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise _MissingError(f"{path} is not there") from None
-        refuse_another_runs(self.root / path, payload.get("provenance", {}))
-        return dict(payload)
+            holds, numbers = self.verdict(claim)
+        except NotShownError as error:
+            return Claim(claim.part, claim.sentence, None, {}, str(error))
+        return Claim(claim.part, claim.sentence, holds, numbers)
 
-    def summary(self, kind: str, name: str = "", target: str = "reference") -> dict[str, Any]:
-        """Summary of a report of the reference run."""
-        job = self.jobs[target, kind, name or kind]
-        return dict(self.json(job.outputs[-1])["summary"])
+    def verdict(self, claim: Statement) -> tuple[bool, Numbers]:
+        """Whether it holds, and the numbers that decide.
 
-    def named(self, kind: str, start: str) -> dict[str, Any]:
-        """Summary of the one instance of a kind whose name starts so."""
-        for found_target, found_kind, name in self.jobs:
-            if (found_target, found_kind) == ("reference", kind) and name.startswith(start):
-                return self.summary(kind, name)
-        raise _MissingError(f"no {kind} {start}")
+        Raises:
+            NotShownError: it cannot be judged.
+        """
+        if claim.run and claim.run not in ablation_configs(self.study.scale):
+            raise NotShownError(f"this scale has no run {claim.run}")
+        numbers = {name: self.number(claim, name) for name in claim.numbers}
+        if claim.given:
+            other = next((c for c in statements() if c.name == claim.given), None)
+            met = self.verdict(other)[0] if other else Comparison.parse(claim.given).holds(numbers)
+            if not met:
+                raise NotShownError(claim.unless)
+        return all(Comparison.parse(test).holds(numbers) for test in claim.tests), numbers
 
+    def number(self, claim: Statement, name: str) -> Any:
+        """A number of a claim.
 
-def _learned(read: _Reader) -> Verdict:
-    found = read.json(DONE)["evaluations"]["validation_iid"]
-    numbers = {
-        "answer_accuracy": found["answer_accuracy"],
-        "best_shortcut": found["shortcut_accuracy"],
-    }
-    return found["answer_accuracy"] >= max(0.9, found["shortcut_accuracy"]), numbers
+        Raises:
+            NotShownError: its file is not there.
+            CircuitError: it is damaged, or of another run than the one that it stands in.
+        """
+        at = claim.numbers[name]
+        report, steps = (at["report"], at["path"]) if isinstance(at, dict) else (claim.report, at)
+        path = self.path(report)
+        if not path.exists():
+            raise NotShownError(f"{path.relative_to(self.root)} is not there")
+        if path not in self.contents:
+            self.contents[path] = _content(path)
+        value: Any = self.contents[path]
+        try:
+            for step in steps:
+                verb, *words = step.split()
+                value = _VERBS[verb](value, *words) if verb in _VERBS else value[step]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            said = f"has no {name.replace('_', ' ')} ({error!r})"
+            raise CircuitError(said, where=path, fix="make it again") from None
+        return value
 
-
-def _generalizes(read: _Reader) -> Verdict:
-    found = read.json(f"{SPARSE}/evaluation/best.json")["evaluations"]["heldout_pairs"]
-    return found["answer_accuracy"] >= 0.5, {"heldout_answer_accuracy": found["answer_accuracy"]}
-
-
-def _replay(read: _Reader) -> Verdict:
-    found = read.summary("optimizer_update_trace", "symbolic_kv_reference_formation")
-    equal, ulps = len(found["historical_checkpoints_equal"]), found["max_rounding_ulps"]
-    numbers = {"steps": found["steps"], "checkpoints_equal": equal, "residual_ulps": ulps}
-    return equal > 0 and ulps <= 16, numbers
-
-
-def _closure(window: Mapping[str, Any]) -> Verdict:
-    closure = window["closure"]
-    path, first = closure["path_absolute"], closure["first_order_absolute"]
-    return path <= 0.01 and path < first, {"path": path, "first_order": first}
-
-
-def _attribution_closes(read: _Reader) -> Verdict:
-    return _closure(read.summary("trace_merge", "reference_L2H1")["windows"][0])
-
-
-def _low_rank_birth(read: _Reader) -> Verdict:
-    grown = max(read.summary("weight_svd_trace")["growth"]["W_QK"], key=lambda row: row["growth"])
-    ratio = grown["last"] / grown["first"]
-    rank = grown["effective_rank_first"], grown["effective_rank_last"]
-    numbers: Numbers = {"head": grown["component"], "singular_value_ratio": ratio}
-    numbers |= {"effective_rank_first": rank[0], "effective_rank_last": rank[1]}
-    return ratio >= 2 and rank[1] < rank[0], numbers
+    def path(self, report: str) -> Path:
+        """The file that a job writes last."""
+        target, kind, name = report.format(key_rank=self.study.scale.key_rank(KEY_RANK)).split()
+        jobs = [*self.study.jobs, self.study.comparison]
+        of_kind = (job for job in jobs if (job.target, job.kind) == (target, kind))
+        return self.root / next(job.outputs[-1] for job in of_kind if fnmatch(job.name, name))
 
 
-def _readable(read: _Reader) -> Verdict:
-    for row in read.summary("value_code_subspace")["readout"]:
-        place = row["group_by"], row["position_role"], row["stage"]
-        if place == ("answer_value", "prediction", "layer_2_post_mlp"):
-            accuracy = row["last_lens_value_accuracy"]
-            return accuracy >= 0.5, {
-                "lens_accuracy": accuracy,
-                "readable_from_step": row["lens_readable_from_step"],
-            }
-    raise _MissingError("no readout at layer_2_post_mlp")
+def _content(path: Path) -> Mapping[str, Any]:
+    """The summary of a report, and of another file all."""
+    if not path.name.endswith(SUFFIX):
+        return read_document(path)
+    report = read_report(path)
+    report.refuse_another_runs()
+    return report.summary
 
 
-def _last(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = max(summary["means"], key=lambda row: row["step"])
-    return found
+def _with(rows: Sequence[Any], *fields: str) -> list[Any]:
+    """The rows whose fields match: `@with group=SGD* diverged=None`."""
+    patterns = [one.split("=") for one in fields]
+    return [row for row in rows if all(fnmatch(str(row[k]), text) for k, text in patterns)]
 
 
-def _value_over_key(read: _Reader) -> Verdict:
-    jobs = [name for _, kind, name in read.jobs if kind == "geometry_subspace_intervention"]
-    key = next(name for name in jobs if name.startswith("key_remove"))
-    equal = f"value_remove_{key.rsplit('_', 1)[1]}"
-    kind = "geometry_subspace_intervention"
-    value, other = (_last(read.summary(kind, name))["margin_drop"] for name in (equal, key))
-    numbers = {"value_margin_drop": value, "key_margin_drop": other}
-    return value > 0 and value >= 2 * other, numbers
+def _max(rows: Sequence[Any], key: str) -> Any:
+    """The row with the largest value under a key; null is the smallest."""
+    if not rows:
+        raise NotShownError(f"there is no {key.replace('_', ' ')}")
+    return max(rows, key=lambda row: float("-inf") if row[key] is None else row[key])
 
 
-def _keep(read: _Reader) -> Verdict:
-    found = _last(read.named("geometry_subspace_intervention", "value_keep"))
-    drop = found["answer_accuracy_drop"]
-    numbers = {"accuracy": found["baseline_answer_accuracy"], "accuracy_drop": drop}
-    return found["baseline_answer_accuracy"] >= 0.5 and drop <= 0.05, numbers
+def _greater(of: Mapping[str, Any], *keys: str) -> Any:
+    values = [of[key] for key in keys]
+    return None if None in values else max(values)
 
 
-def _rescue(read: _Reader) -> Verdict:
-    rescue = read.summary("value_code_transfer_rescue")["rescue"]["negative_answer_loss"]
-    step = max(rescue["true_transfer"], key=int)
-    own, shuffled = rescue["true_transfer"][step], rescue["shuffled_answer_value"][step]
-    numbers = {"support": own, "shuffled": shuffled, "both": rescue["source_plus_context"][step]}
-    return own >= 0.2 and own - shuffled >= 0.2, numbers
-
-
-def _scalar_closure(read: _Reader) -> Verdict:
-    fits = read.summary("route_to_scalar_closure")["fits"]
-    by_name = {fit["scalar"]: fit["r_squared"] for fit in fits if fit["switch_bucket"] == "all"}
-    chosen = {name: by_name[name] for name in ("correct_value_logit", "moving_answer_margin")}
-    return chosen["correct_value_logit"] >= 0.5, dict(chosen)
-
-
-def _optimizers(read: _Reader) -> dict[str, Any]:
-    return dict(read.json(report_file(f"{ROOT}/comparison", COMPARISON))["summary"])
-
-
-def _adamw_learns(read: _Reader) -> Verdict:
-    accuracy = _optimizers(read)["runs"]["adamw_baseline"]["answer_accuracy"]
-    return accuracy >= 0.9, {"answer_accuracy": accuracy}
-
-
-def _require_learning(read: _Reader) -> None:
-    """What SGD falls behind of has to be there."""
-    if not _adamw_learns(read)[0]:
-        raise _MissingError("AdamW has not learned the task here either")
-
-
-def _sgd_does_not(read: _Reader) -> Verdict:
-    runs = _optimizers(read)["runs"].values()
-    own = [run for run in runs if run["group"].startswith("SGD") and run["diverged"] is None]
-    _require_learning(read)
-    best = max(own, key=lambda run: run["best_answer_accuracy"])
-    numbers: Numbers = {"runs": len(own), "best_accuracy": best["best_answer_accuracy"]}
-    return best["best_answer_accuracy"] < 0.5, numbers | {"best_run": best["run"]}
-
-
-def _over_sgd(column: str) -> Callable[[_Reader], Verdict]:
-    def test(read: _Reader) -> Verdict:
-        _require_learning(read)
-        runs = _optimizers(read)["runs"]
-        others = [run for run in runs.values() if run["group"].startswith("SGD")]
-        own = runs["adamw_baseline"][column]
-        best = max(run[column] for run in others if run[column] is not None)
-        return own > 0 and own >= 2 * best, {"adamw_baseline": own, "largest_of_sgd": best}
-
-    return test
-
-
-def _without_momentum(read: _Reader) -> Verdict:
-    accuracy = _optimizers(read)["runs"]["adamw_beta1_0"]["answer_accuracy"]
-    return accuracy >= 0.9, {"answer_accuracy": accuracy}
-
-
-def _seeds(read: _Reader) -> dict[str, Any]:
-    return dict(read.json(report_file(f"{SEED_ROOT}/comparison", SEEDS))["summary"])
-
-
-def _repeats(column: str) -> Callable[[_Reader], Verdict]:
-    def test(read: _Reader) -> Verdict:
-        found = _seeds(read)
-        seeds = len(found["seeds"])
-        return found[column] == seeds, {"seeds": seeds, "in": found[column]}
-
-    return test
-
-
-def _moves(column: str) -> Callable[[_Reader], Verdict]:
-    def test(read: _Reader) -> Verdict:
-        found = _seeds(read)
-        if len(found["seeds"]) < 2:
-            raise _MissingError("one seed cannot show it")
-        addresses = found[column]
-        return len(addresses) > 1, {"addresses": ", ".join(addresses)}
-
-    return test
-
-
-def _seeds_close(read: _Reader) -> Verdict:
-    found = _seeds(read)
-    worst = {name: found[f"worst_{name}_closure"] for name in ("match", "write")}
-    return max(worst.values()) <= 0.01, dict(worst)
-
-
-def _any_rate(read: _Reader) -> Verdict:
-    groups = read.json(report_file(f"{WIDE_ROOT}/comparison", COMPARISON))["summary"]["groups"]
-    best = max(groups.values(), key=lambda group: group["best_answer_accuracy"] or 0)
-    numbers: Numbers = {"best_accuracy": best["best_answer_accuracy"], "run": best["best_run"]}
-    numbers["diverged"] = sum(group["diverged"] for group in groups.values())
-    return (best["best_answer_accuracy"] or 0) >= 0.9, numbers
-
-
-_CLAIMS: tuple[tuple[str, str, Callable[[_Reader], Verdict]], ...] = (
-    ("reference", "the model learns the lookup: answer accuracy of at least 90 %, and above every"
-     " positional shortcut", _learned),
-    ("reference", "it extends to key-value pairs that it never saw: at least 50 %", _generalizes),
-    ("reference", "the trace is the run's own past bit for bit, and the terms sum to each update"
-     " within 16 units in the last place", _replay),
-    ("reference", "path contributions close to 1 % step by step, closer than first order",
-     _attribution_closes),
-    ("reference", "a QK map is born at low rank: its largest singular value at least doubles while"
-     " its effective rank falls", _low_rank_birth),
-    ("reference", "the mature prediction position carries a readable value code: lens accuracy of"
-     " at least 50 % after the last MLP", _readable),
-    ("reference", "removing value identity costs at least twice the margin that key identity of"
-     " equal rank costs", _value_over_key),
-    ("reference", "keeping value identity at high rank is enough: at most 5 points of accuracy"
-     " lost", _keep),
-    ("reference", "the support's value code brings back what removal took, and a shuffled one does"
-     " not (difference of at least 0.2 of the loss)", _rescue),
-    ("reference", "the routes close the correct value logit: R² of at least 0.5", _scalar_closure),
-    ("ablation", "AdamW learns within the budget: at least 90 %", _adamw_learns),
-    ("ablation", "SGD at the contract's rates does not: below 50 % everywhere", _sgd_does_not),
-    ("ablation", "QK separation: AdamW's is at least twice the largest of SGD",
-     _over_sgd("qk_separation_last")),
-    ("ablation", "OV progress: AdamW writes at least twice the answer logit of any SGD run",
-     _over_sgd("answer_logit_write_last")),
-    ("ablation", "AdamW learns without momentum too (beta1 = 0): at least 90 %", _without_momentum),
-    ("cross-seed", "the matching role repeats in every seed", _repeats("head_role_repeats")),
-    ("cross-seed", "its address moves between seeds", _moves("head_addresses")),
-    ("cross-seed", "the writing role repeats in every seed", _repeats("write_role_repeats")),
-    ("cross-seed", "its path moves between seeds", _moves("path_addresses")),
-    ("cross-seed", "attributions of the winners close to 1 % over their windows", _seeds_close),
-    ("sgd-wide", "SGD at some rate learns within the budget: at least 90 %", _any_rate),
-)  # fmt: skip
+_VERBS: dict[str, Callable[..., Any]] = {
+    "@with": _with,
+    "@first": lambda rows: rows[0],
+    "@max": _max,
+    "@most": lambda rows, key: max((r[key] for r in rows if r[key] is not None), default=None),
+    "@sum": lambda rows, key: sum(row[key] for row in rows),
+    "@values": lambda mapping: list(mapping.values()),
+    "@last": lambda by_step, _: by_step[max(by_step, key=int)],
+    "@count": len,
+    "@list": ", ".join,
+    "@ratio": lambda of, over, under: of[over] / of[under],
+    "@greater": _greater,
+    "@or": lambda value, other: float(other) if value is None else value,
+}
 
 
 def claims_page(claims: list[Claim], title: str) -> Iterator[str]:

@@ -29,6 +29,8 @@ INTERVENTION = "geometry-subspace-intervention"
 FORMATION_STEPS = range(750, 3501, 250)
 ROUTE_STEPS = range(1500, 2501, 250)
 SVD_STEPS = (250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5250, 5500)
+KEY_RANK = 7
+"""Of key identity, and of the value identity that is removed beside it."""
 CAUSAL_STEPS = (1500, 1750, 2000, 2500, 3000, 3500)
 
 
@@ -216,7 +218,7 @@ class Reference:
 
     def _interventions(self) -> list[Job]:
         scale = self.scale
-        narrow, wide, most = scale.key_rank(7), scale.value_rank(16), scale.value_rank(127)
+        narrow, wide, most = scale.key_rank(KEY_RANK), scale.value_rank(16), scale.value_rank(127)
         wanted = (
             ("value", wide, "remove", CAUSAL_STEPS),
             ("key", narrow, "remove", CAUSAL_STEPS),

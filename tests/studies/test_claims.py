@@ -1,4 +1,4 @@
-"""Claims and comparison pages on synthetic results: a verdict follows its numbers alone."""
+"""Claims on synthetic results: a verdict follows its numbers alone."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_report import made_report
 
-from circuit.artifacts import dump_rows
 from circuit.errors import CircuitError
 from circuit.studies.ablation import COMPARISON, ROOT
-from circuit.studies.claims import Claim, claims_page, judge
+from circuit.studies.claims import Claim, Comparison, claims_page, judge, statements
 from circuit.studies.commands import DONE
-from circuit.studies.compare_optimizers import compare_optimizers
-from circuit.studies.compare_seeds import compare_seeds
-from circuit.studies.cross_seed import ROOT as SEEDS
+from circuit.studies.cross_seed import COMPARISON as SEEDS
+from circuit.studies.cross_seed import ROOT as SEED_ROOT
 from circuit.studies.jobs import report_file
 from circuit.studies.scales import SCALES
 from circuit.studies.study import Study
 
 STUDY = Study(SCALES["short"])
+OPTIMIZERS = report_file(f"{ROOT}/comparison", COMPARISON)
 
 
-def write(path: str | Path, payload: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(payload))
-
-
-def claim(target: str, words: str) -> Claim:
-    return next(c for c in judge(STUDY, Path(), target) if words in c.statement)
+def claim(target: str, words: str, study: Study = STUDY) -> Claim:
+    return next(c for c in judge(study, Path(), target) if words in c.statement)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +37,32 @@ def test_without_reports_nothing_is_judged() -> None:
     claims = judge(STUDY, Path(), "paper")
     assert len(claims) >= 15
     assert {c.holds for c in claims} == {None}
-    assert all(c.note for c in claims)
+    assert all(c.note.endswith("is not there") for c in claims)
+
+
+def test_every_claim_compares_its_own_numbers_and_states_its_thresholds() -> None:
+    named = {c.name for c in statements()}
+    for entry in statements():
+        assert "{" not in entry.sentence
+        tests = [*entry.tests, *([entry.given] if entry.given not in ("", *named) else [])]
+        for test in map(Comparison.parse, tests):
+            assert {test.number, test.times, test.minus} <= {"", *entry.numbers}
+    sentence = next(c.sentence for c in statements() if c.name == "adamw_learns")
+    assert sentence.endswith("at least 90 %")
+
+
+@pytest.mark.parametrize(
+    ("test", "holds"),
+    [
+        ("a >= 2 * b", True),
+        ("a > 2 * b", False),
+        ("a - b == 1.5", True),
+        ("b < a", True),
+        ("a <= 2.5", False),
+    ],
+)
+def test_comparisons(test: str, holds: bool) -> None:
+    assert Comparison.parse(test).holds({"a": 3.0, "b": 1.5}) is holds
 
 
 @pytest.mark.parametrize(
@@ -52,25 +72,23 @@ def test_learning_means_passing_the_shortcut_too(
     accuracy: float, shortcut: float, holds: bool
 ) -> None:
     found = {"answer_accuracy": accuracy, "shortcut_accuracy": shortcut}
-    write(DONE, {"evaluations": {"validation_iid": found}})
+    Path(DONE).parent.mkdir(parents=True)
+    Path(DONE).write_text(json.dumps({"evaluations": {"validation_iid": found}}))
     assert claim("reference", "learns the lookup").holds is holds
 
 
-def optimizers(adamw: float, sgd: float, separation: tuple[float, float]) -> None:
+def optimizers(adamw: float, sgd: float, separation: tuple[float | None, float]) -> None:
     own = {"adamw_baseline": ("AdamW", adamw, separation[0]), "sgd": ("SGD", sgd, separation[1])}
+    own["adamw_beta1_0"] = ("AdamW", adamw, separation[0])
     runs = {
         name: {
-            "group": group,
-            "run": name,
-            "diverged": None,
-            "answer_accuracy": accuracy,
-            "best_answer_accuracy": accuracy,
-            "qk_separation_last": match,
-            "answer_logit_write_last": match,
+            **{"group": group, "run": name, "diverged": None},
+            **dict.fromkeys(("answer_accuracy", "best_answer_accuracy"), accuracy),
+            **dict.fromkeys(("qk_separation_last", "answer_logit_write_last"), match),
         }
         for name, (group, accuracy, match) in own.items()
     }
-    write(report_file(f"{ROOT}/comparison", COMPARISON), {"summary": {"runs": runs, "groups": {}}})
+    made_report(OPTIMIZERS, COMPARISON, {"runs": runs, "groups": {}})
 
 
 def test_sgd_falls_behind_only_where_adamw_has_learned() -> None:
@@ -84,114 +102,62 @@ def test_sgd_falls_behind_only_where_adamw_has_learned() -> None:
     assert claim("ablation", "SGD at the contract").holds is None
 
 
-def seed_reports(seed: int, head: str, path: str, *, wins: float, amount: float) -> list[Path]:
-    window = {
-        "start_step": 0,
-        "end_step": 8,
-        "actual": 2.0,
-        "path": {"weight_decay": -0.5, "adam_current_gradient": 2.5, "rounding": 0.0},
-        "closure": {"path": 1e-4, "first_order": 0.2},
-    }
-    ends = {"growth": 1.0, "support_wins_at_end": wins}
-    roles = ("winner", "runner_up", "median", "bottom")
-    span = {"start_step": 0, "end_step": 8}
-    summaries = {
-        "head-selection": {
-            "score": "rank8",
-            "selected": {role: {"head": head, **ends} for role in roles},
-        },
-        "write-path-selection": {
-            "selected": {role: {"path": path, "final_write": amount} for role in roles}
-        },
-        "bilinear-qk-rank-adam-state-attribution": {
-            **span,
-            "windows": [
-                {**window, "scalar": "qk_match.L9H9.rank8", "actual": 9.0},
-                {**window, "scalar": f"qk_match.{head}.rank8"},
-            ],
-        },
-        "mlp-functional-write-adam-state-attribution": {
-            **span,
-            "windows": [{**window, "scalar": "functional_write"}],
-        },
-    }
-    paths = []
-    for command, summary in summaries.items():
-        paths.append(Path(f"seed_{seed:04}/{command}/report.json"))
-        write(paths[-1], {"command": command, "summary": summary})
-    return paths
+def test_what_the_scale_cannot_show_is_not_judged() -> None:
+    optimizers(0.98, 0.02, (None, 0.2))
+    assert claim("ablation", "QK separation").note == "adamw baseline is not defined at this scale"
+    smoke = Study(SCALES["smoke"])
+    assert (
+        claim("ablation", "without momentum", smoke).note == "this scale has no run adamw_beta1_0"
+    )
+
+
+def _cut(path: Path) -> None:
+    path.write_text(path.read_text()[:-9])
+
+
+def _retouched(path: Path) -> None:
+    path.write_text(path.read_text().replace("0.02", "0.03"))
+
+
+def _without_a_key(path: Path) -> None:
+    made_report(path, COMPARISON, {"groups": {}})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_cut, "is no report of this program"),
+        (_retouched, "was changed after it was written"),
+        (_without_a_key, "has no answer accuracy"),
+    ],
+)
+def test_a_damaged_report_is_an_error(damage: Callable[[Path], Any], said: str) -> None:
+    optimizers(0.98, 0.02, (8.0, 0.2))
+    damage(Path(OPTIMIZERS))
+    with pytest.raises(CircuitError, match=said):
+        judge(STUDY, Path(), "ablation")
+
+
+def seeds(**summary: Any) -> None:
+    made_report(report_file(f"{SEED_ROOT}/comparison", SEEDS), SEEDS, SUMMARY | summary)
+
+
+SUMMARY = {
+    **{"seeds": [11, 13], "head_role_repeats": 1, "write_role_repeats": 2},
+    **{"head_addresses": ["L1H3"], "path_addresses": ["L1H3_to_L1MLP", "L1H1_to_L2MLP"]},
+    **{"worst_match_closure": 0.002, "worst_write_closure": 0.02},
+}
 
 
 def test_roles_repeat_and_addresses_move() -> None:
-    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
-    reports += seed_reports(13, "L2H1", "L1H1_to_L2MLP", wins=0.2, amount=2.0)
-    result = compare_seeds(reports, f"{SEEDS}/comparison")
-    assert result.summary["head_role_repeats"] == 1
-    assert result.summary["same_layer_readers"] == 1
+    seeds()
     assert claim("cross-seed", "matching role repeats").holds is False
     assert claim("cross-seed", "writing role repeats").holds is True
+    assert claim("cross-seed", "its address moves").holds is False
     assert claim("cross-seed", "its path moves").holds is True
-    rows = Path(f"{SEEDS}/comparison/cross_seed_comparison_rows.jsonl").read_text()
-    row = json.loads(rows.splitlines()[0])
-    assert row["match_actual"] == 2.0, "the attribution of the winner, not of a control"
-    lines = Path(f"{SEEDS}/comparison/winners.csv").read_text().splitlines()
-    assert [line.split(",")[1] for line in lines] == ["winner_head", "L1H3", "L2H1"]
-
-
-def test_one_seed_shows_no_movement() -> None:
-    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
-    compare_seeds(reports, f"{SEEDS}/comparison")
-    assert claim("cross-seed", "its address moves").holds is None
-
-
-def test_a_seed_without_a_report_is_refused() -> None:
-    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
-    with pytest.raises(CircuitError, match="seed 11 has no report of head-selection"):
-        compare_seeds(reports[1:], "out")
-    with pytest.raises(CircuitError, match="a second head-selection of seed 11"):
-        compare_seeds([*reports, reports[0]], "out")
-    assert not Path("out").exists()
-
-
-def finished_run(
-    name: str, train_payload: Callable[..., dict[str, Any]], optimizer: Any, accuracy: list[float]
-) -> Path:
-    folder = Path(name)
-    write(folder / "run_config.json", train_payload(name=name, optimizer=optimizer))
-    write(folder / "summary.json", {})
-    rows = [
-        {
-            "kind": "evaluation",
-            "step": 4 * i,
-            "split": "validation_iid",
-            "loss": 1.0,
-            "answer_accuracy": value,
-        }
-        for i, value in enumerate(accuracy)
-    ]
-    (folder / "metrics.jsonl").write_text(dump_rows(rows))
-    return folder
-
-
-def test_runs_are_compared_by_optimizer(train_payload: Callable[..., dict[str, Any]]) -> None:
-    adamw = {"name": "adamw", "learning_rate": 0.01}
-    sgd = {"name": "sgd", "learning_rate": 1.0}
-    runs = [
-        finished_run("adamw", train_payload, adamw, [0.0, 0.5, 0.95, 0.99]),
-        finished_run("plain", train_payload, sgd, [0.0, 0.1]),
-        finished_run("heavy", train_payload, sgd | {"momentum": 0.9}, [0.0, 0.4, 0.1]),
-    ]
-    (runs[1] / "summary.json").unlink()
-    with pytest.raises(CircuitError, match="finish the run first"):
-        compare_optimizers(runs, "out")
-    write(runs[1] / "outcome.json", {"name": "plain", "diverged": "training diverged at step 5"})
-    found = compare_optimizers(runs, "out").summary
-    assert found["runs"]["adamw"]["learned_at_step"] == 8
-    assert found["groups"]["SGD"]["diverged"] == 1
-    heavy = found["groups"]["SGD with momentum"]
-    assert (heavy["best_run"], heavy["learned"]) == ("heavy", 0)
-    assert found["runs"]["heavy"]["best_answer_accuracy"] == 0.4
-    assert found["runs"]["adamw"]["qk_separation_last"] is None, "no audit, no number"
+    assert claim("cross-seed", "attributions of the winners").holds is False
+    seeds(seeds=[11])
+    assert claim("cross-seed", "its path moves").note == "one seed cannot show it"
 
 
 def test_the_page_counts_verdicts() -> None:

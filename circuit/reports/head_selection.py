@@ -1,0 +1,175 @@
+"""head-selection: winner, runner-up, median and bottom of the heads by growth of separation.
+
+A candidate's score is its separation at the end of a window minus that at its start (definitions.md
+section 6, cross-seed study).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from circuit.artifacts import Row, read_jsonl
+from circuit.errors import CircuitError
+from circuit.figures.charts import Chart
+from circuit.reports.options import Option, Options
+from circuit.reports.ranking import ranked_bars, ranked_rows, selected
+from circuit.reports.report import Findings, Report, Results
+from circuit.reports.tables import Table
+from circuit.reports.written import SUFFIX, read_report
+
+ROWS = "_rows.jsonl"
+RUN = ("config_digest", "recipe_digest", "benchmark_digest", "probe_set_sha256")
+"""What tells, in the scan's provenance, whose it is."""
+
+
+class HeadSelectionOptions(Options):
+    """Which scan is ranked, and over which window."""
+
+    separation_rows: Annotated[
+        Path, Option("Row file of bilinear-qk-match-separation.", kind="separation_rows")
+    ]
+    start_step: Annotated[int, Option("Start of the window.", least=0)]
+    end_step: Annotated[int, Option("End of the window.", least=1)]
+    score: Annotated[str, Option("Which score, such as rank8 or full.", kind="score")] = "rank8"
+
+    def check(self) -> None:
+        """The window starts before it ends."""
+        if self.start_step >= self.end_step:
+            window = f"{self.start_step}:{self.end_step}"
+            raise CircuitError(
+                f"window {window}", where="`start_step`", expected="a start before its end"
+            )
+
+
+class HeadSelection(Report[HeadSelectionOptions]):
+    """Winner, runner-up, median and bottom of the heads by growth of their separation."""
+
+    command = "head-selection"
+    Options = HeadSelectionOptions
+    names = ("study select-heads",)
+    panel = "Study"
+    reads_run = False
+    title = "Heads by growth"
+    question = "Which head comes to match most, and which are its controls?"
+
+    def prepare(self) -> None:
+        path = self.options.separation_rows
+        scan = read_report(path.with_name(path.name.removesuffix(ROWS) + SUFFIX))
+        scan.refuse_another_runs()
+        self.scan = {name: scan.provenance[name] for name in RUN if name in scan.provenance}
+        self.rows = read_jsonl(path)
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        asked = self.options
+        ends = window_ends(self.rows, asked.score, asked.start_step, asked.end_step)
+        found = {head: _growth(*of_head) for head, of_head in ends.items()}
+        scores = {head: of_head["growth"] for head, of_head in found.items()}
+        table = ranked_rows("head", scores, found)
+        chosen = selected("head", table, *found[table[0]["head"]])
+        read = [row for pair in ends.values() for row in pair]
+        law = (
+            "the separation of every head, at both ends, is the mean of those by lag, weighted by"
+            f" their reads, to {gap_to_lags(self.rows, read):.1g}"
+        )
+        digest = hashlib.sha256(asked.separation_rows.read_bytes()).hexdigest()
+        return Findings(
+            table,
+            {"candidates": len(table), "score": asked.score, "selected": chosen},
+            law,
+            provenance={**self.scan, "separation_rows_sha256": digest},
+        )
+
+    @classmethod
+    def notes(cls, results: Results[HeadSelectionOptions]) -> list[str]:
+        winner, window = results.summary["selected"]["winner"], results.options
+        return [
+            f"Of {results.summary['candidates']} heads the separation ({window.score}) of"
+            f" **{winner['head']}** grew most from step {window.start_step} to {window.end_step}:"
+            f" by {winner['growth']:+.4g} to {winner['separation_at_end']:.4g}."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[HeadSelectionOptions]) -> list[Table]:
+        columns = {
+            "place": "place",
+            "head": "head",
+            "role": "role",
+            "separation_at_start": ("at start", ".4g"),
+            "separation_at_end": ("at end", ".4g"),
+            "growth": ("growth", "+.4g"),
+            "support_wins_at_end": ("support wins at end", ".1%"),
+        }
+        chosen = [{"role": role, **of} for role, of in results.summary["selected"].items()]
+        short = {name: columns[name] for name in ("role", "head", "growth")}
+        return [
+            Table("Selected", short, chosen, console=len(chosen)),
+            Table("Every head", columns, list(results.rows())),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[HeadSelectionOptions]) -> list[Chart]:
+        window, rows = results.options, list(results.rows())
+        title = (
+            f"growth of separation ({window.score}), steps {window.start_step} to {window.end_step}"
+        )
+        label = "separation at the end minus at the start"
+        return [ranked_bars("growth", title, rows, "head", "growth", label)]
+
+
+def window_ends(
+    rows: Sequence[Row], score: str, start: int, end: int
+) -> dict[str, tuple[Row, Row]]:
+    """The rows of every head at both ends of a window, over all reads.
+
+    Args:
+        rows: of `bilinear-qk-match-separation`.
+        score: which of its scores, such as `rank8`.
+
+    Raises:
+        CircuitError: the rows hold no such score, or a head has no row at an end.
+    """
+    of_all = [row for row in rows if row["score"] == score and row["lag"] == "all"]
+    if not of_all:
+        held = sorted({str(row["score"]) for row in rows})
+        raise CircuitError(f"no rows of score '{score}'", expected=f"one of {', '.join(held)}")
+    at = {(row["head"], row["step"]): row for row in of_all}
+    heads = list(dict.fromkeys(str(row["head"]) for row in of_all))
+    for head in heads:
+        for step in (start, end):
+            if (head, step) not in at:
+                steps = sorted({row["step"] for row in of_all})
+                raise CircuitError(
+                    f"no row of {head} at step {step}",
+                    expected=f"an end among the scanned steps {steps[0]} to {steps[-1]}",
+                    fix="scan that checkpoint too",
+                )
+    return {head: (at[head, start], at[head, end]) for head in heads}
+
+
+def _growth(first: Row, last: Row) -> dict[str, float]:
+    return {
+        "separation_at_start": first["separation"],
+        "separation_at_end": last["separation"],
+        "growth": last["separation"] - first["separation"],
+        "support_wins_at_end": last["support_wins"],
+    }
+
+
+def gap_to_lags(rows: Sequence[Row], of_all: Sequence[Mapping[str, Any]]) -> float:
+    """Largest |separation over all reads - the mean of those by lag, weighted by their reads|."""
+    names = ("head", "step", "score")
+    by_lag: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["lag"] != "all":
+            by_lag.setdefault(tuple(row[name] for name in names), []).append(row)
+
+    def gaps() -> Iterator[float]:
+        for row in of_all:
+            parts = by_lag[tuple(row[name] for name in names)]
+            total = sum(part["separation"] * part["reads"] for part in parts)
+            yield abs(row["separation"] - total / sum(part["reads"] for part in parts))
+
+    return max(gaps())

@@ -1,0 +1,302 @@
+"""optimizer-comparison: learning, QK separation and OV progress of runs, by optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from circuit.artifacts import Row, read_jsonl
+from circuit.errors import CircuitError
+from circuit.figures.charts import INK, Chart, at_step, chart, colour, legend, lines
+from circuit.lazy import alt
+from circuit.reports.options import Option, Options
+from circuit.reports.report import Findings, Report, Results
+from circuit.reports.tables import Table
+from circuit.reports.written import SUFFIX, read_document, read_report
+from circuit.train_config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
+from circuit.training.run_folder import METRICS, SUMMARY
+
+Course = list[tuple[int, float]]
+"""Values over optimizer steps."""
+SPLIT = "validation_iid"
+OUTCOME = "outcome.json"
+LEARNED = 0.9
+"""Answer accuracy from which a run counts as having learned the task."""
+COURSES = "optimizer_comparison_courses.jsonl"
+_AUDIT = "ov_write_progress"
+_DRAWN = {
+    "answer_accuracy": "answer accuracy",
+    "qk_separation": "QK separation, largest head",
+    "head_answer_logit_dla": "answer logit written, largest head",
+}
+"""Quantities of the courses that have a chart."""
+_DASHES = ([1, 0], [6, 3], [2, 2], [6, 2, 2, 2])
+
+
+class OptimizerComparisonOptions(Options):
+    """Which runs are compared."""
+
+    runs: Annotated[tuple[Path, ...], Option("Folder of a run.", flag="--run", kind="run")]
+
+
+class OptimizerComparison(Report[OptimizerComparisonOptions]):
+    """Compare runs by optimizer: learning, QK separation and OV progress."""
+
+    command = "optimizer-comparison"
+    Options = OptimizerComparisonOptions
+    names = ("study compare-optimizers",)
+    panel = "Study"
+    reads_run = False
+    title = "Runs by optimizer"
+    question = "Which optimizers learn the task, and does the circuit form with them?"
+
+    def prepare(self) -> None:
+        self.runs = [ComparedRun.read(folder) for folder in self.options.runs]
+        names = [run.name for run in self.runs]
+        if len(set(names)) < len(names):
+            raise CircuitError(f"runs {', '.join(names)}", where="`runs`", expected="each once")
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        rows = [run.row() for run in self.runs]
+        gaps = [run.gap() for run in self.runs if run.ended]
+        law = (
+            f"the course of each of {len(gaps)} finished runs ends with the answer accuracy and"
+            f" loss that the run itself reported, to {max(gaps, default=0.0):.1g}"
+        )
+        courses = [row for run in self.runs for row in run.course_rows()]
+        digests = {run.name: run.config.digest() for run in self.runs}
+        return Findings(rows, summarize(rows), law, {COURSES: courses}, {"config_digests": digests})
+
+    @classmethod
+    def notes(cls, results: Results[OptimizerComparisonOptions]) -> list[str]:
+        said = []
+        for group, of in results.summary["groups"].items():
+            best = of["best_answer_accuracy"]
+            line = (
+                f"- **{group}**: {of['learned']} of {of['runs']} runs reach"
+                f" {100 * results.summary['learned_from']:.0f} % answer accuracy on {SPLIT}"
+            )
+            line += "" if best is None else f"; the best ends at {best:.1%} ({of['best_run']})"
+            line += f"; {of['diverged']} diverged" if of["diverged"] else ""
+            said.append(f"{line}.".replace("%", " %").replace("  %", " %"))
+        return ["\n".join(said)]
+
+    @classmethod
+    def tables(cls, results: Results[OptimizerComparisonOptions]) -> list[Table]:
+        by_group = {
+            "group": "optimizer",
+            "runs": "runs",
+            "learned": "learned",
+            "diverged": "diverged",
+            "best_answer_accuracy": ("best accuracy", ".1%"),
+        }
+        by_run = {
+            "run": "run",
+            "learning_rate": ("rate", "g"),
+            "momentum": ("momentum", ".3g"),
+            "beta2": ("beta2", ".3g"),
+            "accuracy": ("accuracy", ".1%"),
+            "learned_at_step": "learned at",
+            "qk_separation_first": ("QK separation first", ".3g"),
+            "qk_separation_last": ("last", ".3g"),
+            "match_head": "head",
+            "answer_logit_write_first": ("answer logit written first", ".3g"),
+            "answer_logit_write_last": ("last", ".3g"),
+            "write_head": "head",
+        }
+        groups = [{"group": name, **of} for name, of in results.summary["groups"].items()]
+        runs = [
+            {**row, "accuracy": "diverged" if row["diverged"] else row["answer_accuracy"]}
+            for row in results.summary["runs"].values()
+        ]
+        return [
+            Table("By optimizer", by_group, groups, console=len(groups)),
+            Table("Runs", by_run, runs),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[OptimizerComparisonOptions]) -> list[Chart]:
+        group_of = {name: row["group"] for name, row in results.summary["runs"].items()}
+        places: dict[str, int] = {}
+        dashes = []
+        for group in group_of.values():  # within a group, line styles tell runs apart
+            places[group] = places.get(group, -1) + 1
+            dashes.append(_DASHES[places[group] % len(_DASHES)])
+        strokes = alt.Legend(**legend(list(group_of)).to_dict(), symbolType="stroke", symbolStrokeColor=INK)
+        style = alt.StrokeDash("run:N").scale(domain=list(group_of), range=dashes).legend(strokes)
+        courses: dict[str, list[dict[str, Any]]] = {}
+        for row in results.rows(COURSES):
+            kept = {name: row[name] for name in ("run", "quantity", "step", "value")}
+            courses.setdefault(row["quantity"], []).append(kept | {"group": group_of[row["run"]]})
+        shade = colour("group", list(places))
+        shown = ("run", "group", "step", "value")
+        return [
+            chart(
+                f"optimizers_{quantity}",
+                f"{len(group_of)} runs by optimizer: {words}",
+                {f"optimizers_{quantity}": courses[quantity]},
+                lines(f"optimizers_{quantity}", "value", words, shade, shown, dashed=style),
+                at_step(),
+            )
+            for quantity, words in _DRAWN.items()
+            if quantity in courses
+        ]
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """What is read of one run.
+
+    Attributes:
+        name: of the config.
+        config: of the run.
+        diverged: what the training said when it diverged, if it did.
+        ended: what it reported when it was finished, if it was.
+        evaluations: rows of `metrics.jsonl` of the validation split, by step.
+        audit: mean rows of its QK/OV audit, empty without one.
+    """
+
+    name: str
+    config: TrainConfig
+    diverged: str | None
+    ended: Mapping[str, Any] | None
+    evaluations: list[dict[str, Any]]
+    audit: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> ComparedRun:
+        """The run of a folder.
+
+        Raises:
+            CircuitError: it is neither finished nor has it diverged, or a file is damaged.
+        """
+        outcome = folder / OUTCOME
+        diverged = None
+        if outcome.is_file():
+            diverged = read_document(outcome)["diverged"]
+        if diverged is None and not (folder / SUMMARY).is_file():
+            raise CircuitError(f"holds no {SUMMARY}", where=folder, fix="finish the run first")
+        config = load_run_config(folder / RUN_CONFIG)
+        rows = read_jsonl(folder / METRICS, tolerate_torn_tail=diverged is not None)
+        shown = [r for r in rows if r["kind"] == "evaluation" and r["split"] == SPLIT]
+        ended = None if diverged else read_document(folder / SUMMARY)
+        audit: list[dict[str, Any]] = []
+        for report in sorted(folder.glob(f"analysis/{_AUDIT}/*/{_AUDIT}{SUFFIX}"))[:1]:
+            written = read_report(report)
+            written.refuse_another_runs()
+            audit = read_jsonl(written.file(f"{_AUDIT}_means.jsonl"))
+        return cls(config.name, config, diverged, ended, shown, audit)
+
+    @property
+    def group(self) -> str:
+        """Kind of optimizer."""
+        optimizer = self.config.optimizer
+        if isinstance(optimizer, AdamWConfig):
+            return "AdamW"
+        return "SGD with momentum" if optimizer.momentum else "SGD"
+
+    def accuracy(self) -> Course:
+        """Validation answer accuracy over steps."""
+        return [(row["step"], row["answer_accuracy"]) for row in self.evaluations]
+
+    def largest(self, column: str) -> Course:
+        """Over heads, the largest mean of a column of the audit, over steps."""
+        steps = sorted({row["step"] for row in self.audit})
+        by_step = {s: [row[column] for row in self.audit if row["step"] == s] for s in steps}
+        return [(step, max(values)) for step, values in by_step.items()]
+
+    def head_of(self, column: str) -> str | None:
+        """The head that has it at the last audited step."""
+        if not self.audit:
+            return None
+        last = max(row["step"] for row in self.audit)
+        best = max((r for r in self.audit if r["step"] == last), key=lambda row: row[column])
+        return str(best["head"])
+
+    def row(self) -> dict[str, Any]:
+        """Its row of the comparison; null where there is no audit or no evaluation."""
+        optimizer = self.config.optimizer.model_dump(mode="json")
+        accuracy = self.accuracy()
+        last = self.evaluations[-1] if self.evaluations else {}
+        match, write = self.largest("qk_separation"), self.largest("head_answer_logit_dla")
+        return {
+            "run": self.name,
+            "group": self.group,
+            "learning_rate": optimizer["learning_rate"],
+            "momentum": optimizer.get("momentum", optimizer.get("beta1")),
+            "beta2": optimizer.get("beta2"),
+            "steps": self.config.steps,
+            "diverged": self.diverged,
+            "last_step": last.get("step"),
+            "answer_accuracy": last.get("answer_accuracy"),
+            "best_answer_accuracy": max((a for _, a in accuracy), default=None),
+            "loss": last.get("loss"),
+            "learned_at_step": next((s for s, a in accuracy if a >= LEARNED), None),
+            "match_head": self.head_of("qk_separation"),
+            "qk_separation_first": match[0][1] if match else None,
+            "qk_separation_last": match[-1][1] if match else None,
+            "write_head": self.head_of("head_answer_logit_dla"),
+            "answer_logit_write_first": write[0][1] if write else None,
+            "answer_logit_write_last": write[-1][1] if write else None,
+        }
+
+    def gap(self) -> float:
+        """Largest difference between the end of its course and what it reported itself.
+
+        Raises:
+            CircuitError: what it reported is damaged.
+        """
+        if not self.evaluations or self.ended is None:
+            return 0.0
+        try:
+            reported = self.ended["evaluations"][SPLIT]
+            names = ("answer_accuracy", "loss")
+            return max(abs(self.evaluations[-1][name] - reported[name]) for name in names)
+        except (KeyError, TypeError) as error:
+            raise CircuitError(
+                f"{SUMMARY} of run {self.name} is damaged: no {error}", fix="train it again"
+            ) from None
+
+    def course_rows(self) -> list[dict[str, Any]]:
+        """Everything over steps: one row a step and quantity."""
+        named = {"answer_accuracy": self.accuracy()}
+        for column in ("qk_separation", "attention_support", "head_answer_logit_dla"):
+            named[column] = self.largest(column) if self.audit else []
+        return [
+            {"run": self.name, "quantity": name, "step": step, "value": value}
+            for name, course in named.items()
+            for step, value in course
+        ]
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The best run of each kind of optimizer, how many learned, and every run by name."""
+    groups = {}
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == group]
+        ended = [row for row in own if row["answer_accuracy"] is not None]
+        best = max(ended, key=lambda row: row["answer_accuracy"], default=None)
+        separations = [
+            row["qk_separation_last"] for row in own if row["qk_separation_last"] is not None
+        ]
+        writes = [
+            row["answer_logit_write_last"]
+            for row in own
+            if row["answer_logit_write_last"] is not None
+        ]
+        groups[group] = {
+            "runs": len(own),
+            "learned": sum(row["learned_at_step"] is not None for row in own),
+            "diverged": sum(row["diverged"] is not None for row in own),
+            "best_run": None if best is None else best["run"],
+            "best_answer_accuracy": None if best is None else best["answer_accuracy"],
+            "largest_qk_separation": max(separations, default=None),
+            "largest_answer_logit_write": max(writes, default=None),
+        }
+    return {
+        "learned_from": LEARNED,
+        "groups": groups,
+        "runs": {row["run"]: dict(row) for row in rows},
+    }

@@ -1,0 +1,161 @@
+"""Comparisons of runs and of seeds, on results of the test's choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_report import made_report
+
+from circuit.artifacts import dump_rows, read_jsonl
+from circuit.errors import CircuitError
+from circuit.reports.cross_seed_comparison import CrossSeedComparison, CrossSeedOptions
+from circuit.reports.optimizer_comparison import OptimizerComparison, OptimizerComparisonOptions
+from circuit.reports.report import ReportResult, run_report
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def compare_seeds(reports: list[Path]) -> ReportResult:
+    chosen = CrossSeedOptions(reports=tuple(reports))
+    return run_report(CrossSeedComparison, None, chosen, "out", overwrite=True)
+
+
+def compare_optimizers(runs: list[Path]) -> ReportResult:
+    chosen = OptimizerComparisonOptions(runs=tuple(runs))
+    return run_report(OptimizerComparison, None, chosen, "out", overwrite=True)
+
+
+def seed_reports(seed: int, head: str, path: str, *, wins: float, amount: float) -> list[Path]:
+    window: dict[str, Any] = {
+        "start_step": 0,
+        "end_step": 8,
+        "actual": 2.0,
+        "value_at_end": amount,
+        "path": {"weight_decay": -0.5, "adam_current_gradient": 2.5, "rounding": 0.0},
+        "predicted": {"path": 2.0},
+        "closure": {"path": 1e-4, "first_order": 0.2},
+    }
+    ends = {"growth": 1.0, "support_wins_at_end": wins}
+    roles = ("winner", "runner_up", "median", "bottom")
+    span = {"start_step": 0, "end_step": 8}
+    summaries = {
+        "head-selection": {
+            "score": "rank8",
+            "selected": {role: {"head": head, **ends} for role in roles},
+        },
+        "write-path-selection": {
+            "step": 8,
+            "selected": {role: {"path": path, "final_write": amount} for role in roles},
+        },
+        "bilinear-qk-rank-adam-state-attribution": {
+            **span,
+            "windows": [
+                {**window, "scalar": "qk_match.L9H9.rank8", "actual": 9.0},
+                {**window, "scalar": f"qk_match.{head}.rank8"},
+            ],
+        },
+        "mlp-functional-write-adam-state-attribution": {
+            **span,
+            "windows": [{**window, "scalar": "functional_write"}],
+        },
+    }
+    paths = []
+    for command, summary in summaries.items():
+        paths.append(made_report(f"seed_{seed:04}/{command}/a_report.json", command, summary))
+    return paths
+
+
+def test_roles_repeat_and_addresses_move() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    reports += seed_reports(13, "L2H1", "L1H1_to_L2MLP", wins=0.2, amount=2.0)
+    result = compare_seeds(reports)
+    assert result.summary["head_role_repeats"] == 1
+    assert result.summary["write_role_repeats"] == 2
+    assert result.summary["same_layer_readers"] == 1
+    row = read_jsonl(result.rows[0])[0]
+    assert row["match_actual"] == 2.0, "the attribution of the winner, not of a control"
+    lines = Path("out/winners.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines] == ["winner_head", "L1H3", "L2H1"]
+    assert "sum to the change that its attribution states, to 0 of it" in result.law
+
+
+def test_a_write_that_was_not_the_selected_one_shows_in_the_law() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=4.0)
+    assert compare_seeds(reports).law.endswith("attribution ends, to 0 of it")
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=5.0)
+    selection = json.loads(reports[1].read_text())["summary"]
+    selection["selected"]["winner"]["final_write"] = 4.0
+    made_report(reports[1], "write-path-selection", selection)
+    assert compare_seeds(reports).law.endswith("attribution ends, to 0.2 of it")
+
+
+def test_reports_that_are_not_all_of_a_seed_are_refused() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    with pytest.raises(CircuitError, match="seed 11 has no report of head-selection"):
+        compare_seeds(reports[1:])
+    copy = made_report("seed_0011/b_report.json", "head-selection", {})
+    with pytest.raises(CircuitError, match="a second head-selection of seed 11"):
+        compare_seeds([*reports, copy])
+    reports[0].write_text(reports[0].read_text().replace('"L1H3"', '"L1H2"'))
+    with pytest.raises(CircuitError, match="was changed after it was written"):
+        compare_seeds(reports)
+
+
+def finished_run(
+    name: str, train_payload: Callable[..., dict[str, Any]], optimizer: Any, accuracy: list[float]
+) -> Path:
+    folder = Path(name)
+    folder.mkdir()
+    config = train_payload(name=name, optimizer=optimizer)
+    (folder / "run_config.json").write_text(json.dumps(config))
+    last = {"answer_accuracy": accuracy[-1], "loss": 1.0}
+    summary = {"evaluations": {"validation_iid": last}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = [
+        {
+            "kind": "evaluation",
+            "step": 4 * i,
+            "split": "validation_iid",
+            "loss": 1.0,
+            "answer_accuracy": value,
+        }
+        for i, value in enumerate(accuracy)
+    ]
+    (folder / "metrics.jsonl").write_text(dump_rows(rows))
+    return folder
+
+
+def test_runs_are_compared_by_optimizer(train_payload: Callable[..., dict[str, Any]]) -> None:
+    adamw = {"name": "adamw", "learning_rate": 0.01}
+    sgd = {"name": "sgd", "learning_rate": 1.0}
+    runs = [
+        finished_run("adamw", train_payload, adamw, [0.0, 0.5, 0.95, 0.99]),
+        finished_run("plain", train_payload, sgd, [0.0, 0.1]),
+        finished_run("heavy", train_payload, sgd | {"momentum": 0.9}, [0.0, 0.4, 0.1]),
+    ]
+    (runs[1] / "summary.json").unlink()
+    with pytest.raises(CircuitError, match="finish the run first"):
+        compare_optimizers(runs)
+    ending = {"name": "plain", "diverged": "training diverged at step 5"}
+    (runs[1] / "outcome.json").write_text(json.dumps(ending))
+    result = compare_optimizers(runs)
+    found = result.summary
+    assert result.law.startswith("the course of each of 2 finished runs")
+    assert result.law.endswith("to 0")
+    assert found["runs"]["adamw"]["learned_at_step"] == 8
+    assert found["groups"]["SGD"]["diverged"] == 1
+    heavy = found["groups"]["SGD with momentum"]
+    assert (heavy["best_run"], heavy["learned"]) == ("heavy", 0)
+    assert found["runs"]["heavy"]["best_answer_accuracy"] == 0.4
+    assert found["runs"]["adamw"]["qk_separation_last"] is None, "no audit, no number"
+    (runs[0] / "summary.json").write_text(
+        json.dumps({"evaluations": {"validation_iid": {"answer_accuracy": 0.49, "loss": 1.0}}})
+    )
+    assert compare_optimizers(runs).law.endswith("to 0.5")

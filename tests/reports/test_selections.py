@@ -1,0 +1,183 @@
+"""Selections: the laws of the ranking, growth over a window, and writes against a naive loop."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from made_report import made_report
+
+from circuit.artifacts import dump_rows, read_jsonl
+from circuit.config import load_config
+from circuit.errors import CircuitError
+from circuit.model.readout import read_answers
+from circuit.reports.head_selection import HeadSelection, HeadSelectionOptions
+from circuit.reports.inputs import open_inputs
+from circuit.reports.ranking import name_roles, rank_candidates
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.write_path_selection import (
+    WritePathOptions,
+    WritePathSelection,
+    final_writes,
+    write_paths,
+)
+from circuit.scalars.answers import FIXED_SOURCE, Competitors, answer_scalars
+from circuit.scalars.base import evaluate_scalar
+from circuit.scalars.functional_write import FunctionalWrite, WriteReads, readout_gradient
+from circuit.train_config import TrainConfig
+
+SCORES = st.dictionaries(
+    st.text("HL0123456789", min_size=1, max_size=4), st.floats(-9, 9), min_size=3, max_size=20
+)
+
+
+@given(SCORES)
+def test_roles_are_where_their_names_say(scores: dict[str, float]) -> None:
+    roles = name_roles(rank_candidates(scores))
+    ordered = sorted(scores.values(), reverse=True)
+    assert scores[roles["winner"]] == ordered[0]
+    assert scores[roles["runner_up"]] == ordered[1]
+    assert scores[roles["bottom"]] == ordered[-1]
+    above = sum(score > scores[roles["median"]] for score in ordered)
+    below = sum(score < scores[roles["median"]] for score in ordered)
+    assert max(above, below) <= (len(ordered) + 1) / 2
+
+
+@given(SCORES, st.randoms())
+def test_the_order_of_candidates_does_not_matter(scores: dict[str, float], chance: Any) -> None:
+    names = list(scores)
+    chance.shuffle(names)
+    assert rank_candidates({name: scores[name] for name in names}) == rank_candidates(scores)
+
+
+def test_two_candidates_are_too_few() -> None:
+    with pytest.raises(CircuitError, match="at least three"):
+        name_roles(["a", "b"])
+
+
+def scan(growth: dict[str, float], steps: tuple[int, ...] = (0, 4, 8)) -> list[dict[str, Any]]:
+    """Rows of a separation scan whose heads grow linearly; another score has the signs turned."""
+    rows = []
+    for head, slope in growth.items():
+        for step in steps:
+            for score, sign in (("rank8", 1), ("full", -1)):
+                for lag, reads, beside in (("all", 4, 0.0), ("1", 3, 0.5), ("2", 1, -1.5)):
+                    separation = 1 + sign * slope * step + beside
+                    rows.append(
+                        {
+                            **{"step": step, "head": head, "score": score, "lag": lag},
+                            **{"reads": reads, "separation": separation, "support_wins": 0.5},
+                        }
+                    )
+    return rows
+
+
+def select(rows: list[dict[str, Any]], **options: Any) -> ReportResult:
+    """Selects from a scan that was written with these rows."""
+    command = "bilinear-qk-match-separation"
+    path = Path("scan/bilinear_qk_match_separation_rows.jsonl")
+    made_report(path.with_name("bilinear_qk_match_separation_report.json"), command, {})
+    path.write_text(dump_rows(rows))
+    asked = {"start_step": 0, "end_step": 8, **options}
+    chosen = HeadSelectionOptions(separation_rows=path, **asked)
+    return run_report(HeadSelection, None, chosen, "out", overwrite=True)
+
+
+GROWTH = {"L0H0": 1.0, "L0H1": 3.0, "L1H0": -1.0, "L1H1": 2.0}
+
+
+@pytest.fixture
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_heads_are_ranked_by_growth_between_the_ends_of_the_window_alone() -> None:
+    selected = select(scan(GROWTH), start_step=4).summary["selected"]
+    assert {role: (of["head"], of["growth"]) for role, of in selected.items()} == {
+        "winner": ("L0H1", 12.0),
+        "runner_up": ("L1H1", 8.0),
+        "median": ("L0H0", 4.0),
+        "bottom": ("L1H0", -4.0),
+    }
+    assert select(scan(GROWTH), score="full").summary["selected"]["winner"]["head"] == "L1H0"
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_a_separation_that_its_lags_do_not_have_shows_in_the_law() -> None:
+    rows = scan(GROWTH)
+    assert select(rows).law.endswith("to 0")
+    rows[0]["separation"] += 0.25
+    assert select(rows).law.endswith("to 0.2")
+
+
+@pytest.mark.usefixtures("_elsewhere")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start_step": 3}, "no row of L0H0 at step 3"),
+        ({"score": "rank4"}, "expected one of full, rank8"),
+        ({"start_step": 8, "end_step": 4}, "window 8:4"),
+    ],
+)
+def test_bad_windows_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(CircuitError, match=said):
+        select(scan(GROWTH), **changes)
+    assert not list(Path("out").glob("*"))
+
+
+def options(run: Path, **more: Any) -> WritePathOptions:
+    return WritePathOptions(
+        probe_set=run / "analysis" / "probe_set.jsonl",
+        checkpoint=run / "checkpoints" / "step_000012.pt",
+        min_pairs_per_type=1,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("role", ["prediction", "value_distractors"])
+@pytest.mark.parametrize("rows_a_pass", [512, 7])
+def test_scan_equals_one_path_at_a_time(
+    trained: Path, role: str, rows_a_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("circuit.reports.write_path_selection._ROWS", rows_a_pass)
+    config = load_config(trained / "run_config.json", TrainConfig)
+    chosen = options(trained, max_pairs_per_type=5)
+    study = open_inputs(config, chosen.probe_set)
+    batch = study.side(study.pairs(chosen), "clean")
+    (point,) = study.models([chosen.checkpoint])
+    values = study.vocabulary.value_ids
+    found = final_writes(point.model, batch, role, values)
+    paths = write_paths(point.model)
+    assert list(found) == [str(path) for path in paths]
+    assert len(paths) == 2 * 1 + 2 * 2  # two heads a layer, two layers
+    reads = WriteReads.of(batch, role)
+    logits = point.model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+    own = read_answers(logits.detach(), batch.reads.answer, values).competitor
+    scalar = partial(_margin, answer=batch.reads.answer, own=own, values=values)
+    for path in paths:
+        gradient = readout_gradient(point.model, reads, path, path.output_stage, scalar)
+        write = FunctionalWrite(path, reads, gradient, layers=2)
+        naive = evaluate_scalar(write, point.model).detach().double()
+        torch.testing.assert_close(found[str(path)], naive, rtol=1e-4, atol=1e-6)
+
+
+def _margin(logits: Any, *, answer: Any, own: Any, values: range) -> Any:
+    return answer_scalars(logits, answer, Competitors(own, own), values)[FIXED_SOURCE]
+
+
+def test_the_winner_is_the_path_with_the_largest_write(trained: Path) -> None:
+    config = load_config(trained / "run_config.json", TrainConfig)
+    result = run_report(WritePathSelection, config, options(trained), "out")
+    writes = {row["path"]: row["final_write"] for row in read_jsonl(result.rows[0])}
+    winner = result.summary["selected"]["winner"]
+    assert winner == {
+        "path": max(writes, key=lambda path: writes[path]),
+        "final_write": max(writes.values()),
+    }
+    assert "ablated in one batch" in result.law
