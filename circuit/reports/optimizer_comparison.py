@@ -124,7 +124,9 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
         for group in group_of.values():  # within a group, line styles tell runs apart
             places[group] = places.get(group, -1) + 1
             dashes.append(_DASHES[places[group] % len(_DASHES)])
-        strokes = alt.Legend(**legend(list(group_of)).to_dict(), symbolType="stroke", symbolStrokeColor=INK)
+        strokes = alt.Legend(
+            **legend(list(group_of)).to_dict(), symbolType="stroke", symbolStrokeColor=INK
+        )
         style = alt.StrokeDash("run:N").scale(domain=list(group_of), range=dashes).legend(strokes)
         courses: dict[str, list[dict[str, Any]]] = {}
         for row in results.rows(COURSES):

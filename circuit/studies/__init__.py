@@ -2,11 +2,12 @@
 
     scales.py            full, short, smoke: how many steps stand for 250 of the contract's
     jobs.py              one command of this program, what it reads and what it makes
-    reference.py, ablation.py, cross_seed.py     the study's commands, as the contract types them
+    reference.py, ablation.py, cross_seed.py     the study's commands, from their reports' options
     study.py             all of them, by target; batches; the paths that the contract expects
     Snakefile            turns them into rules: Snakemake orders, runs, resumes and distributes
-    reproduce.py         the plan, the run, the summary; claims.py: what holds in it
+    reproduce.py         the plan, the run, the summary
+    claims.json          what the study claims; claims.py judges it
 
-Selections between commands (which head, which write path) are `selection.py` and `write_scan.py`;
-the two comparison pages are `compare_ablation.py` and `compare_seeds.py`.
+What selects and compares between commands are reports: `head_selection`, `write_path_selection`,
+`optimizer_comparison` and `cross_seed_comparison`.
 """

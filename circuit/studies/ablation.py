@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from circuit.studies.commands import (
-    PROBE,
-    evaluate_job,
-    progress_words,
-    train_job,
-)
+from collections.abc import Sequence
+from pathlib import Path
+
+from circuit.reports.optimizer_comparison import OptimizerComparison, OptimizerComparisonOptions
+from circuit.reports.ov_write_progress import OvWriteProgress
+from circuit.studies.commands import evaluate_job, progress_options, train_job
 from circuit.studies.configs import HORIZON, ablation_configs
-from circuit.studies.jobs import Job, Words, options, report_file
+from circuit.studies.jobs import Job, Words, report_job
 from circuit.studies.scales import PILOTS, SWEEP, Scale
 
 TARGET, WIDE = "ablation", "sgd-wide"
@@ -17,7 +17,6 @@ ROOT = "artifacts/runs/symbolic_kv_optimizer_ablation"
 WIDE_ROOT = "artifacts/runs/symbolic_kv_sgd_wide"
 RATES = ("0.003", "0.01", "0.03", "0.1", "0.3", "1.0", "3.0")
 BASES = {"sgd_plain": PILOTS[4], "sgd_momentum_09": PILOTS[3]}
-COMPARISON = "optimizer-comparison"
 
 
 def run_of(name: str) -> str:
@@ -43,23 +42,28 @@ def ablation_jobs(scale: Scale) -> list[Job]:
     ]
     audits = [_audit(name, path, scale) for name, path in configs.items()]
     inputs = (*(job.outputs[0] for job in audits), *(f"{run_of(n)}/summary.json" for n in configs))
-    words: Words = ("study", "compare-optimizers", "--output-dir", f"{ROOT}/comparison")
-    words += (*options("--run", map(run_of, configs)), "--overwrite")
-    made = (report_file(f"{ROOT}/comparison", COMPARISON),)
-    page = Job(TARGET, "compare_optimizers", "contract", words, inputs, made)
-    return [*jobs, *audits, page]
+    runs = [run_of(name) for name in configs]
+    return [*jobs, *audits, _comparison(TARGET, ROOT, "contract", runs, inputs)]
+
+
+def _comparison(target: str, root: str, name: str, runs: Sequence[str], inputs: Words) -> Job:
+    options = OptimizerComparisonOptions(runs=tuple(map(Path, runs)))
+    folder = f"{root}/comparison"
+    return report_job(target, OptimizerComparison, options, folder, name=name, inputs=inputs)
 
 
 def _audit(name: str, config: str, scale: Scale) -> Job:
-    run, out = run_of(name), audit_folder(name, scale)
-    argv: Words = (
-        *("ov-write-progress-report", "--config", config, "--probe-set", PROBE),
-        *progress_words(scale, f"{run}/checkpoints"),
-        *("--output-dir", out, "--overwrite"),
+    run = run_of(name)
+    return report_job(
+        TARGET,
+        OvWriteProgress,
+        progress_options(scale, f"{run}/checkpoints"),
+        audit_folder(name, scale),
+        run=config,
+        name=name,
+        inputs=(f"{run}/summary.json", config),
+        units=16,
     )
-    made = (report_file(out, "ov-write-progress-report"),)
-    inputs = (f"{run}/summary.json", config, PROBE)
-    return Job(TARGET, "ov_write_progress", name, argv, inputs, made, units=16)
 
 
 def wide_jobs(scale: Scale) -> list[Job]:
@@ -76,15 +80,13 @@ def wide_jobs(scale: Scale) -> list[Job]:
             configs.append(derive_job(WIDE, name, source, path, changes))
             steps = scale.step(HORIZON)
             runs.append(train_job(WIDE, path, run, steps, name, made="outcome.json"))
-    words: Words = ("study", "compare-optimizers", "--output-dir", f"{WIDE_ROOT}/comparison")
-    words += (*options("--run", (job.folder for job in runs)), "--overwrite")
-    made = (report_file(f"{WIDE_ROOT}/comparison", COMPARISON),)
     inputs = tuple(job.outputs[0] for job in runs)
-    return [*configs, *runs, Job(WIDE, "compare_optimizers", "sgd_wide", words, inputs, made)]
+    folders = [job.folder for job in runs]
+    return [*configs, *runs, _comparison(WIDE, WIDE_ROOT, "sgd_wide", folders, inputs)]
 
 
 def derive_job(target: str, name: str, base: str, path: str, changes: Words) -> Job:
     """A config that differs from another in some fields."""
     argv: Words = ("study", "derive-config", "--config", base, "--output", path)
-    argv += (*options("--set", changes), "--overwrite")
+    argv += (*(word for change in changes for word in ("--set", change)), "--overwrite")
     return Job(target, "derive_config", name, argv, (base,), (path,))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from circuit.studies.jobs import Job, Words, checkpoints, options, report_file
+from circuit.reports.options import Options
+from circuit.reports.ov_write_progress import ProgressOptions
+from circuit.reports.report import Report
+from circuit.studies.jobs import Job, Words, checkpoints, report_file, report_job
 from circuit.studies.scales import Scale
 
 DATA = "data/generated/symbolic_kv_stream_learnability"
@@ -15,12 +20,8 @@ PROBE = f"{RUN}/analysis/probe_set.jsonl"
 DONE = f"{RUN}/summary.json"
 RUN_CONFIG = f"{RUN}/run_config.json"
 
-MATCH_ROLES: Words = (
-    *("--score-query-role", "prediction", "--support-key-role", "support_value"),
-    *("--distractor-key-role", "value_distractors"),
-)
-
-
+READS: dict[str, Any] = {"probe_set": Path(PROBE)}
+"""Of the options of every report that reads the study's probe set."""
 TOP = "40"
 """Tensors that the contract lists for each step of a trace."""
 
@@ -79,16 +80,14 @@ def trace_job(target: str, run: str, trace: str, end: int, scale: Scale) -> Job:
     return Job(target, kind, run.split("/")[2], argv, inputs, made, units=end)
 
 
-def progress_words(scale: Scale, folder: str) -> Words:
+def progress_options(scale: Scale, folder: str) -> ProgressOptions:
     """The contract's QK/OV audit: all heads at its 16 checkpoints."""
     steps = (*range(750, 3001, 250), *range(3500, 6001, 500))
-    return (
-        *checkpoints(folder, map(scale.step, steps)),
-        *options("--head", scale.heads),
-        *MATCH_ROLES,
-        *("--record-side", "clean", "--pair-type", "support_value"),
-        *("--max-pairs-per-type", "64", "--min-pairs-per-type", "16"),
-        *("--split", "validation_iid", "--top-k-correlations", "32"),
+    return ProgressOptions(
+        **READS,
+        **checkpoints(folder, map(scale.step, steps)),
+        heads=scale.heads,
+        splits=("validation_iid",),
     )
 
 
@@ -103,29 +102,41 @@ def shard_folder(whole: str, start: int, end: int) -> str:
 
 
 def sharded(
-    target: str, name: str, words: Words, folder: str, inputs: Words, edges: list[int]
+    target: str,
+    name: str,
+    kind: type[Report[Any]],
+    options: Options,
+    folder: str,
+    *,
+    run: str,
+    inputs: Words,
+    edges: list[int],
 ) -> list[Job]:
     """An attribution in parts, and their merging."""
-    parts = [shard_folder(folder, a, b) for a, b in pairwise(edges)]
-    kind = words[0].replace("-", "_")
-    scalars = max(words.count("--head"), 1)
-    shards = []
-    for part, (start, end) in zip(parts, pairwise(edges), strict=True):
-        argv = (*words, "--start-step", str(start), "--end-step", str(end))
-        argv += ("--output-dir", part, "--overwrite")
-        made = (report_file(part, words[0]),)
-        span = f"{name}_{start}_{end}"
-        job = Job(target, kind, span, argv, inputs, made, units=end - start, scalars=scalars)
-        shards.append(job)
-    argv = ("trace", "merge", folder, *parts, "--overwrite")
-    needed = tuple(path for shard in shards for path in shard.outputs)
-    made = (report_file(folder, words[0]),)
+    scalars = len(getattr(options, "heads", ())) or 1
+    parts = [
+        report_job(
+            target,
+            kind,
+            options.model_copy(update={"start_step": start, "end_step": end}),
+            shard_folder(folder, start, end),
+            run=run,
+            name=f"{name}_{start}_{end}",
+            inputs=inputs,
+            units=end - start,
+            scalars=scalars,
+        )
+        for start, end in pairwise(edges)
+    ]
+    argv = ("trace", "merge", folder, *(part.folder for part in parts), "--overwrite")
+    needed = tuple(path for part in parts for path in part.outputs)
+    made = (report_file(folder, kind.command),)
     steps = edges[-1] - edges[0]
     whole = Job(target, "trace_merge", name, argv, needed, made, units=steps, scalars=scalars)
-    return [*shards, whole]
+    return [*parts, whole]
 
 
-def routes(scale: Scale) -> list[str]:
+def routes(scale: Scale) -> dict[str, Any]:
     """The routes of the paper's closure, from embedding to the last layer's output."""
     prediction, support = "position_role=prediction", "position_role=support_value"
     key, value = scale.key_rank(7), scale.value_rank(64)
@@ -154,4 +165,4 @@ def routes(scale: Scale) -> list[str]:
         f"L1_out_support_value,stage=layer_1_post_mlp,subspace=full_residual,{support}",
         f"L2_attn_prediction,stage=layer_2_post_attn,subspace=full_residual,{prediction}",
     ]
-    return [f"label={route}" for route in found]
+    return {"routes": [f"label={route}" for route in found]}

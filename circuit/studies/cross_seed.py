@@ -6,21 +6,27 @@ attributions are known only when the winners are: they are made by rules with wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuit.strict_json import parse_json
-from circuit.studies.ablation import derive_job
-from circuit.studies.commands import (
-    MATCH_ROLES,
-    PROBE,
-    shard_edges,
-    sharded,
-    train_job,
+from circuit.reports.bilinear_qk_match_separation import MatchSeparation, SeparationOptions
+from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
+    QKAttribution,
+    QKAttributionOptions,
 )
+from circuit.reports.cross_seed_comparison import CrossSeedComparison, CrossSeedOptions
+from circuit.reports.head_selection import HeadSelection, HeadSelectionOptions
+from circuit.reports.mlp_functional_write_adam_state_attribution import (
+    WriteAttribution,
+    WriteAttributionOptions,
+)
+from circuit.reports.write_path_selection import WritePathOptions, WritePathSelection
+from circuit.reports.written import read_report
+from circuit.studies.ablation import derive_job
+from circuit.studies.commands import READS, shard_edges, sharded, train_job
 from circuit.studies.configs import FORMATION, HORIZON
-from circuit.studies.jobs import Job, Words, checkpoints, options, report_file
+from circuit.studies.jobs import Job, Words, checkpoints, report_file, report_job
 from circuit.studies.scales import Scale
 
 TARGET = "cross-seed"
@@ -28,10 +34,6 @@ ROOT = "artifacts/runs/symbolic_kv_cross_seed_adam"
 MATCH_WINDOW = (0, 2500)
 WRITE_WINDOW = (1500, 2500)
 CONTROLS = ("winner", "runner_up", "bottom")
-QK = "bilinear-qk-rank-adam-state-attribution"
-WRITE = "mlp-functional-write-adam-state-attribution"
-HEADS, PATHS = "head-selection", "write-path-selection"
-COMPARISON = "cross-seed-comparison"
 
 
 class Seed:
@@ -41,6 +43,7 @@ class Seed:
         self.seed, self.scale = seed, scale
         self.run = f"{ROOT}/seed_{seed:04}"
         self.name = f"seed_{seed:04}"
+        self.run_config = f"{self.run}/run_config.json"
         self.config = f"{ROOT}/configs/{self.name}.json"
         self.horizon = scale.step(MATCH_WINDOW[1])
         span = scale.name_of(*MATCH_WINDOW)
@@ -55,12 +58,12 @@ class Seed:
     @property
     def selected_heads(self) -> str:
         """The report that names the heads."""
-        return report_file(self.heads, HEADS)
+        return report_file(self.heads, HeadSelection.command)
 
     @property
     def selected_paths(self) -> str:
         """The report that names the write paths."""
-        return report_file(self.paths, PATHS)
+        return report_file(self.paths, WritePathSelection.command)
 
     def jobs(self) -> list[Job]:
         """Everything that does not depend on the winners."""
@@ -78,87 +81,98 @@ class Seed:
         ]
 
     def _scan(self) -> Job:
-        command = "bilinear-qk-match-separation"
         steps = map(self.scale.step, range(250, HORIZON + 1, 250))
-        argv: Words = (
-            *(command, "--config", f"{self.run}/run_config.json", "--probe-set", PROBE),
-            *checkpoints(f"{self.run}/checkpoints", steps),
-            *("--checkpoint", f"{self.trace}/checkpoints/step_000000.pt", "--rank", "8"),
-            *MATCH_ROLES,
-            *("--output-dir", self.scan, "--overwrite"),
+        at = checkpoints(f"{self.run}/checkpoints", steps)
+        at["checkpoints"] += (Path(self.trace, "checkpoints/step_000000.pt"),)
+        return report_job(
+            TARGET,
+            MatchSeparation,
+            SeparationOptions(**READS, **at),
+            self.scan,
+            run=self.run_config,
+            name=self.name,
+            inputs=(self.trace_report,),
+            units=25,
         )
-        made = (report_file(self.scan, command),)
-        inputs = (self.trace_report, PROBE)
-        return Job(TARGET, command.replace("-", "_"), self.name, argv, inputs, made, units=25)
 
     def selections(self) -> list[Job]:
         """The two commands whose results name the winners."""
-        command = "bilinear-qk-match-separation"
-        rows = f"{self.scan}/{command.replace('-', '_')}_rows.jsonl"
-        heads: Words = (
-            *("study", "select-heads", "--separation-rows", rows, "--score", "rank8"),
-            *("--start-step", "0", "--end-step", str(self.horizon)),
-            *("--output-dir", self.heads, "--overwrite"),
+        scan = report_file(self.scan, MatchSeparation.command)
+        heads = HeadSelectionOptions(
+            separation_rows=Path(self.scan, f"{MatchSeparation.stem()}_rows.jsonl"),
+            start_step=0,
+            end_step=self.horizon,
         )
-        reference = f"{self.run}/checkpoints/step_{self.horizon:06}.pt"
-        paths: Words = (
-            *("study", "select-write-paths", "--config", f"{self.run}/run_config.json"),
-            *("--probe-set", PROBE, "--checkpoint", reference),
-            *("--position-role", "prediction", "--pair-type", "support_value"),
-            *("--output-dir", self.paths, "--overwrite"),
+        paths = WritePathOptions(
+            **READS, checkpoint=Path(self.run, f"checkpoints/step_{self.horizon:06}.pt")
         )
-        scan = (report_file(self.scan, command),)
-        done = (f"{self.run}/summary.json", PROBE)
         return [
-            Job(TARGET, "select_heads", self.name, heads, scan, (self.selected_heads,)),
-            Job(TARGET, "select_write_paths", self.name, paths, done, (self.selected_paths,)),
+            report_job(TARGET, HeadSelection, heads, self.heads, name=self.name, inputs=(scan,)),
+            report_job(
+                TARGET,
+                WritePathSelection,
+                paths,
+                self.paths,
+                run=self.run_config,
+                name=self.name,
+                inputs=(f"{self.run}/summary.json",),
+            ),
         ]
 
     def match_folder(self, address: str) -> str:
         """Folder of the QK attribution; `address` names the heads as `match_address` does."""
         span = self.scale.name_of(*MATCH_WINDOW)
-        folder = f"{self.run}/analysis/{QK.replace('-', '_')}"
+        folder = f"{self.run}/analysis/{QKAttribution.stem()}"
         return f"{folder}/{address}_rank8_support_value_{span}"
 
     def write_folder(self, address: str) -> str:
         """Folder of the write attribution, as the contract names it."""
         scale, reference = self.scale, self.scale.step(WRITE_WINDOW[1])
         name = f"winner_{address}_prediction_ref{reference}_postgrad_total"
-        folder = f"{self.run}/analysis/{WRITE.replace('-', '_')}"
+        folder = f"{self.run}/analysis/{WriteAttribution.stem()}"
         return f"{folder}/{name}_{scale.name_of(*WRITE_WINDOW)}"
 
     def match_jobs(self, address: str) -> list[Job]:
         """QK attribution of winner, runner-up and bottom in one pass: shards, then the merging."""
         heads = dict(part.rsplit("_", 1) for part in address.split("__"))
-        words: Words = (
-            *(QK, "--config", f"{self.run}/run_config.json", "--probe-set", PROBE),
-            *("--optimizer-trace-dir", self.trace, *options("--head", heads.values())),
-            *("--rank", "8", "--layernorm-mode", "head_ln1", *MATCH_ROLES),
-            *("--record-side", "clean", "--route-pair-type", "support_value"),
-            *("--route-pair-source-type", "support_value", "--loss-scope", "full_lm"),
+        options = QKAttributionOptions(
+            **self._traced,
+            heads=tuple(heads.values()),
+            route_pair_type="support_value",
         )
-        inputs = (self.trace_report, self.selected_heads, PROBE)
-        edges = shard_edges(0, self.horizon, self.scale.qk_shards)
-        folder = self.match_folder(address)
-        return sharded(TARGET, f"{self.name}_{address}", words, folder, inputs, edges)
+        return sharded(
+            TARGET,
+            f"{self.name}_{address}",
+            QKAttribution,
+            options,
+            self.match_folder(address),
+            run=self.run_config,
+            inputs=(self.trace_report, self.selected_heads),
+            edges=shard_edges(0, self.horizon, self.scale.qk_shards),
+        )
 
     def write_jobs(self, address: str) -> list[Job]:
         """Attribution of the winner path: shards, then the merging."""
         source, mlp = address.split("_to_")
         start, end = map(self.scale.step, WRITE_WINDOW)
-        words: Words = (
-            *(WRITE, "--config", f"{self.run}/run_config.json", "--probe-set", PROBE),
-            *("--optimizer-trace-dir", self.trace, "--source-component", source),
-            *("--component", mlp, "--reference-step", str(end), "--position-role", "prediction"),
-            *("--scalar", "fixed_source_competitor_margin", "--endpoint-role", "source"),
-            *("--reference-vector", "post_mlp_gradient"),
-            *("--target-vector", "post_mlp_total_delta", "--pair-type", "support_value"),
-            *("--record-side", "clean", "--loss-scope", "full_lm"),
+        options = WriteAttributionOptions(
+            **self._traced, source_component=source, component=mlp, reference_step=end
         )
-        inputs = (self.trace_report, self.selected_paths, PROBE)
-        edges = shard_edges(start, end, self.scale.write_shards)
-        folder = self.write_folder(address)
-        return sharded(TARGET, f"{self.name}_{address}", words, folder, inputs, edges)
+        return sharded(
+            TARGET,
+            f"{self.name}_{address}",
+            WriteAttribution,
+            options,
+            self.write_folder(address),
+            run=self.run_config,
+            inputs=(self.trace_report, self.selected_paths),
+            edges=shard_edges(start, end, self.scale.write_shards),
+        )
+
+    @property
+    def _traced(self) -> dict[str, Any]:
+        """Options of every attribution on its trace."""
+        return {**READS, "optimizer_trace_dir": Path(self.trace)}
 
 
 def match_address(report: str | Path) -> str:
@@ -173,19 +187,18 @@ def write_address(report: str | Path) -> str:
 
 
 def _selected(report: str | Path) -> dict[str, Any]:
-    payload = parse_json(Path(report).read_text(encoding="utf-8"))
-    return dict(payload["summary"]["selected"])
+    """The candidates that a selection names, by role.
+
+    Raises:
+        CircuitError: it is damaged, or of another run than the one that it stands in.
+    """
+    written = read_report(report)
+    written.refuse_another_runs()
+    return dict(written.summary["selected"])
 
 
-def comparison_words(reports: Iterable[str]) -> Words:
+def comparison_job(reports: Sequence[str]) -> Job:
     """The page that compares the seeds, from the reports of all of them."""
-    argv: Words = ("study", "compare-seeds", "--output-dir", f"{ROOT}/comparison")
-    return (*argv, *options("--report", reports), "--overwrite")
-
-
-def comparison_job(seeds: Sequence[Seed], attributions: Sequence[str]) -> Job:
-    """The same as a job."""
-    needed = [path for s in seeds for path in (s.selected_heads, s.selected_paths)]
-    reports = (*needed, *attributions)
-    made = (report_file(f"{ROOT}/comparison", COMPARISON),)
-    return Job(TARGET, "compare_seeds", "all", comparison_words(reports), reports, made)
+    options = CrossSeedOptions(reports=tuple(map(Path, reports)))
+    folder, inputs = f"{ROOT}/comparison", tuple(reports)
+    return report_job(TARGET, CrossSeedComparison, options, folder, name="all", inputs=inputs)

@@ -2,8 +2,8 @@
 
 FIRST = STUDY.seeds[0]
 LATER = STUDY.later(FIRST)
-MATCH_SHARDS = [job for job in LATER if job.kind == cross_seed.QK.replace("-", "_")]
-WRITE_SHARDS = [job for job in LATER if job.kind == cross_seed.WRITE.replace("-", "_")]
+MATCH_SHARDS = [job for job in LATER if job.kind == cross_seed.QKAttribution.stem()]
+WRITE_SHARDS = [job for job in LATER if job.kind == cross_seed.WriteAttribution.stem()]
 MATCH, WRITE = [job for job in LATER if job.kind == "trace_merge"]
 
 
@@ -54,6 +54,11 @@ def attributions(wildcards):
         path = cross_seed.write_address(checkpoints.select_write_paths.get(seed=name).output[0])
         found += [seed.match_jobs(heads)[-1].outputs[0], seed.write_jobs(path)[-1].outputs[0]]
     return found
+
+
+def compare(reports):
+    """The command that compares the seeds; a dry run has one word for all that is not known yet."""
+    return command_line([cross_seed.comparison_job([*reports]).argv])
 
 
 checkpoint select_heads:
@@ -167,7 +172,7 @@ rule compare_seeds:
     log:
         "artifacts/logs/compare_seeds.log",
     params:
-        command=lambda w, input: command_line([cross_seed.comparison_words(input)]),
+        command=lambda w, input: compare(dict.fromkeys(input)),
         version=__version__,
     resources:
         **NEEDS["compare_seeds"]["resources"],

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from circuit.reports.options import Options
+    from circuit.reports.report import Report
 
 Words = tuple[str, ...]
 
@@ -42,6 +47,12 @@ class Job:
     def folder(self) -> str:
         """Folder of its first output."""
         return str(Path(self.outputs[0]).parent)
+
+    def renamed(self, rename: Callable[[str], str]) -> Job:
+        """The job with its name, words and paths under other names."""
+        texts = (tuple(map(rename, words)) for words in (self.argv, self.inputs, self.outputs))
+        argv, inputs, outputs = texts
+        return replace(self, name=rename(self.name), argv=argv, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -92,15 +103,42 @@ def split_commands(words: Iterable[str]) -> list[list[str]]:
     return found
 
 
-def options(name: str, values: Iterable[object]) -> Words:
-    """`--name value` again for each value."""
-    return tuple(word for value in values for word in (name, str(value)))
+def report_job(
+    target: str,
+    kind: type[Report[Any]],
+    options: Options,
+    folder: str,
+    *,
+    run: str = "",
+    name: str = "",
+    inputs: Words = (),
+    more: Words = (),
+    units: float = 1.0,
+    scalars: int = 1,
+) -> Job:
+    """A report as a job; the probe set that its options name is among the inputs.
+
+    Args:
+        run: config of the run that it reads, if it reads one.
+        more: words that are no options of the report.
+    """
+    command = (kind.names or (kind.command,))[0].split()
+    rule = command[-1].removesuffix("-report").replace("-", "_")
+    config = ("--config", run) if run else ()
+    argv = (*command, *config, *options.words(), *more, "--output-dir", folder, "--overwrite")
+    probes = (str(options.probe_set),) if hasattr(options, "probe_set") else ()
+    made = (report_file(folder, kind.command),)
+    return Job(
+        *(target, rule, name or rule, argv, (*inputs, *probes), made),
+        units=units,
+        scalars=scalars,
+    )
 
 
-def checkpoints(folder: str, steps: Iterable[int]) -> Words:
-    """`--checkpoint-dir` and one `--checkpoint` a step."""
-    named = (f"{folder}/step_{step:06}.pt" for step in steps)
-    return ("--checkpoint-dir", folder, *options("--checkpoint", named))
+def checkpoints(folder: str, steps: Iterable[int]) -> dict[str, Any]:
+    """A folder of checkpoints and those of some steps, as reports' options."""
+    named = tuple(Path(folder, f"step_{step:06}.pt") for step in steps)
+    return {"checkpoint_dir": Path(folder), "checkpoints": named}
 
 
 def report_file(folder: str, command: str) -> str:

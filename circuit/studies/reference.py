@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from circuit.reports.answer_scalar_residual_diagnosis import (
+    AnswerScalarDiagnosis,
+    DiagnosisOptions,
+)
+from circuit.reports.bilinear_qk_match_separation import MatchSeparation, SeparationOptions
+from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
+    QKAttribution,
+    QKAttributionOptions,
+)
+from circuit.reports.geometry_subspace_intervention import (
+    GeometrySubspaceIntervention,
+    InterventionOptions,
+)
+from circuit.reports.mlp_input_functional_subspace import FunctionalSubspace
+from circuit.reports.mlp_input_functional_subspace import SubspaceOptions as FunctionalOptions
+from circuit.reports.options import Options
+from circuit.reports.ov_write_progress import OvWriteProgress
+from circuit.reports.report import Report
+from circuit.reports.route_to_margin_closure import MarginClosure, MarginClosureOptions
+from circuit.reports.route_to_scalar_closure import ScalarClosure, ScalarClosureOptions
+from circuit.reports.value_code_subspace import SubspaceOptions as ValueCodeOptions
+from circuit.reports.value_code_subspace import ValueCodeSubspace
+from circuit.reports.value_code_transfer_rescue import RescueOptions, ValueCodeTransferRescue
+from circuit.reports.weight_svd_trace import SvdOptions, WeightSvdTrace
 from circuit.studies.commands import (
     BENCHMARK_FILE,
     DATA,
     DONE,
-    MATCH_ROLES,
     PROBE,
+    READS,
     RUN,
     RUN_CONFIG,
     SPARSE,
     evaluate_job,
-    progress_words,
+    progress_options,
     routes,
     shard_edges,
     sharded,
@@ -20,12 +47,13 @@ from circuit.studies.commands import (
     train_job,
 )
 from circuit.studies.configs import BENCHMARK, FORMATION, GENERALIZATION, HORIZON
-from circuit.studies.jobs import Job, Words, checkpoints, options, report_file
+from circuit.studies.jobs import Job, Words, checkpoints, report_file, report_job
 from circuit.studies.scales import Scale
 
+if TYPE_CHECKING:
+    from circuit.reports.geometry_subspace_intervention import Operation
+
 TARGET = "reference"
-DIAGNOSIS = "answer-scalar-residual-diagnosis"
-INTERVENTION = "geometry-subspace-intervention"
 FORMATION_STEPS = range(750, 3501, 250)
 ROUTE_STEPS = range(1500, 2501, 250)
 SVD_STEPS = (250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5250, 5500)
@@ -76,26 +104,30 @@ class Reference:
 
     def _report(
         self,
-        command: str,
-        folder: str,
-        words: Words,
+        kind: type[Report[Any]],
+        options: Options,
+        leaf: str,
         *,
+        folder: str = "",
         name: str = "",
         inputs: Words = (),
-        probed: bool = True,
+        more: Words = (),
         units: float = 1,
     ) -> Job:
-        """A report of the reference run: config, probe set and folder stand in every one."""
-        out = f"{RUN}/analysis/{folder}"
-        argv: Words = (command, "--config", RUN_CONFIG)
-        argv += ("--probe-set", PROBE) if probed else ()
-        argv += (*words, "--output-dir", out, "--overwrite")
-        needed = (DONE, PROBE, *inputs) if probed else (DONE, *inputs)
-        kind = command.removesuffix("-report").replace("-", "_")
-        made = (report_file(out, command),)
-        return Job(TARGET, kind, name or kind, argv, needed, made, units=units)
+        """A report of the reference run, in `leaf` of its kind's folder, or of another."""
+        return report_job(
+            TARGET,
+            kind,
+            options,
+            f"{RUN}/analysis/{folder or kind.stem()}/{leaf}",
+            run=RUN_CONFIG if kind.reads_run else "",
+            name=name,
+            inputs=(DONE, *inputs),
+            more=more,
+            units=units,
+        )
 
-    def _at(self, steps: range | tuple[int, ...], *, traced: bool = False) -> Words:
+    def _at(self, steps: range | tuple[int, ...], *, traced: bool = False) -> dict[str, Any]:
         """Checkpoints of the run, or of its trace."""
         folder = f"{self.trace if traced else RUN}/checkpoints"
         return checkpoints(folder, map(self.scale.step, steps))
@@ -114,44 +146,39 @@ class Reference:
 
     def _attribution(self) -> list[Job]:
         name = f"from_init_l2h1_rank8_support_value_{self.scale.name_of(0, HORIZON)}_stepwise"
-        words: Words = (
-            *("bilinear-qk-rank-adam-state-attribution", "--config", RUN_CONFIG),
-            *("--probe-set", PROBE, "--optimizer-trace-dir", self.trace),
-            *("--head-layer", "2", "--head", "1", "--rank", "8"),
-            *("--context-stage", "layer_1_post_mlp", "--layernorm-mode", "head_ln1"),
-            *MATCH_ROLES,
-            *("--record-side", "clean", "--route-pair-type", "support_value"),
-            *("--route-pair-source-type", "support_value", "--max-route-pairs-per-type", "64"),
-            *("--min-route-pairs-per-type", "16", "--loss-scope", "full_lm"),
+        options = QKAttributionOptions(
+            **READS,
+            optimizer_trace_dir=Path(self.trace),
+            head_layer=2,
+            heads=("1",),
+            context_stage="layer_1_post_mlp",
+            route_pair_type="support_value",
         )
-        folder = f"{RUN}/analysis/bilinear_qk_rank_adam_state_attribution/{name}"
-        inputs = (self.trace_report, PROBE)
-        edges = shard_edges(0, self.scale.step(HORIZON), self.scale.qk_shards)
-        return sharded(TARGET, "reference_L2H1", words, folder, inputs, edges)
+        return sharded(
+            TARGET,
+            "reference_L2H1",
+            QKAttribution,
+            options,
+            f"{RUN}/analysis/{QKAttribution.stem()}/{name}",
+            run=RUN_CONFIG,
+            inputs=(self.trace_report,),
+            edges=shard_edges(0, self.scale.step(HORIZON), self.scale.qk_shards),
+        )
 
     def _separation(self) -> Job:
-        words = (*self._at(range(250, HORIZON + 1, 250)), "--rank", "8")
-        name = f"all_heads_{self.scale.name_of(250, HORIZON)}"
-        return self._report(
-            "bilinear-qk-match-separation", f"bilinear_qk_match_separation/{name}", words, units=24
-        )
+        options = SeparationOptions(**READS, **self._at(range(250, HORIZON + 1, 250)))
+        leaf = f"all_heads_{self.scale.name_of(250, HORIZON)}"
+        return self._report(MatchSeparation, options, leaf, units=24)
 
     def _progress(self) -> Job:
-        name = f"all_heads_{self.scale.name_of(750, HORIZON)}"
-        words = progress_words(self.scale, f"{RUN}/checkpoints")
-        return self._report(
-            "ov-write-progress-report", f"ov_write_progress/{name}", words, units=16
-        )
+        options = progress_options(self.scale, f"{RUN}/checkpoints")
+        leaf = f"all_heads_{self.scale.name_of(750, HORIZON)}"
+        return self._report(OvWriteProgress, options, leaf, units=16)
 
     def _weights(self) -> Job:
-        name = f"phase1_{self.scale.name_of(250, digits=6)}_{self.scale.name_of(5500)}_top16"
-        words: Words = (
-            *self._at(SVD_STEPS),
-            *("--device", "cpu", "--max-singular-values", "16", "--top-vector-ranks", "16"),
-        )
-        return self._report(
-            "weight-svd-trace", f"weight_svd_trace/{name}", words, probed=False, units=14
-        )
+        options = SvdOptions(**self._at(SVD_STEPS), max_singular_values=16, top_vector_ranks=16)
+        leaf = f"phase1_{self.scale.name_of(250, digits=6)}_{self.scale.name_of(5500)}_top16"
+        return self._report(WeightSvdTrace, options, leaf, more=("--device", "cpu"), units=14)
 
     def _scalars(self, which: str) -> str:
         """Folder name of a diagnosis."""
@@ -162,86 +189,76 @@ class Reference:
         return f"functional_subspace_trajectory_{scale.name_of(750, 3500)}_stride{stride}"
 
     def _diagnoses(self) -> list[Job]:
-        found = []
-        for which, steps in (("trajectory", FORMATION_STEPS), ("routes", ROUTE_STEPS)):
-            words = (*self._at(steps), "--pair-type", "support_value")
-            words += ("--max-pairs-per-type", "128", "--min-pairs-per-type", "16")
-            folder = f"answer_scalar_residual_diagnosis/{self._scalars(which)}"
-            job = self._report(DIAGNOSIS, folder, words, name=which, units=len(steps))
-            found.append(job)
-        return found
+        return [
+            self._report(
+                AnswerScalarDiagnosis,
+                DiagnosisOptions(**READS, **self._at(steps), max_pairs_per_type=128),
+                self._scalars(which),
+                name=which,
+                units=len(steps),
+            )
+            for which, steps in (("trajectory", FORMATION_STEPS), ("routes", ROUTE_STEPS))
+        ]
 
-    def _pair_rows(self, which: str) -> tuple[str, str]:
+    def _pair_rows(self, which: str) -> tuple[Path, str]:
         """The rows of a diagnosis, and the report that stands for them."""
-        folder = f"{RUN}/analysis/answer_scalar_residual_diagnosis/{self._scalars(which)}"
-        return f"{folder}/answer_scalar_residual_diagnosis_pair_rows.jsonl", report_file(
-            folder, DIAGNOSIS
-        )
+        kind = AnswerScalarDiagnosis
+        folder = f"{RUN}/analysis/{kind.stem()}/{self._scalars(which)}"
+        return Path(folder, f"{kind.stem()}_pair_rows.jsonl"), report_file(folder, kind.command)
 
     def _functional(self) -> Job:
         rows, made = self._pair_rows("trajectory")
-        words: Words = (
-            *("--scalar-pair-rows", rows, "--pair-type", "support_value"),
-            *("--source-component", "L0H0", "--component", "L0MLP"),
-            *("--position-role", "prediction", "--position-role", "support_value"),
-            *("--group-by", "answer_value", "--group-by", "support_value"),
-            *("--scalar", "fixed_source_competitor_margin"),
-            *("--scalar", "fixed_target_competitor_margin"),
-            *("--endpoint-role", "source", "--endpoint-role", "target", "--subspace-rank", "4"),
+        options = FunctionalOptions(
+            **READS,
+            scalar_pair_rows=rows,
+            source_component="L0H0",
+            component="L0MLP",
+            position_roles=("prediction", "support_value"),
+            group_by=("answer_value", "support_value"),
+            scalars=("fixed_source_competitor_margin", "fixed_target_competitor_margin"),
         )
-        name = f"l0h0_to_l0mlp_support_prediction_{self.scale.name_of(1500, 2500)}"
-        return self._report(
-            "mlp-input-functional-subspace-report",
-            f"mlp_input_functional_subspace/{name}",
-            words,
-            inputs=(made,),
-            units=12,
-        )
+        leaf = f"l0h0_to_l0mlp_support_prediction_{self.scale.name_of(1500, 2500)}"
+        return self._report(FunctionalSubspace, options, leaf, inputs=(made,), units=12)
 
     def _value_code(self) -> Job:
-        stages = ("layer_0_post_mlp", "layer_1_post_mlp", "layer_2_post_mlp", "final_norm")
-        words: Words = (
-            *self._at(FORMATION_STEPS, traced=True),
-            *options("--stage", stages),
-            *options("--position-role", ("prediction", "support_value")),
-            *options("--group-by", ("answer_value", "support_value")),
-            *("--split", "validation_iid", "--max-records", str(self.scale.reads)),
-            *("--pca-rank", "4"),
+        options = ValueCodeOptions(
+            **READS,
+            **self._at(FORMATION_STEPS, traced=True),
+            stages=("layer_0_post_mlp", "layer_1_post_mlp", "layer_2_post_mlp", "final_norm"),
+            position_roles=("prediction", "support_value"),
+            group_by=("answer_value", "support_value"),
+            splits=("validation_iid",),
+            max_records=self.scale.reads,
         )
-        return self._report(
-            "value-code-subspace-report",
-            f"value_code_subspace/prediction_answer_value_{self.scale.name_of(750, 3500)}",
-            words,
-            inputs=(self.trace_report,),
-            units=12,
-        )
+        leaf = f"prediction_answer_value_{self.scale.name_of(750, 3500)}"
+        inputs = (self.trace_report,)
+        return self._report(ValueCodeSubspace, options, leaf, inputs=inputs, units=12)
 
     def _interventions(self) -> list[Job]:
         scale = self.scale
         narrow, wide, most = scale.key_rank(KEY_RANK), scale.value_rank(16), scale.value_rank(127)
-        wanted = (
+        found = []
+        for what, rank, operation, steps in (
             ("value", wide, "remove", CAUSAL_STEPS),
             ("key", narrow, "remove", CAUSAL_STEPS),
             ("value", narrow, "remove", CAUSAL_STEPS),
             ("value", most, "keep", CAUSAL_STEPS[2:]),
-        )
-        found = []
-        for what, rank, operation, steps in wanted:
-            name = (
-                f"embedding_{what}_identity_prediction_layer2_{operation}_rank{rank}"
-                f"_{scale.name_of(steps[0], steps[-1])}"
+        ):
+            options = InterventionOptions(
+                **READS,
+                **self._at(steps, traced=True),
+                stage="layer_2_post_mlp",
+                subspace=f"embedding_{what}_identity",
+                ranks=(rank,),
+                operation=cast("Operation", operation),
             )
-            words: Words = (
-                *self._at(steps, traced=True),
-                *("--stage", "layer_2_post_mlp", "--subspace", f"embedding_{what}_identity"),
-                *("--rank", str(rank), "--operation", operation),
-                *("--position-role", "prediction", "--query-mode", "single_query"),
-            )
+            span = scale.name_of(steps[0], steps[-1])
             found.append(
                 self._report(
-                    INTERVENTION,
-                    f"value_code_causal_intervention/{name}",
-                    words,
+                    GeometrySubspaceIntervention,
+                    options,
+                    f"embedding_{what}_identity_prediction_layer2_{operation}_rank{rank}_{span}",
+                    folder="value_code_causal_intervention",
                     name=f"{what}_{operation}_{rank}",
                     inputs=(self.trace_report,),
                     units=len(steps),
@@ -250,55 +267,42 @@ class Reference:
         return found
 
     def _rescue(self) -> Job:
-        controls = ("shuffled_answer_value", "wrong_support_value", "random_subspace")
-        words: Words = (
-            *self._at((1750, 2000, 2500, 3000, 3500), traced=True),
-            *("--source-stage", "layer_1_post_mlp", "--target-stage", "layer_2_post_mlp"),
-            *("--source-position-role", "support_value"),
-            *("--target-position-role", "prediction", "--context-stage", "layer_1_post_mlp"),
-            *("--context-position-role", "prediction", "--context-rank", "16"),
-            *("--group-by", "answer_value", "--split", "validation_iid"),
-            *("--max-records", str(self.scale.reads), "--batch-size", "32", "--basis-rank", "16"),
-            *options("--control", controls),
-            *("--fit-fraction", "0.75"),
+        options = RescueOptions(
+            **READS,
+            **self._at((1750, 2000, 2500, 3000, 3500), traced=True),
+            source_stage="layer_1_post_mlp",
+            target_stage="layer_2_post_mlp",
+            context_stage="layer_1_post_mlp",
+            context_rank=16,
+            splits=("validation_iid",),
+            max_records=self.scale.reads,
+            controls=("shuffled_answer_value", "wrong_support_value", "random_subspace"),
         )
-        name = f"support_to_prediction_context_rank16_{self.scale.name_of(1750, 3500)}"
-        return self._report(
-            "value-code-transfer-rescue",
-            f"value_code_transfer_rescue/{name}",
-            words,
-            inputs=(self.trace_report,),
-            units=5,
-        )
+        leaf = f"support_to_prediction_context_rank16_{self.scale.name_of(1750, 3500)}"
+        inputs = (self.trace_report,)
+        return self._report(ValueCodeTransferRescue, options, leaf, inputs=inputs, units=5)
 
     def _routes(self) -> Job:
-        words: Words = (
-            *self._at(ROUTE_STEPS),
-            *("--pair-type", "support_value", "--margin-side", "clean"),
-            *("--margin-side", "corrupted"),
-            *("--max-pairs-per-type", "128", "--min-pairs-per-type", "16"),
-            *options("--route", routes(self.scale)),
+        options = MarginClosureOptions(
+            **READS, **self._at(ROUTE_STEPS), **routes(self.scale), max_pairs_per_type=128
         )
-        return self._report(
-            "route-to-margin-closure",
-            f"route_to_margin_closure/{self._scalars('routes')}",
-            words,
-            units=5,
-        )
+        return self._report(MarginClosure, options, self._scalars("routes"), units=5)
 
     def _closure(self) -> Job:
         rows, made = self._pair_rows("routes")
-        folder = f"{RUN}/analysis/route_to_margin_closure/{self._scalars('routes')}"
-        scalars: Words = ("moving_answer_margin", "fixed_source_competitor_margin")
-        scalars += ("fixed_target_competitor_margin", "correct_value_logit")
-        out = f"{RUN}/analysis/route_to_scalar_closure/{self._scalars('routes')}"
-        argv: Words = (
-            "route-to-scalar-closure",
-            *("--route-closure-rows", f"{folder}/route_to_margin_closure_rows.jsonl"),
-            *("--scalar-pair-rows", rows, "--output-dir", out),
-            *options("--scalar", (*scalars, "negative_answer_loss")),
-            *("--switch-bucket", "all", "--overwrite"),
+        leaf, stem = self._scalars("routes"), MarginClosure.stem()
+        folder = f"{RUN}/analysis/{stem}/{leaf}"
+        options = ScalarClosureOptions(
+            route_closure_rows=Path(folder, f"{stem}_rows.jsonl"),
+            scalar_pair_rows=rows,
+            scalars=(
+                "moving_answer_margin",
+                "fixed_source_competitor_margin",
+                "fixed_target_competitor_margin",
+                "correct_value_logit",
+                "negative_answer_loss",
+            ),
+            switch_buckets=("all",),
         )
-        inputs = (report_file(folder, "route-to-margin-closure"), made)
-        kind = "route_to_scalar_closure"
-        return Job(TARGET, kind, kind, argv, inputs, (report_file(out, kind),))
+        inputs = (report_file(folder, MarginClosure.command), made)
+        return self._report(ScalarClosure, options, leaf, inputs=inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
 PAPER = ("reference", "ablation", "cross-seed")
 UNKNOWN = "SELECTED"
 """Stands in a path for an address that is known only after the selection."""
+_STAND_IN = re.compile(r"L9\d(?:H0|MLP)")
+"""Addresses beyond every model of the study, for what is not selected yet."""
 
 
 class Study:
@@ -46,19 +49,18 @@ class Study:
 
     def later(self, seed: Seed) -> list[Job]:
         """Those of a seed that depend on what is selected, with `SELECTED` for the addresses."""
-        match = seed.match_jobs("__".join(f"{r}_{UNKNOWN}" for r in cross_seed.CONTROLS))
-        return [*match, *seed.write_jobs(f"{UNKNOWN}_to_{UNKNOWN}")]
+        heads = (f"{role}_L9{n}H0" for n, role in enumerate(cross_seed.CONTROLS))
+        jobs = [*seed.match_jobs("__".join(heads)), *seed.write_jobs("L90H0_to_L90MLP")]
+        return [job.renamed(lambda text: _STAND_IN.sub(UNKNOWN, text)) for job in jobs]
 
     @property
     def comparison(self) -> Job:
         """The page on all seeds, with `SELECTED` in its inputs."""
-        merged = [
-            job.outputs[0]
-            for seed in self.seeds
-            for job in self.later(seed)
-            if job.kind == "trace_merge"
-        ]
-        return comparison_job(self.seeds, merged)
+        reports = [path for s in self.seeds for path in (s.selected_heads, s.selected_paths)]
+        for seed in self.seeds:
+            merges = (job for job in self.later(seed) if job.kind == "trace_merge")
+            reports += [job.outputs[0] for job in merges]
+        return comparison_job(reports)
 
     def of(self, target: str) -> list[Job]:
         """The jobs of a target as far as they are known, without what they need from others."""

@@ -11,17 +11,18 @@ import pytest
 from made_report import made_report
 
 from circuit.errors import CircuitError
-from circuit.studies.ablation import COMPARISON, ROOT
+from circuit.reports.cross_seed_comparison import CrossSeedComparison
+from circuit.reports.optimizer_comparison import OptimizerComparison
+from circuit.studies.ablation import ROOT
 from circuit.studies.claims import Claim, Comparison, claims_page, judge, statements
 from circuit.studies.commands import DONE
-from circuit.studies.cross_seed import COMPARISON as SEEDS
 from circuit.studies.cross_seed import ROOT as SEED_ROOT
 from circuit.studies.jobs import report_file
 from circuit.studies.scales import SCALES
 from circuit.studies.study import Study
 
 STUDY = Study(SCALES["short"])
-OPTIMIZERS = report_file(f"{ROOT}/comparison", COMPARISON)
+OPTIMIZERS = report_file(f"{ROOT}/comparison", OptimizerComparison.command)
 
 
 def claim(target: str, words: str, study: Study = STUDY) -> Claim:
@@ -88,7 +89,7 @@ def optimizers(adamw: float, sgd: float, separation: tuple[float | None, float])
         }
         for name, (group, accuracy, match) in own.items()
     }
-    made_report(OPTIMIZERS, COMPARISON, {"runs": runs, "groups": {}})
+    made_report(OPTIMIZERS, OptimizerComparison.command, {"runs": runs, "groups": {}})
 
 
 def test_sgd_falls_behind_only_where_adamw_has_learned() -> None:
@@ -120,7 +121,7 @@ def _retouched(path: Path) -> None:
 
 
 def _without_a_key(path: Path) -> None:
-    made_report(path, COMPARISON, {"groups": {}})
+    made_report(path, OptimizerComparison.command, {"groups": {}})
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,8 @@ def test_a_damaged_report_is_an_error(damage: Callable[[Path], Any], said: str) 
 
 
 def seeds(**summary: Any) -> None:
-    made_report(report_file(f"{SEED_ROOT}/comparison", SEEDS), SEEDS, SUMMARY | summary)
+    command = CrossSeedComparison.command
+    made_report(report_file(f"{SEED_ROOT}/comparison", command), command, SUMMARY | summary)
 
 
 SUMMARY = {

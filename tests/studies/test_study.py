@@ -6,13 +6,18 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from circuit.cli.program import program
+from typer.main import get_command
 
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
+from circuit.reports.report import find_report
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.costs import cost_of, rates
 from circuit.studies.jobs import split_commands
@@ -67,21 +72,42 @@ def test_full_lists_fifteen_audits_and_five_write_attributions(project: Path) ->
     assert trained == 2 + 15 + 5
 
 
-def test_commands_of_the_contract_are_typed_as_it_types_them() -> None:
-    """Every option and value of the contract's reports stands in the study's command."""
-    jobs = {job.argv[0]: job for job in Study(SCALES["full"]).of("reference")}
-    text = CONTRACT.replace("\\\n", " ").replace('"$CIRCUIT_DEVICE"', "cpu")
-    compared = 0
-    for block in re.findall(r"^\$CIRCUIT (\S.*)$", text, re.MULTILINE):
-        words = shlex.split(block)
-        if words[0] not in jobs or words[0] in ("evaluate", "geometry-subspace-intervention"):
-            continue
-        ours = jobs[words[0]].argv
-        typed = {word for word in words if not word.startswith("$") and word != "cpu"}
-        missing = typed - set(ours) - {"--device"}
-        assert not missing, (words[0], missing)
-        compared += 1
-    assert compared >= 5
+def options_of(words: Sequence[str]) -> tuple[str, Any] | None:
+    """Command and options of a report's command line, as the program reads it; None for others."""
+    kind = find_report(words[0])
+    if kind is None:
+        return None
+    whole = get_command(program(words))
+    with whole.make_context("circuit", list(words), resilient_parsing=True) as context:
+        name, command, rest = whole.resolve_command(context, list(words))
+        read = command.make_context(name, rest, parent=context).params
+    given = {field: read[field] for field in kind.Options.declared() if read[field]}
+    chosen = kind.Options(**given).to_json()
+    for end in ("start_step", "end_step"):  # shards have some
+        chosen.pop(end, None)
+    return kind.command, chosen
+
+
+VARIABLES = {
+    "$TRACE_CKPTS": "$RUN/analysis/optimizer_update_trace/from_init_seed7_0000_6000_stepwise"
+    "/checkpoints",
+    **{"$PROBE": "$RUN/analysis/probe_set.jsonl", "$CKPT_DIR": "$RUN/checkpoints"},
+    **{"$CIRCUIT_DEVICE": "cpu", "$CONFIG": "$RUN/run_config.json", "$OUT": "out"},
+}
+
+
+def test_commands_of_the_contract_are_the_study_s() -> None:
+    """A report that the contract runs on the reference run has the same options in the study."""
+    jobs = [options_of(job.argv) for job in Study(SCALES["full"]).of("reference")]
+    ours = [options for options in jobs if options is not None]
+    text = CONTRACT.replace("\\\n", " ")
+    for variable, value in [*VARIABLES.items(), ("$RUN", RUN)]:
+        text = text.replace(variable, value)
+    blocks = (shlex.split(b) for b in re.findall(r"^\s*\$CIRCUIT (\S.*)$", text, re.MULTILINE))
+    theirs = [options_of(words) for words in blocks if words[0] in {c for c, _ in ours}]
+    assert len(theirs) == 8
+    for options in theirs:
+        assert options in ours
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
