@@ -9,11 +9,13 @@ is not claimed by the same command is ever written, replaced or removed, and no 
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
@@ -46,6 +48,15 @@ def _row_digest(body: bytes) -> str:
 def dump_rows(rows: Iterable[Row]) -> str:
     """Rows as JSON Lines."""
     return "".join(dump_row(row) + "\n" for row in rows)
+
+
+def dump_csv(rows: Sequence[Row]) -> str:
+    """Rows with the same columns as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def dump_json(payload: Any) -> str:

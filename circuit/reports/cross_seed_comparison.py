@@ -6,16 +6,14 @@ attributions of the selected. Reports name their seed by their folder, `seed_NNN
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 from collections.abc import Mapping, Sequence
 from math import fsum
 from pathlib import Path
 from typing import Annotated, Any
 
-from circuit.artifacts import Row, dump_json
+from circuit.artifacts import Row, dump_csv, dump_json
 from circuit.errors import CircuitError
 from circuit.figures.charts import (
     CATEGORY,
@@ -35,6 +33,8 @@ from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.reports.written import Written, read_report
 
+_WINNER = ("seed", "winner_head", "winner_growth", "winner_path", "winner_path_write")
+"""Columns of the table of winners."""
 _SEED = re.compile(r"seed_(\d{4})")
 _KINDS = {
     "head-selection": "heads",
@@ -80,14 +80,14 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
 
     def conclude(self, rows: list[Row]) -> Findings:
         rows = [seed_row(seed, kinds) for seed, kinds in self.reports.items()]
-        winners = [_winner(row) for row in rows]
+        winners = [{column: row[column] for column in _WINNER} for row in rows]
         return Findings(
             rows,
             {**summarize(rows), "formed_from": FORMED, "written_from": WRITTEN},
             law_of(self.reports),
             {
                 "winners.json": dump_json(winners),
-                "winners.csv": _csv(winners),
+                "winners.csv": dump_csv(winners),
                 "manifest.json": dump_json(self.manifest),
             },
         )
@@ -322,16 +322,3 @@ def _worst(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
 def _same_layer(path: str) -> bool:
     source, mlp = path.split("_to_")
     return source.partition("H")[0] == mlp.partition("MLP")[0]
-
-
-def _winner(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("seed", "winner_head", "winner_growth", "winner_path", "winner_path_write")
-    return {name: row[name] for name in names}
-
-
-def _csv(winners: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(winners[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(winners)
-    return text.getvalue()

@@ -15,7 +15,7 @@ from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.reports.options import Option, Options
-from circuit.reports.ranking import ranked_bars, ranked_rows, selected
+from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.reports.written import SUFFIX, read_report
@@ -93,7 +93,7 @@ class HeadSelection(Report[HeadSelectionOptions]):
 
     @classmethod
     def tables(cls, results: Results[HeadSelectionOptions]) -> list[Table]:
-        columns = {
+        columns: dict[str, str | tuple[str, str]] = {
             "place": "place",
             "head": "head",
             "role": "role",
@@ -102,12 +102,7 @@ class HeadSelection(Report[HeadSelectionOptions]):
             "growth": ("growth", "+.4g"),
             "support_wins_at_end": ("support wins at end", ".1%"),
         }
-        chosen = [{"role": role, **of} for role, of in results.summary["selected"].items()]
-        short = {name: columns[name] for name in ("role", "head", "growth")}
-        return [
-            Table("Selected", short, chosen, console=len(chosen)),
-            Table("Every head", columns, list(results.rows())),
-        ]
+        return selection_tables("head", "growth", columns, results)
 
     @classmethod
     def charts(cls, results: Results[HeadSelectionOptions]) -> list[Chart]:

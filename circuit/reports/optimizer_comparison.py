@@ -278,27 +278,24 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     groups = {}
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
-        ended = [row for row in own if row["answer_accuracy"] is not None]
-        best = max(ended, key=lambda row: row["answer_accuracy"], default=None)
-        separations = [
-            row["qk_separation_last"] for row in own if row["qk_separation_last"] is not None
-        ]
-        writes = [
-            row["answer_logit_write_last"]
-            for row in own
-            if row["answer_logit_write_last"] is not None
-        ]
+        accuracy = _most(own, "answer_accuracy")
+        best = next((row["run"] for row in own if row["answer_accuracy"] == accuracy), None)
         groups[group] = {
             "runs": len(own),
             "learned": sum(row["learned_at_step"] is not None for row in own),
             "diverged": sum(row["diverged"] is not None for row in own),
-            "best_run": None if best is None else best["run"],
-            "best_answer_accuracy": None if best is None else best["answer_accuracy"],
-            "largest_qk_separation": max(separations, default=None),
-            "largest_answer_logit_write": max(writes, default=None),
+            "best_run": None if accuracy is None else best,
+            "best_answer_accuracy": accuracy,
+            "largest_qk_separation": _most(own, "qk_separation_last"),
+            "largest_answer_logit_write": _most(own, "answer_logit_write_last"),
         }
     return {
         "learned_from": LEARNED,
         "groups": groups,
         "runs": {row["run"]: dict(row) for row in rows},
     }
+
+
+def _most(rows: Sequence[Mapping[str, Any]], column: str) -> Any:
+    """The largest value of a column; null without any."""
+    return max((row[column] for row in rows if row[column] is not None), default=None)

@@ -8,6 +8,8 @@ from typing import Any
 from circuit.errors import CircuitError
 from circuit.figures.charts import CATEGORY, GREY, Chart, chart, exact, named
 from circuit.lazy import alt
+from circuit.reports.report import Results
+from circuit.reports.tables import Table
 
 ROLES = ("winner", "runner_up", "median", "bottom")
 
@@ -54,6 +56,26 @@ def selected(what: str, rows: Sequence[Mapping[str, Any]], *columns: str) -> dic
     by_name = {row[what]: row for row in rows}
     roles = name_roles(list(by_name))
     return {role: {c: by_name[name][c] for c in (what, *columns)} for role, name in roles.items()}
+
+
+def selection_tables(
+    what: str,
+    score: str,
+    columns: Mapping[str, str | tuple[str, str]],
+    results: Results[Any],
+) -> list[Table]:
+    """Those that have a role, on the console too, and all candidates.
+
+    Args:
+        what, score: columns of the candidates' names and of what ranks them.
+        columns: of the table of all.
+    """
+    chosen = [{"role": role, **of} for role, of in results.summary["selected"].items()]
+    short = {name: columns[name] for name in ("role", what, score)}
+    return [
+        Table("Selected", short, chosen, console=len(chosen)),
+        Table(f"Every {what}", columns, list(results.rows())),
+    ]
 
 
 def ranked_bars(

@@ -12,13 +12,11 @@ rank and top-3 mass are null for a matrix of zeros. Cosines are taken to the las
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.artifacts import Row
+from circuit.artifacts import Row, dump_csv
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.figures.charts import (
@@ -128,7 +126,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
             f" Frobenius norm: both to {max(self.gaps):.1g} of the norm, at every checkpoint",
             further={
                 f"{VALUES}.jsonl": values,
-                f"{VALUES}.csv": _csv(values),
+                f"{VALUES}.csv": dump_csv(values),
                 VECTORS: [row for point in points for row in _vector_rows(point, last)],
             },
         )
@@ -315,14 +313,6 @@ def _matrix(name: str, tensors: Mapping[str, Tensor], of: Component) -> Tensor:
         return tensors[f"blocks.{of.layer}.mlp.{name}"].double()
     q, k, v, o = (tensors[f"blocks.{of.layer}.attn.W_{x}"][of.head].double() for x in "QKVO")
     return q @ k.mT if name == "W_QK" else v @ o
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _signed(

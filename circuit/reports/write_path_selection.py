@@ -20,7 +20,7 @@ from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
 from circuit.reports import options
 from circuit.reports.inputs import Checkpointed, open_inputs
-from circuit.reports.ranking import ranked_bars, ranked_rows, selected
+from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, fixed_scalars
@@ -134,19 +134,14 @@ class WritePathSelection(Report[WritePathOptions]):
 
     @classmethod
     def tables(cls, results: Results[WritePathOptions]) -> list[Table]:
-        columns = {
+        columns: dict[str, str | tuple[str, str]] = {
             "place": "place",
             "path": "path",
             "role": "role",
             "final_write": ("final write", "+.4g"),
             "positive_share": ("positive in", ".0%"),
         }
-        chosen = [{"role": role, **of} for role, of in results.summary["selected"].items()]
-        short = {name: columns[name] for name in ("role", "path", "final_write")}
-        return [
-            Table("Selected", short, chosen, console=len(chosen)),
-            Table("Every path", columns, list(results.rows())),
-        ]
+        return selection_tables("path", "final_write", columns, results)
 
     @classmethod
     def charts(cls, results: Results[WritePathOptions]) -> list[Chart]:

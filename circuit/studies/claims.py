@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
+from circuit.reports.tables import Table
 from circuit.reports.written import SUFFIX, read_document, read_report
 from circuit.strict_json import parse_json
 from circuit.studies.configs import ablation_configs
@@ -256,27 +257,18 @@ _VERBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def claims_page(claims: list[Claim], title: str) -> Iterator[str]:
+def claims_page(claims: list[Claim], title: str) -> list[str]:
     """Lines of the Markdown that says what held."""
     counts = {verdict: sum(c.holds is verdict for c in claims) for verdict in (True, False, None)}
-    yield f"# {title}"
-    yield ""
-    yield (
+    words = {True: "yes", False: "**no**", None: "?"}
+    rows = [
+        {**c.to_json(), "holds": words[c.holds], "numbers": numbers_of(c) or c.note} for c in claims
+    ]
+    headings = {"target": "part", "statement": "claim", "holds": "holds", "numbers": "numbers"}
+    said = (
         f"{counts[True]} claims hold, {counts[False]} do not, {counts[None]} could not be judged."
     )
-    yield ""
-    yield "| part | claim | holds | numbers |"
-    yield "|---|---|---|---|"
-    for claim in claims:
-        yield (
-            f"| {claim.target} | {claim.statement} | {verdict_of(claim)} |"
-            f" {numbers_of(claim) or claim.note} |"
-        )
-
-
-def verdict_of(claim: Claim) -> str:
-    """`yes`, `no` or `?`."""
-    return {True: "yes", False: "**no**", None: "?"}[claim.holds]
+    return [f"# {title}", "", said, "", *Table("", headings, rows).markdown()]
 
 
 def numbers_of(claim: Claim) -> str:
