@@ -83,7 +83,7 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
         winners = [{column: row[column] for column in _WINNER} for row in rows]
         return Findings(
             rows,
-            {**summarize(rows), "formed_from": FORMED, "written_from": WRITTEN},
+            summarize(rows),
             law_of(self.reports),
             {
                 "winners.json": dump_json(winners),
@@ -97,10 +97,10 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
         of, count = results.summary, len(results.summary["seeds"])
         return [
             f"- *The matching role*: in {of['head_role_repeats']} of {count} seeds the winner's"
-            f" support beats every distractor in at least {100 * of['formed_from']:.0f} % of the"
+            f" support beats every distractor in at least {100 * FORMED:.0f} % of the"
             f" reads. Its address is {', '.join(of['head_addresses'])}"
             f" ({len(of['head_addresses'])} addresses).\n"
-            f"- *The writing role*: the winner path writes at least {of['written_from']:g} logit in"
+            f"- *The writing role*: the winner path writes at least {WRITTEN:g} logit in"
             f" {of['write_role_repeats']} of {count} seeds, at {len(of['path_addresses'])}"
             f" addresses; in {of['same_layer_readers']} the MLP is of the head's own layer."
         ]
