@@ -27,7 +27,7 @@ from circuit.figures.charts import (
     named,
 )
 from circuit.lazy import alt
-from circuit.reports.options import Option, Options
+from circuit.options import Option, Options
 from circuit.reports.ranking import ROLES
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table

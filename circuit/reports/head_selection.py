@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
-from circuit.reports.options import Option, Options
+from circuit.options import Option, Options
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table

@@ -11,7 +11,7 @@ from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import INK, Chart, at_step, chart, colour, legend, lines
 from circuit.lazy import alt
-from circuit.reports.options import Option, Options
+from circuit.options import Option, Options
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.reports.written import SUFFIX, read_document, read_report

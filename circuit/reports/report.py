@@ -362,7 +362,9 @@ class open_report:  # noqa: N801  a context manager
         further = {row_file: findings.rows, **findings.further}
         files = {n: f if isinstance(f, str) else list(f) for n, f in further.items()}
         results = Results(
-            report.options, findings.summary, lambda name, text: _rows(files[name or row_file], text)
+            report.options,
+            findings.summary,
+            lambda name, text: _rows(files[name or row_file], text),
         )
         notes, tables, charts = kind.notes(results), kind.tables(results), kind.charts(results)
         texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}

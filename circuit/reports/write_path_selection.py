@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from circuit import options
 from circuit.artifacts import Row
 from circuit.figures.charts import Chart
 from circuit.lazy import torch
 from circuit.model.components import Component, all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
-from circuit.reports import options
 from circuit.reports.inputs import Checkpointed, open_inputs
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from circuit.reports.options import Options
+from circuit.options import Options
 from circuit.reports.ov_write_progress import ProgressOptions
 from circuit.reports.report import Report
 from circuit.studies.jobs import Job, Words, checkpoints, report_file, report_job

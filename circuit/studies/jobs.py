@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuit.reports.options import Options
+    from circuit.options import Options
     from circuit.reports.report import Report
 
 Words = tuple[str, ...]

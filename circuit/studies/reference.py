@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from circuit.options import Options
 from circuit.reports.answer_scalar_residual_diagnosis import (
     AnswerScalarDiagnosis,
     DiagnosisOptions,
@@ -20,7 +21,6 @@ from circuit.reports.geometry_subspace_intervention import (
 )
 from circuit.reports.mlp_input_functional_subspace import FunctionalSubspace
 from circuit.reports.mlp_input_functional_subspace import SubspaceOptions as FunctionalOptions
-from circuit.reports.options import Options
 from circuit.reports.ov_write_progress import OvWriteProgress
 from circuit.reports.report import Report
 from circuit.reports.route_to_margin_closure import MarginClosure, MarginClosureOptions

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from circuit.figures.separation import separation_over_steps
 
 from circuit.artifacts import read_jsonl
 from circuit.config import load_config
-from circuit.figures.separation import separation_over_steps
 from circuit.reports.bilinear_qk_match_separation import summarize
 from circuit.reports.inputs import open_inputs
 from circuit.train_config import TrainConfig
