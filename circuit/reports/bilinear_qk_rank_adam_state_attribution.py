@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from circuit.reports.attribution import Attribution, AttributionOptions
+from circuit.reports.report import Place
 from circuit.scalars.qk_match import QKMatches
 
 
@@ -17,3 +18,12 @@ class QKAttribution(Attribution[QKAttributionOptions]):
     names = (command, "trace qk")
     Options = QKAttributionOptions
     family = QKMatches
+    place = 5
+
+    @classmethod
+    def usual(cls, place: Place) -> QKAttributionOptions:
+        rank = min(8, place.model.d_model // place.model.heads)
+        probe_set, trace = (place.given[name] for name in ("probe_set", "optimizer_trace_dir"))
+        return QKAttributionOptions(
+            probe_set=probe_set, optimizer_trace_dir=trace, heads=(place.head,), ranks=(rank,)
+        )

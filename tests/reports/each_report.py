@@ -15,7 +15,7 @@ from circuit.runs.opening import open_run
 
 MADE = Path("made/seed_0011")
 """Where reports stand, each in a folder of its command's name."""
-KINDS = {kind.command: kind for kind in all_reports()}
+KINDS = {kind.command: kind for kind in all_reports() if kind.generated}
 
 
 def made(command: str, file: str = "rows.jsonl") -> Path:
@@ -31,7 +31,6 @@ GOOD: dict[str, Any] = {
     "component": "L0MLP",
     "end_step": 2,
     "fit_fraction": 0.5,
-    "heads": ("L0H0", "L1H0"),
     "max_pairs_per_type": 4,
     "min_pairs_per_type": 2,
     "operation": "remove",
@@ -57,16 +56,33 @@ ROWS_OF = {
     "separation_rows": ("bilinear-qk-match-separation", "rows.jsonl"),
 }
 """Options that name a file of another report."""
-OWN: dict[str, dict[str, Any]] = {}
+OWN: dict[str, dict[str, Any]] = {
+    "cross-seed-comparison": {
+        "reports": tuple(
+            made(command, "report.json")
+            for command in (
+                "head-selection",
+                "write-path-selection",
+                "bilinear-qk-rank-adam-state-attribution",
+                "mlp-functional-write-adam-state-attribution",
+            )
+        )
+    },
+    "head-selection": {"start_step": 3, "end_step": 12, "score": "rank2"},
+    "mlp-input-functional-subspace-report": {"end_step": None},
+    "scalar-attribution": {"scalars": ("loss",)},
+}
 """What a report takes in place of these."""
 
 
 def options_of(command: str) -> Any:
     """The options of a report on the tiny run."""
     kind = KINDS[command]
-    good = GOOD | {name: made(*source) for name, source in ROWS_OF.items()} | OWN.get(command, {})
-    names = kind.Options.declared()
-    return kind.Options(**{name: good[name] for name in names if name in good})
+    names, fields = kind.Options.declared(), kind.Options.model_fields
+    rows = {name: made(*ROWS_OF[name]) for name in ROWS_OF if name in names}
+    good = GOOD | {n: p for n, p in rows.items() if fields[n].is_required()} | OWN.get(command, {})
+    given = {name: good[name] for name in names if good.get(name) is not None}
+    return kind.Options(**given)
 
 
 def sources_of(options: Any) -> list[str]:
