@@ -20,10 +20,11 @@ import torch
 from circuit.model.stages import patch
 from circuit.model.subspaces import remove, subspace_basis
 from circuit.reports.geometry_subspace_intervention import (
+    GeometrySubspaceIntervention,
     InterventionOptions,
-    geometry_subspace_intervention,
 )
 from circuit.reports.inputs import open_inputs
+from circuit.reports.report import run_report
 from circuit.runs.opening import open_run
 from circuit.training.checkpoints import list_checkpoints
 
@@ -41,12 +42,17 @@ def main() -> None:
     run = open_run(args.run)
     probes = run.path / "analysis" / "probe_set.jsonl"
     chosen = list(list_checkpoints(run.path / "checkpoints").values())[: args.checkpoints]
-    options = InterventionOptions(args.stage, "embedding_value_identity", "remove", ranks=(RANK,))
+    options = InterventionOptions(
+        probe_set=probes,
+        checkpoints=tuple(chosen),
+        stage=args.stage,
+        subspace="embedding_value_identity",
+        operation="remove",
+        ranks=(RANK,),
+    )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        result = geometry_subspace_intervention(
-            run.config, probes, chosen, options, Path(folder) / "report"
-        )
+        result = run_report(GeometrySubspaceIntervention, run, options, Path(folder) / "report")
         seconds = time.perf_counter() - began
     reads = result.summary["reads"]
     one = naive_seconds(args.run, probes, chosen[-1], args.stage, args.sample)

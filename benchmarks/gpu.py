@@ -33,8 +33,8 @@ from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config, parse_config
 from circuit.core.state import FlatState
 from circuit.environment import CUBLAS_WORKSPACE, prepare_process
-from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
-from circuit.reports.inputs import PairOptions
+from circuit.reports.inputs import traced_inputs
+from circuit.scalars.qk_match import QKMatches
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions
@@ -178,9 +178,8 @@ def _attribution(trace: ReplayedRun, probe_set: Path) -> Column:
     """One head's QK match over the last steps: do the contributions add up?"""
     config, end = trace.manifest.config, trace.store.last_step
     start = end - config.steps // 4
-    options = QKOptions(heads=(HEAD,), ranks=(4,), pairs=PairOptions(min_per_type=4))
-    source = QKScalars(config, probe_set, options)
-    attributor = attributor_of(trace, source.scalars(source.inputs(trace)))
+    family = QKMatches(heads=(HEAD,), ranks=(4,), min_pairs_per_type=4)
+    attributor = attributor_of(trace, family.build(traced_inputs(config, probe_set, trace)))
     rows, seconds = [], []
     steps = trace.replay(start, end)
     for _ in range(start, end):

@@ -16,8 +16,9 @@ from pathlib import Path
 from circuit.config import load_config
 from circuit.environment import prepare_process
 from circuit.model.components import all_heads
-from circuit.reports.inputs import PairOptions, open_inputs
-from circuit.reports.ov_write_progress import ProgressOptions, ov_write_progress
+from circuit.reports.inputs import open_inputs
+from circuit.reports.ov_write_progress import OvWriteProgress, ProgressOptions
+from circuit.reports.report import run_report
 from circuit.scalars.head_progress import ScoredReads, head_progress
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import list_checkpoints
@@ -35,9 +36,11 @@ def main() -> None:
     config = config.replace(threads=prepare_process(threads=args.threads))
     probe = RUN / "analysis" / "probe_set.jsonl"
     checkpoints = list(list_checkpoints(RUN / "checkpoints").values())[:16]
-    pairs = PairOptions(max_per_type=args.pairs)
+    options = ProgressOptions(
+        probe_set=probe, checkpoints=tuple(checkpoints), max_pairs_per_type=args.pairs
+    )
     study = open_inputs(config, probe)
-    reads = ScoredReads.of(study.side(study.pairs(pairs), "clean"))
+    reads = ScoredReads.of(study.side(study.pairs(options), "clean"))
     for point in study.models(checkpoints[:1]):
         heads = all_heads(point.model)
         began = time.perf_counter()
@@ -47,7 +50,7 @@ def main() -> None:
     print(f"one checkpoint, {len(heads)} heads, {args.pairs} pairs: {1e3 * measuring:.1f} ms")
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        ov_write_progress(config, probe, checkpoints, folder, ProgressOptions(pairs=pairs))
+        run_report(OvWriteProgress, config, options, folder)
         seconds = time.perf_counter() - began
     print(
         f"report over {len(heads)} heads, {len(checkpoints)} checkpoints, {args.pairs} pairs,"

@@ -35,20 +35,16 @@ class LazyModule(ModuleType):
 
 if TYPE_CHECKING:
     import altair as alt
-    import matplotlib as mpl
-    import matplotlib.figure
-    import matplotlib.ticker  # noqa: F401
     import numpy as np
     import pandas as pd
     import torch
 else:
     alt = LazyModule("altair")
-    mpl = LazyModule("matplotlib", "figure", "ticker")
     np = LazyModule("numpy")
     pd = LazyModule("pandas")
     torch = LazyModule("torch")
 
-__all__ = ["LazyModule", "alt", "mpl", "no_grad", "np", "pd", "torch"]
+__all__ = ["LazyModule", "alt", "no_grad", "np", "pd", "torch"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

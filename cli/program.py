@@ -19,9 +19,7 @@ from circuit import CircuitError, __version__
 from . import (
     checkpoints,
     data,
-    interventions,
     page,
-    progress,
     quickstart,
     reports,
     reproduce,
@@ -30,14 +28,10 @@ from . import (
     study,
     trace,
     training,
-    value_code,
 )
 from .output import print_error
 
-HAND_WRITTEN = (
-    *(quickstart, page, data, training, checkpoints, trace, reproduce, study),
-    *(interventions, progress, value_code),  # to go
-)
+HAND_WRITTEN = (quickstart, page, data, training, checkpoints, trace, reproduce, study)
 
 
 def program(words: Sequence[str] = ()) -> typer.Typer:

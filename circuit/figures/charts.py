@@ -56,6 +56,7 @@ STYLE: dict[str, Any] = {
     "legend": {
         **{"labelColor": INK, "titleColor": "var(--muted)", "titleFontWeight": "normal"},
         **{"labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "symbolStrokeWidth": 2},
+        **{"symbolBaseFillColor": INK, "symbolBaseStrokeColor": INK},
     },
 }
 """Vega-Lite's config of every chart."""
@@ -84,32 +85,43 @@ class Chart:
         Args:
             width: of the drawing without axes and legends, in pixels.
         """
-        import vl_convert
-
-        steps = [row["step"] for row in self.data[self.follows] if row.get("step") is not None]
-        spec = {
-            **self.spec,
-            "datasets": {**self.spec.get("datasets", {}), **self.data},
-            "config": {**STYLE, "background": "var(--paper)"},
-            "title": {"text": self.title, "anchor": "start", "color": INK, "fontSize": 13},
-            "padding": 10,
-        }
-        text = json.dumps(spec, allow_nan=False).replace("containerSize()[0]", str(width))
-        text = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], text)
-        drawn = json.loads(text)
-        drawn |= {"width": width, "autosize": {"type": "pad"}}
-        for parameter in drawn["params"]:
-            parameter["value"] = max(steps, default=0)
-        drawing: str = vl_convert.vegalite_to_svg(drawn)
-        numbers: dict[str, int] = {}  # Vega counts gradients and clips over all that are drawn
-        return re.sub(
-            r'(id="|url\(#)(gradient_|clip)(\d+)',
-            lambda id: f"{id[1]}{id[2]}{numbers.setdefault(id[2] + id[3], len(numbers))}",
-            drawing,
-        )
+        return stacked([self], width)
 
     def _repr_svg_(self) -> str:  # how a notebook shows it
         return self.svg()
+
+
+def stacked(charts: Sequence[Chart], width: int = 560) -> str:
+    """Charts below each other as one SVG, at the last step of all; see `Chart.svg`.
+
+    Args:
+        charts: whose data have different names.
+    """
+    import vl_convert
+
+    parts, datasets, last = [], {}, 0
+    for one in charts:
+        title = {"text": one.title, "anchor": "start", "color": INK, "fontSize": 13}
+        part = {**one.spec, "title": title, "width": width}
+        datasets |= {**part.pop("datasets", {}), **one.data}
+        parts.append({key: part[key] for key in part if key not in ("params", "autosize")})
+        steps = [row["step"] for row in one.data[one.follows] if row.get("step") is not None]
+        last = max([last, *steps])
+    spec = {
+        "vconcat": parts,
+        "params": [{"name": "step", "value": last}],
+        "datasets": datasets,
+        "config": {**STYLE, "background": "var(--paper)"},
+        "padding": 10,
+    }
+    text = json.dumps(spec, allow_nan=False).replace("containerSize()[0]", str(width))
+    text = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], text)
+    numbers: dict[str, int] = {}  # Vega counts gradients and clips over all that are drawn
+    return re.sub(
+        r'(id="|url\(#)(gradient_|clip)(\d+)',
+        lambda id: f"{id[1]}{id[2]}{numbers.setdefault(id[2] + id[3], len(numbers))}",
+        vl_convert.vegalite_to_svg(json.loads(text)),
+    )
 
 
 def chart(

@@ -46,6 +46,8 @@ def nearest_centroid(
 ) -> tuple[Int[Tensor, " read"], Bool[Tensor, " read"]]:
     """The group of the nearest centroid by cosine, with the read's own unit left out of all.
 
+    scikit-learn's NearestCentroid knows no cosine, and would be fitted once for each unit.
+
     Args:
         units: reads of one unit are left out together; all different is leave-one-out.
 
@@ -91,7 +93,10 @@ def nearest_centroid_without(
 
 @dataclass(frozen=True)
 class RidgeMap:
-    """The linear map with centring `y = mean_y + (x - mean_x) W`."""
+    """The linear map with centring `y = mean_y + (x - mean_x) W`.
+
+    scikit-learn's Ridge is the same map but for its last digits, which reports would show.
+    """
 
     weight: Float[Tensor, "rank_in rank_out"]
     mean_x: Float[Tensor, " rank_in"]

@@ -154,7 +154,8 @@ def rescue_fractions(
 ) -> list[tuple[float | None, float | None, float | None]]:
     """`(patched - removed) / (clean - removed)` of means, with a 95 % bootstrap interval.
 
-    Each of `DRAWS` draws takes as many records as there are, with replacement, and all their reads.
+    Each of `DRAWS` draws takes as many records as there are, with replacement, and all their reads;
+    scipy.stats.bootstrap would draw others, one statistic at a time.
 
     Args:
         values: float64, by condition.

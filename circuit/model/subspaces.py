@@ -196,7 +196,7 @@ def check_subspace(
             )
         return
     if rank is None:
-        raise CircuitError(f"subspace '{name}' needs a rank", fix="pass --rank")
+        raise CircuitError(f"subspace '{name}' needs a rank", fix="give one")
     check_rank(name, rank, d_head if name in HEAD_SUBSPACES else min(tokens[name] - 1, d_model))
 
 

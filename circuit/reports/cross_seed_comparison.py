@@ -30,7 +30,7 @@ from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.reports.ranking import ROLES
 from circuit.reports.report import Findings, Report, Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 from circuit.reports.written import Written, read_report
 
 _WINNER = ("seed", "winner_head", "winner_growth", "winner_path", "winner_path_write")
@@ -108,7 +108,7 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
     @classmethod
     def tables(cls, results: Results[CrossSeedOptions]) -> list[Table]:
         rows = list(results.rows())
-        winners: dict[str, str | tuple[str, str]] = {
+        winners: Columns = {
             "seed": "seed",
             "winner_head": "winner head",
             "winner_growth": ("growth", "+.4g"),
@@ -116,7 +116,7 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
             "winner_path": "winner path",
             "winner_path_write": ("final write", "+.4g"),
         }
-        controls: dict[str, str | tuple[str, str]] = {
+        controls: Columns = {
             "seed": "seed",
             "runner_up_head": "runner-up",
             "runner_up_growth": ("growth", "+.4g"),
@@ -130,8 +130,10 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
         ]
         for name, title in _ATTRIBUTIONS.items():
             terms = {term: (term, "+.4g") for term in rows[0][f"{name}_terms"]}
-            moved = {"seed": "seed", f"{name}_actual": ("actual", "+.4g"), **terms}
-            moved |= {
+            moved: Columns = {
+                "seed": "seed",
+                f"{name}_actual": ("actual", "+.4g"),
+                **terms,
                 f"{name}_closure_path": ("closure, path", ".2g"),
                 f"{name}_closure_first_order": ("closure, first order", ".2g"),
             }

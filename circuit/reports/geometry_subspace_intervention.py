@@ -1,278 +1,348 @@
 """geometry-subspace-intervention: remove or keep a subspace of the residual stream, and read on.
 
 At one stage and role the residual vectors are replaced by `x - B B^T x` (remove) or `B B^T x`
-(keep), and the rest of the network runs on (definitions.md sections 3 and 6); `interventions.py`
-says how the reads are laid out.
+(keep), and the rest of the network runs on (definitions.md sections 3 and 6).
+
+In `single_query` each read has its own row, in which only its own positions are changed; in
+`batch_union` all reads of a record share one row, in which the positions of all of them are. Only
+what lies downstream of the stage is run, from clean states that are computed once; a row ends at
+its last prediction position, since what comes later cannot matter.
+
+`subspace_share` of a row is `|B^T x|² / |x|²`, averaged over the changed positions of the read:
+how much of the vectors lies in the subspace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from circuit import options
 from circuit.artifacts import Row
-from circuit.errors import CircuitError
-from circuit.figures.interventions import margin_and_accuracy
-from circuit.lazy import no_grad, pd
-from circuit.model.components import Component, parse_component
+from circuit.figures.charts import (
+    CATEGORY,
+    INK,
+    Chart,
+    at_step,
+    chart,
+    chosen,
+    colour,
+    exact,
+    lines,
+    named,
+    steps,
+)
+from circuit.lazy import alt, no_grad, pd, torch
+from circuit.model.components import parse_component
 from circuit.model.readout import Answers, read_answers
-from circuit.model.stages import read_stages, stage_hook
+from circuit.model.stages import read_stages, run_from
 from circuit.model.subspaces import (
     EMBEDDING_SUBSPACES,
     HEAD_SUBSPACES,
+    SUBSPACES,
     Basis,
     check_subspace,
     keep,
     remove,
     subspace_basis,
 )
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Checkpointed, Inputs, open_inputs
-from circuit.reports.interventions import QueryMode, intervene
-from circuit.tasks.positions import Batch, check_roles, role_mask
-from circuit.train_config import TrainConfig
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Columns, Table
+from circuit.tasks.positions import ROLES, Batch, role_mask
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
+    from transformer_lens import HookedTransformer
 
-COMMAND = "geometry-subspace-intervention"
 Operation = Literal["remove", "keep"]
-_OPERATIONS: dict[Operation, Callable[..., Tensor]] = {
-    "remove": remove,
-    "keep": keep,
-}
+QueryMode = Literal["single_query", "batch_union"]
+
+_ROWS = 128
+"""Rows of one forward pass."""
+
+
+class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
+    """What is done where."""
+
+    stage: Annotated[str, options.Option("Stage that is changed.", kind="stage")]
+    subspace: Annotated[str, options.Option("Subspace that is removed or kept.", choices=SUBSPACES)]
+    operation: Annotated[Operation, options.Option("remove or keep.")]
+    ranks: Annotated[
+        tuple[int, ...],
+        options.Option(
+            "Rank of the subspace, each one intervention; none for full_residual.",
+            flag="--rank",
+            least=1,
+        ),
+    ] = ()
+    head: Annotated[
+        str | None, options.Option("Head whose subspace it is, such as L2H1.", kind="head")
+    ] = None
+    position_role: Annotated[
+        str, options.Option("Role of the changed positions.", choices=ROLES)
+    ] = "prediction"
+    query_mode: Annotated[
+        QueryMode,
+        options.Option(
+            "single_query: each read by itself; batch_union: all reads of a record at once."
+        ),
+    ] = "single_query"
+    max_records: options.MaxRecords = None
+
+    def __str__(self) -> str:
+        of = f" of {self.head}" if self.head else ""
+        mode = "" if self.query_mode == "single_query" else f", {self.query_mode}"
+        place = f"{self.stage} / {self.position_role}{mode}"
+        return f"{self.operation} {self.subspace}{of} at {place}"
+
+
+class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
+    """Remove or keep a subspace at a stage and role: what margin and accuracy are left."""
+
+    command = "geometry-subspace-intervention"
+    Options = InterventionOptions
+    title = "Interventions on subspaces"
+    question = "Does the answer need the subspace, and does the subspace suffice for it?"
+    place = 7
+    every = True
+
+    def prepare(self) -> None:
+        super().prepare()
+        asked, shape, vocabulary = self.options, self.config.model, self.inputs.vocabulary
+        self.head = None if asked.head is None else parse_component(asked.head)
+        self.ranks = asked.ranks or (None,)
+        tokens = (len(vocabulary.key_ids), len(vocabulary.value_ids))
+        for rank in self.ranks:
+            check_subspace(
+                asked.subspace,
+                rank,
+                self.head,
+                d_model=shape.d_model,
+                d_head=shape.d_model // shape.heads,
+                tokens=dict(zip(EMBEDDING_SUBSPACES, tokens, strict=True)),
+            )
+        self.batch = self.inputs.reads(asked.max_records)
+        self.unchanged = 0.0
+
+    @no_grad
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        """The rows of one checkpoint, rank by rank, read by read."""
+        asked, batch, vocabulary = self.options, self.batch, self.inputs.vocabulary
+        logits, stages = read_stages(point.model, batch.tokens, asked.stage)
+        states = stages[asked.stage]
+        clean = self._answers(logits[batch.reads.row, batch.reads.key_pos])
+        run_on = partial(intervene, point.model, asked.stage, states, batch, asked.position_role)
+        # batches of other shapes give other last bits
+        again = self._answers(run_on(lambda x: x, "batch_union"))
+        self.unchanged = max(self.unchanged, float((again.margin - clean.margin).abs().max()))
+        operation = {"remove": remove, "keep": keep}[asked.operation]
+        for rank in self.ranks:
+            basis = subspace_basis(
+                point.model,
+                asked.subspace,
+                rank,
+                head=self.head,
+                key_tokens=vocabulary.key_ids,
+                value_tokens=vocabulary.value_ids,
+            )
+            after = self._answers(run_on(partial(operation, basis=basis), asked.query_mode))
+            columns = {
+                **self._names(),
+                "positions": role_mask(batch, asked.position_role).sum(1).tolist(),
+                "subspace_share": _share(states, batch, asked.position_role, basis).tolist(),
+                **self._columns("baseline", clean),
+                **self._columns("intervened", after),
+            }
+            for values in zip(*columns.values(), strict=True):
+                of_read = dict(zip(columns, values, strict=True))
+                yield {"step": point.step, "rank": rank, **of_read}
+
+    def _answers(self, logits: Float[Tensor, "read vocab"]) -> Answers:
+        return read_answers(logits, self.batch.reads.answer, self.inputs.vocabulary.value_ids)
+
+    def _names(self) -> dict[str, list[Any]]:
+        """What names each read."""
+        reads, names = self.batch.reads, self.inputs.vocabulary.tokens
+        rows = reads.row.tolist()
+        return {
+            "split": [self.inputs.records[row].split for row in rows],
+            "sample_id": [self.batch.sample_ids[row] for row in rows],
+            "read_index": reads.index.tolist(),
+            "lag": reads.lag.tolist(),
+            "is_heldout": reads.is_heldout.tolist(),
+            "answer": [names[token] for token in reads.answer.tolist()],
+        }
+
+    def _columns(self, prefix: str, answers: Answers) -> dict[str, list[Any]]:
+        names = self.inputs.vocabulary.tokens
+        return {
+            f"{prefix}_margin": answers.margin.tolist(),
+            f"{prefix}_answer_correct": answers.is_answer.tolist(),
+            f"{prefix}_value_correct": answers.is_value.tolist(),
+            f"{prefix}_competitor": [names[token] for token in answers.competitor.tolist()],
+        }
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        law = (
+            f"running on from {self.options.stage} with nothing changed gives the baseline margins"
+            f" to within {self.unchanged:.1g} logits"
+        )
+        return Findings(rows, {"reads": len(self.batch.reads), "means": _means(rows)}, law)
+
+    @classmethod
+    def size(cls, results: Results[InterventionOptions]) -> tuple[float, ...]:
+        return results.summary["reads"], len(results.summary["means"])
+
+    @classmethod
+    def notes(cls, results: Results[InterventionOptions]) -> list[str]:
+        notes = [
+            f"`{results.options}`. Margin: logit of the right value minus the best"
+            " other value's. Accuracy: the argmax over the whole vocabulary is the answer. Share:"
+            " squared norm of the vectors inside the subspace. Dashed in the charts: nothing"
+            " changed."
+        ]
+        if results.options.subspace in HEAD_SUBSPACES:
+            notes.append(
+                "The head's singular vectors are used on the raw residual; ln1 is not folded in."
+            )
+        return notes
+
+    @classmethod
+    def tables(cls, results: Results[InterventionOptions]) -> list[Table]:
+        columns: Columns = {
+            "step": "step",
+            "rank": "rank",
+            "split": "split",
+            "reads": "reads",
+            "baseline_margin": ("margin", ".3f"),
+            "intervened_margin": ("after", ".3f"),
+            "margin_drop": ("drop", ".3f"),
+            "baseline_answer_accuracy": ("accuracy", ".1%"),
+            "intervened_answer_accuracy": ("after", ".1%"),
+            "subspace_share": ("share", ".1%"),
+        }
+        means = results.summary["means"]
+        return [Table(str(results.options), columns, means, console=len(means))]
+
+    @classmethod
+    def charts(cls, results: Results[InterventionOptions]) -> list[Chart]:
+        """Accuracy and margin over steps, and where there are several ranks by rank at the step."""
+        means = results.summary["means"]
+        rows = [row for row in means if row["split"] == "all"] or means
+        ranks = list(dict.fromkeys(row["rank"] for row in rows))
+        charts = []
+        for column, words in (("answer_accuracy", "answer accuracy"), ("margin", "value margin")):
+            title = f"{results.options}: {words}"
+            if len(ranks) > 1:
+                charts.append(_by_rank(rows, column, words, f"{title} at the step, by rank"))
+            charts.append(_over_steps(rows, ranks, column, words, f"{title} over steps"))
+        return charts
+
+
+def _before_and_after(column: str) -> tuple[str, ...]:
+    return "step", "rank", "split", "reads", f"baseline_{column}", f"intervened_{column}"
+
+
+def _domain(column: str) -> list[int] | None:
+    return [0, 1] if column == "answer_accuracy" else None
+
+
+def _by_rank(rows: Sequence[Row], column: str, words: str, title: str) -> Chart:
+    place = (
+        named("interventions")
+        .transform_filter(chosen())
+        .encode(x=alt.X("rank:O").title("rank").axis(labelAngle=0))
+    )
+    point = alt.OverlayMarkDef(size=50, filled=True, color=CATEGORY[0])
+    after = place.mark_line(color=CATEGORY[0], point=point).encode(
+        y=alt.Y(f"intervened_{column}:Q")
+        .title(words)
+        .scale(domain=_domain(column) or alt.Undefined),
+        tooltip=exact(*_before_and_after(column)),
+    )
+    before = place.mark_line(color=INK, strokeDash=[5, 4]).encode(
+        y=f"baseline_{column}:Q", tooltip=exact("step", "reads", f"baseline_{column}")
+    )
+    return chart(f"{column}_by_rank", title, {"interventions": rows}, after, before)
+
+
+def _over_steps(
+    rows: Sequence[Row], ranks: Sequence[int | None], column: str, words: str, title: str
+) -> Chart:
+    names = ["changed" if rank is None else f"rank {rank}" for rank in ranks]
+    columns = _before_and_after(column)
+    after = lines(
+        *("interventions", f"intervened_{column}", words, colour("rank", names), columns),
+        domain=_domain(column),
+    ).transform_calculate(rank="datum.rank === null ? 'changed' : 'rank ' + datum.rank")
+    before = (
+        named("interventions")
+        .mark_line(color=INK, strokeDash=[5, 4])
+        .encode(x=steps(), y=f"baseline_{column}:Q", tooltip=exact("step", f"baseline_{column}"))
+    )
+    return chart(f"{column}_over_steps", title, {"interventions": rows}, after, before, at_step())
 
 
 @dataclass(frozen=True)
-class InterventionOptions:
-    """What is done where.
+class _Rows:
+    """What is run: the record that each row holds, where it is changed, where its reads stand."""
 
-    Attributes:
-        stage, position_role: where the residual stream is changed.
-        subspace: one of `circuit.model.subspaces.SUBSPACES`.
-        ranks: each is one intervention; none for `full_residual`.
-        operation: `remove` or `keep`.
-        query_mode: `single_query` or `batch_union`.
-        head: whose subspace, for those of heads.
-        splits: of the probe records; None takes all.
-        max_records: that many reads, in file order; None takes all.
-    """
-
-    stage: str
-    subspace: str
-    operation: Operation
-    position_role: str = "prediction"
-    ranks: tuple[int, ...] = ()
-    query_mode: QueryMode = "single_query"
-    head: str | None = None
-    splits: tuple[str, ...] | None = None
-    max_records: int | None = None
-
-    @property
-    def each_rank(self) -> tuple[int | None, ...]:
-        """The ranks, or one None where the subspace takes none."""
-        return self.ranks or (None,)
+    record: Int[Tensor, " row"]
+    changed: Bool[Tensor, "row pos"]
+    end: Int[Tensor, " row"]
+    """Position after the row's last prediction."""
+    of_read: Int[Tensor, " read"]
 
 
-def geometry_subspace_intervention(
-    config: TrainConfig,
-    probe_set: str | Path,
-    checkpoints: Sequence[Path],
-    options: InterventionOptions,
-    output_dir: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Write margins and accuracies with and without the intervention, per checkpoint, rank, read.
-
-    `subspace_share` of a row is `|B^T x|² / |x|²`, averaged over the changed positions of the read:
-    how much of the vectors lies in the subspace.
+def intervene(
+    model: HookedTransformer,
+    stage: str,
+    clean: Float[Tensor, "batch pos d_model"],
+    batch: Batch,
+    role: str,
+    change: Callable[[Float[Tensor, "place d_model"]], Float[Tensor, "place d_model"]],
+    mode: QueryMode = "single_query",
+) -> Float[Tensor, "read vocab"]:
+    """Logits at every read's prediction position, with the vectors of a stage and role changed.
 
     Args:
-        checkpoints: ascending by step.
-        progress: called with the checkpoints done and their number.
+        clean: the residual stream at the stage, of every row of the batch.
+        change: takes vectors to their replacements, each by itself.
 
     Raises:
-        CircuitError: an option has no meaning for this model or vocabulary; the probe set is of
-            another benchmark; a checkpoint is missing, damaged, or of another config or benchmark.
+        CircuitError: there is no such stage or role.
     """
-    rows: list[Row] = []
-    digests, unchanged = {}, 0.0
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        head = _check(options, inputs)
-        batch = inputs.reads(options.max_records)
-        for done, point in enumerate(inputs.models(checkpoints), 1):
-            clean = _clean(point, inputs, batch, options.stage)
-            rows += _point_rows(point, clean, inputs, batch, options, head)
-            unchanged = max(unchanged, _unchanged(point, clean, inputs, batch, options))
-            digests[str(point.step)] = point.digest
-            if progress:
-                progress(done, len(checkpoints))
-        means = _means(rows)
-        return writer.write(
-            parameters={
-                **asdict(options),
-                "probe_set": str(probe_set),
-                "checkpoints": [str(path) for path in checkpoints],
-            },
-            summary={"reads": len(batch.reads), "means": means},
-            rows=rows,
-            page=_page(options, means),
-            figures={"geometry_subspace_intervention": margin_and_accuracy(means, _title(options))},
-            provenance={**inputs.provenance(), "parameters_sha256": digests},
-            law=f"running on from {options.stage} with nothing changed gives the baseline margins"
-            f" to within {unchanged:.1g} logits",
-            device=config.device,
-        )
+    rows, predicted_at = _rows(batch, role, mode), batch.reads.key_pos
+    logits = clean.new_empty(len(batch.reads), model.cfg.d_vocab_out)
+    order = rows.end.argsort(stable=True)  # rows of one pass are alike in length: little padding
+    for start in range(0, len(order), _ROWS):
+        chosen = order[start : start + _ROWS]
+        width = max(int(rows.end[chosen].max()), 1)
+        changed = rows.changed[chosen, :width]
+        states = clean[rows.record[chosen], :width]
+        states[changed] = change(states[changed])
+        place = torch.full_like(rows.end, -1)
+        place[chosen] = torch.arange(len(chosen), device=place.device)
+        reads = (place[rows.of_read] >= 0).nonzero()[:, 0]
+        at = place[rows.of_read[reads]], predicted_at[reads]
+        logits[reads] = run_from(model, stage, states)[at]
+    return logits
 
 
-def _check(options: InterventionOptions, inputs: Inputs) -> Component | None:
-    """Everything that can be wrong before a checkpoint is read; the head."""
-    shape, vocabulary = inputs.config.model, inputs.vocabulary
-    stage_hook(options.stage, shape.layers)
-    check_roles(options.position_role)
-    for name, value, valid in (
-        ("operation", options.operation, get_args(Operation)),
-        ("query mode", options.query_mode, get_args(QueryMode)),
-    ):
-        if value not in valid:
-            raise CircuitError(f"unknown {name} '{value}'", expected=f"one of {', '.join(valid)}")
-    head = None
-    if options.head is not None:
-        head = parse_component(options.head, shape=(shape.layers, shape.heads))
-    if len(set(options.ranks)) < len(options.ranks):
-        raise CircuitError("a rank is named twice", where="--rank", fix="name each once")
-    tokens = (len(vocabulary.key_ids), len(vocabulary.value_ids))
-    for rank in options.each_rank:
-        check_subspace(
-            options.subspace,
-            rank,
-            head,
-            d_model=shape.d_model,
-            d_head=shape.d_model // shape.heads,
-            tokens=dict(zip(EMBEDDING_SUBSPACES, tokens, strict=True)),
-        )
-    return head
-
-
-@dataclass(frozen=True)
-class _Clean:
-    """One checkpoint without an intervention."""
-
-    states: Float[Tensor, "batch pos d_model"]
-    answers: Answers
-
-
-@no_grad
-def _clean(point: Checkpointed, inputs: Inputs, batch: Batch, stage: str) -> _Clean:
-    logits, states = read_stages(point.model, batch.tokens, stage)
-    at = logits[batch.reads.row, batch.reads.key_pos]
-    values = inputs.vocabulary.value_ids
-    return _Clean(states[stage], read_answers(at, batch.reads.answer, values))
-
-
-@no_grad
-def _unchanged(
-    point: Checkpointed, clean: _Clean, inputs: Inputs, batch: Batch, options: InterventionOptions
-) -> float:
-    """Largest difference of margins between the clean run and running on with nothing changed.
-
-    Batches of other shapes give other last bits.
-    """
-    logits = intervene(
-        point.model,
-        options.stage,
-        clean.states,
-        batch,
-        options.position_role,
-        lambda x: x,
-        "batch_union",
-    )
-    found = read_answers(logits, batch.reads.answer, inputs.vocabulary.value_ids)
-    return float((found.margin - clean.answers.margin).abs().max())
-
-
-@no_grad
-def _point_rows(
-    point: Checkpointed,
-    clean: _Clean,
-    inputs: Inputs,
-    batch: Batch,
-    options: InterventionOptions,
-    head: Component | None,
-) -> Iterator[Row]:
-    """The rows of one checkpoint, rank by rank, read by read."""
-    reads, vocabulary = batch.reads, inputs.vocabulary
-    role, operation = options.position_role, _OPERATIONS[options.operation]
-    facts = _read_facts(inputs, batch)
-    for rank in options.each_rank:
-        basis = subspace_basis(
-            point.model,
-            options.subspace,
-            rank,
-            head=head,
-            key_tokens=vocabulary.key_ids,
-            value_tokens=vocabulary.value_ids,
-        )
-        logits = intervene(
-            point.model,
-            options.stage,
-            clean.states,
-            batch,
-            role,
-            partial(operation, basis=basis),
-            options.query_mode,
-        )
-        intervened = read_answers(logits, reads.answer, vocabulary.value_ids)
-        columns = {
-            "positions": role_mask(batch, role).sum(1).tolist(),
-            "subspace_share": _share(clean.states, batch, role, basis).tolist(),
-            **_columns("baseline", clean.answers, inputs),
-            **_columns("intervened", intervened, inputs),
-        }
-        for i, fact in enumerate(facts):
-            own = {name: column[i] for name, column in columns.items()}
-            yield {"step": point.step, "rank": rank, **fact, **own}
-
-
-def _read_facts(inputs: Inputs, batch: Batch) -> list[dict[str, Any]]:
-    """What names each read."""
-    reads, records, names = batch.reads, inputs.records, inputs.vocabulary.tokens
-    columns = zip(
-        reads.row.tolist(),
-        reads.index.tolist(),
-        reads.lag.tolist(),
-        reads.is_heldout.tolist(),
-        reads.answer.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "split": records[row].split,
-            "sample_id": batch.sample_ids[row],
-            "read_index": index,
-            "lag": lag,
-            "is_heldout": heldout,
-            "answer": names[answer],
-        }
-        for row, index, lag, heldout, answer in columns
-    ]
-
-
-def _columns(prefix: str, found: Answers, inputs: Inputs) -> dict[str, list[Any]]:
-    names = inputs.vocabulary.tokens
-    return {
-        f"{prefix}_margin": found.margin.tolist(),
-        f"{prefix}_answer_correct": found.is_answer.tolist(),
-        f"{prefix}_value_correct": found.is_value.tolist(),
-        f"{prefix}_competitor": [names[token] for token in found.competitor.tolist()],
-    }
+def _rows(batch: Batch, role: str, mode: QueryMode) -> _Rows:
+    reads, mask = batch.reads, role_mask(batch, role)
+    if mode == "single_query":
+        own = torch.arange(len(reads), device=mask.device)
+        return _Rows(reads.row, mask, reads.key_pos + 1, own)
+    records = torch.arange(len(batch.tokens), device=mask.device)
+    changed = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=mask.device)
+    changed.index_add_(0, reads.row, mask.long())
+    end = torch.zeros_like(records).scatter_reduce(0, reads.row, reads.key_pos + 1, "amax")
+    return _Rows(records, changed > 0, end, reads.row)
 
 
 def _share(
@@ -314,37 +384,4 @@ def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {str(name): value for name, value in row.items()} | {"rank": int(row["rank"]) or None}
         for row in found
-    ]
-
-
-def _title(options: InterventionOptions) -> str:
-    of = f" of {options.head}" if options.head else ""
-    return (
-        f"{options.operation} {options.subspace}{of} at {options.stage} / {options.position_role}"
-    )
-
-
-def _page(options: InterventionOptions, means: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"{_title(options)}, {options.query_mode}. Margin: logit of the right value minus the best"
-        " other value's. Accuracy: the argmax over the whole vocabulary is the answer. Share:"
-        " squared norm of the vectors inside the subspace.",
-    ]
-    if options.subspace in HEAD_SUBSPACES:
-        lines.append(
-            "The head's singular vectors are used on the raw residual; ln1 is not folded in."
-        )
-    lines += [
-        "",
-        "![Margin and accuracy](geometry_subspace_intervention.svg)",
-        "",
-        "| step | rank | split | reads | margin | after | drop | accuracy | after | share |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    return lines + [
-        f"| {m['step']} | {'-' if m['rank'] is None else m['rank']} | {m['split']} | {m['reads']} |"
-        f" {m['baseline_margin']:.3f} | {m['intervened_margin']:.3f} | {m['margin_drop']:.3f} |"
-        f" {100 * m['baseline_answer_accuracy']:.1f} % |"
-        f" {100 * m['intervened_answer_accuracy']:.1f} % | {100 * m['subspace_share']:.1f} % |"
-        for m in means
     ]

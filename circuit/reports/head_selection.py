@@ -17,7 +17,7 @@ from circuit.figures.charts import Chart
 from circuit.options import Option, Options
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 from circuit.reports.written import SUFFIX, read_report
 
 ROWS = "_rows.jsonl"
@@ -93,7 +93,7 @@ class HeadSelection(Report[HeadSelectionOptions]):
 
     @classmethod
     def tables(cls, results: Results[HeadSelectionOptions]) -> list[Table]:
-        columns: dict[str, str | tuple[str, str]] = {
+        columns: Columns = {
             "place": "place",
             "head": "head",
             "role": "role",

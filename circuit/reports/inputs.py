@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
+from circuit.options import PairOptions
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.pairs import Pair, build_pairs, check_pair_types, pair_batch
+from circuit.tasks.pairs import Pair, build_pairs, pair_batch
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import ProbeSet, read_probe_set
 from circuit.tasks.symbolic_kv import Record, Vocabulary
@@ -45,18 +46,6 @@ class Checkpointed:
     digest: str
     """sha256 of the weights."""
     model: HookedTransformer
-
-
-@dataclass(frozen=True)
-class PairOptions:
-    """Which pairs a command builds."""
-
-    types: tuple[str, ...] = ("support_value",)
-    max_per_type: int = 64
-    min_per_type: int = 16
-
-    def __post_init__(self) -> None:
-        check_pair_types(self.types, self.max_per_type, self.min_per_type)
 
 
 @dataclass(frozen=True)
@@ -113,13 +102,14 @@ class Inputs:
             )
         return batch.to(self.config.device)
 
-    def pairs(self, options: Any) -> list[Pair]:
+    def pairs(self, options: PairOptions) -> list[Pair]:
         """Pairs of the records (definitions.md section 2), built once.
 
         Raises:
             CircuitError: too few of a type, with the reasons.
         """
-        types, most, least = _wanted(options)
+        types = options.pair_types
+        most, least = options.max_pairs_per_type, options.min_pairs_per_type
         if (types, most, least) not in self._pairs:
             built = build_pairs(
                 self.records,
@@ -176,12 +166,6 @@ class Inputs:
             **self.config.provenance(self.benchmark.digest),
             "probe_set_sha256": self.probe.metadata.sha256,
         }
-
-
-def _wanted(options: Any) -> tuple[tuple[str, ...], int, int]:
-    if isinstance(options, PairOptions):
-        return options.types, options.max_per_type, options.min_per_type
-    return options.pair_types, options.max_pairs_per_type, options.min_pairs_per_type
 
 
 def states_at(

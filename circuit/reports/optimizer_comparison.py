@@ -13,7 +13,7 @@ from circuit.figures.charts import INK, Chart, at_step, chart, colour, legend, l
 from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.reports.report import Findings, Report, Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 from circuit.reports.written import SUFFIX, read_document, read_report
 from circuit.train_config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
 from circuit.training.run_folder import METRICS, SUMMARY
@@ -85,14 +85,14 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
 
     @classmethod
     def tables(cls, results: Results[OptimizerComparisonOptions]) -> list[Table]:
-        by_group = {
+        by_group: Columns = {
             "group": "optimizer",
             "runs": "runs",
             "learned": "learned",
             "diverged": "diverged",
             "best_answer_accuracy": ("best accuracy", ".1%"),
         }
-        by_run = {
+        by_run: Columns = {
             "run": "run",
             "learning_rate": ("rate", "g"),
             "momentum": ("momentum", ".3g"),
@@ -255,7 +255,7 @@ class ComparedRun:
         try:
             reported = self.ended["evaluations"][SPLIT]
             names = ("answer_accuracy", "loss")
-            return max(abs(self.evaluations[-1][name] - reported[name]) for name in names)
+            return float(max(abs(self.evaluations[-1][n] - reported[n]) for n in names))
         except (KeyError, TypeError) as error:
             raise CircuitError(
                 f"{SUMMARY} of run {self.name} is damaged: no {error}", fix="train it again"

@@ -14,377 +14,357 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.artifacts import Row, dump_rows
-from circuit.errors import CircuitError
-from circuit.figures.progress import heads_over_steps
-from circuit.lazy import np, torch
-from circuit.model.components import Component, parse_component
+from circuit import options
+from circuit.artifacts import Row
+from circuit.figures.charts import Chart, at_step, chart, colour, heat, legend, lines
+from circuit.lazy import alt, np, torch
+from circuit.model.components import all_heads, parse_component
 from circuit.model.readout import read_answers
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.correlation import CHANCE, chance_level, pearson
-from circuit.reports.inputs import Checkpointed, Inputs, PairOptions, open_inputs
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Columns, Table
 from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
 from circuit.scalars.head_progress import COLUMNS, REDUNDANT, ScoredReads, head_progress
-from circuit.tasks.groups import check_single
-from circuit.tasks.pairs import Pair, check_side
-from circuit.tasks.positions import check_roles
-from circuit.train_config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy.typing import NDArray
     from torch import Tensor
 
-COMMAND = "ov-write-progress-report"
-NAME = "ov_write_progress"
+    Logits = Float[Tensor, "read vocab"]
+
+MEANS, DELTAS, CORRELATIONS = (
+    f"ov_write_progress_{name}.jsonl" for name in ("means", "deltas", "correlations")
+)
 OUTPUTS = ANSWER_SCALARS[:5]
 """Answer scalars whose deltas are correlated with: margins, the answer's logit, the loss."""
 AT_STEP = OUTPUTS[:3]
 """Those that one checkpoint alone defines."""
-SHOWN = (
-    "qk_separation",
-    "attention_support",
-    "attention_distractors",
-    "ov_map_value_margin",
-    "head_value_margin_dla",
-    "head_answer_logit_dla",
-    "head_margin_dla",
-    "swapped_value.head_margin_dla",
-)
-"""Columns of the page's table."""
+CHANCE = 0.05
+"""Probability of `chance_level`."""
 
 
-@dataclass(frozen=True)
-class ProgressOptions:
-    """What is measured.
+class ProgressOptions(options.ProbeOptions, options.CheckpointOptions, options.PairOptions):
+    """Whose progress is measured; attention and outputs are always those of the prediction."""
 
-    Attributes:
-        heads: addresses; none means all.
-        score_query_role: whose scores are separated; attention and outputs are always those of the
-            prediction position.
-        support_key_role, distractor_key_role: the positions that are compared.
-        record_side: side of the pairs.
-        splits: of the probe records; None takes all.
-        top_k_correlations: listed in the summary, by |r|.
-    """
-
-    heads: tuple[str, ...] = ()
-    score_query_role: str = "prediction"
-    support_key_role: str = "support_value"
-    distractor_key_role: str = "value_distractors"
-    record_side: str = "clean"
-    pairs: PairOptions = field(default_factory=PairOptions)
-    splits: tuple[str, ...] | None = None
-    top_k_correlations: int = 32
-
-    def __post_init__(self) -> None:
-        check_single(self.score_query_role)
-        check_roles(self.support_key_role, self.distractor_key_role)
-        check_side(self.record_side)
+    heads: options.Heads = ()
+    score_query_role: options.ScoreQueryRole = "prediction"
+    support_key_role: options.SupportKeyRole = "support_value"
+    distractor_key_role: options.DistractorKeyRole = "value_distractors"
+    record_side: options.RecordSide = "clean"
+    top_k_correlations: Annotated[
+        int, options.Option("Correlations listed in the summary, by size.", least=1)
+    ] = 32
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All figures; checkpoints ascend by step.
+class OvWriteProgress(OfCheckpoints[ProgressOptions]):
+    """How heads come to match, look and write over checkpoints, and what moves with it."""
 
-    Attributes:
-        columns: of `COLUMNS`.
-        logits: at the prediction positions.
-        dla_residual: the largest of `head_progress`.
-    """
+    command = "ov-write-progress-report"
+    Options = ProgressOptions
+    finite = False
+    title = "Who writes"
+    question = "Which head looks at the support and writes its value, and since when?"
+    place = 2
 
-    steps: list[int]
-    heads: list[str]
-    columns: NDArray[np.float64]  # [checkpoint, column, head, read]
-    logits: Float[Tensor, "checkpoint read vocab"]
-    answers: NDArray[np.float64]  # [checkpoint, AT_STEP, read]
-    outputs: NDArray[np.float64]  # deltas [interval, OUTPUTS, read]
-    dla_residual: float
-    digests: list[str]
-
-    @property
-    def means(self) -> NDArray[np.float64]:
-        """Means over pairs, `[checkpoint, column, head]`."""
-        return np.asarray(self.columns.mean(-1))
-
-
-def ov_write_progress(
-    config: TrainConfig,
-    probe_set: str | Path,
-    checkpoints: Sequence[Path],
-    output_dir: str | Path,
-    options: ProgressOptions | None = None,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Measure heads at each checkpoint and write the report.
-
-    Args:
-        checkpoints: files, each of another step, in any order.
-        progress: called with the number of checkpoints done and of all.
-
-    Raises:
-        CircuitError: a head, role, side, type or split does not exist, there are too few pairs, or
-            a checkpoint is damaged, of another config or benchmark, or of a step named before.
-    """
-    options = options or ProgressOptions()
-    heads = _heads(options.heads, config.model)
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as report:
-        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        pairs = inputs.pairs(options.pairs)
-        reads = ScoredReads.of(
-            inputs.side(pairs, options.record_side),
-            query_role=options.score_query_role,
-            support_role=options.support_key_role,
-            distractor_role=options.distractor_key_role,
+    def prepare(self) -> None:
+        super().prepare()
+        asked = self.options
+        self.pairs = self.inputs.pairs(asked)
+        self.reads = ScoredReads.of(
+            self.inputs.side(self.pairs, asked.record_side),
+            query_role=asked.score_query_role,
+            support_role=asked.support_key_role,
+            distractor_role=asked.distractor_key_role,
         )
-        measured = _measure(inputs, checkpoints, reads, heads, progress)
-        correlations = list(_correlation_rows(measured))
-        lags = Counter(reads.batch.reads.lag.tolist())
-        summary = {
-            "pairs": len(pairs),
-            "pairs_by_lag": {str(lag): lags[lag] for lag in sorted(lags)},
-            **_summary(measured, correlations, options.top_k_correlations),
-        }
-        means = list(_mean_rows(measured))
-        law = (
-            "the direct contributions of all components sum to the logits to"
-            f" {measured.dla_residual:.1e} of the largest logit, at {len(checkpoints)} checkpoints"
-        )
-        return report.write(
-            parameters={
-                **asdict(options),
-                "heads": measured.heads,
-                "probe_set": str(probe_set),
-                "checkpoints": [str(path) for path in checkpoints],
-                "config": config.model_dump(mode="json"),
-            },
-            summary=summary,
-            rows=_pair_rows(measured, pairs, reads),
-            further={
-                f"{NAME}_means.jsonl": dump_rows(means),
-                f"{NAME}_deltas.jsonl": dump_rows(_delta_rows(measured)),
-                f"{NAME}_correlations.jsonl": dump_rows(correlations),
-            },
-            page=_page(summary),
-            figures={NAME: heads_over_steps(means)},
-            provenance={
-                **inputs.provenance(),
-                "parameters_sha256": dict(
-                    zip(map(str, measured.steps), measured.digests, strict=True)
-                ),
-            },
-            law=law,
-            device=config.device,
-        )
+        self.steps: list[int] = []
+        self.means: list[NDArray[np.float64]] = []  # [column, head] of each checkpoint
+        self.answers: list[NDArray[np.float64]] = []  # [AT_STEP]
+        self.outputs: list[NDArray[np.float64]] = []  # deltas [OUTPUTS] of each interval
+        self.residuals: list[float] = []
+        self.before: Logits | None = None
 
-
-def _heads(names: Sequence[str], shape: ModelConfig) -> list[Component]:
-    """The heads that were asked for, or all; refuses what the model does not have."""
-    if not names:
-        return [Component(layer, h) for layer in range(shape.layers) for h in range(shape.heads)]
-    heads = [parse_component(name) for name in names]
-    for head in heads:
-        if head.head is None or head.layer >= shape.layers or head.head >= shape.heads:
-            raise CircuitError(
-                f"the model has no head '{head}'",
-                expected=f"layers 0-{shape.layers - 1}, heads 0-{shape.heads - 1}, such as L0H0",
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        heads = [parse_component(name) for name in self.options.heads] or all_heads(point.model)
+        values = self.inputs.vocabulary.value_ids
+        progress = head_progress(point.model, self.reads, heads, values)
+        logits = progress.logits.cpu().double()
+        at_step = self._scalars(logits, logits, logits)[: len(AT_STEP)]
+        columns = torch.stack([progress.columns[name].T for name in COLUMNS]).cpu().double()
+        if self.before is not None:
+            ends = self.before, logits
+            self.outputs.append(
+                (self._scalars(logits, *ends) - self._scalars(self.before, *ends)).mean(-1)
             )
-    if len(set(heads)) < len(heads):
-        raise CircuitError("a head is named twice", fix="name each once")
-    return heads
-
-
-def _measure(
-    inputs: Inputs,
-    checkpoints: Sequence[Path],
-    reads: ScoredReads,
-    heads: list[Component],
-    progress: Callable[[int, int], None] | None,
-) -> Measured:
-    values, answer = inputs.vocabulary.value_ids, reads.batch.reads.answer.cpu()
-    points: list[Checkpointed] = []
-    columns, logits, residuals = [], [], []
-    for point in inputs.models(checkpoints, finite=False):
-        found = head_progress(point.model, reads, heads, values)
-        points.append(point)
-        columns.append(torch.stack([found.columns[name].T for name in COLUMNS]).cpu().double())
-        logits.append(found.logits.cpu().double())
-        residuals.append(found.dla_residual)
-        if progress is not None:
-            progress(len(points), len(checkpoints))
-    ordered = torch.stack(logits)
-    found_answers = [read_answers(at, answer, values) for at in ordered]
-    at_step, outputs = [], []
-    for at, own in zip(ordered, found_answers, strict=True):
-        scalars = answer_scalars(at, answer, Competitors(own.competitor, own.competitor), values)
-        at_step.append(torch.stack([scalars[name] for name in AT_STEP]))
-    for i, (one, two) in enumerate(pairwise(found_answers)):
-        ends = Competitors(one.competitor, two.competitor)
-        before, after = (answer_scalars(ordered[j], answer, ends, values) for j in (i, i + 1))
-        outputs.append(torch.stack([after[name] - before[name] for name in OUTPUTS]))
-    return Measured(
-        steps=[point.step for point in points],
-        heads=[str(head) for head in heads],
-        columns=torch.stack(columns).numpy(),
-        logits=ordered,
-        answers=torch.stack(at_step).numpy(),
-        outputs=np.array([each.numpy() for each in outputs]).reshape(-1, len(OUTPUTS), len(answer)),
-        dla_residual=max(residuals),
-        digests=[point.digest for point in points],
-    )
-
-
-def _pair_rows(measured: Measured, pairs: Sequence[Pair], reads: ScoredReads) -> Iterator[Row]:
-    lags = reads.batch.reads.lag.tolist()
-    for i, step in enumerate(measured.steps):
-        answers = measured.answers[i].T.tolist()  # [read][scalar]
-        for h, head in enumerate(measured.heads):
-            found = measured.columns[i, :, h].T.tolist()  # [read][column]
-            for r, pair in enumerate(pairs):
+        self.before = logits
+        self.steps.append(point.step)
+        self.means.append(columns.numpy().mean(-1))
+        self.answers.append(at_step.mean(-1))
+        self.residuals.append(progress.dla_residual)
+        lags, of_reads = self.reads.batch.reads.lag.tolist(), at_step.T.tolist()
+        for head, of_head in zip(heads, columns.permute(1, 2, 0).tolist(), strict=True):
+            for pair, lag, found, answers in zip(self.pairs, lags, of_head, of_reads, strict=True):
                 yield {
-                    "step": step,
-                    "head": head,
+                    "step": point.step,
+                    "head": str(head),
                     "pair_id": pair.pair_id,
-                    "lag": lags[r],
-                    **_nested(COLUMNS, found[r]),
-                    **_nested(AT_STEP, answers[r]),
+                    "lag": lag,
+                    **_nested(COLUMNS, found),
+                    **_nested(AT_STEP, answers),
                 }
 
+    def _scalars(self, at: Logits, source: Logits, target: Logits) -> NDArray[np.float64]:
+        """`[OUTPUTS, read]` at some logits, with the competitors of an interval's two ends."""
+        values, answer = self.inputs.vocabulary.value_ids, self.reads.batch.reads.answer.cpu()
+        ends = (read_answers(end, answer, values).competitor for end in (source, target))
+        scalars = answer_scalars(at, answer, Competitors(*ends), values)
+        return torch.stack([scalars[name] for name in OUTPUTS]).numpy()
 
-def _mean_rows(measured: Measured) -> Iterator[Row]:
-    answers = measured.answers.mean(-1).tolist()
-    for i, step in enumerate(measured.steps):
-        for head, values in zip(measured.heads, measured.means[i].T.tolist(), strict=True):
-            own = _nested(COLUMNS, values) | _nested(AT_STEP, answers[i])
-            yield {"step": step, "head": head, "pairs": measured.columns.shape[-1], **own}
-
-
-def _delta_rows(measured: Measured) -> Iterator[Row]:
-    deltas, outputs = np.diff(measured.means, axis=0), measured.outputs.mean(-1).tolist()
-    for i, (source, target) in enumerate(pairwise(measured.steps)):
-        for head, values in zip(measured.heads, deltas[i].T.tolist(), strict=True):
-            own = _nested(COLUMNS, values) | _nested(OUTPUTS, outputs[i])
-            yield {"source_step": source, "target_step": target, "head": head, **own}
-
-
-def _correlation_rows(measured: Measured) -> Iterator[Row]:
-    deltas = np.diff(measured.means, axis=0)
-    found = pearson(deltas, measured.outputs.mean(-1))  # [column, head, output]
-    for h, head in enumerate(measured.heads):
-        for c, column in enumerate(COLUMNS):
-            for o, output in enumerate(OUTPUTS):
-                own = {"write": column, "output": output, "intervals": len(deltas)}
-                yield {"head": head, **own, "pearson": _finite(float(found[c, h, o]))}
-
-
-def _summary(measured: Measured, correlations: Sequence[Row], top_k: int) -> dict[str, Any]:
-    real = [row for row in correlations if row["write"] not in REDUNDANT]
-    real = [row for row in real if row["pearson"] is not None]
-    ranked = sorted(real, key=lambda row: -abs(row["pearson"]))  # stable: then by head, write
-    intervals = len(measured.steps) - 1
-    return {
-        "steps": measured.steps,
-        "intervals": intervals,
-        "match_winner": _winner(measured, "qk_separation"),
-        "write_winner": _winner(measured, "head_value_margin_dla"),
-        "last_step": {
-            head: {
-                name: _finite(float(measured.means[-1, COLUMNS.index(name), h])) for name in SHOWN
-            }
-            for h, head in enumerate(measured.heads)
-        },
-        "answers": {
-            name: {"first_step": _finite(first), "last_step": _finite(last)}
-            for name, first, last in zip(
-                AT_STEP, *measured.answers[[0, -1]].mean(-1).tolist(), strict=True
+    def conclude(self, rows: list[Row]) -> Findings:
+        means, answers = np.stack(self.means), np.stack(self.answers)
+        deltas = np.diff(means, axis=0)
+        outputs = np.array(self.outputs).reshape(-1, len(OUTPUTS))
+        heads = list(dict.fromkeys(row["head"] for row in rows))
+        mean_rows: list[Row] = [
+            {"step": step, "head": head, "pairs": len(self.pairs)}
+            | _nested(COLUMNS, columns)
+            | _nested(AT_STEP, scalars)
+            for step, of_step, scalars in zip(self.steps, means, answers.tolist(), strict=True)
+            for head, columns in zip(heads, of_step.T.tolist(), strict=True)
+        ]
+        delta_rows: list[Row] = [
+            {"source_step": source, "target_step": target, "head": head}
+            | _nested(COLUMNS, columns)
+            | _nested(OUTPUTS, scalars)
+            for (source, target), of_interval, scalars in zip(
+                pairwise(self.steps), deltas, outputs.tolist(), strict=True
             )
-        },
-        "correlations": len(real),
-        "chance_level": chance_level(len(real), intervals),
-        "top_correlations": ranked[:top_k],
-        "largest_dla_residual": _finite(measured.dla_residual),
-    }
-
-
-def _winner(measured: Measured, column: str) -> dict[str, Any] | None:
-    """The head with the largest mean at the last step, and where it was half way there."""
-    course = measured.means[:, COLUMNS.index(column)]  # [checkpoint, head]
-    if not np.isfinite(course).all():
-        return None
-    head = int(course[-1].argmax())
-    first, last = course[0, head], course[-1, head]
-    half = next(
-        (
-            step
-            for step, now in zip(measured.steps, course[:, head], strict=True)
-            if last > first and now >= (first + last) / 2
-        ),
-        None,
-    )
-    return {
-        "head": measured.heads[head],
-        "column": column,
-        "first_step": float(first),
-        "last_step": float(last),
-        "half_way_step": half,
-    }
-
-
-def _page(summary: dict[str, Any]) -> list[str]:
-    steps = summary["steps"]
-    lags = ", ".join(f"{count} of lag {lag}" for lag, count in summary["pairs_by_lag"].items())
-    lines = [
-        f"{summary['pairs']} pairs ({lags}), {len(steps)} checkpoints from step {steps[0]} to"
-        f" {steps[-1]}. Means over pairs of one lag cannot tell a lookup from a position.",
-        "",
-        f"![QK separation, attention and OV progress per head]({NAME}.svg)",
-        "",
-    ]
-    for what, name in (("matches", "match_winner"), ("writes", "write_winner")):
-        winner = summary[name]
-        if winner is None:
-            lines.append(f"- No head {what}: some means are not finite.")
-            continue
-        half = winner["half_way_step"]
-        course = f"half way at step {half}" if half is not None else "it has not risen"
-        lines.append(
-            f"- **{winner['head']} {what} best** at step {steps[-1]}: `{winner['column']}`"
-            f" {winner['first_step']:.2f} -> {winner['last_step']:.2f}, {course}."
+            for head, columns in zip(heads, of_interval.T.tolist(), strict=True)
+        ]
+        correlations: list[Row] = [
+            {
+                "head": head,
+                "write": column,
+                "output": output,
+                "intervals": len(deltas),
+                "pearson": _finite(value),
+            }
+            for head, of_head in zip(heads, pearson(deltas, outputs).swapaxes(0, 1), strict=True)
+            for column, of_column in zip(COLUMNS, of_head.tolist(), strict=True)
+            for output, value in zip(OUTPUTS, of_column, strict=True)
+        ]
+        known = [
+            row
+            for row in correlations
+            if row["write"] not in REDUNDANT and row["pearson"] is not None
+        ]
+        lags = Counter(self.reads.batch.reads.lag.tolist())
+        summary = {
+            "pairs": len(self.pairs),
+            "pairs_by_lag": {str(lag): lags[lag] for lag in sorted(lags)},
+            "steps": self.steps,
+            "intervals": len(deltas),
+            "match_winner": self._winner(mean_rows, "qk_separation"),
+            "write_winner": self._winner(mean_rows, "head_value_margin_dla"),
+            "last_step": {
+                row["head"]: {name: _of(row, name) for name in SHOWN}
+                for row in mean_rows[-len(heads) :]
+            },
+            "answers": {
+                name: {"first_step": _finite(first), "last_step": _finite(last)}
+                for name, first, last in zip(AT_STEP, *answers[[0, -1]].tolist(), strict=True)
+            },
+            "correlations": len(known),
+            "chance_level": chance_level(len(known), len(deltas)),
+            # stable: then by head and write
+            "top_correlations": sorted(known, key=lambda row: -abs(row["pearson"]))[
+                : self.options.top_k_correlations
+            ],
+            "largest_dla_residual": _finite(max(self.residuals)),
+        }
+        law = (
+            "the direct contributions of all components sum to the logits to"
+            f" {max(self.residuals):.1e} of the largest logit, at {len(self.steps)} checkpoints"
         )
-    lines += ["", f"Means over pairs at step {steps[-1]}:", ""]
-    lines += ["| head | " + " | ".join(f"`{name}`" for name in SHOWN) + " |"]
-    lines += ["|---|" + "---:|" * len(SHOWN)]
-    for head, values in summary["last_step"].items():
-        cells = " | ".join("-" if v is None else f"{v:.3f}" for v in values.values())
-        lines.append(f"| {head} | {cells} |")
-    chance = summary["chance_level"]
-    lines += [
-        "",
-        f"Deltas over {summary['intervals']} intervals, {summary['correlations']} correlations."
-        + (
-            f" By chance alone one of them would exceed |r| = {chance:.2f} with probability"
-            f" {CHANCE} at most, if the intervals were independent; both ends of a correlation"
-            " are parts of one training run, so that even a large one is no cause."
-            if chance is not None
-            else ""
-        ),
-        "",
-        "| head | write | answer scalar | r |",
-        "|---|---|---|---:|",
-    ]
-    lines += [
-        f"| {row['head']} | `{row['write']}` | `{row['output']}` | {row['pearson']:.3f} |"
-        for row in summary["top_correlations"]
-    ]
-    return lines
+        further = {MEANS: mean_rows, DELTAS: delta_rows, CORRELATIONS: correlations}
+        return Findings(rows, summary, law, further)
+
+    def _winner(self, means: Sequence[Row], column: str) -> dict[str, Any] | None:
+        """The head with the largest mean at the last step, and where it was half way there."""
+        if any(row[column] is None for row in means):
+            return None
+        last = max((row for row in means if row["step"] == self.steps[-1]), key=lambda r: r[column])
+        course = [row[column] for row in means if row["head"] == last["head"]]
+        half = (course[0] + course[-1]) / 2
+        passed = (step for step, now in zip(self.steps, course, strict=True) if now >= half)
+        return {
+            "head": last["head"],
+            "column": column,
+            "first_step": course[0],
+            "last_step": course[-1],
+            "half_way_step": next(passed) if course[-1] > course[0] else None,
+        }
+
+    @classmethod
+    def size(cls, results: Results[ProgressOptions]) -> tuple[float, ...]:
+        summary = results.summary
+        return len(summary["last_step"]), len(summary["steps"]), summary["pairs"]
+
+    @classmethod
+    def notes(cls, results: Results[ProgressOptions]) -> list[str]:
+        summary = results.summary
+        steps, chance = summary["steps"], summary["chance_level"]
+        lags = ", ".join(f"{count} of lag {lag}" for lag, count in summary["pairs_by_lag"].items())
+        notes = [
+            f"{summary['pairs']} pairs ({lags}), {len(steps)} checkpoints from step {steps[0]} to"
+            f" {steps[-1]}. Means over pairs of one lag cannot tell a lookup from a position."
+        ]
+        for what, name in (("matches", "match_winner"), ("writes", "write_winner")):
+            winner = summary[name]
+            if winner is None:
+                notes.append(f"No head {what}: some means are not finite.")
+                continue
+            half = winner["half_way_step"]
+            course = f"half way at step {half}" if half is not None else "it has not risen"
+            notes.append(
+                f"**{winner['head']} {what} best** at step {steps[-1]}: `{winner['column']}`"
+                f" {winner['first_step']:.2f} -> {winner['last_step']:.2f}, {course}."
+            )
+        notes.append(
+            "Own margin: what the head writes for the answer over the best wrong value of its own"
+            " logits; margin DLA: what it writes onto the model's margin, whose competitor the"
+            " model chooses; swapped: the same with another pair's support value."
+        )
+        if chance is not None:
+            notes.append(
+                f"Deltas over {summary['intervals']} intervals, {summary['correlations']}"
+                " correlations. By chance alone one of them would exceed"
+                f" |r| = {chance:.2f} with probability {CHANCE} at most, if the intervals were"
+                " independent; both ends of a correlation are parts of one training run, so that"
+                " even a large one is no cause."
+            )
+        return notes
+
+    @classmethod
+    def tables(cls, results: Results[ProgressOptions]) -> list[Table]:
+        rows = [
+            {"step": row["step"], "head": row["head"]} | {name: _of(row, name) for name in SHOWN}
+            for row in results.rows(MEANS)
+        ]
+        measured = {name: (heading, ".3f") for name, heading in SHOWN.items()}
+        correlated: Columns = {
+            "head": "head",
+            "write": "write",
+            "output": "answer scalar",
+            "pearson": ("r", ".3f"),
+        }
+        top = results.summary["top_correlations"]
+        columns: Columns = {"step": "step", "head": "head", **measured}
+        return [
+            Table("Heads", columns, rows, console=len(rows)),
+            *([Table("Deltas that go together", correlated, top, console=3)] if top else []),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[ProgressOptions]) -> list[Chart]:
+        """The OV margin of all heads, and their courses: a colour is a layer, a mark a head."""
+        rows = [{name: row[name] for name in DRAWN} for row in results.rows(MEANS)]
+        heads = list(dict.fromkeys(row["head"] for row in rows))
+        layers, numbers = (
+            list(dict.fromkeys(part)) for part in zip(*(h.split("H") for h in heads), strict=True)
+        )
+        shade = colour("layer", layers, title="layer")
+        marks = legend(numbers, "head")
+        dash = alt.StrokeDash("number:N").scale(domain=numbers).legend(marks)
+        shape = alt.Shape("number:N").scale(domain=numbers).legend(marks)
+        charts = [
+            chart(
+                "write_ov_margin",
+                "OV margin of the support's value, by W_OV alone",
+                {"write": rows},
+                *heat("write", "ov_map_value_margin", DRAWN, rows),
+                height=22 * len(heads),
+            )
+        ]
+        for column, words in COURSES.items():
+            known = [row for row in rows[-len(heads) :] if row[column] is not None]
+            best = max(known, key=lambda row: row[column], default=None)
+            most = f" ({best['head']} most at step {best['step']})" if best else ""
+            course = lines("write", column, words, shade, DRAWN, dashed=dash)
+            course = course.encode(shape=shape).transform_calculate(
+                layer="split(datum.head, 'H')[0]", number="split(datum.head, 'H')[1]"
+            )
+            title = f"{words[0].upper()}{words[1:]}{most}"
+            charts.append(chart(f"write_{column}", title, {"write": rows}, course, at_step()))
+        return charts
+
+
+SHOWN = {
+    "qk_separation": "QK sep.",
+    "attention_support": "att. support",
+    "attention_distractors": "att. others",
+    "ov_map_value_margin": "OV map",
+    "head_value_margin_dla": "own margin",
+    "head_answer_logit_dla": "logit DLA",
+    "head_margin_dla": "margin DLA",
+    "swapped_value.head_margin_dla": "swapped",
+}
+"""Columns of the table, and their headings."""
+COURSES = {
+    "qk_separation": "QK separation",
+    "attention_support": "attention on the support",
+    "head_value_margin_dla": "value margin of the output",
+}
+"""Columns that are drawn over steps."""
+DRAWN = ("step", "head", "pairs", *list(SHOWN)[:5], "head_margin_dla")
+"""Columns that charts have."""
+
+
+def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlation of every column of x with every column of y.
+
+    NumPy's and SciPy's take pairs of columns, and call rounding variance.
+
+    Args:
+        x, y: `[interval, ...]`.
+
+    Returns:
+        `[...x, ...y]`; NaN where there are fewer than two intervals, or no variance beyond
+        rounding, or a number is not finite.
+    """
+    shape = (*x.shape[1:], *y.shape[1:])
+    if len(x) < 2:
+        return np.full(shape, np.nan)
+
+    def standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        flat = values.reshape(len(values), -1)
+        centred = flat - flat.mean(0)
+        norm = np.linalg.norm(centred, axis=0)
+        still = norm <= 1e-12 * np.linalg.norm(flat, axis=0)
+        return np.asarray(centred / np.where(still, np.nan, norm))
+
+    with np.errstate(invalid="ignore"):
+        found = np.clip(standard(x).T @ standard(y), -1, 1)
+    return np.asarray(found).reshape(shape)
+
+
+def chance_level(correlations: int, intervals: int) -> float | None:
+    """The |r| that any of so many correlations exceeds with probability at most 0.05 by chance.
+
+    Bonferroni over a two-sided t-test with `intervals - 2` degrees of freedom; None below three
+    intervals. It takes intervals as independent, which neighbours in training are not.
+    """
+    freedom = intervals - 2
+    if freedom < 1 or correlations < 1:
+        return None
+    from scipy import stats
+
+    t = float(stats.t.isf(CHANCE / 2 / correlations, freedom))
+    return t / math.sqrt(freedom + t * t)
 
 
 def _nested(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
@@ -395,6 +375,13 @@ def _nested(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
         place = nested.setdefault(condition, {}) if condition else nested
         place[column] = _finite(value)
     return nested
+
+
+def _of(row: Row, name: str) -> float | None:
+    """A column of `COLUMNS` from a row."""
+    condition, _, column = name.rpartition(".")
+    value: float | None = (row[condition] if condition else row)[column]
+    return value
 
 
 def _finite(value: float) -> float | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from circuit.artifacts import Row
 from circuit.errors import CircuitError
 from circuit.figures.charts import CATEGORY, GREY, Chart, chart, exact, named
 from circuit.lazy import alt
 from circuit.reports.report import Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 
 ROLES = ("winner", "runner_up", "median", "bottom")
 
@@ -33,7 +34,7 @@ def name_roles(ranked: Sequence[str]) -> dict[str, str]:
 
 def ranked_rows(
     what: str, scores: Mapping[str, float], columns: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row a candidate, the highest score first, with its place and, if it has one, its role.
 
     Args:
@@ -61,7 +62,7 @@ def selected(what: str, rows: Sequence[Mapping[str, Any]], *columns: str) -> dic
 def selection_tables(
     what: str,
     score: str,
-    columns: Mapping[str, str | tuple[str, str]],
+    columns: Columns,
     results: Results[Any],
 ) -> list[Table]:
     """Those that have a role, on the console too, and all candidates.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
+Columns = Mapping[str, str | tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Table:
     """
 
     title: str
-    columns: Mapping[str, str | tuple[str, str]]
+    columns: Columns
     rows: Sequence[Record]
     console: int = 0
 

@@ -12,122 +12,76 @@ is subtracted (`centroid_accuracy_key_removed`; null where that key is the group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
+from circuit import options
 from circuit.artifacts import Row
-from circuit.errors import CircuitError
-from circuit.figures.value_code import readability
-from circuit.lazy import torch
+from circuit.figures.charts import (
+    INK,
+    Chart,
+    at_step,
+    chart,
+    colour,
+    exact,
+    last_dashed,
+    lines,
+    named,
+    steps,
+)
+from circuit.lazy import alt, no_grad, torch
 from circuit.model.codes import Vectors, mean_at, nearest_centroid, nearest_centroid_without
 from circuit.model.readout import Answers, lens, read_answers
-from circuit.model.stages import read_stages, stage_hook
+from circuit.model.stages import read_stages
 from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_basis
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Inputs, open_inputs
-from circuit.tasks.groups import check_group, group_tokens, nonempty_mask
-from circuit.tasks.positions import Batch
-from circuit.train_config import TrainConfig
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Columns, Table
+from circuit.tasks.groups import GROUPS, check_group, group_tokens, nonempty_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens import HookedTransformer
 
-COMMAND = "value-code-subspace-report"
 READABLE = 0.5
 """Leave-one-out accuracy from which the summary calls a code readable."""
+READOUTS = {
+    "centroid_accuracy": "nearest centroid",
+    "centroid_accuracy_key_removed": "nearest centroid, query key removed",
+    "lens_value_accuracy": "stage lens",
+}
+"""What is drawn over steps."""
+DRAWN = (
+    *("step", "stage", "position_role", "group_by", "reads", *READOUTS),
+    *("final_value_accuracy", "identity_projection"),
+)
+"""Columns that charts have."""
+ALIKE = {"support_value": "answer_value", "support_key": "query_key"}
+"""Groupings that are the same in valid records: one of them is drawn."""
+
+
+class SubspaceOptions(options.ProbeOptions, options.CheckpointOptions):
+    """Where and how the code is read."""
+
+    stages: Annotated[tuple[str, ...], options.Option("Stage.", flag="--stage", kind="stage")]
+    position_roles: options.Roles = ("prediction",)
+    group_by: Annotated[
+        tuple[str, ...], options.Option("Token by which reads are grouped.", choices=GROUPS)
+    ] = ("answer_value",)
+    max_records: options.MaxRecords = None
+    pca_rank: Annotated[int, options.Option("Rank of both bases.", least=1)] = 4
+
+    def check(self) -> None:
+        """Also refuses the token at a role that has several."""
+        super().check()
+        for role in self.position_roles:
+            for group in self.group_by:
+                check_group(group, role)
 
 
 @dataclass(frozen=True)
-class SubspaceOptions:
-    """Where and how the code is read.
-
-    Attributes:
-        splits: of the probe records; None takes all.
-        max_records: that many reads, in file order; None takes all.
-    """
-
-    stages: tuple[str, ...]
-    position_roles: tuple[str, ...] = ("prediction",)
-    group_by: tuple[str, ...] = ("answer_value",)
-    splits: tuple[str, ...] | None = None
-    max_records: int | None = None
-    pca_rank: int = 4
-
-
-def value_code_subspace(
-    config: TrainConfig,
-    probe_set: str | Path,
-    checkpoints: Sequence[Path],
-    options: SubspaceOptions,
-    output_dir: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Write the report.
-
-    Args:
-        checkpoints: ascending by step.
-        progress: called with the checkpoints done and their number.
-
-    Raises:
-        CircuitError: an option names what does not exist, a rank is too large, a checkpoint or
-            probe set is of another run, or the output folder is not free.
-    """
-    _check_names(options, config.model.layers)
-    rows: list[Row] = []
-    digests, worst = {}, 0.0
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        batch = inputs.reads(options.max_records)
-        sites = _sites(batch, options, config.model.d_model)
-        for done, point in enumerate(inputs.models(checkpoints), start=1):
-            with torch.no_grad():
-                logits, activations = read_stages(point.model, batch.tokens, *options.stages)
-            final = _answers(logits[batch.reads.row, batch.reads.key_pos], batch, inputs)
-            for stage in options.stages:
-                for site in sites:
-                    vectors = mean_at(activations[stage], batch.reads.row, site.mask)
-                    seen = _lens_answers(point.model, stage, vectors, batch, inputs)
-                    if (stage, site.role) == ("final_norm", "prediction"):
-                        gap = (seen.margin - final.margin).abs().max()
-                        worst = max(worst, float(gap))
-                    place = {"step": point.step, "stage": stage, "position_role": site.role}
-                    rows += _rows(place, vectors, site, seen, final, batch, options.pca_rank)
-            digests[str(point.step)] = point.digest
-            if progress is not None:
-                progress(done, len(checkpoints))
-        summary = _summary(rows, len(batch.reads), options)
-        law = ""
-        if "final_norm" in options.stages and "prediction" in options.position_roles:
-            law = (
-                "the lens at final_norm gives the model's own value margins; they differ by at most"
-                f" {worst:.1e}"
-            )
-        figures = {
-            f"value_code_subspace_{group}": readability(rows, group) for group in options.group_by
-        }
-        return writer.write(
-            parameters={
-                **asdict(options),
-                "probe_set": str(probe_set),
-                "checkpoints": [str(path) for path in checkpoints],
-            },
-            summary=summary,
-            rows=rows,
-            page=_page(rows, summary, options),
-            figures=figures,
-            provenance={**inputs.provenance(), "parameters_sha256": digests},
-            law=law,
-            device=config.device,
-        )
-
-
-@dataclass(frozen=True)
-class _Site:
+class Site:
     """One role: its positions, and the reads' groups by each grouping."""
 
     role: str
@@ -135,141 +89,222 @@ class _Site:
     groups: dict[str, Tensor]
 
 
-def _check_names(options: SubspaceOptions, layers: int) -> None:
-    for stage in options.stages:
-        stage_hook(stage, layers)
-    for option, names in (
-        ("--stage", options.stages),
-        ("--position-role", options.position_roles),
-        ("--group-by", options.group_by),
-    ):
-        if not names or len(set(names)) < len(names):
-            raise CircuitError(
-                ", ".join(names) or "nothing", where=option, expected="at least one, each once"
-            )
-    for role in options.position_roles:
-        for group in options.group_by:
-            check_group(group, role)
+class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
+    """When, and at which stage, a position tells which token it holds."""
 
+    command = "value-code-subspace-report"
+    Options = SubspaceOptions
+    title = "Value readability by stage"
+    question = "From which stage, and from which step on, can the value be read at a position?"
+    place = 6
 
-def _sites(batch: Batch, options: SubspaceOptions, width: int) -> list[_Site]:
-    """The roles with their groups; refuses a rank that their bases do not have."""
-    sites = []
-    for role in options.position_roles:
-        mask = nonempty_mask(batch, role)
-        groups = {name: group_tokens(batch, name, role).cpu() for name in options.group_by}
-        for name, tokens in groups.items():
-            found = len(set(tokens.tolist()))
-            check_rank(
-                f"the identity basis by {name} ({found} tokens in {len(tokens)} reads)",
-                options.pca_rank,
-                min(found - 1, width),
-            )
-        sites.append(_Site(role, mask, groups))
-    return sites
+    def prepare(self) -> None:
+        super().prepare()
+        self.batch = self.inputs.reads(self.options.max_records)
+        self.sites = [self._site(role) for role in self.options.position_roles]
+        self.gap = 0.0
 
-
-def _answers(logits: Tensor, batch: Batch, inputs: Inputs) -> Answers:
-    return read_answers(logits.cpu(), batch.reads.answer.cpu(), inputs.vocabulary.value_ids)
-
-
-def _lens_answers(
-    model: HookedTransformer, stage: str, vectors: Vectors, batch: Batch, inputs: Inputs
-) -> Answers:
-    with torch.no_grad():
-        return _answers(lens(model, stage, vectors.to(model.W_E)), batch, inputs)
-
-
-def _rows(
-    place: dict[str, Any],
-    vectors: Vectors,
-    site: _Site,
-    seen: Answers,
-    final: Answers,
-    batch: Batch,
-    rank: int,
-) -> Iterator[Row]:
-    """One row for each grouping at one stage and role of one checkpoint."""
-    unit = vectors / vectors.norm(dim=1, keepdim=True)
-    mean = vectors.mean(0)
-    record, lag, key = (x.cpu() for x in (batch.reads.row, batch.reads.lag, batch.reads.key))
-    of_all = {
-        "vector_projection": _share(unit, vector_basis(vectors, rank)),
-        "mean_cosine": _mean((unit @ mean / mean.norm()).abs()),
-        "lens_value_margin": _mean(seen.margin),
-        "lens_value_accuracy": _mean(seen.is_value),
-        "final_value_margin": _mean(final.margin),
-        "final_value_accuracy": _mean(final.is_value),
-        "final_answer_accuracy": _mean(final.is_answer),
-    }
-    for name, groups in site.groups.items():
-        alone = torch.arange(len(groups))
-        found, scored = nearest_centroid(vectors, groups, alone)
-        other, scored_other = nearest_centroid(vectors, groups, record)
-        without, scored_without = nearest_centroid_without(vectors, groups, key)
-        right, right_other, right_without = (x == groups for x in (found, other, without))
-        is_key = torch.equal(groups, key)
-        accuracy_without = None if is_key else _mean(right_without[scored_without])
-        yield {
-            **place,
-            "group_by": name,
-            "reads": len(groups),
-            "tokens": len(set(groups.tolist())),
-            "identity_projection": _share(unit, identity_basis(vectors, groups, rank)),
-            **of_all,
-            "centroid_accuracy": _mean(right[scored]),
-            "centroid_reads": int(scored.sum()),
-            "centroid_accuracy_other_records": _mean(right_other[scored_other]),
-            "centroid_reads_other_records": int(scored_other.sum()),
-            "centroid_accuracy_key_removed": accuracy_without,
-            "centroid_reads_key_removed": None if is_key else int(scored_without.sum()),
-            "by_lag": {
-                str(value): {
-                    "reads": int((lag == value).sum()),
-                    "centroid_accuracy": _mean(right[scored & (lag == value)]),
-                    "lens_value_accuracy": _mean(seen.is_value[lag == value]),
-                    "final_value_accuracy": _mean(final.is_value[lag == value]),
-                }
-                for value in sorted(set(lag.tolist()))
-            },
+    def _site(self, role: str) -> Site:
+        """A role with its groups; refuses a rank that their bases do not have."""
+        groups = {
+            name: group_tokens(self.batch, name, role).cpu() for name in self.options.group_by
         }
+        for name, tokens in groups.items():
+            count = len(set(tokens.tolist()))
+            check_rank(
+                f"the identity basis by {name} ({count} tokens in {len(tokens)} reads)",
+                self.options.pca_rank,
+                min(count - 1, self.config.model.d_model),
+            )
+        return Site(role, nonempty_mask(self.batch, role), groups)
 
+    @no_grad
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        reads, asked = self.batch.reads, self.options.stages
+        last = "final_norm"  # whose lens is the model's own readout
+        logits, states = read_stages(point.model, self.batch.tokens, *dict.fromkeys((*asked, last)))
+        final = self._answers(logits[reads.row, reads.key_pos])
+        at_prediction = mean_at(states[last], reads.row, nonempty_mask(self.batch, "prediction"))
+        margin = self._lens(point.model, last, at_prediction).margin
+        self.gap = max(self.gap, float((margin - final.margin).abs().max()))
+        for stage in asked:
+            for site in self.sites:
+                vectors = mean_at(states[stage], reads.row, site.mask)
+                seen = self._lens(point.model, stage, vectors)
+                place = {"step": point.step, "stage": stage, "position_role": site.role}
+                for row in self._rows(vectors, site, seen, final):
+                    yield {**place, **row}
 
-def _share(unit: Vectors, basis: Basis) -> float:
-    """Mean norm of the projections of unit vectors."""
-    return float((unit @ basis).norm(dim=1).mean())
+    def _answers(self, logits: Tensor) -> Answers:
+        answer = self.batch.reads.answer.cpu()
+        return read_answers(logits.cpu(), answer, self.inputs.vocabulary.value_ids)
 
+    def _lens(self, model: HookedTransformer, stage: str, vectors: Vectors) -> Answers:
+        return self._answers(lens(model, stage, vectors.to(model.W_E)))
 
-def _mean(values: Tensor) -> float | None:
-    """The mean; None of nothing."""
-    return float(values.double().mean()) if len(values) else None
-
-
-def _summary(rows: Sequence[Row], reads: int, options: SubspaceOptions) -> dict[str, Any]:
-    """Per grouping, role and stage: the first readable step, and the last step's accuracies."""
-    readout = []
-    for group in options.group_by:
-        for role in options.position_roles:
-            for stage in options.stages:
-                key = (group, role, stage)
-                own = [r for r in rows if (r["group_by"], r["position_role"], r["stage"]) == key]
-                readout.append(
-                    {
-                        "group_by": group,
-                        "position_role": role,
-                        "stage": stage,
-                        "readable_from_step": first_to_stay(own, "centroid_accuracy"),
-                        "lens_readable_from_step": first_to_stay(own, "lens_value_accuracy"),
-                        "last_centroid_accuracy": own[-1]["centroid_accuracy"],
-                        "last_centroid_accuracy_key_removed": own[-1][
-                            "centroid_accuracy_key_removed"
-                        ],
-                        "last_lens_value_accuracy": own[-1]["lens_value_accuracy"],
-                        "last_identity_projection": own[-1]["identity_projection"],
+    def _rows(self, vectors: Vectors, site: Site, seen: Answers, final: Answers) -> Iterator[Row]:
+        """One row for each grouping at one stage and role of one checkpoint."""
+        unit = vectors / vectors.norm(dim=1, keepdim=True)
+        mean = vectors.mean(0)
+        reads, rank = self.batch.reads, self.options.pca_rank
+        record, lag, key = (x.cpu() for x in (reads.row, reads.lag, reads.key))
+        of_all = {
+            "vector_projection": _share(unit, vector_basis(vectors, rank)),
+            "mean_cosine": _mean((unit @ mean / mean.norm()).abs()),
+            "lens_value_margin": _mean(seen.margin),
+            "lens_value_accuracy": _mean(seen.is_value),
+            "final_value_margin": _mean(final.margin),
+            "final_value_accuracy": _mean(final.is_value),
+            "final_answer_accuracy": _mean(final.is_answer),
+        }
+        for name, groups in site.groups.items():
+            alone = torch.arange(len(groups))
+            found, scored = nearest_centroid(vectors, groups, alone)
+            other, scored_other = nearest_centroid(vectors, groups, record)
+            without, scored_without = nearest_centroid_without(vectors, groups, key)
+            right, right_other, right_without = (x == groups for x in (found, other, without))
+            is_key = torch.equal(groups, key)
+            accuracy_without = None if is_key else _mean(right_without[scored_without])
+            yield {
+                "group_by": name,
+                "reads": len(groups),
+                "tokens": len(set(groups.tolist())),
+                "identity_projection": _share(unit, identity_basis(vectors, groups, rank)),
+                **of_all,
+                "centroid_accuracy": _mean(right[scored]),
+                "centroid_reads": int(scored.sum()),
+                "centroid_accuracy_other_records": _mean(right_other[scored_other]),
+                "centroid_reads_other_records": int(scored_other.sum()),
+                "centroid_accuracy_key_removed": accuracy_without,
+                "centroid_reads_key_removed": None if is_key else int(scored_without.sum()),
+                "by_lag": {
+                    str(value): {
+                        "reads": int((lag == value).sum()),
+                        "centroid_accuracy": _mean(right[scored & (lag == value)]),
+                        "lens_value_accuracy": _mean(seen.is_value[lag == value]),
+                        "final_value_accuracy": _mean(final.is_value[lag == value]),
                     }
+                    for value in sorted(set(lag.tolist()))
+                },
+            }
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        courses: dict[tuple[str, str, str], list[Row]] = {}
+        for row in rows:
+            place = row["group_by"], row["position_role"], row["stage"]
+            courses.setdefault(place, []).append(row)
+        asked = self.options
+        readout = [
+            {
+                "group_by": group,
+                "position_role": role,
+                "stage": stage,
+                "readable_from_step": first_to_stay(course, "centroid_accuracy"),
+                "lens_readable_from_step": first_to_stay(course, "lens_value_accuracy"),
+                **{f"last_{name}": course[-1][name] for name in (*READOUTS, "identity_projection")},
+            }
+            for group in asked.group_by
+            for role in asked.position_roles
+            for stage in asked.stages
+            for course in [courses[group, role, stage]]
+        ]
+        summary = {
+            "reads": len(self.batch.reads),
+            "steps": sorted({row["step"] for row in rows}),
+            "readable_at_accuracy": READABLE,
+            "readout": readout,
+        }
+        law = (
+            "the lens at final_norm gives the model's own value margins; they differ by at most"
+            f" {self.gap:.1e}"
+        )
+        return Findings(rows, summary, law)
+
+    @classmethod
+    def size(cls, results: Results[SubspaceOptions]) -> tuple[float, ...]:
+        return results.summary["reads"], len(results.summary["steps"])
+
+    @classmethod
+    def notes(cls, results: Results[SubspaceOptions]) -> list[str]:
+        return [
+            f"{results.summary['reads']} reads at {len(results.summary['steps'])} checkpoints. A"
+            " code is called readable from the first step at which accuracy is"
+            f" {READABLE} and stays so; -: it is not. Centroid: nearest centroid (cosine) of the"
+            " other reads; other records: without the read's whole record; key removed: after the"
+            " mean of the reads with the same query key is subtracted; lens: the answer is the"
+            " stage lens's best value. Dotted in the charts: the model's own answer."
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[SubspaceOptions]) -> list[Table]:
+        place = {"group_by": "by", "position_role": "role", "stage": "stage"}
+        readable: Columns = {
+            **place,
+            "readable_from_step": "centroid from",
+            "lens_readable_from_step": "lens from",
+            "last_centroid_accuracy": ("centroid", ".1%"),
+            "last_centroid_accuracy_key_removed": ("key removed", ".1%"),
+            "last_lens_value_accuracy": ("lens", ".1%"),
+        }
+        accuracies = {
+            "centroid_accuracy": "centroid",
+            "centroid_accuracy_other_records": "other records",
+            "centroid_accuracy_key_removed": "key removed",
+            "lens_value_accuracy": "lens",
+            "lens_value_margin": "lens margin",
+            "identity_projection": "identity basis",
+            "vector_projection": "all-vector basis",
+            "mean_cosine": "cosine to mean",
+            "final_value_accuracy": "final accuracy",
+        }
+        by_step: Columns = {
+            "step": "step",
+            **place,
+            **{n: (t, ".3f") for n, t in accuracies.items()},
+        }
+        readout, last = results.summary["readout"], results.summary["steps"][-1]
+        title = f"Readable: accuracy at least {READABLE} from that step to {last}"
+        rows = [{name: row[name] for name in by_step} for row in results.rows()]
+        return [
+            Table(title, readable, readout, console=len(readout)),
+            Table("Readouts", by_step, rows),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[SubspaceOptions]) -> list[Chart]:
+        """Accuracy of three readouts over steps, one line a stage, for every role and grouping."""
+        rows = [{name: row[name] for name in DRAWN} for row in results.rows()]
+        views: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            views.setdefault((row["position_role"], row["group_by"]), []).append(row)
+        stages = list(results.options.stages)
+        drawn = []
+        for (role, group), data in views.items():
+            if (role, ALIKE.get(group)) in views:
+                continue
+            name = f"readability_{role}_{group}"
+            model = (
+                named(name)
+                .transform_filter(f"datum.stage === '{stages[-1]}'")
+                .mark_line(color=INK, strokeDash=[1, 4], strokeWidth=1.8)
+                .encode(
+                    x=steps(),
+                    y=alt.Y("final_value_accuracy:Q"),
+                    tooltip=exact("step", "reads", "final_value_accuracy"),
                 )
-    steps = sorted({row["step"] for row in rows})
-    return {"reads": reads, "steps": steps, "readable_at_accuracy": READABLE, "readout": readout}
+            )
+            for column, words in READOUTS.items():
+                if all(row[column] is None for row in data):
+                    continue
+                curve = lines(
+                    *(name, column, "accuracy", colour("stage", stages), DRAWN),
+                    domain=[0, 1],
+                    dashed=last_dashed("stage", stages),
+                )
+                title = f"{group} at {role}: {words}"
+                layers = (curve, model, at_step())
+                drawn.append(chart(f"{name}_{column}", title, {name: data}, *layers, height=180))
+        return drawn
 
 
 def first_to_stay(rows: Sequence[Row], column: str) -> int | None:
@@ -282,51 +317,11 @@ def first_to_stay(rows: Sequence[Row], column: str) -> int | None:
     return step
 
 
-def _page(rows: Sequence[Row], summary: dict[str, Any], options: SubspaceOptions) -> list[str]:
-    lines = [
-        f"{summary['reads']} reads at {len(summary['steps'])} checkpoints. A code is called"
-        f" readable from the first step at which accuracy is {READABLE} and stays so; -: it is not."
-        " `centroid`: nearest centroid (cosine) of the other reads; `other records`: without the"
-        " read's whole record; `key removed`: after the mean of the reads with the same query key"
-        " is subtracted; `lens`: the answer is the stage lens's best value.",
-        "",
-    ]
-    for group in options.group_by:
-        lines += [
-            f"## By {group}",
-            "",
-            f"![accuracy over steps](value_code_subspace_{group}.svg)",
-            "",
-            "| role | stage | centroid readable from | lens readable from |",
-            "|---|---|---:|---:|",
-        ]
-        for entry in summary["readout"]:
-            if entry["group_by"] == group:
-                steps = (entry["readable_from_step"], entry["lens_readable_from_step"])
-                shown = " | ".join("-" if step is None else str(step) for step in steps)
-                lines.append(f"| {entry['position_role']} | {entry['stage']} | {shown} |")
-        lines += [
-            "",
-            "| step | role | stage | centroid | other records | key removed | lens | lens margin"
-            " | identity basis | all-vector basis | cosine to mean | final accuracy |",
-            "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        lines += [_page_row(row) for row in rows if row["group_by"] == group]
-        lines.append("")
-    return lines
+def _share(unit: Vectors, basis: Basis) -> float:
+    """Mean norm of the projections of unit vectors."""
+    return float((unit @ basis).norm(dim=1).mean())
 
 
-def _page_row(row: Row) -> str:
-    columns = (
-        "centroid_accuracy",
-        "centroid_accuracy_other_records",
-        "centroid_accuracy_key_removed",
-        "lens_value_accuracy",
-        "lens_value_margin",
-        "identity_projection",
-        "vector_projection",
-        "mean_cosine",
-        "final_value_accuracy",
-    )
-    shown = ["-" if row[name] is None else f"{row[name]:.3f}" for name in columns]
-    return f"| {row['step']} | {row['position_role']} | {row['stage']} | {' | '.join(shown)} |"
+def _mean(values: Tensor) -> float | None:
+    """The mean; None of nothing."""
+    return float(values.double().mean()) if len(values) else None

@@ -14,15 +14,26 @@ percentile of 1000 seeded bootstrap draws of whole records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.artifacts import Row, dump_rows
+from circuit import options
+from circuit.artifacts import Row
 from circuit.errors import CircuitError
-from circuit.figures.value_code import rescue
-from circuit.lazy import no_grad, torch
+from circuit.figures.charts import (
+    CATEGORY,
+    INK,
+    TICKS,
+    Chart,
+    at_step,
+    chart,
+    chosen,
+    colour,
+    exact,
+    lines,
+    named,
+)
+from circuit.lazy import alt, no_grad, torch
 from circuit.model.codes import logits_with_code, mean_at
 from circuit.model.readout import Answers, read_answers
 from circuit.model.rescue import (
@@ -33,26 +44,26 @@ from circuit.model.rescue import (
     removed_share,
     rescue_fractions,
 )
-from circuit.model.stages import read_stages, stage_hook
+from circuit.model.stages import read_stages
 from circuit.model.subspaces import check_rank
-from circuit.reports.base import ReportResult, open_report
-from circuit.reports.inputs import Inputs, open_inputs
+from circuit.reports.inputs import Checkpointed
+from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.tables import Table, by_step
 from circuit.tasks.groups import (
-    check_group,
-    check_single,
+    GROUPS,
+    SINGLE_ROLES,
     group_tokens,
     is_for_fitting,
     nonempty_mask,
     single_position,
 )
-from circuit.tasks.positions import Batch, check_roles
-from circuit.train_config import TrainConfig
+from circuit.tasks.positions import ROLES
+from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformer_lens import HookedTransformer
 
-COMMAND = "value-code-transfer-rescue"
+READ_ROWS = "value_code_transfer_rescue_read_rows.jsonl"
 SCALARS = (
     "correct_value_logit",
     "value_margin",
@@ -62,232 +73,294 @@ SCALARS = (
     "value_accuracy",
 )
 SHOWN = ("negative_answer_loss", "removed_competitor_margin", "value_margin", "value_accuracy")
-"""Those that the page and the figure show."""
+"""Those of the tables."""
+DRAWN = SHOWN[:2]
+"""Those whose rescue fraction is drawn."""
+MAIN = ("oracle", "true_transfer", "context_only", "source_plus_context")
+"""Conditions that are drawn over steps, beside the controls."""
 
 
-@dataclass(frozen=True)
-class RescueOptions:
-    """What is removed, and from what it is put back.
+class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
+    """What is removed, and from what it is put back."""
 
-    Attributes:
-        splits: of the probe records; None takes all.
-        max_records: that many reads, in file order; None takes all.
-        batch_size: reads of one forward pass, one a row.
-        seed: of the random subspace and the bootstrap.
-    """
+    source_stage: Annotated[str, options.Option("Stage of the source.", kind="stage")]
+    target_stage: Annotated[
+        str, options.Option("Stage at which the code is removed.", kind="stage")
+    ]
+    source_position_role: Annotated[str, options.Option("Role of the source.", choices=ROLES)] = (
+        "support_value"
+    )
+    target_position_role: Annotated[
+        str,
+        options.Option("Role at which the code is removed; one position.", choices=SINGLE_ROLES),
+    ] = "prediction"
+    context_stage: Annotated[
+        str | None, options.Option("Stage of the context.", kind="stage", unset="the source's")
+    ] = None
+    context_position_role: Annotated[str, options.Option("Role of the context.", choices=ROLES)] = (
+        "prediction"
+    )
+    context_rank: Annotated[
+        int | None,
+        options.Option("Rank of the context's basis.", least=1, unset="the other bases' rank"),
+    ] = None
+    group_by: Annotated[
+        str, options.Option("Token by which identity bases are taken.", choices=GROUPS)
+    ] = "answer_value"
+    basis_rank: Annotated[
+        int, options.Option("Rank of the source's and the target's basis.", least=1)
+    ] = 16
+    controls: Annotated[
+        tuple[str, ...], options.Option("Control.", flag="--control", choices=CONTROLS)
+    ] = CONTROLS
+    fit_fraction: Annotated[
+        float,
+        options.Option("Share of the reads that bases and maps are fitted on.", above=0, below=1),
+    ] = 0.75
+    ridge_lambda: Annotated[float, options.Option("Penalty of the maps.", above=0)] = 1e-3
+    max_records: options.MaxRecords = None
+    batch_size: Annotated[int, options.Option("Reads of one forward pass, one a row.", least=1)] = (
+        32
+    )
+    seed: Annotated[int, options.Option("Seed of the random subspace and the intervals.")] = 17
 
-    source_stage: str
-    target_stage: str
-    context_stage: str
-    source_position_role: str = "support_value"
-    target_position_role: str = "prediction"
-    context_position_role: str = "prediction"
-    context_rank: int = 16
-    group_by: str = "answer_value"
-    splits: tuple[str, ...] | None = None
-    max_records: int | None = None
-    batch_size: int = 32
-    basis_rank: int = 16
-    controls: tuple[str, ...] = CONTROLS
-    fit_fraction: float = 0.75
-    ridge_lambda: float = 1e-3
-    seed: int = 17
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the basis and of the context."""
+        return {"basis": self.basis_rank, "context": self.context_rank or self.basis_rank}
+
+    @property
+    def sites(self) -> dict[str, tuple[str, str]]:
+        """Stage and role of everything whose vectors are needed."""
+        sites = {
+            "source": (self.source_stage, self.source_position_role),
+            "target": (self.target_stage, self.target_position_role),
+            "context": (self.context_stage or self.source_stage, self.context_position_role),
+            "wrong_support_value": (self.source_stage, "value_distractors"),
+            "key_identity": (self.source_stage, "support_key"),
+        }
+        return {n: site for n, site in sites.items() if n not in CONTROLS or n in self.controls}
+
+    def check_model(self, shape: ModelConfig) -> None:
+        """Also refuses a rank that the residual stream does not have."""
+        super().check_model(shape)
+        for name, rank in self.ranks.items():
+            check_rank(f"the {name}", rank, shape.d_model)
 
 
-@dataclass(frozen=True)
-class Reads:
-    """The reads, their fixed split, and who stands in for whom.
+class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
+    """Remove a value code, and put it back from its source, its context, or a control."""
 
-    Attributes:
-        batch: with its rows; `position` and `groups` are of its reads.
-        fit, held_out: indices of the fitting and the evaluation reads.
-        shuffled: for each evaluation read, the index of the next one with another answer.
-    """
+    command = "value-code-transfer-rescue"
+    Options = RescueOptions
+    title = "Rescue"
+    question = "Which code, put back where the value code was removed, gives the answer back?"
+    place = 8
 
-    batch: Batch
-    position: Tensor
-    groups: Tensor
-    fit: Tensor
-    held_out: Tensor
-    shuffled: Tensor
+    def prepare(self) -> None:
+        """Read the reads, split them, and say who stands in for whom; `_hold_out` refuses."""
+        super().prepare()
+        self.batch = batch = self.inputs.reads(self.options.max_records)
+        role = self.options.target_position_role
+        self.groups = group_tokens(batch, self.options.group_by, role).cpu()
+        fitting = is_for_fitting(batch, self.options.fit_fraction).cpu()
+        self.fit, self.held_out = fitting.nonzero()[:, 0], (~fitting).nonzero()[:, 0]
+        self._refuse_too_few()
+        self.position = single_position(batch, role)
+        self.answer = batch.reads.answer.cpu()[self.held_out]
+        # for each read held out, the next one with another answer
+        self.shuffled = self.held_out[next_other(self.answer)]
+        self.masks = {name: nonempty_mask(batch, r) for name, (_, r) in self.options.sites.items()}
+        self.shares: dict[str, dict[str, float | None]] = {}
+        self.read_rows: list[Row] = []
+        self.gap = 0.0
 
-    @classmethod
-    def of(cls, batch: Batch, options: RescueOptions) -> Reads:
-        """Split the reads of a batch.
-
-        Raises:
-            CircuitError: a name does not exist, the target has several positions, a rank is too
-                large, or a part has too few reads.
-        """
-        groups = group_tokens(batch, options.group_by, options.target_position_role).cpu()
-        fitting = is_for_fitting(batch, options.fit_fraction).cpu()
-        fit, held_out = fitting.nonzero()[:, 0], (~fitting).nonzero()[:, 0]
-        most_rank = max(options.basis_rank, options.context_rank)
-        tokens = len(set(groups[fit].tolist()))
-        for name, rank in (("basis", options.basis_rank), ("context", options.context_rank)):
+    def _refuse_too_few(self) -> None:
+        """Refuse ranks that the fitting part, or too few reads that the evaluation part has."""
+        asked, most = self.options, max(self.options.ranks.values())
+        tokens = len(set(self.groups[self.fit].tolist()))
+        for name, rank in asked.ranks.items():
             check_rank(
-                f"the {name} by {options.group_by} ({tokens} tokens in {len(fit)} fitting reads)",
+                f"the {name} by {asked.group_by}"
+                f" ({tokens} tokens in {len(self.fit)} fitting reads)",
                 rank,
                 tokens - 1,
             )
-        if len(held_out) < most_rank:
+        if len(self.held_out) < most:
             raise CircuitError(
-                f"{len(held_out)} evaluation reads",
-                where=f"{len(batch.reads)} reads, --fit-fraction {options.fit_fraction}",
-                expected=f"at least {most_rank}, as many as ranks",
-                fix="take more reads, lower --fit-fraction or lower the ranks",
+                f"{len(self.held_out)} evaluation reads",
+                where=f"{len(self.groups)} reads, `fit_fraction` {asked.fit_fraction}",
+                expected=f"at least {most}, as many as ranks",
+                fix="take more reads, lower `fit_fraction` or lower the ranks",
             )
-        position = single_position(batch, options.target_position_role)
-        answers = batch.reads.answer.cpu()[held_out]
-        return cls(batch, position, groups, fit, held_out, held_out[next_other(answers)])
 
+    @no_grad
+    def measure(self, point: Checkpointed) -> Iterator[Row]:
+        """One row a condition: means of the scalars and rescues (1 for clean, 0 for removed)."""
+        asked, reads = self.options, self.batch.reads
+        stages = dict.fromkeys(stage for stage, _ in asked.sites.values())
+        _, states = read_stages(point.model, self.batch.tokens, *stages)
+        vectors = {
+            name: mean_at(states[stage], reads.row, self.masks[name])
+            for name, (stage, _) in asked.sites.items()
+        }
+        basis, codes = condition_codes(
+            vectors,
+            groups=self.groups,
+            fit=self.fit,
+            held_out=self.held_out,
+            shuffled=self.shuffled,
+            controls=asked.controls,
+            rank=asked.ranks["basis"],
+            context_rank=asked.ranks["context"],
+            ridge=asked.ridge_lambda,
+            seed=asked.seed,
+        )
+        clean = states[asked.target_stage]
+        logits: dict[str, list[Tensor]] = {name: [] for name in codes}
+        for chunk in torch.split(torch.arange(len(self.held_out)), asked.batch_size):
+            at = self.held_out[chunk].to(clean.device)
+            width = int(reads.key_pos[at].max()) + 1  # what comes later has no effect
+            place = (clean[reads.row[at], :width], self.position[at], reads.key_pos[at], basis)
+            for name, code in codes.items():
+                written = None if code is None else code[chunk]
+                there = logits_with_code(point.model, asked.target_stage, *place, written)
+                logits[name].append(there.cpu())
+        whole = {name: torch.cat(parts) for name, parts in logits.items()}
+        values_of = self.inputs.vocabulary.value_ids
+        answers = {name: read_answers(x, self.answer, values_of) for name, x in whole.items()}
+        rivals = [answers[name].competitor[:, None] for name in ("clean", "removed")]
+        values = {name: _scalars(whole[name], answers[name], rivals) for name in codes}
+        gap = answers["oracle"].margin - answers["clean"].margin
+        self.gap = max(self.gap, float(gap.abs().max()))
+        share, key = removed_share(vectors["target"], basis, reads.key.cpu())
+        self.shares[str(point.step)] = {"norm_share": share, "query_key_share": key}
+        self.read_rows += self._of_reads(point.step, values)
+        records = reads.row.cpu()[self.held_out]
+        for name, of_reads in values.items():
+            row: dict[str, Any] = {
+                "step": point.step,
+                "condition": name,
+                "reads": len(of_reads),
+                "code_r2": explained(codes[name], codes["oracle"]),
+                **dict(zip(SCALARS, of_reads.mean(0).tolist(), strict=True)),
+            }
+            fractions = rescue_fractions(values, records, name, asked.seed)
+            for scalar, ends in zip(SCALARS, fractions, strict=True):
+                names = (f"rescue_{scalar}{end}" for end in ("", "_low", "_high"))
+                row |= dict(zip(names, ends, strict=True))
+            yield row
 
-def value_code_transfer_rescue(
-    config: TrainConfig,
-    probe_set: str | Path,
-    checkpoints: Sequence[Path],
-    options: RescueOptions,
-    output_dir: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ReportResult:
-    """Write the report; further rows, one a read and condition, in `..._read_rows.jsonl`.
+    def _of_reads(self, step: int, values: Mapping[str, Tensor]) -> Iterator[Row]:
+        """One row a condition and evaluation read."""
+        reads = self.batch.reads.select(self.held_out.to(self.batch.tokens.device))
+        columns = (part.tolist() for part in (reads.row, reads.index, reads.lag, reads.answer))
+        places = [
+            {
+                "sample_id": self.batch.sample_ids[row],
+                "read_index": number,
+                "lag": lag,
+                "answer": answer,
+            }
+            for row, number, lag, answer in zip(*columns, strict=True)
+        ]
+        for name, of_reads in values.items():
+            for place, scalars in zip(places, of_reads.tolist(), strict=True):
+                named_scalars = dict(zip(SCALARS, scalars, strict=True))
+                yield {"step": step, "condition": name, **place, **named_scalars}
 
-    Args:
-        checkpoints: ascending by step.
-        progress: called with the checkpoints done and their number.
-
-    Raises:
-        CircuitError: an option names what does not exist, a rank is too large, there are too few
-            reads, a checkpoint or probe set is of another run, or the folder is not free.
-    """
-    _check(options, config)
-    rows: list[Row] = []
-    read_rows: list[Row] = []
-    digests, shares = {}, {}
-    with open_report(COMMAND, output_dir, overwrite=overwrite) as writer:
-        inputs = open_inputs(config, probe_set, splits=options.splits, checkpoints=checkpoints)
-        reads = Reads.of(inputs.reads(options.max_records), options)
-        masks = {role: nonempty_mask(reads.batch, role) for _, role in _sites(options).values()}
-        for done, point in enumerate(inputs.models(checkpoints), start=1):
-            found = _measure(point.model, reads, masks, options, inputs)
-            rows += _rows(point.step, found, reads, options.seed)
-            read_rows += _read_rows(point.step, found.values, reads)
-            shares[str(point.step)] = found.shares
-            digests[str(point.step)] = point.digest
-            if progress is not None:
-                progress(done, len(checkpoints))
-        summary = _summary(rows, reads, shares)
-        return writer.write(
-            parameters={
-                **asdict(options),
-                "probe_set": str(probe_set),
-                "checkpoints": [str(path) for path in checkpoints],
+    def conclude(self, rows: list[Row]) -> Findings:
+        seen = torch.isin(self.groups[self.held_out], self.groups[self.fit])
+        of = {(row["step"], row["condition"]): row for row in rows}
+        steps = sorted({row["step"] for row in rows})
+        summary = {
+            "fitting_reads": len(self.fit),
+            "evaluation_reads": len(self.held_out),
+            "evaluation_tokens_seen_in_fitting": float(seen.double().mean()),
+            "steps": steps,
+            "removed_from_target": self.shares,
+            # clean minus removed: the denominator of the rescue fractions
+            "lost_by_removal": {
+                scalar: {
+                    str(step): of[step, "clean"][scalar] - of[step, "removed"][scalar]
+                    for step in steps
+                }
+                for scalar in SHOWN
             },
-            summary=summary,
-            rows=rows,
-            page=_page(summary),
-            figures={"value_code_transfer_rescue": rescue(rows, SHOWN, options.controls)},
-            further={"value_code_transfer_rescue_read_rows.jsonl": dump_rows(read_rows)},
-            provenance={**inputs.provenance(), "parameters_sha256": digests},
-            law=_law(rows),
-            device=config.device,
+            "rescue": {scalar: _by_condition(rows, f"rescue_{scalar}") for scalar in SHOWN},
+            "value_accuracy": _by_condition(rows, "value_accuracy"),
+            "code_r2": _by_condition(rows, "code_r2"),
+        }
+        law = (
+            "the oracle, the read's own code put back, rescues everything: every read's answer"
+            f" margin is the clean one to within {self.gap:.1e} logits"
         )
+        return Findings(rows, summary, law, {READ_ROWS: self.read_rows})
 
+    @classmethod
+    def size(cls, results: Results[RescueOptions]) -> tuple[float, ...]:
+        return results.summary["evaluation_reads"], len(results.summary["steps"])
 
-def _check(options: RescueOptions, config: TrainConfig) -> None:
-    layers, width = config.model.layers, config.model.d_model
-    for stage in (options.source_stage, options.target_stage, options.context_stage):
-        stage_hook(stage, layers)
-    check_single(options.target_position_role)
-    check_group(options.group_by, options.target_position_role)
-    check_roles(*(role for _, role in _sites(options).values()))
-    for name, rank in (("basis", options.basis_rank), ("context", options.context_rank)):
-        check_rank(f"the {name}", rank, width)
-    for control in options.controls:
-        if control not in CONTROLS:
-            expected = f"one of {', '.join(CONTROLS)}"
-            raise CircuitError(f"unknown control '{control}'", expected=expected)
-    if len(set(options.controls)) < len(options.controls):
-        raise CircuitError(
-            ", ".join(options.controls), where="--control", expected="each control once"
-        )
-    if not 0 < options.fit_fraction < 1:
-        raise CircuitError(
-            f"{options.fit_fraction}", where="--fit-fraction", expected="more than 0, less than 1"
-        )
-    if not options.ridge_lambda > 0:
-        raise CircuitError(
-            f"{options.ridge_lambda}", where="--ridge-lambda", expected="more than 0"
-        )
+    @classmethod
+    def notes(cls, results: Results[RescueOptions]) -> list[str]:
+        summary = results.summary
+        return [
+            f"{summary['fitting_reads']} reads for fitting, {summary['evaluation_reads']} for"
+            f" evaluation; {100 * summary['evaluation_tokens_seen_in_fitting']:.0f} % of the latter"
+            " have a token that the fitting part holds. Fractions are of means over the evaluation"
+            " reads; -: there is none. Where removal loses nothing (lost by removal not above 0) a"
+            " fraction means nothing, and is not drawn. Whiskers, `_low` and `_high`: bootstrap"
+            " over whole records. In charts, ctx: context; dashed: controls."
+        ]
 
+    @classmethod
+    def tables(cls, results: Results[RescueOptions]) -> list[Table]:
+        summary, steps = results.summary, results.summary["steps"]
+        titles = {
+            "norm_share": "share of the target's squared norm",
+            "query_key_share": "share of the directions that tell query keys apart",
+        }
+        removed = {
+            title: {step: shares[name] for step, shares in summary["removed_from_target"].items()}
+            for name, title in titles.items()
+        }
+        tables = {
+            f"Rescue fraction of {scalar}": {
+                "(lost by removal)": summary["lost_by_removal"][scalar],
+                **summary["rescue"][scalar],
+            }
+            for scalar in SHOWN
+        }
+        first = next(iter(tables))
+        tables |= {
+            "Value accuracy": summary["value_accuracy"],
+            "R² of the code that is written, over the evaluation reads": summary["code_r2"],
+            "What is removed": removed,
+        }
+        return [
+            Table(
+                title,
+                **by_step(values, steps, ".3f", "condition"),
+                console=len(values) if title == first else 0,
+            )
+            for title, values in tables.items()
+        ]
 
-def _sites(options: RescueOptions) -> dict[str, tuple[str, str]]:
-    """Stage and role of everything whose vectors are needed."""
-    sites = {
-        "source": (options.source_stage, options.source_position_role),
-        "target": (options.target_stage, options.target_position_role),
-        "context": (options.context_stage, options.context_position_role),
-        "wrong_support_value": (options.source_stage, "value_distractors"),
-        "key_identity": (options.source_stage, "support_key"),
-    }
-    return {n: site for n, site in sites.items() if n not in CONTROLS or n in options.controls}
-
-
-@dataclass(frozen=True)
-class _Found:
-    """One checkpoint: scalars `[evaluation read, scalar]` and codes written, by condition."""
-
-    values: dict[str, Tensor]
-    codes: dict[str, Tensor | None]
-    shares: dict[str, float | None]
-
-
-@no_grad
-def _measure(
-    model: HookedTransformer,
-    reads: Reads,
-    masks: Mapping[str, Tensor],
-    options: RescueOptions,
-    inputs: Inputs,
-) -> _Found:
-    """Run every condition at one checkpoint."""
-    sites, batch = _sites(options), reads.batch
-    stages = dict.fromkeys(stage for stage, _ in sites.values())
-    _, activations = read_stages(model, batch.tokens, *stages)
-    vectors = {
-        name: mean_at(activations[stage], batch.reads.row, masks[role])
-        for name, (stage, role) in sites.items()
-    }
-    basis, codes = condition_codes(
-        vectors,
-        groups=reads.groups,
-        fit=reads.fit,
-        held_out=reads.held_out,
-        shuffled=reads.shuffled,
-        controls=options.controls,
-        rank=options.basis_rank,
-        context_rank=options.context_rank,
-        ridge=options.ridge_lambda,
-        seed=options.seed,
-    )
-    clean, at = activations[options.target_stage], batch.reads
-    logits: dict[str, list[Tensor]] = {name: [] for name in codes}
-    for chunk in torch.split(torch.arange(len(reads.held_out)), options.batch_size):
-        chosen = reads.held_out[chunk].to(clean.device)
-        states = clean[at.row[chosen], : int(at.key_pos[chosen].max()) + 1]  # later: no effect
-        place = (options.target_stage, states, reads.position[chosen], at.key_pos[chosen], basis)
-        for name, code in codes.items():
-            written = None if code is None else code[chunk]
-            logits[name].append(logits_with_code(model, *place, written).cpu())
-    answer = batch.reads.answer.cpu()[reads.held_out]
-    whole = {name: torch.cat(parts) for name, parts in logits.items()}
-    answers = {n: read_answers(x, answer, inputs.vocabulary.value_ids) for n, x in whole.items()}
-    rivals = [answers[name].competitor[:, None] for name in ("clean", "removed")]
-    values = {name: _scalars(whole[name], answers[name], rivals) for name in codes}
-    share, key = removed_share(vectors["target"], basis, batch.reads.key.cpu())
-    return _Found(values, codes, {"norm_share": share, "query_key_share": key})
+    @classmethod
+    def charts(cls, results: Results[RescueOptions]) -> list[Chart]:
+        """Accuracies and fractions at the step, and the fractions over steps."""
+        lost = results.summary["lost_by_removal"]
+        names = [f"rescue_{scalar}{end}" for scalar in DRAWN for end in ("", "_low", "_high")]
+        rows = [
+            {name: row[name] for name in ("step", "condition", "reads", "value_accuracy", *names)}
+            | {f"lost_{scalar}": lost[scalar][str(row["step"])] for scalar in DRAWN}
+            for row in results.rows()
+        ]
+        conditions = list(dict.fromkeys(row["condition"] for row in rows))
+        charts = [_accuracies(rows, conditions)]
+        for scalar in DRAWN:
+            charts += [_fractions(rows, conditions[2:], scalar), _courses(rows, conditions, scalar)]
+        return charts
 
 
 def _scalars(logits: Tensor, answers: Answers, rivals: Sequence[Tensor]) -> Tensor:
@@ -302,133 +375,86 @@ def _scalars(logits: Tensor, answers: Answers, rivals: Sequence[Tensor]) -> Tens
     return torch.stack([column.double() for column in columns], dim=1)
 
 
-def _rows(
-    step: int,
-    found: _Found,
-    reads: Reads,
-    seed: int,
-) -> list[Row]:
-    """One row a condition: means of the scalars and rescues (1 for clean, 0 for removed)."""
-    records = reads.batch.reads.row.cpu()[reads.held_out]
-    rows: list[Row] = []
-    for name, values in found.values.items():
-        row: dict[str, Any] = {
-            "step": step,
-            "condition": name,
-            "reads": len(values),
-            "code_r2": explained(found.codes[name], found.codes["oracle"]),
-            **dict(zip(SCALARS, values.mean(0).tolist(), strict=True)),
-        }
-        fractions = rescue_fractions(found.values, records, name, seed)
-        for scalar, (value, low, high) in zip(SCALARS, fractions, strict=True):
-            row |= {f"rescue_{scalar}": value}
-            row |= {f"rescue_{scalar}_low": low, f"rescue_{scalar}_high": high}
-        rows.append(row)
-    return rows
-
-
-def _read_rows(step: int, values: Mapping[str, Tensor], reads: Reads) -> list[Row]:
-    """One row a condition and evaluation read."""
-    batch = reads.batch
-    index = batch.reads.select(reads.held_out.to(batch.tokens.device))
-    places = [
-        {
-            "sample_id": batch.sample_ids[row],
-            "read_index": number,
-            "lag": lag,
-            "answer": answer,
-        }
-        for row, number, lag, answer in zip(
-            *(part.tolist() for part in (index.row, index.index, index.lag, index.answer)),
-            strict=True,
-        )
-    ]
-    return [
-        {"step": step, "condition": name, **place, **dict(zip(SCALARS, scalars, strict=True))}
-        for name, found in values.items()
-        for place, scalars in zip(places, found.tolist(), strict=True)
-    ]
-
-
-def _summary(rows: Sequence[Row], reads: Reads, shares: Mapping[str, Any]) -> dict[str, Any]:
-    known = torch.isin(reads.groups[reads.held_out], reads.groups[reads.fit])
-    return {
-        "fitting_reads": len(reads.fit),
-        "evaluation_reads": len(reads.held_out),
-        "evaluation_tokens_seen_in_fitting": float(known.double().mean()),
-        "steps": sorted({row["step"] for row in rows}),
-        "removed_from_target": dict(shares),
-        "lost_by_removal": {scalar: _lost(rows, scalar) for scalar in SHOWN},
-        "rescue": {scalar: _by_condition(rows, f"rescue_{scalar}") for scalar in SHOWN},
-        "value_accuracy": _by_condition(rows, "value_accuracy"),
-        "code_r2": _by_condition(rows, "code_r2"),
-    }
-
-
-def _lost(rows: Sequence[Row], scalar: str) -> dict[str, float]:
-    """Clean minus removed by step: the denominator of the rescue fractions."""
-    of = {(row["step"], row["condition"]): row[scalar] for row in rows}
-    steps = dict.fromkeys(step for step, _ in of)
-    return {str(step): of[step, "clean"] - of[step, "removed"] for step in steps}
-
-
 def _by_condition(rows: Sequence[Row], column: str) -> dict[str, dict[str, float | None]]:
     """A column by condition and step."""
-    found: dict[str, dict[str, float | None]] = {}
+    values: dict[str, dict[str, float | None]] = {}
     for row in rows:
         if not (column.startswith("rescue") and row["condition"] in ("clean", "removed")):
-            found.setdefault(row["condition"], {})[str(row["step"])] = row[column]
-    return found
+            values.setdefault(row["condition"], {})[str(row["step"])] = row[column]
+    return values
 
 
-def _law(rows: Sequence[Row]) -> str:
-    columns = [f"rescue_{scalar}" for scalar in SCALARS]
-    oracle = [row[name] for row in rows if row["condition"] == "oracle" for name in columns]
-    known = [value for value in oracle if value is not None]
-    if not known:
-        return "removal changes nothing at any checkpoint, so that there is nothing to rescue"
-    worst = max(abs(value - 1) for value in known)
-    return (
-        "the oracle, the read's own code put back, rescues everything: its fraction differs from 1"
-        f" by at most {worst:.1e}"
-    )
+# --- charts --------------------------------------------------------------------------------------
 
 
-def _page(summary: Mapping[str, Any]) -> list[str]:
-    steps = [str(step) for step in summary["steps"]]
-    lines = [
-        f"{summary['fitting_reads']} reads for fitting, {summary['evaluation_reads']} for"
-        f" evaluation; {100 * summary['evaluation_tokens_seen_in_fitting']:.0f} % of the latter"
-        " have a token that the fitting part holds. Fractions are of means over the evaluation"
-        " reads; -: there is none. Where removal loses nothing (first line not above 0) a fraction"
-        " means nothing. Whiskers, `_low` and `_high`: bootstrap over whole records.",
-        "",
-        "![rescue fractions by step](value_code_transfer_rescue.svg)",
-    ]
-    removed = summary["removed_from_target"]
-    titles = {
-        "norm_share": "share of the target's squared norm",
-        "query_key_share": "share of the directions that tell query keys apart",
-    }
-    of = {title: {s: removed[s][name] for s in steps} for name, title in titles.items()}
-    lines += _table("What is removed", of, steps)
-    for scalar in SHOWN:
-        lines += _table(
-            f"Rescue fraction of {scalar}",
-            {"*lost by removal*": summary["lost_by_removal"][scalar], **summary["rescue"][scalar]},
-            steps,
+def _conditions(names: Sequence[str]) -> alt.Y:
+    text = "replace(replace(datum.label, '_plus_context', ' +ctx'), /_/g, ' ')"
+    axis = alt.Axis(labelExpr=text, labelLimit=alt.ExprRef("width < 300 ? 170 : 240"), title=None)
+    return alt.Y("condition:N").axis(axis).sort(list(names))
+
+
+def _accuracies(rows: Sequence[Row], names: Sequence[str]) -> Chart:
+    accuracy = alt.X("value_accuracy:Q").title("value accuracy").axis(tickCount=TICKS)
+    bars = (
+        named("rescue")
+        .transform_filter(chosen())
+        .mark_bar(color=CATEGORY[0])
+        .encode(
+            y=_conditions(names),
+            x=accuracy.scale(domain=[0, 1]),
+            tooltip=exact("step", "condition", "reads", "value_accuracy"),
         )
-    lines += _table("Value accuracy", summary["value_accuracy"], steps)
-    title = "R² of the code that is written, over the evaluation reads"
-    return lines + _table(title, summary["code_r2"], steps)
+    )
+    title, height = "Value accuracy at the step", 20 * len(names)
+    return chart("rescue_accuracy", title, {"rescue": rows}, bars, height=height)
 
 
-def _table(
-    title: str, values: Mapping[str, Mapping[str, float | None]], steps: Sequence[str]
-) -> list[str]:
-    lines = ["", f"## {title}", "", f"| condition | {' | '.join(steps)} |"]
-    lines.append(f"|---|{'---:|' * len(steps)}")
-    for name, of in values.items():
-        cells = ["-" if of[step] is None else f"{of[step]:.3f}" for step in steps]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+def _there(scalar: str) -> str:
+    """The filter that leaves fractions that mean something."""
+    return f"isValid(datum.rescue_{scalar}) && datum.lost_{scalar} > 0"
+
+
+def _fractions(rows: Sequence[Row], names: Sequence[str], scalar: str) -> Chart:
+    """Fractions with their whiskers at the step."""
+    column = f"rescue_{scalar}"
+    place = (
+        named("rescue")
+        .transform_filter(chosen())
+        .transform_filter("indexof(['clean', 'removed'], datum.condition) < 0")
+        .transform_filter(_there(scalar))
+        .encode(y=_conditions(names))
+    )
+    scale = alt.Scale(domain=[-1, 1.5], clamp=True)
+    tooltip = exact("step", "condition", "reads", column, f"{column}_low", f"{column}_high")
+    whiskers = place.mark_rule(color=CATEGORY[0], strokeWidth=2).encode(
+        x=alt.X(f"{column}_low:Q").title("rescue fraction").axis(tickCount=TICKS).scale(scale),
+        x2=f"{column}_high:Q",
+        tooltip=tooltip,
+    )
+    points = place.mark_point(color=CATEGORY[0], filled=True, size=60, opacity=1).encode(
+        x=alt.X(f"{column}:Q").scale(scale), tooltip=tooltip
+    )
+    ends = alt.Chart(alt.InlineData(values=[{"at": 0}, {"at": 1}]))
+    edge = ends.mark_rule(color=INK, strokeDash=[3, 3], opacity=0.6).encode(x="at:Q")
+    title = f"Rescue of the {scalar.replace('_', ' ')} at the step"
+    layers, height = (whiskers, points, edge), 20 * len(names)
+    return chart(column, title, {"rescue": rows}, *layers, height=height)
+
+
+def _courses(rows: Sequence[Row], names: Sequence[str], scalar: str) -> Chart:
+    """Fractions over steps; the controls, each by itself, are dashed."""
+    column = f"rescue_{scalar}"
+    shown = [name for name in names if name in (*MAIN, *CONTROLS)]
+    words = {name: name.replace("_", " ") for name in shown}
+    shade = colour("condition", shown, labels=words, palette=[INK, *CATEGORY])
+    dashes = [[4, 4] if name in CONTROLS else [1, 0] for name in shown]
+    curve = lines(
+        *("rescue", column, "rescue fraction", shade),
+        ("step", "condition", "reads", column),
+        where=f"indexof({shown}, datum.condition) >= 0 && {_there(scalar)}",
+        dashed=alt.StrokeDash("condition:N", legend=None).scale(domain=shown, range=dashes),
+    )
+    axis = alt.Y(f"{column}:Q").title("rescue fraction").scale(domain=[-1, 1.5], clamp=True)
+    title = f"Rescue of the {scalar.replace('_', ' ')} over steps"
+    layers = (curve.encode(y=axis), at_step())
+    return chart(f"{column}_over_steps", title, {"rescue": rows}, *layers)

@@ -22,7 +22,7 @@ from circuit.model.stages import run_from, stage_hook
 from circuit.reports.inputs import Checkpointed, open_inputs
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, fixed_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import (
@@ -134,7 +134,7 @@ class WritePathSelection(Report[WritePathOptions]):
 
     @classmethod
     def tables(cls, results: Results[WritePathOptions]) -> list[Table]:
-        columns: dict[str, str | tuple[str, str]] = {
+        columns: Columns = {
             "place": "place",
             "path": "path",
             "role": "role",

@@ -11,7 +11,6 @@ from tiny_run import RUN, MadeOnce, circuit, traced, traced_once, trained, train
 from circuit.config import load_config
 from circuit.options import PairOptions
 from circuit.reports.answer_scalar_residual_diagnosis import AnswerScalarDiagnosis, DiagnosisOptions
-from circuit.reports.inputs import _wanted
 from circuit.reports.report import run_report
 from circuit.train_config import TrainConfig
 
@@ -30,13 +29,10 @@ def diagnose_once(trained_once: Path, made_once: MadeOnce) -> Diagnose:
             out = Path.cwd() / "answers"
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(trained_once)
-                types, most, least = _wanted(pairs)
                 options = DiagnosisOptions(
                     probe_set=RUN / "analysis" / "probe_set.jsonl",
                     checkpoints=tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in steps),
-                    pair_types=types,
-                    max_pairs_per_type=most,
-                    min_pairs_per_type=least,
+                    **dict(pairs),
                 )
                 config = load_config(RUN / "run_config.json", TrainConfig)
                 run_report(AnswerScalarDiagnosis, config, options, out)

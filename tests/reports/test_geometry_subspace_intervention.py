@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,24 +13,38 @@ import torch
 from transformer_lens import HookedTransformer
 
 from circuit.artifacts import read_jsonl
+from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.model.stages import patch, read_stages, stage_names
 from circuit.model.subspaces import Basis, embedding_identity, keep, remove
-from circuit.reports import interventions
-from circuit.reports.interventions import QueryMode, intervene
+from circuit.reports import geometry_subspace_intervention as geometry
+from circuit.reports.geometry_subspace_intervention import (
+    GeometrySubspaceIntervention,
+    InterventionOptions,
+    QueryMode,
+    intervene,
+)
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
 from circuit.tasks.symbolic_kv import Record
 
-CHECKPOINTS = [f"runs/tiny/checkpoints/step_{step:06d}.pt" for step in (6, 12)]
-WORDS = (
-    *("geometry-subspace-intervention", "--config", "runs/tiny/run_config.json"),
-    *("--probe-set", "runs/tiny/analysis/probe_set.jsonl", "--output-dir", "out"),
-    *("--checkpoint", CHECKPOINTS[0], "--checkpoint", CHECKPOINTS[1]),
-    *("--stage", "layer_0_post_mlp", "--position-role", "prediction"),
-)
-VALUES = ("--subspace", "embedding_value_identity", "--rank", "4", "--operation", "remove")
+RUN = Path("runs/tiny")
+ASKED: dict[str, Any] = {
+    "probe_set": RUN / "analysis" / "probe_set.jsonl",
+    "checkpoints": tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in (6, 12)),
+    "stage": "layer_0_post_mlp",
+    "subspace": "embedding_value_identity",
+    "ranks": (4,),
+    "operation": "remove",
+}
+
+
+def report(output: str, **asked: Any) -> ReportResult:
+    options = InterventionOptions(**ASKED | asked)
+    return run_report(GeometrySubspaceIntervention, open_run(RUN), options, output)
 
 
 @pytest.fixture
@@ -83,7 +96,7 @@ def test_many_reads_at_once_equal_one_forward_pass_a_read(
     operation: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interventions, "_ROWS", 4)  # several passes
+    monkeypatch.setattr(geometry, "_ROWS", 4)  # several passes
     logits, states = read_stages(model, batch.tokens, stage)
     change = partial(operation, basis=basis)
     for role in ("prediction", "value_distractors"):
@@ -129,13 +142,9 @@ def test_batch_union_is_single_query_where_records_have_one_read(
     assert gaps[1] > 1e-3
 
 
-def test_rows_and_means_are_those_of_the_reads(
-    circuit: Callable[..., Any], model: HookedTransformer, tiny: Benchmark
-) -> None:
-    done = circuit(*WORDS, *VALUES, "--rank", "2", "--json")
-    assert done.code == 0, done.err
-    assert [path for path in done.payload["paths"] if not Path(path).is_file()] == []
-    rows = pd.DataFrame(read_jsonl(Path("out/geometry_subspace_intervention_rows.jsonl")))
+def test_rows_and_means_are_those_of_the_reads(model: HookedTransformer, tiny: Benchmark) -> None:
+    result = report("out", ranks=(4, 2))
+    rows = pd.DataFrame(read_jsonl(result.rows[0]))
     assert not rows.duplicated(["step", "rank", "sample_id", "read_index"]).any()
     records = {r.sample_id: r for name in tiny.splits for r in tiny.splits[name]}
     own = rows[(rows["step"] == 12) & (rows["rank"] == 4)]
@@ -150,7 +159,7 @@ def test_rows_and_means_are_those_of_the_reads(
         assert own[f"{prefix}_margin"].tolist() == pytest.approx(answers.margin.tolist(), abs=1e-5)
         assert own[f"{prefix}_answer_correct"].tolist() == answers.is_answer.tolist()
         assert own[f"{prefix}_value_correct"].tolist() == answers.is_value.tolist()
-    means = pd.DataFrame(done.payload["summary"]["means"])
+    means = pd.DataFrame(result.summary["means"])
     assert len(means) == 2 * 2 * 3  # steps, ranks, two splits and all of them
     for mean in means.itertuples():
         chosen = rows[(rows["step"] == mean.step) & (rows["rank"] == mean.rank)]
@@ -163,83 +172,62 @@ def test_rows_and_means_are_those_of_the_reads(
         assert 0 < mean.subspace_share < 1
 
 
-def test_max_records_and_split_choose_reads_in_file_order(circuit: Callable[..., Any]) -> None:
-    file = Path("out/geometry_subspace_intervention_rows.jsonl")
-    assert circuit(*WORDS, *VALUES).code == 0
-    everything = [row for row in read_jsonl(file) if row["step"] == 6]
-    assert circuit(*WORDS, *VALUES, "--max-records", "3", "--overwrite").code == 0
-    few = [row for row in read_jsonl(file) if row["step"] == 6]
-    assert circuit(*WORDS, *VALUES, "--split", "heldout_pairs", "--overwrite").code == 0
-    heldout = [row for row in read_jsonl(file) if row["step"] == 6]
+@pytest.mark.usefixtures("trained")
+def test_max_records_and_split_choose_reads_in_file_order() -> None:
+    everything, few, heldout = (
+        [row for row in read_jsonl(report(output, **asked).rows[0]) if row["step"] == 6]
+        for output, asked in (
+            ("all", {}),
+            ("few", {"max_records": 3}),
+            ("heldout", {"splits": ("heldout_pairs",)}),
+        )
+    )
     names = [(row["sample_id"], row["read_index"]) for row in everything]
     assert [(row["sample_id"], row["read_index"]) for row in few] == names[:3]
     assert {row["split"] for row in heldout} == {"heldout_pairs"}
     assert all(row["is_heldout"] for row in heldout)
-    for subset in (few, heldout):
-        for row in subset:
-            whole = everything[names.index((row["sample_id"], row["read_index"]))]
-            assert row["intervened_margin"] == pytest.approx(whole["intervened_margin"], abs=1e-5)
+    for row in (*few, *heldout):
+        whole = everything[names.index((row["sample_id"], row["read_index"]))]
+        assert row["intervened_margin"] == pytest.approx(whole["intervened_margin"], abs=1e-5)
 
 
-def test_full_residual_and_heads_are_subspaces_too(circuit: Callable[..., Any]) -> None:
-    file = Path("out/geometry_subspace_intervention_rows.jsonl")
-    full = ("--subspace", "full_residual", "--operation")
-    assert circuit(*WORDS, *full, "keep", "--query-mode", "batch_union").code == 0
-    for row in read_jsonl(file):
+@pytest.mark.usefixtures("trained")
+def test_full_residual_and_heads_are_subspaces_too() -> None:
+    whole = {"subspace": "full_residual", "ranks": (), "query_mode": "batch_union"}
+    for row in read_jsonl(report("full", operation="keep", **whole).rows[0]):
         assert row["rank"] is None
         assert row["intervened_margin"] == pytest.approx(row["baseline_margin"], abs=1e-5)
         assert row["subspace_share"] == pytest.approx(1)
-    head = ("--subspace", "head_qk_query", "--head", "L1H0", "--rank", "8", "--operation", "remove")
-    assert circuit(*WORDS, *head, "--overwrite").code == 0
-    assert (
-        "ln1 is not folded in" in Path("out/geometry_subspace_intervention_report.md").read_text()
-    )
+    head = report("head", subspace="head_qk_query", head="L1H0", ranks=(8,))
+    assert "ln1 is not folded in" in head.page.read_text()
+    titles = [
+        chart.title
+        for folder in ("full", "head")
+        for chart in GeometrySubspaceIntervention.charts(
+            read_report(f"{folder}/geometry_subspace_intervention_report.json").results
+        )
+    ]
+    assert titles == [
+        f"{what} at layer_0_post_mlp / prediction{mode}: {quantity} over steps"
+        for what, mode in (
+            ("keep full_residual", ", batch_union"),
+            ("remove head_qk_query of L1H0", ""),
+        )
+        for quantity in ("answer accuracy", "value margin")
+    ]
 
 
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("asked", "says"),
     [
-        (
-            ("--stage", "layer_2_post_mlp"),
-            "unknown stage 'layer_2_post_mlp'; expected one of embed",
-        ),
-        (("--position-role", "answer"), "unknown role 'answer'; expected prediction"),
-        (("--subspace", "value"), "unknown subspace 'value'; expected one of embedding_key"),
-        (("--rank", "17"), "rank 17 of embedding_value_identity; expected 1 to 16"),
-        (("--rank", "4"), "a rank is named twice"),
-        (("--subspace", "head_qk_key"), "subspace 'head_qk_key' needs a head"),
-        (("--subspace", "head_qk_key", "--head", "L2H0"), "the model has no component 'L2H0'"),
-        (("--operation", "drop"), "unknown operation 'drop'; expected one of remove, keep"),
-        (("--query-mode", "all"), "unknown query mode 'all'; expected one of single_query"),
-        (("--split", "train"), "holds no record of split 'train'"),
-        (("--checkpoint", "runs/tiny/checkpoints/step_000004.pt"), "no such checkpoint"),
+        ({"ranks": (17,)}, "rank 17 of embedding_value_identity; expected 1 to 16"),
+        ({"ranks": ()}, "subspace 'embedding_value_identity' needs a rank"),
+        ({"subspace": "head_qk_key"}, "subspace 'head_qk_key' needs a head"),
+        ({"subspace": "full_residual"}, "is everything and takes no rank"),
+        ({"head": "L1H0"}, "is no head's and takes none"),
     ],
 )
-def test_bad_input_is_one_line(
-    circuit: Callable[..., Any], words: tuple[str, ...], says: str
-) -> None:
-    done = circuit(*WORDS, *VALUES, *words)
-    assert done.code == 2
-    assert len(done.err.splitlines()) == 1
-    assert says in done.err
-    assert not list(Path("out").glob("*report*"))
-
-
-def test_states_and_probe_sets_of_something_else_are_refused(
-    circuit: Callable[..., Any], benchmark_payload: Callable[[], dict[str, Any]]
-) -> None:
-    config = Path("runs/tiny/run_config.json")
-    text = config.read_text()
-    config.write_text(json.dumps({**json.loads(text), "seed": 12}))
-    other = circuit(*WORDS, *VALUES)
-    assert (other.code, "belongs to another config: seed" in other.err) == (2, True)
-    config.write_text(text)
-    benchmark = {**benchmark_payload(), "seed": 6, "output_dir": "data/other"}
-    Path("other.json").write_text(json.dumps(benchmark))
-    assert circuit("generate-benchmark", "--config", "other.json").code == 0
-    probes = ("--benchmark-dir", "data/other", "--examples-per-split", "4")
-    probes += ("--split", "validation_iid", "--output", "other.jsonl")
-    assert circuit("generate-probe-set", *probes).code == 0
-    other = circuit(*WORDS, *VALUES, "--probe-set", "other.jsonl")
-    assert (other.code, "benchmark" in other.err, len(other.err.splitlines())) == (2, True, 1)
-    assert not list(Path("out").glob("*report*"))
+def test_a_subspace_that_there_is_not_is_refused(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(CircuitError, match=says):
+        report("out", **asked)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,32 @@ from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
 from circuit.model.codes import mean_at, nearest_centroid, nearest_centroid_without
 from circuit.model.stages import stage_hook
-from circuit.reports.value_code_subspace import first_to_stay
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.value_code_subspace import (
+    SubspaceOptions,
+    ValueCodeSubspace,
+    first_to_stay,
+)
+from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
 from circuit.tasks.groups import GROUPS, group_tokens, nonempty_mask
 from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
 from circuit.tasks.probes import load_probe_set
 from circuit.tasks.symbolic_kv import Vocabulary
 
-CHECKPOINTS = [f"runs/tiny/checkpoints/step_{step:06d}.pt" for step in (3, 12)]
-WORDS = (
-    *("value-code-subspace-report", "--config", "runs/tiny/run_config.json"),
-    *("--probe-set", "runs/tiny/analysis/probe_set.jsonl", "--output-dir", "out"),
-    *("--checkpoint", CHECKPOINTS[0], "--checkpoint", CHECKPOINTS[1]),
-    *("--stage", "layer_0_post_mlp", "--stage", "final_norm"),
-    *("--position-role", "prediction", "--position-role", "value_distractors"),
-    *("--group-by", "answer_value", "--group-by", "query_key", "--pca-rank", "2"),
-)
-NAME = "value_code_subspace"
+RUN = Path("runs/tiny")
+ASKED: dict[str, Any] = {
+    "probe_set": RUN / "analysis" / "probe_set.jsonl",
+    "checkpoints": tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in (3, 12)),
+    "stages": ("layer_0_post_mlp", "final_norm"),
+    "position_roles": ("prediction", "value_distractors"),
+    "group_by": ("answer_value", "query_key"),
+    "pca_rank": 2,
+}
+
+
+def report(output: str, **asked: Any) -> ReportResult:
+    return run_report(ValueCodeSubspace, open_run(RUN), SubspaceOptions(**ASKED | asked), output)
 
 
 def drawn(seed: int, reads: int, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,18 +199,13 @@ def top_right(rows: Tensor, rank: int) -> Tensor:
 
 
 def test_every_number_equals_a_loop_over_reads(
-    circuit: Callable[..., Any], trained: Path, probes: tuple[Batch, Vocabulary]
+    trained: Path, probes: tuple[Batch, Vocabulary]
 ) -> None:
-    done = circuit(*WORDS)
-    assert done.code == 0, done.err
-    assert "readable: accuracy at least 0.5" in done.out
-    rows = read_jsonl(Path("out") / f"{NAME}_rows.jsonl")
+    result = report("out")
+    rows = read_jsonl(result.rows[0])
     assert len(rows) == 2 * 2 * 2 * 2
     assert {row["step"] for row in rows} == {3, 12}
-    report = json.loads((Path("out") / f"{NAME}_report.json").read_text())
-    assert "value margins; they differ by at most" in report["law"]
-    assert report["parameters"]["stages"] == ["layer_0_post_mlp", "final_norm"]
-    assert len(report["summary"]["readout"]) == 8
+    assert len(result.summary["readout"]) == 8
     (row,) = [
         r
         for r in rows
@@ -254,29 +256,33 @@ def test_every_number_equals_a_loop_over_reads(
     assert {r["centroid_reads_key_removed"] for r in by_key} == {None}
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--stage", "layer_9_post_mlp"], "unknown stage 'layer_9_post_mlp'; expected one of embe"),
-        (["--stage", "final_norm"], "--stage: layer_0_post_mlp, final_norm, final_norm; expected"),
-        (["--position-role", "here"], "unknown role 'here'; expected prediction, query_key"),
-        (
-            ["--group-by", "value"],
-            "unknown group-by 'value'; expected one of answer_value, support",
-        ),
-        (["--group-by", "position_token"], "role 'value_distractors' has several positions"),
-        (["--pca-rank", "4"], "rank 4 of the identity basis by query_key (4 tokens in"),
-        (["--split", "none"], "holds no record of split 'none'"),
-        (["--checkpoint", "runs/tiny/checkpoints/step_000099.pt"], "no such checkpoint"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_leaves_no_report(
-    circuit: Callable[..., Any], words: list[str], said: str
-) -> None:
-    done = circuit(*WORDS, *words)
-    assert done.code == 2
-    assert done.out == ""
-    (line,) = done.err.splitlines()
-    assert said in line
-    assert not list(Path("out").glob("*.json*"))
+@pytest.mark.usefixtures("trained")
+def test_the_models_own_readout_is_checked_whichever_stages_are_asked_for() -> None:
+    everywhere = ASKED["position_roles"][1:]
+    result = report("out", stages=("embedding",), position_roles=everywhere)
+    gap = float(result.law.rsplit(" ", 1)[-1])
+    assert result.law.startswith("the lens at final_norm gives the model's own value margins")
+    assert 0 <= gap < 1e-5
+    assert {row["stage"] for row in read_jsonl(result.rows[0])} == {"embedding"}
+
+
+@pytest.mark.usefixtures("trained")
+def test_groupings_that_are_alike_are_drawn_once() -> None:
+    groups = ("support_value", "answer_value", "query_key")
+    roles = ("prediction", "support_value")
+    result = report("out", group_by=groups, position_roles=roles)
+    charts = ValueCodeSubspace.charts(read_report(result.report).results)
+    drawn = {chart.title.partition(":")[0] for chart in charts}
+    assert drawn == {f"{group} at {role}" for group in groups[1:] for role in roles}
+    assert {chart.title for chart in charts if "key removed" in chart.title} == {
+        f"answer_value at {role}: nearest centroid, query key removed" for role in roles
+    }
+    assert len({chart.name for chart in charts}) == len(charts)
+
+
+@pytest.mark.usefixtures("trained")
+def test_bases_and_groups_that_there_are_not_are_refused() -> None:
+    with pytest.raises(CircuitError, match="role 'value_distractors' has several positions"):
+        SubspaceOptions(**ASKED | {"group_by": ("position_token",)})
+    with pytest.raises(CircuitError, match=r"rank 4 of the identity basis by query_key \(4 tokens"):
+        report("out", pca_rank=4)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,24 @@ from circuit.model.rescue import (
 )
 from circuit.model.stages import patch, read_stages, stage_names
 from circuit.model.subspaces import identity_basis, keep, remove
+from circuit.reports.report import ReportResult, run_report
+from circuit.reports.value_code_transfer_rescue import RescueOptions, ValueCodeTransferRescue
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.groups import is_for_fitting
 from circuit.tasks.positions import Batch, EncodedSplit
 
-CHECKPOINTS = [f"runs/tiny/checkpoints/step_{step:06d}.pt" for step in (6, 12)]
-WORDS = (
-    *("value-code-transfer-rescue", "--config", "runs/tiny/run_config.json"),
-    *("--probe-set", "runs/tiny/analysis/probe_set.jsonl", "--output-dir", "out"),
-    *("--checkpoint", CHECKPOINTS[0], "--checkpoint", CHECKPOINTS[1]),
-    *("--source-stage", "layer_0_post_mlp", "--target-stage", "layer_1_post_mlp"),
-    *("--basis-rank", "4", "--context-rank", "3", "--fit-fraction", "0.6", "--batch-size", "3"),
-)
-NAME = "value_code_transfer_rescue"
+RUN = Path("runs/tiny")
+ASKED: dict[str, Any] = {
+    "probe_set": RUN / "analysis" / "probe_set.jsonl",
+    "checkpoints": tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in (6, 12)),
+    "source_stage": "layer_0_post_mlp",
+    "target_stage": "layer_1_post_mlp",
+    "basis_rank": 4,
+    "context_rank": 3,
+    "fit_fraction": 0.6,
+    "batch_size": 3,
+}
 SCALARS = ("correct_value_logit", "value_margin", "negative_answer_loss")
 
 
@@ -278,84 +281,68 @@ def test_each_row_is_one_read_with_its_own_code(
     assert moved == read_later  # another position matters until the last attention
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------
 
 
-def test_the_true_code_rescues_everything(circuit: Callable[..., Any]) -> None:
-    done = circuit(*WORDS)
-    assert (done.code, "(lost by removal)" in done.out) == (0, True)
-    payload = json.loads((Path("out") / f"{NAME}_report.json").read_text())
-    assert "the oracle, the read's own code put back, rescues everything" in payload["law"]
-    assert payload["parameters"]["context_stage"] == "layer_0_post_mlp"
-    assert payload["parameters"]["seed"] == 17
-    rows = read_jsonl(Path("out") / f"{NAME}_rows.jsonl")
+def report(output: str, **asked: Any) -> ReportResult:
+    options = RescueOptions(**ASKED | asked)
+    return run_report(ValueCodeTransferRescue, open_run(RUN), options, output)
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_true_code_rescues_everything() -> None:
+    result = report("out")
+    assert "the oracle, the read's own code put back, rescues everything" in result.law
+    rows, of_reads = (read_jsonl(path) for path in result.rows)
     conditions = [row["condition"] for row in rows if row["step"] == 12]
     assert len(conditions) == len(set(conditions)) == 6 + 2 * len(CONTROLS)
     for row in rows:
         if row["condition"] == "oracle":
             for scalar in SCALARS:
                 assert row[f"rescue_{scalar}"] == pytest.approx(1, abs=1e-3)
-    of_reads = read_jsonl(Path("out") / f"{NAME}_read_rows.jsonl")
-    for row in rows:
         own = [
             r for r in of_reads if (r["step"], r["condition"]) == (row["step"], row["condition"])
         ]
-        assert len(own) == row["reads"] == payload["summary"]["evaluation_reads"]
+        assert len(own) == row["reads"] == result.summary["evaluation_reads"]
         for scalar in SCALARS:
             assert sum(r[scalar] for r in own) / len(own) == pytest.approx(row[scalar])
 
 
-def test_the_batch_size_moves_last_bits_only_and_the_target_is_its_own_best_source(
-    circuit: Callable[..., Any],
-) -> None:
-    found = []
-    itself = ("--source-stage", "layer_1_post_mlp", "--source-position-role", "prediction")
-    for size in ("2", "50"):
-        words = ("--batch-size", size, "--control", "random_subspace", "--overwrite", *itself)
-        assert circuit(*WORDS, *words, "--ridge-lambda", "1e-9").code == 0
-        found.append(read_jsonl(Path("out") / f"{NAME}_read_rows.jsonl"))
-    assert len(found[0]) == len(found[1]) > 16
-    for one, other in zip(*found, strict=True):
+@pytest.mark.usefixtures("trained")
+def test_the_batch_size_moves_last_bits_only_and_the_target_is_its_own_best_source() -> None:
+    itself = {"source_stage": "layer_1_post_mlp", "source_position_role": "prediction"}
+    itself |= {"controls": ("random_subspace",), "ridge_lambda": 1e-9}
+    results = [report(f"out{size}", batch_size=size, **itself) for size in (2, 50)]
+    few, many = (read_jsonl(result.rows[1]) for result in results)
+    assert len(few) == len(many) > 16
+    for one, other in zip(few, many, strict=True):
         assert one["sample_id"] == other["sample_id"]
         for scalar in SCALARS:
             assert one[scalar] == pytest.approx(other[scalar], abs=1e-4)
-    for row in read_jsonl(Path("out") / f"{NAME}_rows.jsonl"):
+    for row in read_jsonl(results[1].rows[0]):
         if row["condition"] == "true_transfer":
             assert row["code_r2"] == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("trained")
+def test_the_context_has_the_sources_stage_and_the_bases_rank() -> None:
+    asked = {"context_rank": 4, "context_stage": "layer_0_post_mlp"}
+    named, left_out = report("named", **asked), report("left_out", context_rank=None)
+    assert named.rows[0].read_bytes() == left_out.rows[0].read_bytes()
+
+
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("asked", "said"),
     [
-        (
-            ["--target-stage", "final"],
-            "unknown stage 'final'; expected one of embedding, layer_0_p",
-        ),
-        (["--context-stage", "layer_7_post_mlp"], "unknown stage 'layer_7_post_mlp'; expected one"),
-        (["--source-position-role", "here"], "unknown role 'here'; expected prediction, query_key"),
-        (["--target-position-role", "causal_prefix"], "'causal_prefix' has several positions; exp"),
-        (["--group-by", "value"], "unknown group-by 'value'; expected one of answer_value"),
-        (["--group-by", "query_key"], "rank 4 of the basis by query_key (4 tokens in"),
-        (["--basis-rank", "17"], "rank 17 of the basis; expected 1 to 16"),
-        (["--context-rank", "16"], "rank 16 of the context by answer_value ("),
-        (["--fit-fraction", "0.9"], "--fit-fraction 0.9: "),
-        (["--fit-fraction", "1.0"], "--fit-fraction: 1.0; expected more than 0, less than 1"),
-        (["--ridge-lambda", "0"], "--ridge-lambda: 0.0; expected more than 0"),
-        (
-            ["--control", "nothing"],
-            "unknown control 'nothing'; expected one of shuffled_answer_val",
-        ),
-        (["--control", "key_identity", "--control", "key_identity"], "expected each control once"),
-        (["--max-records", "2"], "tokens in"),
+        ({"group_by": "query_key"}, "rank 4 of the basis by query_key (4 tokens in"),
+        ({"basis_rank": 17}, "rank 17 of the basis; expected 1 to 16"),
+        ({"context_rank": 16}, "rank 16 of the context by answer_value ("),
+        ({"fit_fraction": 0.9}, "`fit_fraction` 0.9: "),
+        ({"target_position_role": "causal_prefix"}, "`target_position_role`: unknown value"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_leaves_no_report(
-    circuit: Callable[..., Any], words: list[str], said: str
-) -> None:
-    done = circuit(*WORDS, *words)
-    assert done.code == 2
-    assert done.out == ""
-    (line,) = done.err.splitlines()
-    assert said in line
+def test_what_the_reads_do_not_allow_is_refused(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(CircuitError, match=re.escape(said)):
+        report("out", **asked)
     assert not Path("out").exists()

@@ -16,7 +16,8 @@ from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.reports.attribution import TracedScalars
-from circuit.reports.inputs import Inputs, PairOptions, traced_inputs
+from circuit.options import PairOptions
+from circuit.reports.inputs import Inputs, traced_inputs
 from circuit.reports.mlp_functional_write_adam_state_attribution import (
     WriteAttribution,
     WriteAttributionOptions,
@@ -62,7 +63,7 @@ def inputs(traced: Path) -> Inputs:
 @pytest.fixture
 def diagnosed(trained: Path, diagnose_once: Callable[..., Path]) -> None:
     """Answer scalars over 3:6 and 6:9, so that step 6 is the end of one and the start of one."""
-    pairs = PairOptions(("support_value",), min_per_type=4)
+    pairs = PairOptions(min_pairs_per_type=4)
     shutil.copytree(diagnose_once("diagnosed_all", pairs, (3, 6, 9)), Path(ROWS).parent)
 
 
