@@ -17,7 +17,8 @@ from pathlib import Path
 
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.window import Job, attribute_window
-from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
+from circuit.reports.attribution import TracedScalars
+from circuit.scalars.qk_match import QKMatches
 from circuit.trace.replay import ReplayedRun
 from circuit.training.session import TrainingSession
 
@@ -40,7 +41,7 @@ def main() -> None:
     ratios = {}
     for what, heads in (("one head", (args.head,)), ("all heads", ())):
         for rule in RULES:
-            source = QKScalars(trace.manifest.config, args.probe_set, QKOptions(heads=heads))
+            source = _source(trace, args.probe_set, heads)
             ratios[f"{what}, {rule}"] = _measure(trace, source, rule, start, args.steps)
     if args.workers:
         _workers(args, trace, start)
@@ -50,11 +51,15 @@ def main() -> None:
         print(f"{name}: {ratio:.2f} plain training steps per traced and attributed step")
 
 
-def _measure(trace: ReplayedRun, source: QKScalars, rule: str, start: int, steps: int) -> float:
+def _source(trace: ReplayedRun, probe_set: Path, heads: tuple[str, ...]) -> TracedScalars:
+    return TracedScalars(trace.config, probe_set, (QKMatches(heads=heads),))
+
+
+def _measure(trace: ReplayedRun, source: TracedScalars, rule: str, start: int, steps: int) -> float:
     """Median ratio of a replayed and attributed step to a plain one."""
     state = trace.state(start)
     model = trace.setup.model(state)
-    attributor = Attributor(model, source(trace), rule=rule)
+    attributor = Attributor(model, source.scalars(source.inputs(trace)), rule=rule)
     plain = TrainingSession(trace.setup, state=state)
     times: dict[str, list[float]] = {"plain": [], "attributed": []}
     replay = trace.replay(start, start + steps)
@@ -77,13 +82,12 @@ def _measure(trace: ReplayedRun, source: QKScalars, rule: str, start: int, steps
 
 def _workers(args: argparse.Namespace, trace: ReplayedRun, start: int) -> None:
     """Wall time of one window with one and with two processes."""
-    source = QKScalars(trace.manifest.config, args.probe_set, QKOptions(heads=(args.head,)))
-    job, end = Job(args.trace, source), start + args.window
-    end = min(end, trace.store.last_step)
+    job = Job(args.trace, _source(trace, args.probe_set, (args.head,)))
+    end = min(start + args.window, trace.store.last_step)
     seconds = {}
     for workers in (1, 2):
         began = time.perf_counter()
-        found = sum(1 for _ in attribute_window(job, start, end, workers=workers))
+        found = sum(1 for _ in attribute_window(job.prepare(), start, end, workers=workers))
         seconds[workers] = time.perf_counter() - began
         print(f"{found} steps with {workers} workers: {seconds[workers]:.1f} s")
     print(f"speed-up of two workers {seconds[1] / seconds[2]:.2f}")

@@ -178,8 +178,8 @@ def _attribution(trace: ReplayedRun, probe_set: Path) -> Column:
     """One head's QK match over the last steps: do the contributions add up?"""
     config, end = trace.manifest.config, trace.store.last_step
     start = end - config.steps // 4
-    family = QKMatches(heads=(HEAD,), ranks=(4,), min_pairs_per_type=4)
-    attributor = attributor_of(trace, family.build(traced_inputs(config, probe_set, trace)))
+    matches = QKMatches(heads=(HEAD,), ranks=(4,), min_pairs_per_type=4)
+    attributor = attributor_of(trace, matches.build(traced_inputs(config, probe_set, trace)))
     rows, seconds = [], []
     steps = trace.replay(start, end)
     for _ in range(start, end):

@@ -18,7 +18,8 @@ import torch
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.intervention import effects
 from circuit.model.build import build_model
-from circuit.reports.bilinear_qk_rank_adam_state_attribution import QKOptions, QKScalars
+from circuit.reports.inputs import traced_inputs
+from circuit.scalars.qk_match import QKMatches
 from circuit.trace.replay import ReplayedRun
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -34,8 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     trace = ReplayedRun.open(args.trace)
     config = trace.manifest.config
-    source = QKScalars(config, args.probe_set, QKOptions(heads=(args.head,)))
-    scalars = source.scalars(source.inputs(trace))
+    scalars = QKMatches(heads=(args.head,)).build(traced_inputs(config, args.probe_set, trace))
     model = build_model(
         config.model,
         vocabulary_size=trace.setup.benchmark.vocabulary.size,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from circuit.lazy import alt
@@ -75,8 +75,8 @@ class Chart:
 
     name: str
     title: str
-    spec: Mapping[str, Any]
-    data: Data
+    spec: Mapping[str, Any] = field(repr=False)
+    data: Data = field(repr=False)
     follows: str
 
     def svg(self, width: int = 560) -> str:
@@ -87,8 +87,11 @@ class Chart:
         """
         return stacked([self], width)
 
-    def _repr_svg_(self) -> str:  # how a notebook shows it
-        return self.svg()
+    def _repr_png_(self) -> bytes:  # how a notebook shows it
+        import vl_convert
+
+        drawing: bytes = vl_convert.vegalite_to_png(_whole([self], 480))
+        return drawing
 
 
 def stacked(charts: Sequence[Chart], width: int = 560) -> str:
@@ -99,6 +102,16 @@ def stacked(charts: Sequence[Chart], width: int = 560) -> str:
     """
     import vl_convert
 
+    numbers: dict[str, int] = {}  # Vega counts gradients and clips over all that are drawn
+    return re.sub(
+        r'(id="|url\(#)(gradient_|clip)(\d+)',
+        lambda id: f"{id[1]}{id[2]}{numbers.setdefault(id[2] + id[3], len(numbers))}",
+        vl_convert.vegalite_to_svg(_whole(charts, width)),
+    )
+
+
+def _whole(charts: Sequence[Chart], width: int) -> dict[str, Any]:
+    """One Vega-Lite specification of several charts, without the page around them."""
     parts, datasets, last = [], {}, 0
     for one in charts:
         title = {"text": one.title, "anchor": "start", "color": INK, "fontSize": 13}
@@ -116,12 +129,8 @@ def stacked(charts: Sequence[Chart], width: int = 560) -> str:
     }
     text = json.dumps(spec, allow_nan=False).replace("containerSize()[0]", str(width))
     text = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], text)
-    numbers: dict[str, int] = {}  # Vega counts gradients and clips over all that are drawn
-    return re.sub(
-        r'(id="|url\(#)(gradient_|clip)(\d+)',
-        lambda id: f"{id[1]}{id[2]}{numbers.setdefault(id[2] + id[3], len(numbers))}",
-        vl_convert.vegalite_to_svg(json.loads(text)),
-    )
+    whole: dict[str, Any] = json.loads(text)
+    return whole
 
 
 def chart(

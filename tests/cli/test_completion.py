@@ -26,6 +26,7 @@ from circuit.model.subspaces import SUBSPACES
 from circuit.reports.geometry_subspace_intervention import Operation
 from circuit.reports.interventions import QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
+from circuit.scalars.family import family_names
 from circuit.scalars.functional_write import Reference, Target
 from circuit.scalars.qk_match import LayerNormMode
 from circuit.studies.scales import SCALES
@@ -43,6 +44,7 @@ FREE = {
     "output_dir": "a folder to be written",
     "outcome": "a file to be written",
     "window": "any two steps",
+    "windows": "any two steps",
     "steps": "any two steps",
     "route_label": "whatever the user has called a route",
 }
@@ -150,6 +152,16 @@ def complete(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> Complete:
         ("circuit study configs --scale s", ("short", "smoke")),
         ("circuit reproduce ", TARGETS),
         ("circuit trace qk --head L2", ("L2H0", "L2H1", "L2H2", "L2H3")),
+        ("circuit trace attribute --scalar ", tuple(family_names())),
+        ("circuit trace attribute --scalar loss,sc", ("loss,scope=",)),
+        (
+            "circuit trace attribute --scalar qk_match,rank=2,head=L2",
+            tuple(f"qk_match,rank=2,head=L2H{n}" for n in range(4)),
+        ),
+        (
+            "circuit trace attribute --scalar loss,scope=",
+            ("loss,scope=full_lm", "loss,scope=answer"),
+        ),
     ],
 )
 def test_an_option_offers_what_its_command_takes(

@@ -15,8 +15,8 @@ from circuit.attribution.window import Job, attribute_window
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
-from circuit.reports.attribution import TracedScalars
 from circuit.options import PairOptions
+from circuit.reports.attribution import TracedScalars
 from circuit.reports.inputs import Inputs, traced_inputs
 from circuit.reports.mlp_functional_write_adam_state_attribution import (
     WriteAttribution,
