@@ -186,7 +186,7 @@ def test_record_speaks_json_and_its_paths_exist(trained: Path, run: Run) -> None
     assert found["law"].startswith("recorded 4 steps; the terms sum to every update")
     paths = [Path(path) for path in found["paths"]]
     assert all(path.is_file() for path in paths)
-    assert len(paths) == len(set(paths)) == 2 + 5 + 3
+    assert len(paths) == len(set(paths)) == 2 + 5 + 4
     code, out, _ = run("trace", "record", *words)
     assert code == 2
     words[-1] = "--resume"
