@@ -13,6 +13,7 @@ from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import digest_of
 from circuit.figures.attribution import thinned
 from circuit.figures.charts import (
+    CATEGORY,
     INK,
     TERM_NAMES,
     Chart,
@@ -102,7 +103,7 @@ class OptimizerUpdateTrace(Report[RecordOptions]):
             for name, norm in {"update": row["update_norm"], **row["term_norms"]}.items()
             if name in names and norm  # a log scale has no zero
         ]
-        shade = colour("term", names, labels=TERM_NAMES, palette=[INK, *COLOURS])
+        shade = colour("term", names, labels=TERM_NAMES, palette=[INK, *CATEGORY])
         return [
             _course(f"{NAME}_loss", "Batch loss", {"trace_losses": losses}, "loss", "loss (nats)"),
             _course(
@@ -114,9 +115,6 @@ class OptimizerUpdateTrace(Report[RecordOptions]):
                 shade,
             ),
         ]
-
-
-COLOURS = [f"var(--c{number})" for number in range(1, 8)]
 
 
 def _course(
@@ -133,7 +131,7 @@ def _course(
         .mark_line(strokeWidth=1.3, color=INK)
         .encode(
             x=steps(),
-            y=alt.Y(f"{y}:Q").title(y_title).scale(type="log").axis(tickCount=5),
+            y=alt.Y(f"{y}:Q").title(y_title).scale(type="log", nice=False).axis(tickCount=5),
             tooltip=exact("step", *(["term"] if shade else []), y),
         )
     )
