@@ -324,7 +324,8 @@ def merge(
     as_json: options.Json = False,
 ) -> None:
     """Join the shards of one attribution; gaps, overlaps and other options are refused."""
-    from circuit.reports.attribution import AttributionOptions, merge_attributions
+    from circuit.reports.attribution import AttributionOptions
+    from circuit.reports.shards import merge_attributions
 
     with flags_for_fields(AttributionOptions.flags()), progress_bar(not as_json) as bar:
         result = merge_attributions(

@@ -1,14 +1,14 @@
-"""What every attribution is: scalars of a family, step by step along a trace; and shards joined.
+"""What every attribution is: scalars of families, step by step along a trace.
 
 Rows are those of `StepAttribution.rows`; everything else is computed from rows alone, so that
-shards that are joined give the bytes of an unsharded run.
+shards that are joined (circuit/reports/shards.py) give the bytes of an unsharded run.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -26,9 +26,8 @@ from circuit.figures.attribution import scalars_chart, series_charts
 from circuit.figures.charts import Chart
 from circuit.options import Option, ProbeOptions
 from circuit.reports.inputs import Inputs, traced_inputs
-from circuit.reports.report import Findings, Report, ReportResult, Results, open_report
+from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
-from circuit.reports.written import SUFFIX, Written, read_report
 from circuit.scalars.family import OwnScalars, ScalarFamily
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
     from circuit.scalars.base import Scalar
 
 _WINDOW = re.compile(r"(\d+):(\d+)")
-_OF_A_SHARD = ("start_step", "end_step", "windows", "workers")
-_PATHS = ("probe_set", "optimizer_trace_dir", "scalar_pair_rows")
-_DIGESTS = ("_digest", "_sha256")
-_MERGED = "shard_overrides"
 SHORT_TERMS = {
     "weight_decay": "decay",
     "adam_current_gradient": "gradient",
@@ -208,10 +203,11 @@ class Attribution(Report[A]):
                 "environment": store.manifest.environment,
             },
         }
-        self.kept = _Kept()
+        self.kept = KeptRows()
 
     def points(self) -> Iterator[Rows]:
         start, end = self._steps()
+        self.tell("building the scalars")
         worker = self.job.prepare(self.run, self.inputs)
         yield from attribute_window(worker, start, end, workers=self.options.workers)
 
@@ -222,7 +218,7 @@ class Attribution(Report[A]):
 
     def measure(self, point: Rows) -> list[Row]:
         self.kept.add(point)
-        return []  # as dicts, the rows of a long run with its groups would fill the memory
+        return []
 
     def conclude(self, rows: list[Row]) -> Findings:
         return self.kept.findings(self.options.windows)
@@ -236,7 +232,8 @@ class Attribution(Report[A]):
 
     def _steps(self) -> tuple[int, int]:
         start, end = self.options.start_step, self.options.end_step
-        assert start is not None and end is not None, "prepare() has set them"  # noqa: PT018
+        assert start is not None, "prepare() has set it"
+        assert end is not None, "prepare() has set it"
         return start, end
 
     # --- what is shown ---
@@ -319,14 +316,15 @@ class Attribution(Report[A]):
         return [*series_charts(series), *([scalars_chart(whole)] if len(whole) > 1 else [])]
 
 
-class _Kept:
-    """Rows as text, and their columns."""
+class KeptRows:
+    """Rows as text, and their columns: as dicts, those of a long run would fill the memory."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.collected = Collected()
 
     def add(self, rows: Iterable[Row]) -> None:
+        """Rows that follow those before."""
         for row in rows:
             self.lines.append(dump_row(row))
             self.collected.add(row)
@@ -383,140 +381,3 @@ def _shared_prefix(names: Sequence[str]) -> str:
     parts = zip(*(name.split(".") for name in names), strict=False)
     same = itertools.takewhile(lambda column: len(set(column)) == 1, parts)
     return ".".join(column[0] for column in same)
-
-
-# --- shards ---------------------------------------------------------------------------------------
-
-
-def merge_attributions(
-    output_dir: str | Path,
-    parts: Sequence[Path],
-    *,
-    windows: Sequence[str] = (),
-    overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> ReportResult:
-    """Join the shards of one attribution into the report of the whole window.
-
-    Args:
-        parts: folders of the shards, in any order.
-        windows: `a:b`, of the whole's summary.
-
-    Raises:
-        CircuitError: a folder holds no attribution; the shards differ in command, options or
-            inputs; there is a gap, an overlap, or the states at a seam are not the same.
-    """
-    if not parts:
-        raise CircuitError("no shards to merge", expected="at least one folder")
-    shards = sorted((_read_shard(Path(part)) for part in parts), key=lambda shard: shard.start)
-    for earlier, later in itertools.pairwise(shards):
-        _refuse_seam(earlier, later)
-    first, last = shards[0], shards[-1]
-    check_windows(parse_windows(windows), first.start, last.end)
-    overrides = [entry for shard in shards for entry in shard.overrides]
-    report = first.kind(
-        first.options.model_copy(update={"end_step": last.end, "windows": tuple(windows)})
-    )
-    report.origin = {
-        **first.inputs,
-        "trace": {**first.trace, "state_at_end": last.trace["state_at_end"]},
-        "merged_from": [[shard.start, shard.end] for shard in shards],
-        **({_MERGED: overrides} if overrides else {}),
-    }
-    with open_report(first.kind, output_dir, overwrite=overwrite) as writer:
-        kept = _Kept()
-        for done, shard in enumerate(shards):
-            if progress is not None:
-                progress(done, len(shards), str(shard.report.path.parent))
-            kept.add(shard.report.results.rows())
-        series = kept.collected.series()
-        if not series:
-            raise CircuitError("the shards hold no rows", where=first.report.path.parent)
-        for one in series.values():
-            if (one.start, one.end) != (first.start, last.end):
-                raise CircuitError(
-                    f"the rows of {one.scalar} cover {one.start}:{one.end}",
-                    where=first.report.path.parent,
-                    expected=f"{first.start}:{last.end}, as the reports say",
-                )
-        return writer.write(report, kept.findings(windows, series))
-
-
-@dataclass(frozen=True)
-class _Shard:
-    kind: type[Attribution[Any]]
-    report: Written
-    start: int
-    end: int
-    trace: Mapping[str, Any]
-
-    @property
-    def options(self) -> AttributionOptions:
-        options: AttributionOptions = self.report.results.options
-        return options
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Digests of what was read, but for the trace."""
-        facts = self.report.provenance.items()
-        return {name: value for name, value in facts if name.endswith(_DIGESTS)}
-
-    @property
-    def overrides(self) -> list[dict[str, Any]]:
-        """Steps and overrides of those calls behind the shard that had any."""
-        if self.report.overrides is None:  # none, or a shard that was merged itself
-            return list(self.report.provenance.get(_MERGED, ()))
-        return [{"steps": [self.start, self.end], "overrides": self.report.overrides}]
-
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same in all shards."""
-        options = self.options.to_json().items()
-        same = {name: value for name, value in options if name not in (*_OF_A_SHARD, *_PATHS)}
-        trace = {f"trace {n}": self.trace[n] for n in ("config_digest", "benchmark_digest")}
-        return {"command": self.report.command, **same, **self.inputs, **trace}
-
-
-def _read_shard(folder: Path) -> _Shard:
-    for path in sorted(folder.glob(f"*_attribution{SUFFIX}")):
-        report = read_report(path)
-        kind = report.kind
-        if kind is None or not issubclass(kind, Attribution):
-            continue
-        report.refuse_another_runs()
-        try:
-            options, trace = report.results.options, report.provenance["trace"]
-            shard = _Shard(kind, report, int(options.start_step), int(options.end_step), trace)
-            _ = shard.settings(), trace["state_at_end"], trace["state_at_start"]
-            return shard
-        except (KeyError, TypeError) as error:
-            raise CircuitError(
-                f"is no report of {report.command} ({error!r})", where=path
-            ) from None
-    raise CircuitError(
-        "holds no attribution", where=folder, expected="the output folder of an attribution"
-    )
-
-
-def _refuse_seam(earlier: _Shard, later: _Shard) -> None:
-    ours, theirs = earlier.settings(), later.settings()
-    where = later.report.path.parent
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            raise CircuitError(
-                f"the shards differ in {name}: {ours.get(name)!r} and {theirs.get(name)!r}",
-                where=where,
-                expected=f"as in {earlier.report.path.parent}",
-            )
-    if later.start != earlier.end:
-        what = "an overlap" if later.start < earlier.end else "a gap"
-        raise CircuitError(
-            f"{what} between {earlier.start}:{earlier.end} and {later.start}:{later.end}",
-            where=where,
-            expected=f"a shard that starts at {earlier.end}",
-        )
-    if earlier.trace["state_at_end"] != later.trace["state_at_start"]:
-        raise CircuitError(
-            f"the states at step {later.start} are not the same in both shards",
-            where=where,
-            fix="attribute both from traces of the same run",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,9 @@ def word(name: str) -> str:
 def attribute(circuit: Circuit, traced: Path) -> Circuit:
     """Types `circuit trace attribute` for some words over two steps."""
 
-    def run(folder: str, *scalars: str) -> Any:
+    def run(folder: str, *scalars: str, steps: tuple[int, int] = (5, 7)) -> Any:
         asked = [part for scalar in scalars for part in ("--scalar", scalar)]
-        window = ("--start-step", "5", "--end-step", "7")
+        window = ("--start-step", str(steps[0]), "--end-step", str(steps[1]))
         return circuit("trace", "attribute", *BASE, *window, *asked, "--output-dir", folder)
 
     return run
@@ -206,6 +207,26 @@ def test_scalars_of_ones_own_module(attribute: Circuit, inputs: Inputs) -> None:
     facts = read_report(Path("out/scalar_attribution_report.json")).provenance["scalars"]
     assert len(facts) == 3
     assert all(re.fullmatch("[0-9a-f]{64}", one["scalar_module_sha256"]) for one in facts)
+
+
+def test_shards_join_unless_the_code_of_their_scalars_differs(
+    attribute: Circuit, circuit: Circuit
+) -> None:
+    Path("own_scalars.py").write_text(OWN)
+    for folder, steps in (("whole", (5, 7)), ("one", (5, 6)), ("two", (6, 7))):
+        assert attribute(folder, "own_scalars:several", "loss", steps=steps).code == 0
+    assert circuit("trace", "merge", "joined", "two", "one").code == 0
+    joined, whole = (
+        {path.name: path.read_bytes() for path in Path(folder).glob("*.[sm][vd]*")}
+        | {"rows": Path(folder, "scalar_attribution_rows.jsonl").read_bytes()}
+        for folder in ("joined", "whole")
+    )
+    assert joined == whole
+    path = Path(str(sys.modules["own_scalars"].__file__))
+    path.write_text(f"{path.read_text()}\n# another version\n")
+    assert attribute("other", "own_scalars:several", "loss", steps=(6, 7)).code == 0
+    refused = circuit("trace", "merge", "bad", "one", "other")
+    assert (refused.code, "the shards differ in scalars" in refused.err) == (2, True)
 
 
 def test_the_loss_is_that_of_training(inputs: Inputs) -> None:

@@ -1,0 +1,154 @@
+"""Shards of an attribution, joined into the report of the whole window."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuit.attribution.series import check_windows
+from circuit.errors import CircuitError
+from circuit.reports.attribution import Attribution, AttributionOptions, KeptRows, parse_windows
+from circuit.reports.report import Progress, ReportResult, open_report
+from circuit.reports.written import SUFFIX, Written, read_report
+
+_OF_A_SHARD = ("start_step", "end_step", "windows", "workers")
+_PATHS = ("probe_set", "optimizer_trace_dir", "scalar_pair_rows")
+_DIGESTS = ("_digest", "_sha256")
+_MERGED = "shard_overrides"
+
+
+def merge_attributions(
+    output_dir: str | Path,
+    parts: Sequence[Path],
+    *,
+    windows: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Join the shards of one attribution into the report of the whole window.
+
+    Args:
+        parts: folders of the shards, in any order.
+        windows: `a:b`, of the whole's summary.
+
+    Raises:
+        CircuitError: a folder holds no attribution; the shards differ in command, options or
+            inputs; there is a gap, an overlap, or the states at a seam are not the same.
+    """
+    if not parts:
+        raise CircuitError("no shards to merge", expected="at least one folder")
+    shards = sorted((_read_shard(Path(part)) for part in parts), key=lambda shard: shard.start)
+    for earlier, later in itertools.pairwise(shards):
+        _refuse_seam(earlier, later)
+    first, last = shards[0], shards[-1]
+    check_windows(parse_windows(windows), first.start, last.end)
+    overrides = [entry for shard in shards for entry in shard.overrides]
+    report = first.kind(
+        first.options.model_copy(update={"end_step": last.end, "windows": tuple(windows)})
+    )
+    report.origin = {
+        **first.inputs,
+        "trace": {**first.trace, "state_at_end": last.trace["state_at_end"]},
+        "merged_from": [[shard.start, shard.end] for shard in shards],
+        **({_MERGED: overrides} if overrides else {}),
+    }
+    with open_report(first.kind, output_dir, overwrite=overwrite) as writer:
+        kept = KeptRows()
+        for done, shard in enumerate(shards):
+            if progress is not None:
+                progress(done, len(shards), str(shard.report.path.parent))
+            kept.add(shard.report.results.rows())
+        series = kept.collected.series()
+        if not series:
+            raise CircuitError("the shards hold no rows", where=first.report.path.parent)
+        for one in series.values():
+            if (one.start, one.end) != (first.start, last.end):
+                raise CircuitError(
+                    f"the rows of {one.scalar} cover {one.start}:{one.end}",
+                    where=first.report.path.parent,
+                    expected=f"{first.start}:{last.end}, as the reports say",
+                )
+        return writer.write(report, kept.findings(windows, series))
+
+
+@dataclass(frozen=True)
+class _Shard:
+    kind: type[Attribution[Any]]
+    report: Written
+    start: int
+    end: int
+    trace: Mapping[str, Any]
+
+    @property
+    def options(self) -> AttributionOptions:
+        options: AttributionOptions = self.report.results.options
+        return options
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Digests of what was read, but for the trace, and what families say of theirs."""
+        facts = self.report.provenance.items()
+        return {k: value for k, value in facts if k.endswith(_DIGESTS) or k == "scalars"}
+
+    @property
+    def overrides(self) -> list[dict[str, Any]]:
+        """Steps and overrides of those calls behind the shard that had any."""
+        if self.report.overrides is None:  # none, or a shard that was merged itself
+            return list(self.report.provenance.get(_MERGED, ()))
+        return [{"steps": [self.start, self.end], "overrides": self.report.overrides}]
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same in all shards."""
+        options = self.options.to_json().items()
+        same = {name: value for name, value in options if name not in (*_OF_A_SHARD, *_PATHS)}
+        trace = {f"trace {n}": self.trace[n] for n in ("config_digest", "benchmark_digest")}
+        return {"command": self.report.command, **same, **self.inputs, **trace}
+
+
+def _read_shard(folder: Path) -> _Shard:
+    for path in sorted(folder.glob(f"*_attribution{SUFFIX}")):
+        report = read_report(path)
+        kind = report.kind
+        if kind is None or not issubclass(kind, Attribution):
+            continue
+        report.refuse_another_runs()
+        try:
+            options, trace = report.results.options, report.provenance["trace"]
+            shard = _Shard(kind, report, int(options.start_step), int(options.end_step), trace)
+            _ = shard.settings(), trace["state_at_end"], trace["state_at_start"]
+            return shard
+        except (KeyError, TypeError) as error:
+            raise CircuitError(
+                f"is no report of {report.command} ({error!r})", where=path
+            ) from None
+    raise CircuitError(
+        "holds no attribution", where=folder, expected="the output folder of an attribution"
+    )
+
+
+def _refuse_seam(earlier: _Shard, later: _Shard) -> None:
+    ours, theirs = earlier.settings(), later.settings()
+    where = later.report.path.parent
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            raise CircuitError(
+                f"the shards differ in {name}: {ours.get(name)!r} and {theirs.get(name)!r}",
+                where=where,
+                expected=f"as in {earlier.report.path.parent}",
+            )
+    if later.start != earlier.end:
+        what = "an overlap" if later.start < earlier.end else "a gap"
+        raise CircuitError(
+            f"{what} between {earlier.start}:{earlier.end} and {later.start}:{later.end}",
+            where=where,
+            expected=f"a shard that starts at {earlier.end}",
+        )
+    if earlier.trace["state_at_end"] != later.trace["state_at_start"]:
+        raise CircuitError(
+            f"the states at step {later.start} are not the same in both shards",
+            where=where,
+            fix="attribute both from traces of the same run",
+        )
