@@ -52,7 +52,6 @@ FEW_PAIRS = "--max-pairs-per-type 16 --min-pairs-per-type 4"
 PAIRS = f"{PROBED} $checkpoints {FEW_PAIRS}"
 ANSWERS = "--scalar-pair-rows answers/answer_scalar_residual_diagnosis_pair_rows.jsonl"
 WINDOW = f"{PROBED} --optimizer-trace-dir $trace --start-step $start --end-step $end"
-HEADS = " ".join(f"--head L{layer}H{head}" for layer in range(2) for head in range(4))
 BOTH = "--partition layer --partition circuit --loss-scope answer"
 THROUGH = "--source-component $head --component $mlp"
 ROUTE = "--route position_role=prediction,label"

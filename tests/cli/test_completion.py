@@ -16,6 +16,7 @@ import typer
 from circuit.cli import complete as offers
 from circuit.cli import reproduce, value_code
 from circuit.cli.app import app
+from circuit.reports.interventions import QueryMode
 from typer.main import get_command
 
 from circuit.attribution.attribute import LossScope
@@ -24,7 +25,6 @@ from circuit.model.rescue import CONTROLS
 from circuit.model.stages import stage_names
 from circuit.model.subspaces import SUBSPACES
 from circuit.reports.geometry_subspace_intervention import Operation
-from circuit.reports.interventions import QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
 from circuit.scalars.family import family_names
 from circuit.scalars.functional_write import Reference, Target
