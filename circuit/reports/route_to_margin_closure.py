@@ -232,11 +232,14 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             }
             for route in results.options.routes
         ]
-        columns = {
+        places = {
             **{"label": "route", "stage": "stage", "position_role": "role"},
             **{"subspace": "subspace", "rank": "rank", "head": "head"},
+        }
+        numbers: dict[str, str | tuple[str, str]] = {
+            "label": "route",
+            **{basis: (f"change of score, {basis}", ".3f") for basis in changes},
             "coefficient": ("coefficient", ".3f"),
-            **{basis: (f"change, {basis}", ".3f") for basis in changes},
             "contribution": ("contribution", ".3f"),
         }
         courses: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -251,7 +254,8 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
                 fits,
                 console=len(results.summary["fits"]) + 1,  # and all rows with the other basis
             ),
-            Table("Routes", columns, routes, console=len(routes)),
+            Table("Contributions to the mean change", numbers, routes, console=len(routes)),
+            Table("Routes", places, routes),
             *(
                 Table(
                     f"Mean scores of {pairs} {kind} pairs", **by_step(course, steps, ".3f", "route")

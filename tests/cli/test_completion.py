@@ -46,7 +46,7 @@ FREE = {
     "window": "any two steps",
     "windows": "any two steps",
     "steps": "any two steps",
-    "route_label": "whatever the user has called a route",
+    "route_labels": "whatever the user has called a route",
 }
 """Parameters with text that nothing can be offered for, and what it is."""
 
