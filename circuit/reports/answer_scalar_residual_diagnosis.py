@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from circuit import options
 from circuit.artifacts import Row
@@ -39,7 +39,7 @@ from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, ScalarNames
-from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, run_relative
+from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, Side, run_relative
 from circuit.tasks.pairs import SIDES
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
     ) -> Iterator[Row]:
         gaps = {name: gap or 0.0 for name, gap in change.line.gap.items()}
         worst = max(gaps, key=gaps.__getitem__)
-        steps = {"source_step": source.step, "target_step": target.step}
+        steps: dict[str, Any] = {"source_step": source.step, "target_step": target.step}
         self.lines.append(
             {
                 **steps,
@@ -148,7 +148,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
                 pair_id=pair.pair_id,
                 pair_type=pair.type,
                 split=pair.clean.split,
-                margin_side=side,
+                margin_side=cast(Side, side),
                 **{name: values[i] for name, values in change.columns.items()},
             ).model_dump()
 
@@ -205,7 +205,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
         over_all = results.summary["over_all_intervals"]
         buckets = {"scalar": "scalar", "switch_bucket": "bucket", "pairs": "changes"}
         ends = {"mean_source": ("source", ".3f"), "mean_target": ("target", ".3f")}
-        intervals = {
+        intervals: dict[str, str | tuple[str, str]] = {
             **{"scalar": "scalar", "interval": "interval", **ends, **numbers},
             **{"switched": ("switched", ".0%"), "nodes": "nodes", "gap": ("gap", ".2%")},
         }
@@ -304,7 +304,13 @@ def _bars(data: str, x: alt.X, y: alt.Y, *, where: str = "true") -> list[alt.Cha
     parts = rows.transform_fold(list(_LABELS), as_=["part", "value"])
     actual = rows.transform_calculate(value="datum.mean_delta")
     shade = colour("part", list(_LABELS), labels=_LABELS)
-    mark = {"shape": "diamond", "size": 60, "filled": True, "color": "var(--ink)", "opacity": 1}
+    mark: dict[str, Any] = {
+        "shape": "diamond",
+        "size": 60,
+        "filled": True,
+        "color": "var(--ink)",
+        "opacity": 1,
+    }
     return [
         parts.mark_bar().encode(x=x, y=y, color=shade, tooltip=exact("step", *_SHOWN)),
         actual.mark_point(**mark).encode(x=x, y=y, tooltip=exact("step", *_SHOWN)),

@@ -225,7 +225,7 @@ class FunctionalSubspace(Report[SubspaceOptions]):
             tokens = [of_role[row["position_role"]][i % pairs] for i, row in enumerate(rows)]
             keys = [*_END, "pair_type", "group_by", "group_token"]
             grouped = table.assign(group_by=group, group_token=tokens).groupby(keys, sort=False)
-            columns = [
+            columns: list[Any] = [
                 grouped.size().rename("pairs"),
                 grouped[list(SUMMED)].sum().add_prefix("sum_"),
                 grouped[list(SIZES)].mean().add_prefix("mean_"),

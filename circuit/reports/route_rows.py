@@ -130,6 +130,10 @@ def interval_rows(
         "route_score_deltas": after - before,
     }
     columns = {name: table.T.tolist() for name, table in scores.items()}
+
+    def by_label(values: list[float]) -> Any:
+        return dict(zip(labels, values, strict=True))
+
     for index, pair in enumerate(pairs):
         for side in margin_sides:
             first, last = (end[index] for end in ends[side])
@@ -146,7 +150,7 @@ def interval_rows(
                 source_value=first,
                 target_value=last,
                 delta=last - first,
-                **{n: dict(zip(labels, of[index], strict=True)) for n, of in columns.items()},
+                **{n: by_label(of[index]) for n, of in columns.items()},
             ).model_dump()
 
 

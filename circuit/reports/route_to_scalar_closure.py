@@ -106,7 +106,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
         held = names_of((row.route_score_deltas for row in routes), "routes", route_file)
         self.labels = _chosen("route", asked.route_labels, held, route_file)
         held = names_of((row.deltas for row in scalars), "scalars", scalar_file)
-        self.names = _chosen("scalar", asked.scalars, held, scalar_file)
+        self.scalars = _chosen("scalar", asked.scalars, held, scalar_file)
         self.joined = join_rows(
             routes,
             scalars,
@@ -154,14 +154,14 @@ class ScalarClosure(Report[ScalarClosureOptions]):
         rows: list[dict[str, Any]] = [
             {
                 **{key: getattr(j.scalars, key) for key in _ROW_KEYS},
-                "actual": {name: j.scalars.deltas[name] for name in self.names},
+                "actual": {name: j.scalars.deltas[name] for name in self.scalars},
                 "predicted": {},
                 "residual": {},
             }
             for j in self.joined
         ]
         fits = []
-        for name in self.names:
+        for name in self.scalars:
             for bucket in self.options.switch_buckets:
                 place = {"scalar": name, "switch_bucket": bucket}
                 entering = [i for i, j in enumerate(self.joined) if j.scalars.in_bucket(bucket)]
