@@ -12,6 +12,7 @@ Nothing here imports torch: what options alone tell is refused before it is load
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -72,10 +73,10 @@ class Option:
                 expected=f"one of {', '.join(self.choices)}",
             )
         bounds = (
-            (self.least, "at least", lambda x, y: x >= y),
-            (self.most, "at most", lambda x, y: x <= y),
-            (self.above, "more than", lambda x, y: x > y),
-            (self.below, "less than", lambda x, y: x < y),
+            (self.least, "at least", operator.ge),
+            (self.most, "at most", operator.le),
+            (self.above, "more than", operator.gt),
+            (self.below, "less than", operator.lt),
         )
         given = [(words, bound, holds) for bound, words, holds in bounds if bound is not None]
         if not all(holds(value, bound) for _, bound, holds in given):

@@ -26,7 +26,6 @@ from rich.text import Text
 from circuit import CircuitError
 
 if TYPE_CHECKING:
-    from circuit.reports.base import ReportResult
     from circuit.reports.tables import Table as Declared
 
 # a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
@@ -50,17 +49,6 @@ def print_written(paths: Sequence[Path | str]) -> None:
         stdout.print(Text("wrote ", style="dim") + Text(str(path)), soft_wrap=True)
 
 
-def print_report(result: ReportResult, as_json: bool) -> None:
-    """The end of every report: `--json`, or where the files stand and the law."""
-    if as_json:
-        paths = [str(path) for path in result.paths]
-        print_json({"law": result.law, "summary": result.summary, "paths": paths})
-        return
-    print_written(result.paths)
-    if result.law:
-        stdout.print(result.law, soft_wrap=True)
-
-
 def print_table(declared: Declared) -> None:
     """A report's table: the rows that it has for the console."""
     rows = declared.printed
@@ -68,13 +56,7 @@ def print_table(declared: Declared) -> None:
     steps = {row["step"] for row in declared.rows if "step" in row}
     if len(steps) > 1:
         title = f"{title}, step {max(steps)}" if title else f"step {max(steps)}"
-    shown = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    shown.header_style = "dim"
-    for heading, text in zip(declared.headings, declared.is_text, strict=True):
-        if text:
-            shown.add_column(heading, overflow="fold", min_width=min(12, len(heading)))
-        else:
-            shown.add_column(heading, justify="right", no_wrap=True)
+    shown = table(title or None, declared.headings, declared.is_text)
     for row in rows:
         shown.add_row(*declared.cells(row))
     stdout.print(shown)
@@ -90,14 +72,17 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def table(title: str | None, columns: Sequence[str]) -> Table:
-    """An empty table in the program's one style: first column left, the others right.
+def table(title: str | None, columns: Sequence[str], words: Sequence[bool] | None = None) -> Table:
+    """An empty table in the program's one style: words left, numbers right.
 
-    In a narrow terminal the first column folds; numbers are never cut.
+    In a narrow terminal words fold; numbers are never cut.
+
+    Args:
+        words: which columns hold words; the first one by default.
     """
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        if index == 0:
+        if words[index] if words else index == 0:
             made.add_column(column, justify="left", overflow="fold", min_width=min(12, len(column)))
         else:
             made.add_column(column, justify="right", no_wrap=True)

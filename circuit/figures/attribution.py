@@ -174,7 +174,7 @@ def term_sums(series: Series, stops: Sequence[int]) -> list[Record]:
 
 def totals(series: Series, stops: Sequence[int]) -> list[Record]:
     """The scalar, its actual change, what was predicted, and the closure errors, at each stop."""
-    records = []
+    records: list[Record] = []
     for step in stops:
         window = series.window(series.start, step)
         closure = {f"closure_{name}": value for name, value in asdict(window.closure()).items()}
@@ -184,7 +184,7 @@ def totals(series: Series, stops: Sequence[int]) -> list[Record]:
                 "scalar": series.scalar,
                 "value": float(window.after[-1]),
                 "actual": math.fsum(window.actual),
-                **{kind: math.fsum(window.predicted(kind)) for kind in KINDS},
+                **{str(kind): math.fsum(window.predicted(kind)) for kind in KINDS},
                 **closure,
             }
         )

@@ -112,7 +112,9 @@ def stacked(charts: Sequence[Chart], width: int = 560) -> str:
 
 def _whole(charts: Sequence[Chart], width: int) -> dict[str, Any]:
     """One Vega-Lite specification of several charts, without the page around them."""
-    parts, datasets, last = [], {}, 0
+    parts: list[dict[str, Any]] = []
+    datasets: dict[str, Any] = {}
+    last = 0
     for one in charts:
         title = {"text": one.title, "anchor": "start", "color": INK, "fontSize": 13}
         part = {**one.spec, "title": title, "width": width}

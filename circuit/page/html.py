@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
@@ -62,7 +62,7 @@ def _payload(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _columns(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Records column by column, which takes half the bytes."""
     names = list(records[0]) if records else []
     return {name: [record[name] for record in records] for name in names}

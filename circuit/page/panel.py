@@ -58,7 +58,7 @@ class Panel:
     question: str
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
-    data: Mapping[str, list[Record]] = field(default_factory=dict)
+    data: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     sources: Sequence[Source] = ()
     missing: Sequence[Missing] = ()
     notes: Sequence[str] = ()

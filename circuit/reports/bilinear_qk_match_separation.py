@@ -243,7 +243,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     At a single checkpoint nothing has grown: growth is null, and the separation itself decides.
     """
     steps = sorted({row["step"] for row in rows})
-    table: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    table: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
         if row["lag"] == "all":
             table.setdefault((row["head"], row["score"]), {})[row["step"]] = row

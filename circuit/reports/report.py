@@ -29,7 +29,7 @@ from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.options import CheckpointOptions, Options, ProbeOptions
-from circuit.reports.inputs import Checkpointed, Inputs, choose_checkpoints, open_inputs
+from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
 from circuit.reports.tables import Table
 from circuit.strict_json import parse_json
 from circuit.train_config import ModelConfig, TrainConfig
@@ -138,10 +138,11 @@ class Report(Generic[O]):
         return report_name(cls.command)
 
     @classmethod
-    def usual(cls, place: Place) -> Options:
+    def usual(cls, place: Place) -> O:
         """The options with which the page asks for the report."""
         names = cls.Options.declared()
-        return cls.Options(**{name: path for name, path in place.given.items() if name in names})
+        given = {name: path for name, path in place.given.items() if name in names}
+        return cast("O", cls.Options(**given))
 
     # --- the run of a report, in this order ---
 
@@ -236,7 +237,7 @@ class OfCheckpoints(Report[C]):
             checkpoints=self.options.checkpoints,
         )
 
-    def points(self) -> Iterator[Checkpointed]:
+    def points(self) -> Iterator[Any]:
         for point in self.inputs.models(self.options.checkpoints, finite=self.finite):
             self.digests[str(point.step)] = point.digest
             yield point

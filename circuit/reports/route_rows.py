@@ -129,7 +129,7 @@ def interval_rows(
         "target_route_scores": after,
         "route_score_deltas": after - before,
     }
-    columns = {name: table.T.tolist() for name, table in scores.items()}
+    columns: dict[str, Any] = {name: table.T.tolist() for name, table in scores.items()}
 
     def by_label(values: list[float]) -> Any:
         return dict(zip(labels, values, strict=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
-Columns = Mapping[str, str | tuple[str, str]]
+Columns = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class OwnScalars:
         """
         target = self._target()
         made = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
-        scalars = [made] if hasattr(made, "bind") else list(made)
+        scalars: list[Any] = [made] if hasattr(made, "bind") else list(made)
         for scalar in scalars:
             missing = [name for name in ("name", "needs", "bind") if not hasattr(scalar, name)]
             if missing:

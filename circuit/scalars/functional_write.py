@@ -341,7 +341,9 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
         WritePath.parse(self.source_component, self.component)
         if self.scalar_pair_rows is not None:
             return
-        of_both = [("endpoint_roles", end) for end in self.endpoint_roles if end == "target"]
+        of_both: list[tuple[str, str]] = [
+            ("endpoint_roles", end) for end in self.endpoint_roles if end == "target"
+        ]
         of_both += [("scalars", name) for name in self.scalars if name in OF_THE_TARGET]
         for name, value in of_both:
             raise CircuitError(
