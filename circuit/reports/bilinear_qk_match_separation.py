@@ -58,8 +58,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
     @classmethod
     def usual(cls, place: Place) -> SeparationOptions:
         rank = min(8, place.model.d_model // place.model.heads)
-        probe_set, folder = (place.given[name] for name in ("probe_set", "checkpoint_dir"))
-        return SeparationOptions(probe_set=probe_set, checkpoint_dir=folder, ranks=(rank,))
+        return SeparationOptions(**place.read, ranks=(rank,))
 
     def prepare(self) -> None:
         super().prepare()

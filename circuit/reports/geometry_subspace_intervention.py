@@ -49,7 +49,7 @@ from circuit.model.subspaces import (
     subspace_basis,
 )
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
 from circuit.tasks.positions import ROLES, Batch, role_mask
 
@@ -109,6 +109,16 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
     question = "Does the answer need the subspace, and does the subspace suffice for it?"
     place = 7
     every = True
+
+    @classmethod
+    def usual(cls, place: Place) -> InterventionOptions:
+        return InterventionOptions(
+            **place.read,
+            stage=place.after_mlps[-1],
+            subspace="embedding_value_identity",
+            operation="remove",
+            ranks=(place.rank,),
+        )
 
     def prepare(self) -> None:
         super().prepare()

@@ -91,6 +91,21 @@ class Place:
     given: Mapping[str, Path]
     head: str
 
+    @property
+    def read(self) -> dict[str, Path]:
+        """The probe set and the folder of checkpoints, by their options."""
+        return {name: self.given[name] for name in ("probe_set", "checkpoint_dir")}
+
+    @property
+    def rank(self) -> int:
+        """Of a subspace of the residual stream."""
+        return min(16, self.model.d_model // 8)
+
+    @property
+    def after_mlps(self) -> list[str]:
+        """The stages after the layers' MLPs."""
+        return [f"layer_{layer}_post_mlp" for layer in range(self.model.layers)]
+
 
 class Report(Generic[O]):
     """A question; its docstring's first line is what `--help` says.

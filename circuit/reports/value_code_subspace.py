@@ -36,7 +36,7 @@ from circuit.model.readout import Answers, lens, read_answers
 from circuit.model.stages import read_stages
 from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_basis
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
 from circuit.tasks.groups import GROUPS, check_group, group_tokens, nonempty_mask
 
@@ -97,6 +97,10 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
     title = "Value readability by stage"
     question = "From which stage, and from which step on, can the value be read at a position?"
     place = 6
+
+    @classmethod
+    def usual(cls, place: Place) -> SubspaceOptions:
+        return SubspaceOptions(**place.read, stages=(*place.after_mlps, "final_norm"))
 
     def prepare(self) -> None:
         super().prepare()

@@ -47,7 +47,7 @@ from circuit.model.rescue import (
 from circuit.model.stages import read_stages
 from circuit.model.subspaces import check_rank
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table, by_step
 from circuit.tasks.groups import (
     GROUPS,
@@ -156,6 +156,13 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
     title = "Rescue"
     question = "Which code, put back where the value code was removed, gives the answer back?"
     place = 8
+
+    @classmethod
+    def usual(cls, place: Place) -> RescueOptions:
+        source, target = ["embedding", *place.after_mlps][-2:]
+        return RescueOptions(
+            **place.read, source_stage=source, target_stage=target, basis_rank=place.rank
+        )
 
     def prepare(self) -> None:
         """Read the reads, split them, and say who stands in for whom; `_hold_out` refuses."""
