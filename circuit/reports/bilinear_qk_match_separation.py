@@ -282,7 +282,7 @@ def _rank(score: str) -> int:
     return int(score.removeprefix("rank"))
 
 
-def _correlation(course: Sequence[dict[str, Any]], one: str, other: str) -> float | None:
+def _correlation(course: Sequence[Row], one: str, other: str) -> float | None:
     """Pearson correlation over checkpoints; null with fewer than two or without variance."""
     a, b = (np.array([row[name] for row in course]) for name in (one, other))
     if len(course) < 2 or not a.std() or not b.std():
