@@ -27,37 +27,6 @@ DEFAULT_SPLITS = (
     "structural_ood",
     "counterfactual",
 )
-ROLES = (
-    "prediction",
-    "query_key",
-    "support_op",
-    "support_key",
-    "support_value",
-    "support_write",
-    "key_distractors",
-    "value_distractors",
-    "causal_prefix",
-)
-SIDES = ("clean", "corrupted")
-PAIR_TYPES = ("support_value", "query_key", "recency", "distractor")
-ANSWER_SCALARS = (
-    "moving_answer_margin",
-    "correct_value_logit",
-    "negative_answer_loss",
-    "fixed_source_competitor_margin",
-    "fixed_target_competitor_margin",
-    "source_best_wrong_logit",
-    "target_best_wrong_logit",
-)
-SUBSPACES = (
-    "embedding_key_identity",
-    "embedding_value_identity",
-    "head_qk_query",
-    "head_qk_key",
-    "head_ov_input",
-    "head_ov_output",
-    "full_residual",
-)
 ROUTE_KEYS = ("label", "stage", "subspace", "rank", "head_layer", "head", "position_role")
 SCALES = ("full", "short", "smoke")
 MOST_BYTES = 2**20  # of a file that is read
@@ -72,11 +41,6 @@ def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
 def values(*names: str) -> Callable[[str], list[str]]:
     """A completer for a fixed set of values."""
     return lambda incomplete: _starting(incomplete, names)
-
-
-role = values(*ROLES)
-pair_type = values(*PAIR_TYPES)
-answer_scalar = values(*ANSWER_SCALARS)
 
 
 basis = values("source", "full", "step:")
@@ -257,13 +221,16 @@ def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def route(ctx: typer.Context, incomplete: str) -> list[str]:
     """The next key of a route, or the values of the key that is being typed."""
+    from circuit.model.subspaces import SUBSPACES
+    from circuit.tasks.positions import ROLES
+
     before, comma, last = incomplete.rpartition(",")
     key, equals, value = last.partition("=")
     start = before + comma
     if not equals:
         present = {part.partition("=")[0] for part in before.split(",")}
         return [f"{start}{k}=" for k in ROUTE_KEYS if k.startswith(key) and k not in present]
-    of_key = {"stage": stage(ctx, value), "position_role": role(value)}
+    of_key = {"stage": stage(ctx, value), "position_role": _starting(value, ROLES)}
     of_key["subspace"] = _starting(value, SUBSPACES)
     return [f"{start}{key}={name}" for name in of_key.get(key, [])]
 

@@ -14,25 +14,21 @@ from typing import Any, get_args
 import pytest
 import typer
 from circuit.cli import complete as offers
-from circuit.cli import reproduce, value_code
+from circuit.cli import reproduce
 from circuit.cli.app import app
-from circuit.reports.interventions import QueryMode
 from typer.main import get_command
 
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
-from circuit.model.rescue import CONTROLS
 from circuit.model.stages import stage_names
-from circuit.model.subspaces import SUBSPACES
-from circuit.reports.geometry_subspace_intervention import Operation
+from circuit.reports.geometry_subspace_intervention import Operation, QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
 from circuit.scalars.family import family_names
 from circuit.scalars.functional_write import Reference, Target
 from circuit.scalars.qk_match import LayerNormMode
 from circuit.studies.scales import SCALES
 from circuit.studies.study import TARGETS
-from circuit.tasks.groups import GROUPS
-from circuit.tasks.pairs import PAIR_TYPES, SIDES
+from circuit.tasks.pairs import SIDES
 from circuit.tasks.positions import ROLES
 from circuit.train_config import Device
 
@@ -102,16 +98,9 @@ def test_every_command_that_takes_a_config_takes_set() -> None:
 @pytest.mark.parametrize(
     ("offered", "known"),
     [
-        (offers.ROLES, ROLES),
-        (offers.SIDES, SIDES),
-        (offers.PAIR_TYPES, PAIR_TYPES),
-        (offers.ANSWER_SCALARS, ANSWER_SCALARS),
-        (offers.SUBSPACES, SUBSPACES),
         (offers.DEVICES, get_args(Device)),
         (offers.SCALES, tuple(SCALES)),
         (reproduce.TARGETS, TARGETS),
-        (value_code.GROUPS, GROUPS),
-        (value_code.CONTROLS, CONTROLS),
     ],
 )
 def test_the_sets_offered_are_those_of_the_library(

@@ -154,6 +154,17 @@ def test_equal_inputs_give_equal_bytes_and_nothing_is_replaced_unasked(
     assert first == second
 
 
+@pytest.mark.parametrize("command", [name for name in sorted(KINDS) if KINDS[name].reads_run])
+def test_it_remembers_what_was_set(written: Written, tmp_path: Path, command: str) -> None:
+    """In its record, and in the line that makes it again."""
+    written(command)
+    config = load_run_config(RUN, ["name=renamed"])
+    result = run_report(KINDS[command], config, options_of(command), tmp_path / "out")
+    report = read_report(result.report)
+    assert report.overrides == {"config": str(RUN), "set": ["name=renamed"]}
+    assert f"--config {RUN} --set name=renamed" in report.command_line(load_run_config(RUN), "x")
+
+
 @every_report
 def test_options_are_read_back(command: str) -> None:
     options = options_of(command)

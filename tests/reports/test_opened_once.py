@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from command_line import Done
-from test_reports_shape import CONFIG, PROBE, WORDS
+from each_report import KINDS, MADE, options_of, sources_of
+from tiny_run import RUN
 from watched import opens
 
 from circuit.runs.opening import open_run
@@ -27,16 +28,19 @@ COUNTED = {
     "probe set": "circuit.reports.inputs.read_probe_set",
     "config": "circuit.train_config.load_run_config",
 }
-STATES = " ".join(f"--checkpoint trace/checkpoints/step_{step:06d}.pt" for step in (5, 6, 7, 9))
+CONFIG = f"--config {RUN}/run_config.json"
+STATES = [f"trace/checkpoints/step_{step:06d}.pt" for step in (5, 6, 7, 9)]
 ON_THE_RUN = {
     "evaluate": f"{CONFIG} --checkpoint runs/tiny/checkpoints/step_000003.pt --output e.json",
     "export": f"{CONFIG} --checkpoint trace/checkpoints/step_000005.pt --output-dir exported",
+    "optimizer-update-trace": f"{CONFIG} --from-initialization --end-step 3 --output-dir anew",
     "page": "runs/tiny --output page.html",
     "train": f"{CONFIG} --resume",
     "trace verify": "trace",
     "trace checkout": "trace --step 5",
-    "trace qk": f"{PROBE} --optimizer-trace-dir trace --head L1H0 --rank 2 --end-step 2"
-    " --basis source --basis step:1 --min-route-pairs-per-type 2 --output-dir qk",
+    "trace qk": f"{CONFIG} --probe-set {RUN}/analysis/probe_set.jsonl --optimizer-trace-dir trace"
+    " --head L1H0 --rank 2 --end-step 2 --basis source --basis step:1 --min-route-pairs-per-type 2"
+    " --output-dir qk",
 }
 """Further commands that read a run."""
 
@@ -63,19 +67,27 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def words_of(command: str) -> list[str]:
-    """With states of a trace for checkpoints."""
-    words = WORDS[command].split()
-    if "--checkpoint" in words:
-        first = words.index("--checkpoint")
-        del words[first : first + 4]
-        words += STATES.split()
-    text = " ".join(words).replace("runs/tiny/analysis/trace", "trace")
-    return [command, *text.split(), "--output-dir", f"reports/{command}"]
+    """A report, with states of a trace for checkpoints."""
+    kind, options = KINDS[command], options_of(command)
+    if "checkpoints" in kind.Options.declared():
+        options = options.model_copy(update={"checkpoints": tuple(map(Path, STATES))})
+    name = (kind.names or (command,))[0].split()
+    config = CONFIG.split() if kind.reads_run else []
+    return [*name, *config, *options.words(), "--output-dir", str(MADE / command)]
 
 
 def lines_of() -> dict[str, list[str]]:
     """Every command that reads a run; later ones read what earlier ones wrote."""
-    lines = {command: words_of(command) for command in WORDS}
+    ordered: dict[str, None] = {}
+
+    def add(command: str) -> None:
+        for source in sources_of(options_of(command)):
+            add(source)
+        ordered[command] = None
+
+    for command in sorted(KINDS):
+        add(command)
+    lines = {command: words_of(command) for command in ordered}
     return lines | {name: [*name.split(), *words.split()] for name, words in ON_THE_RUN.items()}
 
 
@@ -106,7 +118,7 @@ def test_every_command_that_reads_a_run_opens_everything_once(
     assert {command: calls for command, calls in more.items() if calls} == {}
     # states 5, 6, 7 and 9 of anchors 4 and 8: 3 steps and 1, not 1 + 2 + 3 + 1
     passes = {command: calls["steps"] for command, calls in found.items() if "steps" in calls}
-    over = {c: n for c, n in passes.items() if STATES in " ".join(lines[c]) and n != 4}
+    over = {c: n for c, n in passes.items() if set(STATES) <= set(lines[c]) and n != 4}
     assert over == {}
 
 

@@ -58,6 +58,7 @@ GOOD = {
     "run": "runs/tiny",
     "runs": "runs/tiny",
     "scalar_pair_rows": PAIR_ROWS,
+    "scalars": "loss",
     "scale": "smoke",
     "separation_rows": "separation/bilinear_qk_match_separation_rows.jsonl",
     "source_component": "L0H1",
@@ -123,6 +124,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "resume_checkpoint": ("nowhere/step_000003.pt",),
     "route_labels": ("nonsense",),
     "run": ("nowhere",),
+    "scalars": ("nonsense", "qk_match,head=L9H0", "loss,nonsense=3"),
     "scale": ("nonsense",),
     "score": ("nonsense",),
     "split": ("nonsense",),
@@ -133,6 +135,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "target": ("nonsense",),
     "trace": ("foreign", PROBE),
     "train_split": ("nonsense",),
+    "window": ("nonsense", "5:3"),
     "windows": ("nonsense", "5:3", "0:9999"),
 }
 """Values that an option of this name refuses wherever it stands."""
@@ -212,8 +215,8 @@ class Parameter:
                 *OF_KIND.get(self.option.kind, ()),
                 *(["nonsense"] * bool(self.option.choices)),
             ]
-            bounds = (self.option.above, self.option.below, self.option.least)
-            values += ["nan"] if any(isinstance(bound, float) for bound in bounds) else []
+            open_ends = [b for b in (self.option.above, self.option.below) if b is not None]
+            values += [*map(str, open_ends), *(["nan"] if open_ends else [])]
         return tuple(values) or (() if self.name in ANY else None)
 
 
