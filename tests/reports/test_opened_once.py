@@ -71,6 +71,8 @@ def words_of(command: str) -> list[str]:
     kind, options = KINDS[command], options_of(command)
     if "checkpoints" in kind.Options.declared():
         options = options.model_copy(update={"checkpoints": tuple(map(Path, STATES))})
+    elif "separation_rows" in kind.Options.declared():  # which are of these steps
+        options = options.model_copy(update={"start_step": 5, "end_step": 9})
     name = (kind.names or (command,))[0].split()
     config = CONFIG.split() if kind.reads_run else []
     return [*name, *config, *options.words(), "--output-dir", str(MADE / command)]
