@@ -104,8 +104,9 @@ def main() -> None:
     streams.take_over()
     try:
         try:
-            if not shells.answer(sys.argv[1:], os.environ):
-                program(sys.argv[1:])(prog_name="circuit")
+            words = sys.argv[1:]
+            if not shells.answer(words, os.environ):
+                program(shells.typed(os.environ) or words)(prog_name="circuit")
         finally:
             sys.stdout.flush()
     except CircuitError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -195,18 +195,14 @@ def register(app: typer.Typer, groups: dict[str, typer.Typer], words: Sequence[s
         groups: of the program, by name.
         words: of the command line.
     """
-    from circuit.reports.report import find_report
+    from circuit.reports.report import all_reports, find_report
 
     named = find_report(words[0]) if words else None
-    for kind in [named] if named else _all():
+    within = words[0] if words and words[0] in groups else ""
+    for kind in [named] if named else all_reports(f'"{within} ' if within else ""):
         for name in (kind.names or (kind.command,)) if kind.generated else ():
             group, _, last = name.rpartition(" ")
-            place = groups[group] if group else app
-            panel = None if group else kind.panel
-            place.command(last, rich_help_panel=panel)(report_command(kind))
-
-
-def _all() -> Iterator[type[Report[Any]]]:
-    from circuit.reports.report import all_reports
-
-    yield from all_reports()
+            if within in ("", group):
+                place = groups[group] if group else app
+                panel = None if group else kind.panel
+                place.command(last, rich_help_panel=panel)(report_command(kind))

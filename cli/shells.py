@@ -113,6 +113,12 @@ class Program(TyperGroup):
         return params
 
 
+def typed(variables: Mapping[str, str]) -> list[str]:
+    """The words of a line that is being completed, but for the one that is being typed."""
+    line = variables.get("_TYPER_COMPLETE_ARGS", "")
+    return line.split()[1:] if line.endswith(" ") else line.split()[1:-1]
+
+
 def answer(words: Sequence[str], variables: Mapping[str, str]) -> bool:
     """Do what is asked of completion scripts; whether anything was asked.
 

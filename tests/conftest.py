@@ -109,11 +109,19 @@ def _one_thread() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[1])
 
 
+def whole_program(_: object = ()) -> typer.Typer:
+    """The one of `circuit.cli.app`, whatever is typed."""
+    from circuit.cli.app import app
+
+    return app
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_command_line() -> Iterator[None]:
     """The commands and their options are put together once, not for every line that is typed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr("circuit.cli.program.program", whole_program)
         yield
 
 

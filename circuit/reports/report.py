@@ -466,10 +466,17 @@ def find_report(command: str) -> type[Report[Any]] | None:
     return next((kind for kind in _declared_in(module) if kind.command == command), None)
 
 
-def all_reports() -> list[type[Report[Any]]]:
-    """Every report, by the name of its module."""
-    modules = iter_modules(import_module("circuit.reports").__path__, "circuit.reports.")
-    return [kind for module in modules for kind in _declared_in(module.name)]
+def all_reports(mentioning: str = "") -> list[type[Report[Any]]]:
+    """Every report, by the name of its module.
+
+    Args:
+        mentioning: text without which a module is not imported.
+    """
+    (folder,) = map(Path, import_module("circuit.reports").__path__)
+    names = [module.name for module in iter_modules([str(folder)])]
+    if mentioning:
+        names = [name for name in names if mentioning in (folder / f"{name}.py").read_text("utf-8")]
+    return [kind for name in names for kind in _declared_in(f"circuit.reports.{name}")]
 
 
 def _declared_in(module: str) -> list[type[Report[Any]]]:
