@@ -161,8 +161,9 @@ def test_it_remembers_what_was_set(written: Written, tmp_path: Path, command: st
     config = load_run_config(RUN, ["name=renamed"])
     result = run_report(KINDS[command], config, options_of(command), tmp_path / "out")
     report = read_report(result.report)
-    assert report.overrides == {"config": str(RUN), "set": ["name=renamed"]}
-    assert f"--config {RUN} --set name=renamed" in report.command_line(load_run_config(RUN), "x")
+    path = f"{RUN}/run_config.json"
+    assert report.overrides == {"config": path, "set": ["name=renamed"]}
+    assert f"--config {path} --set name=renamed" in report.command_line(load_run_config(RUN), "x")
 
 
 @every_report

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from circuit.figures.separation import separation_over_steps
 
 from circuit.artifacts import read_jsonl
 from circuit.config import load_config
-from circuit.reports.bilinear_qk_match_separation import summarize
+from circuit.reports.bilinear_qk_match_separation import gap_to_attention, summarize
 from circuit.reports.inputs import open_inputs
+from circuit.scalars.qk_match import ReadMasks
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.setup import Setup
@@ -198,10 +198,8 @@ def test_at_one_checkpoint_the_largest_separation_decides(circuit: Circuit) -> N
     assert (summary["winner"]["head"], summary["winner"]["growth"]) == (best, None)
     assert summary["winner"]["separation_at_last"] == own[best]
     page = (Path("out") / f"{NAME}_report.md").read_text()
-    assert f"step 12. The separation of **{best}** (rank1) is the largest: {own[best]:.4g}" in page
+    assert f"The separation of **{best}** (rank1) is the largest: {own[best]:.4g}" in page
     assert "grew" not in page
-    figure = separation_over_steps(rows_of("out"), "rank1")
-    assert figure.axes[1].get_ylabel() == f"{best}: support wins"
 
 
 def test_options_choose_heads_reads_and_roles(circuit: Circuit) -> None:
@@ -246,3 +244,18 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert done.err.count("\n") == 1
     assert message in done.err
     assert not Path("out").exists() or not list(Path("out").glob(f"{NAME}*"))
+
+
+def test_the_law_is_the_models_own_attention(trained: Path) -> None:
+    """Where the match is not that of the model, the law says by how much."""
+    config = load_config(CONFIG, TrainConfig)
+    inputs = open_inputs(config, PROBES)
+    model = Setup(config, benchmark=inputs.benchmark).model(
+        load_checkpoint(RUN / "checkpoints/step_000012.pt")
+    )
+    reads = ReadMasks.of(inputs.reads())
+    gap, largest = gap_to_attention(model, ["L0H1", "L1H0"], reads)
+    assert gap < 1e-5 < largest
+    scores = model.blocks[1].attn.hook_attn_scores
+    scores.add_hook(lambda value, hook: value + 0.5, is_permanent=True)
+    assert gap_to_attention(model, ["L1H0"], reads)[0] == pytest.approx(0.5, rel=1e-4)

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from command_line import type_in
 from stand_in import stand_in_gpu
-from test_reports_shape import ANALYSIS, RUN, WORDS
+from test_opened_once import lines_of
+from tiny_run import RUN
 
 from circuit.runs.opening import open_run
 from circuit.trace.record import RecordOptions, record_trace
-
-WHERE = {name: f"{words} --output-dir reports/{name}" for name, words in WORDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +26,10 @@ def desk(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv("CIRCUIT_DEVICE", "cuda")
         with stand_in_gpu():
             config = open_run(RUN).config.replace(device="cuda")
-            record_trace(config, f"{ANALYSIS}/trace", RecordOptions(end_step=3))
+            record_trace(config, "trace", RecordOptions(end_step=12, anchor_every=4))
             yield folder
 
 
-@pytest.mark.parametrize("command", list(WHERE))
+@pytest.mark.parametrize("command", list(lines_of()))  # later ones read what earlier ones wrote
 def test_it_runs(desk: Path, command: str) -> None:
-    assert type_in([*command.split(), *WHERE[command].split()]) == 0
+    assert type_in(lines_of()[command]) == 0

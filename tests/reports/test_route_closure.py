@@ -19,7 +19,6 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from circuit.artifacts import dump_rows, read_jsonl
 from circuit.config import load_config
 from circuit.errors import CircuitError
-from circuit.model.subspaces import SUBSPACES
 from circuit.reports.answer_scalar_residual_diagnosis import AnswerScalarDiagnosis, DiagnosisOptions
 from circuit.reports.inputs import open_inputs
 from circuit.reports.report import Report, ReportResult, run_report
@@ -350,7 +349,6 @@ def test_routes_are_read_back_from_json_and_words() -> None:
 
 
 def test_completion_offers_what_the_library_knows() -> None:
-    assert complete.SUBSPACES == SUBSPACES
     offered = partial(complete.route, SimpleNamespace(params={}))
     assert offered("label=a,st") == ["label=a,stage="]
     assert offered("label=a,stage=fin") == ["label=a,stage=final_norm"]
