@@ -219,33 +219,6 @@ def test_options_choose_heads_reads_and_roles(circuit: Circuit) -> None:
         assert full["separation"] == pytest.approx(ranked["separation"], rel=1e-3, abs=1e-6)
 
 
-WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "head": (("--head", "L0H2"), "no component 'L0H2'; expected layers 0-1, heads 0-1"),
-    "MLP": (("--head", "L0MLP"), "'L0MLP' is no head"),
-    "rank": (("--rank", "9"), "rank 9 of L0H0; expected 1 to 8"),
-    "twice": (("--head", "L0H0", "--head", "L0H0"), "expected each once"),
-    "rank twice": (("--rank", "2", "--rank", "2"), "expected each once"),
-    "stage": (("--context-stage", "layer_0"), "unknown stage 'layer_0'; expected one of"),
-    "norm": (("--layernorm-mode", "ln2"), "unknown layernorm mode 'ln2'"),
-    "role": (("--distractor-key-role", "none"), "unknown role 'none'"),
-    "query": (("--score-query-role", "support_write"), "has several positions"),
-    "split": (("--split", "train"), "holds no record of split 'train'"),
-    "checkpoint": (points(5), "step_000005.pt"),
-}
-
-
-@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=list(WRONG))
-def test_bad_input_is_one_line_and_writes_nothing(
-    circuit: Circuit, words: tuple[str, ...], message: str
-) -> None:
-    done = circuit(*STUDY, *points(12), "--output-dir", "out", *words)
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1
-    assert message in done.err
-    assert not Path("out").exists() or not list(Path("out").glob(f"{NAME}*"))
-
-
 def test_the_law_is_the_models_own_attention(trained: Path) -> None:
     """Where the match is not that of the model, the law says by how much."""
     config = load_config(CONFIG, TrainConfig)
