@@ -24,6 +24,7 @@ import beartype  # noqa: E402, F401
 import numpy.typing  # noqa: E402, F401
 import torch  # noqa: E402
 
+import circuit.cli.program  # noqa: E402
 import circuit.lazy  # noqa: E402
 import circuit.tasks.symbolic_kv  # noqa: E402
 
@@ -109,19 +110,13 @@ def _one_thread() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[1])
 
 
-def whole_program(_: object = ()) -> typer.Typer:
-    """The one of `circuit.cli.app`, whatever is typed."""
-    from circuit.cli.app import app
-
-    return app
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_command_line() -> Iterator[None]:
     """The commands and their options are put together once, not for every line that is typed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
-        patch.setattr("circuit.cli.program.program", whole_program)
+        whole = functools.cache(circuit.cli.program.program)
+        patch.setattr("circuit.cli.program.program", lambda _=(): whole())
         yield
 
 

@@ -215,8 +215,8 @@ def gap_to_attention(
         real = own[reads.row, scalar.component.head, reads.query]
         seen = torch.arange(real.shape[1], device=real.device) <= reads.query[:, None]
         found = scalar.bind(model).scores(model, cache)
-        gaps.append((found - real)[seen].abs().max())
-        sizes.append(real[seen].abs().max())
+        gaps.append((found - real)[seen].abs().max().detach())
+        sizes.append(real[seen].abs().max().detach())
     return float(torch.stack(gaps).max()), float(torch.stack(sizes).max())
 
 

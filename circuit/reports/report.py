@@ -92,7 +92,7 @@ class Place:
     head: str
 
     @property
-    def read(self) -> dict[str, Path]:
+    def read(self) -> dict[str, Any]:
         """The probe set and the folder of checkpoints, by their options."""
         return {name: self.given[name] for name in ("probe_set", "checkpoint_dir")}
 

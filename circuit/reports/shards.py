@@ -115,15 +115,8 @@ def _read_shard(folder: Path) -> _Shard:
         if kind is None or not issubclass(kind, Attribution):
             continue
         report.refuse_another_runs()
-        try:
-            options, trace = report.results.options, report.provenance["trace"]
-            shard = _Shard(kind, report, int(options.start_step), int(options.end_step), trace)
-            _ = shard.settings(), trace["state_at_end"], trace["state_at_start"]
-            return shard
-        except (KeyError, TypeError) as error:
-            raise CircuitError(
-                f"is no report of {report.command} ({error!r})", where=path
-            ) from None
+        options, trace = report.results.options, report.provenance["trace"]
+        return _Shard(kind, report, int(options.start_step), int(options.end_step), trace)
     raise CircuitError(
         "holds no attribution", where=folder, expected="the output folder of an attribution"
     )

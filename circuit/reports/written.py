@@ -21,6 +21,33 @@ from circuit.training.run_folder import refuse_another_runs
 SUFFIX = "_report.json"
 
 
+class LacksFieldError(CircuitError, KeyError):
+    """A report does not say what its reader asks for."""
+
+    __str__ = CircuitError.__str__  # a KeyError's own puts quotes around the line
+
+
+class _Said(dict[str, Any]):
+    """An object of a report's JSON, which names the report where it lacks a key."""
+
+    where: Path
+
+    def __missing__(self, key: str) -> Any:
+        said = f"says nothing of {key!r}"
+        raise LacksFieldError(said, where=self.where, fix="make it again with this version")
+
+    @classmethod
+    def all(cls, value: Any, where: Path) -> Any:
+        """A JSON value with every object in it."""
+        if isinstance(value, list):
+            return [cls.all(item, where) for item in value]
+        if not isinstance(value, dict):
+            return value
+        said = cls({key: cls.all(item, where) for key, item in value.items()})
+        said.where = where
+        return said
+
+
 @dataclass(frozen=True)
 class Written:
     """A report that stands on disk.
@@ -161,7 +188,7 @@ def read_report(path: str | Path) -> Written:
             where=path,
             fix="make it again",
         )
-    return Written(path, payload)
+    return Written(path, _Said.all(payload, path))
 
 
 def read_document(path: str | Path) -> dict[str, Any]:

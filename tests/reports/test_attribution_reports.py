@@ -320,7 +320,7 @@ def test_shards_that_do_not_fit_are_refused(shards: Attribute, circuit: Circuit)
         (["none"], "the shards hold no rows"),
         (["one", "damaged"], "damaged/"),
         (["one", "changed"], "was changed after it was written: its digest is another"),
-        (["one", edited("without", without)], "is no report of bilinear-qk-rank"),
+        (["one", edited("without", without)], "_report.json: says nothing of 'trace'"),
         (["one", "trace"], "trace: holds no attribution; expected the output folder of"),
         (["one", "nowhere"], "nowhere: holds no attribution"),
         (["one", "two", "--window", "4:9"], "--window: window 4:9; expected start < end"),
