@@ -21,16 +21,16 @@ from jaxtyping import install_import_hook
 install_import_hook(["circuit.tasks.positions", "circuit.training.step"], "beartype.beartype")
 
 import beartype  # noqa: E402, F401
+import circuit.cli.program  # noqa: E402
 import numpy.typing  # noqa: E402, F401
 import torch  # noqa: E402
 
-import circuit.cli.program  # noqa: E402
 import circuit.lazy  # noqa: E402
 import circuit.tasks.symbolic_kv  # noqa: E402
 
 with pytest.MonkeyPatch.context() as patch:  # of this module alone: the hook reads its annotations
     patch.setattr("typing.TYPE_CHECKING", True)
-    import circuit.tasks.positions  # noqa: F401
+    import circuit.tasks.positions
 
 from circuit.benchmark_config import BenchmarkConfig  # noqa: E402
 from circuit.config import parse_config  # noqa: E402

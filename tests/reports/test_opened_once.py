@@ -35,7 +35,7 @@ ON_THE_RUN = {
     "export": f"{CONFIG} --checkpoint trace/checkpoints/step_000005.pt --output-dir exported",
     "optimizer-update-trace": f"{CONFIG} --from-initialization --end-step 3 --output-dir anew",
     "page": "runs/tiny --output page.html",
-    "train": f"{CONFIG} --resume",
+    "train": f"{CONFIG} --resume --allow-drift",
     "trace verify": "trace",
     "trace checkout": "trace --step 5",
     "trace qk": f"{CONFIG} --probe-set {RUN}/analysis/probe_set.jsonl --optimizer-trace-dir trace"
