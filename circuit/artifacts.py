@@ -41,6 +41,11 @@ def dump_row(row: Row) -> str:
     return json.dumps({**row, ROW_DIGEST: _row_digest(body.encode())}, ensure_ascii=False)
 
 
+def in_row(name: str, value: str) -> str:
+    """A field as the line of its row has it."""
+    return f'"{name}": {json.dumps(value, ensure_ascii=False)}'
+
+
 def _row_digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()[:16]
 
@@ -337,11 +342,7 @@ class OutputFolder:
     def remove(self, names: Iterable[str]) -> None:
         """Remove some of this command's files, and forget them."""
         paths = {name: self.path(name) for name in names}
-        for path in paths.values():
-            if path.is_dir() and not path.is_symlink():
-                raise CircuitError(
-                    "was written as a file and is a folder now", where=path, fix="move it away"
-                )
+        self.refuse_foreign(paths)
         for name, path in paths.items():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
@@ -360,23 +361,28 @@ class OutputFolder:
         """
         names = list(names)
         new = [name for name in names if name not in self._owned]
-        self.refuse_foreign(new)
+        self.refuse_foreign(names)
         self._claimed_now.update(names)
         if new:
             self._owned.update(dict.fromkeys(new))
             self._write_manifest()
 
     def refuse_foreign(self, names: Iterable[str]) -> None:
-        """Refuse names that are taken by files which this command did not write.
+        """Refuse names that are taken by what this command did not write: a file, or a folder.
 
         Raises:
             CircuitError: names the first of them.
         """
         for name in names:
-            if name not in self._owned and os.path.lexists(self._inside(name)):
+            path = self._inside(name)
+            if name in self._owned and path.is_dir() and not path.is_symlink():
+                raise CircuitError(
+                    "was written as a file and is a folder now", where=path, fix="move it away"
+                )
+            if name not in self._owned and os.path.lexists(path):
                 raise CircuitError(
                     f"exists and was not written by `circuit {self._shown}`",
-                    where=self.root / name,
+                    where=path,
                     fix="move it away or choose another output folder",
                 )
 

@@ -61,11 +61,16 @@ class Option:
     text: Callable[[Any], str] = str
 
     def check(self, field: str, value: Any) -> None:
-        """Refuse a value that is no choice, or out of range (as NaN is).
+        """Refuse a value that is no choice, out of range (as NaN is), or that no file could hold.
 
         Raises:
             CircuitError: names the field, the value and what there is.
         """
+        if isinstance(value, str | Path):
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                raise CircuitError(repr(str(value)), where=f"`{field}`", expected="UTF-8") from None
         if self.choices and value not in self.choices:
             raise CircuitError(
                 f"unknown value '{value}'",
@@ -82,6 +87,8 @@ class Option:
         if not all(holds(value, bound) for _, bound, holds in given):
             expected = " and ".join(f"{words} {bound:g}" for words, bound, _ in given)
             raise CircuitError(str(value), where=f"`{field}`", expected=expected)
+        if isinstance(value, int | float) and not abs(value) < 2**63:
+            raise CircuitError(str(value), where=f"`{field}`", expected="less than 2^63 in size")
 
     def check_model(self, field: str, value: str, shape: ModelConfig) -> None:
         """Refuse a component or stage that a model of this shape does not have.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import field_validator
 
-from circuit.artifacts import Row, dump_row
+from circuit.artifacts import Row, dump_row, in_row
 from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
 from circuit.attribution.series import Collected, Series, check_windows
@@ -308,7 +308,7 @@ class Attribution(Report[A]):
     @classmethod
     def charts(cls, results: Results[A]) -> list[Chart]:
         lead, summaries = results.summary["lead"], results.summary["windows"]
-        rows = results.rows(holding=f'"scalar": "{lead}"')
+        rows = results.rows(holding=in_row("scalar", lead))
         series = Series.collect(row for row in rows if row["scalar"] == lead)[lead]
         steps = (results.summary["start_step"], results.summary["end_step"])
         whole = [s for s in summaries if (s["start_step"], s["end_step"]) == steps]

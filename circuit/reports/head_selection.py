@@ -18,9 +18,8 @@ from circuit.options import Option, Options
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
-from circuit.reports.written import SUFFIX, read_report
+from circuit.reports.written import report_of
 
-ROWS = "_rows.jsonl"
 RUN = ("config_digest", "recipe_digest", "benchmark_digest", "probe_set_sha256")
 """What tells, in the scan's provenance, whose it is."""
 
@@ -57,10 +56,9 @@ class HeadSelection(Report[HeadSelectionOptions]):
 
     def prepare(self) -> None:
         path = self.options.separation_rows
-        scan = read_report(path.with_name(path.name.removesuffix(ROWS) + SUFFIX))
-        scan.refuse_another_runs()
+        scan = report_of(path, "bilinear-qk-match-separation")
         self.scan = {name: scan.provenance[name] for name in RUN if name in scan.provenance}
-        self.rows = read_jsonl(path)
+        self.rows = read_jsonl(scan.file(path.name))
 
     def conclude(self, rows: list[Row]) -> Findings:
         asked = self.options
@@ -163,7 +161,9 @@ def gap_to_lags(rows: Sequence[Row], of_all: Sequence[Mapping[str, Any]]) -> flo
 
     def gaps() -> Iterator[float]:
         for row in of_all:
-            parts = by_lag[tuple(row[name] for name in names)]
+            parts = by_lag.get(tuple(row[name] for name in names), [])
+            if not parts:
+                raise CircuitError(f"no rows by lag of {row['head']} at step {row['step']}")
             total = sum(part["separation"] * part["reads"] for part in parts)
             yield abs(row["separation"] - total / sum(part["reads"] for part in parts))
 

@@ -13,6 +13,7 @@ host and versions stand in `provenance` of the JSON alone: equal inputs give equ
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -353,7 +354,7 @@ class open_report:  # noqa: N801  a context manager
     def __enter__(self) -> open_report:
         folder = self.folder.__enter__()
         try:
-            folder.refuse_foreign(_names(self.kind))
+            folder.refuse_foreign([*_names(self.kind), *folder.owned])
             for other in sorted(folder.root.glob("*_report.json")):
                 if other.name not in folder.owned:
                     raise CircuitError(
@@ -367,9 +368,11 @@ class open_report:  # noqa: N801  a context manager
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        if raised[0] is None:
-            self.folder.remove_stale()
-        self.folder.__exit__(*raised)
+        try:
+            if raised[0] is None:
+                self.folder.remove_stale()
+        finally:
+            self.folder.__exit__(*raised)
 
     def write(self, report: Report[Any], findings: Findings) -> ReportResult:
         """Write every file of the report, the JSON last."""
@@ -393,6 +396,7 @@ class open_report:  # noqa: N801  a context manager
             "law": findings.law,
             "summary": dict(findings.summary),
             "paths": list(texts),
+            "sha256": {name: hashlib.sha256(texts[name].encode()).hexdigest() for name in files},
             "provenance": {
                 **report.provenance(),
                 **findings.provenance,
@@ -403,9 +407,10 @@ class open_report:  # noqa: N801  a context manager
         }
         texts[report_file] = dump_json({**payload, "digest": digest_of(payload)})
         # everything is ready and every name is free before the earlier report goes
-        self.folder.claim(texts)
+        contents = {name: text.encode() for name, text in texts.items()}
+        self.folder.claim(contents)
         self.folder.remove([report_file])
-        paths = {name: self.folder.write_text(name, text) for name, text in texts.items()}
+        paths = {name: self.folder.write_bytes(name, data) for name, data in contents.items()}
         return ReportResult(
             kind,
             paths[report_file],
@@ -432,7 +437,7 @@ def markdown(
 
 
 SCHEMA = 2
-"""Of the JSON: from 2 on it has a digest, and `parameters` are the options."""
+"""Of the JSON: from 2 on it and its row files have digests, and `parameters` are the options."""
 
 
 def _names(kind: type[Report[Any]]) -> tuple[str, str, str]:
@@ -443,7 +448,7 @@ def _names(kind: type[Report[Any]]) -> tuple[str, str, str]:
 def _rows(file: Sequence[Row] | str, holding: str) -> Iterator[Row]:
     if not isinstance(file, str):
         return iter(file)
-    return (parse_json(line) for line in file.splitlines() if holding in line)
+    return (parse_json(line) for line in file.split("\n") if line and holding in line)
 
 
 def _sentence(text: str) -> str:

@@ -46,9 +46,8 @@ def merge_attributions(
     first, last = shards[0], shards[-1]
     check_windows(parse_windows(windows), first.start, last.end)
     overrides = [entry for shard in shards for entry in shard.overrides]
-    report = first.kind(
-        first.options.model_copy(update={"end_step": last.end, "windows": tuple(windows)})
-    )
+    whole = {"end_step": last.end, "windows": tuple(windows)}
+    report = first.kind(type(first.options)(**first.options.to_json() | whole))
     report.origin = {
         **first.inputs,
         "trace": {**first.trace, "state_at_end": last.trace["state_at_end"]},

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from circuit.artifacts import Row, dump_csv
+from circuit.artifacts import Row, dump_csv, in_row
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.figures.charts import (
@@ -185,7 +185,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
                 for column, words in _QUANTITIES.items()
             ]
             name = f"spectrum_{matrix}"
-            holding = f'"component": "{winner}"'
+            holding = in_row("component", winner)
             spectrum = [
                 {key: row[key] for key in ("step", "matrix", "component", "rank", "singular_value")}
                 for row in results.rows(f"{VALUES}.jsonl", holding=holding)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from circuit.artifacts import iter_jsonl
 from circuit.config import digest_of
@@ -18,7 +19,8 @@ from circuit.strict_json import parse_json
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import refuse_another_runs
 
-SUFFIX = "_report.json"
+SUFFIX, ROWS = "_report.json", "_rows.jsonl"
+ANEW = "make it again"
 
 
 class LacksFieldError(CircuitError, KeyError):
@@ -146,9 +148,20 @@ class Written:
         return shlex.join([*words, *options.words(), "--output-dir", folder, "--overwrite"])
 
     def file(self, name: str = "") -> Path:
-        """One of its files; `<name>_rows.jsonl` where none is named."""
-        stem = self.path.name.removesuffix(SUFFIX)
-        return self.path.with_name(name or f"{stem}_rows.jsonl")
+        """One of its files; `<name>_rows.jsonl` where none is named.
+
+        Raises:
+            CircuitError: it is not there, or not as it was written.
+        """
+        path = self.path.with_name(name or self.path.name.removesuffix(SUFFIX) + ROWS)
+        written = self.payload.get("sha256", {}).get(path.name)
+        try:
+            with path.open("rb") as file:
+                if written not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+                    raise CircuitError("was changed after it was written", where=path, fix=ANEW)
+        except FileNotFoundError:
+            raise CircuitError("no such file", where=path) from None
+        return path
 
     def refuse_another_runs(self) -> None:
         """Refuse it where it stands in the folder of a run and is of another one.
@@ -182,13 +195,30 @@ def read_report(path: str | Path) -> Written:
             where=path,
             fix="make it again, or move it away",
         ) from None
-    if schema >= 2 and claimed != digest_of(payload):
+    if (claimed is not None or schema >= 2) and claimed != digest_of(payload):
         raise CircuitError(
             "was changed after it was written: its digest is another",
             where=path,
-            fix="make it again",
+            fix=ANEW,
         )
     return Written(path, _Said.all(payload, path))
+
+
+def report_of(rows: Path, command: str) -> Written:
+    """The report that stands beside a row file.
+
+    Raises:
+        CircuitError: there is no such file, its rows are another command's or another run's, or
+            as `read_report`.
+    """
+    if not rows.is_file():
+        raise CircuitError("no such file", where=rows)
+    report = read_report(rows.with_name(rows.name.removesuffix(ROWS) + SUFFIX))
+    if report.command != command:
+        said = f"holds rows of {report.command}"
+        raise CircuitError(said, where=rows, expected=f"rows of {command}")
+    report.refuse_another_runs()
+    return report
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -205,4 +235,4 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise CircuitError(f"is damaged ({error})", where=path, fix="make it again") from None
     if not isinstance(payload, dict):
         raise CircuitError("is damaged (no object)", where=path, fix="make it again")
-    return payload
+    return cast("dict[str, Any]", _Said.all(payload, Path(path)))
