@@ -54,7 +54,7 @@ class Norm:
 
     @property
     def name(self):
-        return f"norm.L{self.layer}"
+        return f'"norm"\u2028L{self.layer}'
 
     def bind(self, model):
         return self
@@ -200,7 +200,11 @@ def test_scalars_of_ones_own_module(attribute: Circuit, inputs: Inputs) -> None:
     )
     assert (done.code, done.err) == (0, "")
     rows = read_jsonl(Path("out/scalar_attribution_rows.jsonl"))
-    assert [row["scalar"] for row in rows[:3]] == ["norm.L1", "norm.L0", "loss.full_lm"]
+    assert [row["scalar"] for row in rows[:3]] == [
+        '"norm"\u2028L1',
+        '"norm"\u2028L0',
+        "loss.full_lm",
+    ]
     weights = inputs.point(5).model.W_in.detach()
     for row, layer in zip(rows, (1, 0), strict=False):
         assert row["before"] == pytest.approx(float((weights[layer] ** 2).sum()), rel=1e-5)

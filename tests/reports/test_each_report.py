@@ -27,6 +27,7 @@ from circuit.train_config import load_run_config
 from circuit.training.loop import train
 
 KEYS = {"schema_version", "command", "parameters", "law", "summary", "paths", "provenance"}
+KEYS |= {"sha256"}
 every_report = pytest.mark.parametrize("command", sorted(KINDS))
 Written = Callable[[str], ReportResult]
 
@@ -189,8 +190,20 @@ def test_a_changed_digit_is_refused_by_whoever_reads_it(written: Written, comman
         result.report.write_text(json.dumps({**payload, key: json.loads(changed)}))
         with pytest.raises(CircuitError, match="digest"):
             read_report(result.report)
+    result.report.write_text(json.dumps({**payload, "schema_version": 1, "law": "to 0"}))
+    with pytest.raises(CircuitError, match="digest"):
+        read_report(result.report)
     result.report.write_text(whole)
-    assert read_report(result.report).payload == {k: v for k, v in payload.items() if k != "digest"}
+    read = read_report(result.report)
+    assert read.payload == {k: v for k, v in payload.items() if k != "digest"}
+    for rows in result.rows:
+        before = read.file(rows.name).read_bytes()
+        rows.write_bytes(b"".join(before.splitlines(keepends=True)[1:]))
+        with pytest.raises(CircuitError, match="was changed after it was written"):
+            read.file(rows.name)
+        rows.write_bytes(before)
+    with pytest.raises(CircuitError, match="says nothing of 'no such number'"):
+        _ = read.summary["no such number"]
 
 
 def bad_values(field: str, option: Option, command: str) -> Iterator[Any]:
@@ -201,7 +214,11 @@ def bad_values(field: str, option: Option, command: str) -> Iterator[Any]:
         if bound is not None:
             yield type(bound)(bound + step)
     if isinstance(GOOD.get(field), float):
-        yield float("nan")
+        yield from (float("nan"), float("inf"))
+    if type(GOOD.get(field)) is int:
+        yield 2**63
+    if isinstance(GOOD.get(field), Path):
+        yield Path("\udce9")
 
 
 @every_report
@@ -237,6 +254,14 @@ def test_a_folder_that_is_not_its_own_is_left_alone(
         with pytest.raises(CircuitError):
             make(command, folder, overwrite=True)
         assert [path.read_text() for path in folder.iterdir() if path.suffix != ".lock"] == ["mine"]
+    result.page.rename(tmp_path / "page")
+    result.page.mkdir()  # where a file of its own stood
+    before = files_of(result)
+    with pytest.raises(CircuitError, match="is a folder now"):
+        make(command, result.report.parent, overwrite=True)
+    assert files_of(result) == before
+    result.page.rmdir()
+    (tmp_path / "page").rename(result.page)
 
 
 @pytest.fixture(scope="module")
