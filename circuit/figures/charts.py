@@ -160,7 +160,7 @@ def named(data: str) -> alt.Chart:
 def at_step() -> alt.Chart:
     """A vertical rule at the chosen step."""
     one = alt.InlineData(values=[{"at": "step"}])
-    rule = alt.Chart(one).mark_rule(color=INK, strokeWidth=1.5, opacity=0.75, aria=False)
+    rule = alt.Chart(one).mark_rule(color=INK, strokeWidth=1.5, opacity=0.75, aria=False, clip=True)
     drawn: alt.Chart = rule.encode(x=alt.XDatum(alt.ExprRef("step"), type="quantitative"))
     return drawn
 
