@@ -35,7 +35,7 @@ from circuit.reports.written import Written, read_report
 
 _WINNER = ("seed", "winner_head", "winner_growth", "winner_path", "winner_path_write")
 """Columns of the table of winners."""
-_SEED = re.compile(r"seed_(\d{4})")
+_SEED = re.compile(r"seed_(\d{4}|[1-9]\d{4,})")  # `seed_{seed:04}`
 _KINDS = {
     "head-selection": "heads",
     "write-path-selection": "paths",
@@ -212,7 +212,8 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
     found: Reports = {}
     manifest = []
     for path in paths:
-        report, match = read_report(path), _SEED.search(str(path))
+        report, folders = read_report(path), (parent.name for parent in path.parents)
+        match = next(filter(None, map(_SEED.fullmatch, folders)), None)  # the innermost
         kind = _KINDS.get(report.command)
         if kind is None:
             raise CircuitError(
@@ -238,13 +239,16 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
 
 def law_of(reports: Reports) -> str:
     """What reports of a seed say of each other, and of themselves, and how well they agree."""
-    sums, writes = [], []
+    sums, ends, writes = [], [], []
     for kinds in reports.values():
-        chosen = (_window(kinds["match"], _head(kinds)), _window(kinds["write"], ""))
-        for window in chosen:
-            gap = abs(fsum(window["path"].values()) - window["predicted"]["path"])
-            sums.append(gap / (abs(window["actual"]) or 1.0))
-        selection, (_, window) = kinds["paths"].summary, chosen
+        chosen = _windows(kinds)
+        for window in chosen.values():
+            actual, size = window["actual"], abs(window["actual"]) or 1.0
+            sums.append(abs(fsum(window["path"].values()) - actual) / size)
+            if window["telescopes"]:
+                moved = window["value_at_end"] - window["value_at_start"]
+                ends.append(abs(moved - actual) / size)
+        selection, window = kinds["paths"].summary, chosen["write"]
         if selection["step"] == window["end_step"]:
             written = selection["selected"]["winner"]["final_write"]
             writes.append(abs(window["value_at_end"] - written) / (abs(written) or 1.0))
@@ -252,16 +256,26 @@ def law_of(reports: Reports) -> str:
         "the terms of every winner, rounding included, sum to the change that its attribution"
         f" states, to {max(sums):.1g} of it"
     )
-    if not writes:
-        return law
-    return (
-        f"{law}; the write for which a path was selected is the one with which its attribution"
-        f" ends, to {max(writes):.1g} of it"
-    )
+    if ends:
+        law += (
+            "; where steps telescope, that is the last value minus the first, to"
+            f" {max(ends):.1g} of it"
+        )
+    if writes:
+        law += (
+            "; the write for which a path was selected is the one with which its attribution"
+            f" ends, to {max(writes):.1g} of it"
+        )
+    return law
 
 
-def _head(kinds: Mapping[str, Written]) -> str:
-    return str(kinds["heads"].summary["selected"]["winner"]["head"])
+def _windows(kinds: Mapping[str, Written]) -> dict[str, dict[str, Any]]:
+    """The attributions of the winner head and of the winner path."""
+    heads, paths = (kinds[kind].summary["selected"]["winner"] for kind in ("heads", "paths"))
+    return {
+        "match": _window(kinds["match"], heads["head"]),
+        "write": _window(kinds["write"], paths["path"]),
+    }
 
 
 def seed_row(seed: int, kinds: Mapping[str, Written]) -> dict[str, Any]:
@@ -276,9 +290,7 @@ def seed_row(seed: int, kinds: Mapping[str, Written]) -> dict[str, Any]:
     row["winner_path_write"] = paths["winner"]["final_write"]
     row["runner_up_path"] = paths["runner_up"]["path"]
     row["bottom_path_write"] = paths["bottom"]["final_write"]
-    match = _window(kinds["match"], _head(kinds))
-    write = _window(kinds["write"], "")
-    for name, window in (("match", match), ("write", write)):
+    for name, window in _windows(kinds).items():
         row[f"{name}_actual"] = window["actual"]
         row[f"{name}_terms"] = {n: v for n, v in window["path"].items() if n != "rounding"}
         row[f"{name}_closure_path"] = window["closure"]["path"]
@@ -287,14 +299,14 @@ def seed_row(seed: int, kinds: Mapping[str, Written]) -> dict[str, Any]:
 
 
 def _window(report: Written, component: str) -> dict[str, Any]:
-    """The whole window of the scalar that names a component."""
+    """The whole window of the scalar that names a component or a path."""
     summary = report.summary
     for window in summary["windows"]:
         whole = (window["start_step"], window["end_step"]) == (
             summary["start_step"],
             summary["end_step"],
         )
-        if whole and (not component or f".{component}." in f".{window['scalar']}."):
+        if whole and f".{component}." in f".{window['scalar']}.":
             return dict(window)
     raise CircuitError(f"the attribution holds no scalar of {component}", where=report.path)
 
@@ -318,7 +330,9 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _worst(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
-    return max((row[column] for row in rows if row[column] is not None), default=None)
+    """The largest; null where one is not defined, as nothing moved: it might be worse."""
+    values = [row[column] for row in rows]
+    return None if None in values else max(values)
 
 
 def _same_layer(path: str) -> bool:

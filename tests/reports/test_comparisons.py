@@ -36,7 +36,9 @@ def seed_reports(seed: int, head: str, path: str, *, wins: float, amount: float)
     window: dict[str, Any] = {
         "start_step": 0,
         "end_step": 8,
+        "telescopes": True,
         "actual": 2.0,
+        "value_at_start": amount - 2.0,
         "value_at_end": amount,
         "path": {"weight_decay": -0.5, "adam_current_gradient": 2.5, "rounding": 0.0},
         "predicted": {"path": 2.0},
@@ -63,7 +65,10 @@ def seed_reports(seed: int, head: str, path: str, *, wins: float, amount: float)
         },
         "mlp-functional-write-adam-state-attribution": {
             **span,
-            "windows": [{**window, "scalar": "functional_write"}],
+            "windows": [
+                {**window, "scalar": "functional_write.L9H9_to_L9MLP.margin", "actual": 9.0},
+                {**window, "scalar": f"functional_write.{path}.margin"},
+            ],
         },
     }
     paths = []
@@ -80,10 +85,44 @@ def test_roles_repeat_and_addresses_move() -> None:
     assert result.summary["write_role_repeats"] == 2
     assert result.summary["same_layer_readers"] == 1
     row = read_jsonl(result.rows[0])[0]
-    assert row["match_actual"] == 2.0, "the attribution of the winner, not of a control"
+    assert (row["match_actual"], row["write_actual"]) == (2.0, 2.0), "the winners', no control's"
     lines = Path("out/winners.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in lines] == ["winner_head", "L1H3", "L2H1"]
     assert "sum to the change that its attribution states, to 0 of it" in result.law
+
+
+def changed(report: Path, **change: Any) -> None:
+    """Another last window of an attribution."""
+    payload = json.loads(report.read_text())
+    payload["summary"]["windows"][-1] |= change
+    made_report(report, payload["command"], payload["summary"])
+
+
+def test_a_change_that_the_terms_do_not_sum_to_shows_in_the_law() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    changed(reports[2], actual=4.0, telescopes=False)
+    telescoped = "where steps telescope, that is the last value minus the first"
+    assert f"states, to 0.5 of it; {telescoped}, to 0 of it" in compare_seeds(reports).law
+    changed(reports[2], actual=2.0, telescopes=True, value_at_start=0.0)
+    assert f"states, to 0 of it; {telescoped}, to 0.5 of it" in compare_seeds(reports).law
+
+
+def test_a_closure_that_is_not_defined_leaves_the_worst_undefined() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    reports += seed_reports(13, "L2H1", "L1H1_to_L2MLP", wins=0.2, amount=2.0)
+    changed(reports[2], closure={"path": None, "first_order": None})
+    summary = compare_seeds(reports).summary
+    assert (summary["worst_match_closure"], summary["worst_write_closure"]) == (None, 1e-4)
+
+
+def test_the_seed_is_that_of_the_innermost_folder_named_so() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    for parent, seed in (("seed_0042/of", 11), ("seed_00421", 11), ("seed_0011/seed_12345", 12345)):
+        moved = [Path(parent, *path.parts[seed == 12345 :]) for path in reports]
+        for old, new in zip(reports, moved, strict=True):
+            new.parent.mkdir(parents=True)
+            new.write_bytes(old.read_bytes())
+        assert compare_seeds(moved).summary["seeds"] == [seed]
 
 
 def test_a_write_that_was_not_the_selected_one_shows_in_the_law() -> None:
@@ -98,6 +137,12 @@ def test_a_write_that_was_not_the_selected_one_shows_in_the_law() -> None:
 
 def test_reports_that_are_not_all_of_a_seed_are_refused() -> None:
     reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    of_another = seed_reports(13, "L1H3", "L2H1_to_L2MLP", wins=0.9, amount=3.0)[3]
+    made_report(
+        reports[3], *(json.loads(of_another.read_text())[k] for k in ("command", "summary"))
+    )
+    with pytest.raises(CircuitError, match="holds no scalar of L1H3_to_L1MLP"):
+        compare_seeds(reports)
     with pytest.raises(CircuitError, match="seed 11 has no report of head-selection"):
         compare_seeds(reports[1:])
     copy = made_report("seed_0011/b_report.json", "head-selection", {})
