@@ -60,10 +60,11 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
 
     def conclude(self, rows: list[Row]) -> Findings:
         rows = [run.row() for run in self.runs]
-        gaps = [run.gap() for run in self.runs if run.ended]
+        gaps = [gap for run in self.runs if (gap := run.gap()) is not None]
         law = (
-            f"the course of each of {len(gaps)} finished runs ends with the answer accuracy and"
-            f" loss that the run itself reported, to {max(gaps, default=0.0):.1g}"
+            f"the course of each of {len(gaps)} finished runs that evaluate {SPLIT} ends with the"
+            " answer accuracy and loss that the run itself reported, to"
+            f" {max(gaps, default=0.0):.1g}"
         )
         courses = [row for run in self.runs for row in run.course_rows()]
         digests = {run.name: run.config.digest() for run in self.runs}
@@ -177,13 +178,16 @@ class ComparedRun:
         outcome = folder / OUTCOME
         diverged = None
         if outcome.is_file():
-            diverged = read_document(outcome)["diverged"]
+            diverged = read_document(outcome).get("diverged", False)
+            if not isinstance(diverged, str | None):
+                said = "is damaged: 'diverged' is neither a text nor null"
+                raise CircuitError(said, where=outcome, fix="train it again")
         if diverged is None and not (folder / SUMMARY).is_file():
             raise CircuitError(f"holds no {SUMMARY}", where=folder, fix="finish the run first")
         config = load_run_config(folder / RUN_CONFIG)
         rows = read_jsonl(folder / METRICS, tolerate_torn_tail=diverged is not None)
         shown = [r for r in rows if r["kind"] == "evaluation" and r["split"] == SPLIT]
-        ended = None if diverged else read_document(folder / SUMMARY)
+        ended = None if diverged is not None else read_document(folder / SUMMARY)
         audit: list[dict[str, Any]] = []
         for report in sorted(folder.glob(f"analysis/{_AUDIT}/*/{_AUDIT}{SUFFIX}"))[:1]:
             written = read_report(report)
@@ -244,22 +248,27 @@ class ComparedRun:
             "answer_logit_write_last": write[-1][1] if write else None,
         }
 
-    def gap(self) -> float:
+    def gap(self) -> float | None:
         """Largest difference between the end of its course and what it reported itself.
 
+        Null where it is not finished or has evaluated other splits.
+
         Raises:
-            CircuitError: what it reported is damaged.
+            CircuitError: what it reported is damaged, or its course is.
         """
-        if not self.evaluations or self.ended is None:
-            return 0.0
+        if self.ended is None:
+            return None
         try:
-            reported = self.ended["evaluations"][SPLIT]
-            names = ("answer_accuracy", "loss")
-            return float(max(abs(self.evaluations[-1][n] - reported[n]) for n in names))
+            reported = self.ended["evaluations"]
+            if self.evaluations:
+                last, names = self.evaluations[-1], ("answer_accuracy", "loss")
+                return float(max(abs(last[name] - reported[SPLIT][name]) for name in names))
+            if SPLIT not in reported:
+                return None
+            damaged = f"{METRICS} of run {self.name} is damaged: no evaluation of {SPLIT}"
         except (KeyError, TypeError) as error:
-            raise CircuitError(
-                f"{SUMMARY} of run {self.name} is damaged: no {error}", fix="train it again"
-            ) from None
+            damaged = f"{SUMMARY} of run {self.name} is damaged: no {error}"
+        raise CircuitError(damaged, fix="train it again")
 
     def course_rows(self) -> list[dict[str, Any]]:
         """Everything over steps: one row a step and quantity."""

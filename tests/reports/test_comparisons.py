@@ -204,3 +204,19 @@ def test_runs_are_compared_by_optimizer(train_payload: Callable[..., dict[str, A
         json.dumps({"evaluations": {"validation_iid": {"answer_accuracy": 0.49, "loss": 1.0}}})
     )
     assert compare_optimizers(runs).law.endswith("to 0.5")
+
+
+def test_a_course_that_lacks_its_end_is_damaged(
+    train_payload: Callable[..., dict[str, Any]],
+) -> None:
+    sgd = {"name": "sgd", "learning_rate": 1.0}
+    runs = [finished_run(name, train_payload, sgd, [0.0, 0.1]) for name in ("one", "two")]
+    (runs[1] / "metrics.jsonl").write_text("")
+    with pytest.raises(CircuitError, match=r"metrics.jsonl of run two is damaged.*train it again"):
+        compare_optimizers(runs)
+    (runs[1] / "summary.json").write_text(json.dumps({"evaluations": {}}))
+    assert compare_optimizers(runs).law.startswith("the course of each of 1 finished runs")
+    for outcome in ({}, {"diverged": True}):
+        (runs[1] / "outcome.json").write_text(json.dumps(outcome))
+        with pytest.raises(CircuitError, match=r"outcome.json: is damaged"):
+            compare_optimizers(runs)
