@@ -162,6 +162,8 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             for row in correlations
             if row["write"] not in REDUNDANT and row["pearson"] is not None
         ]
+        finite = [residual for residual in self.residuals if math.isfinite(residual)]
+        largest = max(finite, default=math.nan)  # NaN among them would depend on their order
         lags = Counter(self.reads.batch.reads.lag.tolist())
         summary = {
             "pairs": len(self.pairs),
@@ -184,12 +186,14 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             "top_correlations": sorted(known, key=lambda row: -abs(row["pearson"]))[
                 : self.options.top_k_correlations
             ],
-            "largest_dla_residual": _finite(max(self.residuals)),
+            "largest_dla_residual": _finite(largest),
         }
         law = (
-            "the direct contributions of all components sum to the logits to"
-            f" {max(self.residuals):.1e} of the largest logit, at {len(self.steps)} checkpoints"
+            f"the direct contributions of all components sum to the logits to {largest:.1e} of the"
+            f" largest logit, at {len(finite)} of {len(self.steps)} checkpoints"
         )
+        if len(finite) < len(self.steps):
+            law += "; at the others that is not finite"
         further = {MEANS: mean_rows, DELTAS: delta_rows, CORRELATIONS: correlations}
         return Findings(rows, summary, law, further)
 

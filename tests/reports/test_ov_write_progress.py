@@ -170,15 +170,17 @@ def test_one_checkpoint_has_means_and_no_deltas() -> None:
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_that_diverged_gives_nulls() -> None:
-    state = load_checkpoint(TWELVE)
+@pytest.mark.parametrize(("broken", "whole"), [(TWELVE, SIX), (SIX, TWELVE)])
+def test_a_run_that_diverged_gives_nulls(broken: Path, whole: Path) -> None:
+    state = load_checkpoint(broken)
     state.parameters["embed.W_E"][:] = math.nan
-    save_checkpoint(Path("step_000012.pt"), state)
-    result = report("nan", checkpoints=(SIX, Path("step_000012.pt")), **FEW)
+    save_checkpoint(Path(broken.name), state)
+    result = report("nan", checkpoints=(whole, Path(broken.name)), **FEW)
     rows = read_jsonl(result.rows[0])
-    assert all(row["qk_separation"] is None for row in rows if row["step"] == 12)
-    assert all(row["qk_separation"] is not None for row in rows if row["step"] == 6)
+    assert all((row["qk_separation"] is None) == (row["step"] == state.step) for row in rows)
     assert result.summary["match_winner"] is None
+    assert result.summary["largest_dla_residual"] < 1e-5
+    assert result.law.endswith("at 1 of 2 checkpoints; at the others that is not finite")
     assert all(figure.stat().st_size for figure in result.figures)
 
 
