@@ -56,13 +56,18 @@ class Comparison:
         number, minus, sign, bound, times, other = match.groups()
         return cls(number, minus or "", sign, float(bound or 1), times or other or "")
 
+    @property
+    def names(self) -> list[str]:
+        """Of the numbers that it compares."""
+        return [name for name in (self.number, self.minus, self.times) if name]
+
     def holds(self, numbers: Mapping[str, Any]) -> bool:
         """Whether it does.
 
         Raises:
             NotShownError: one of the numbers is null.
         """
-        for name in filter(None, (self.number, self.minus, self.times)):
+        for name in self.names:
             if numbers[name] is None:
                 raise NotShownError(f"{name.replace('_', ' ')} is not defined at this scale")
         left = numbers[self.number] - (numbers[self.minus] if self.minus else 0)
@@ -101,6 +106,12 @@ class Statement:
         """The claim in words."""
         bounds = [Comparison.parse(test).bound for test in self.tests]
         return self.text.format(*bounds).replace("%", " %")
+
+    @property
+    def compared(self) -> set[str]:
+        """Names of the numbers that decide; the others are only shown."""
+        tests = filter(_TEST.fullmatch, (*self.tests, self.given))
+        return {name for test in tests for name in Comparison.parse(test).names}
 
 
 @cache
@@ -201,7 +212,12 @@ class _Judge:
             for step in steps:
                 verb, *words = step.split()
                 value = _VERBS[verb](value, *words) if verb in _VERBS else value[step]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            # of what is not defined a report says null, and its digest that it did
+            undefined = value is None and path.name.endswith(SUFFIX)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name in claim.compared and not (number or undefined):
+                raise TypeError(f"{value!r} is no number")
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             said = f"has no {name.replace('_', ' ')} ({error!r})"
             raise CircuitError(said, where=path, fix="make it again") from None
         return value

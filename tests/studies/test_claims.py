@@ -15,7 +15,7 @@ from circuit.reports.cross_seed_comparison import CrossSeedComparison
 from circuit.reports.optimizer_comparison import OptimizerComparison
 from circuit.studies.ablation import ROOT
 from circuit.studies.claims import Claim, Comparison, claims_page, judge, statements
-from circuit.studies.commands import DONE
+from circuit.studies.commands import DONE, SPARSE
 from circuit.studies.cross_seed import ROOT as SEED_ROOT
 from circuit.studies.jobs import report_file
 from circuit.studies.scales import SCALES
@@ -78,6 +78,15 @@ def test_learning_means_passing_the_shortcut_too(
     assert claim("reference", "learns the lookup").holds is holds
 
 
+@pytest.mark.parametrize("accuracy", ["0.97", None, True, []])
+def test_an_evaluation_that_is_no_number_is_damaged(accuracy: Any) -> None:
+    path = Path(SPARSE, "evaluation/best.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"evaluations": {"heldout_pairs": {"answer_accuracy": accuracy}}}))
+    with pytest.raises(CircuitError, match=r"best.json: has no heldout answer accuracy.*no number"):
+        judge(STUDY, Path(), "reference")
+
+
 def optimizers(adamw: float, sgd: float, separation: tuple[float | None, float]) -> None:
     own = {"adamw_baseline": ("AdamW", adamw, separation[0]), "sgd": ("SGD", sgd, separation[1])}
     own["adamw_beta1_0"] = ("AdamW", adamw, separation[0])
@@ -120,6 +129,12 @@ def _retouched(path: Path) -> None:
     path.write_text(path.read_text().replace("0.02", "0.03"))
 
 
+def _with_text(path: Path) -> None:
+    summary = json.loads(path.read_text())["summary"]
+    summary["runs"]["adamw_baseline"]["answer_accuracy"] = "0.98"
+    made_report(path, OptimizerComparison.command, summary)
+
+
 def _without_a_key(path: Path) -> None:
     made_report(path, OptimizerComparison.command, {"groups": {}})
 
@@ -129,6 +144,7 @@ def _without_a_key(path: Path) -> None:
     [
         (_cut, "is no report of this program"),
         (_retouched, "was changed after it was written"),
+        (_with_text, "has no answer accuracy .*is no number"),
         (_without_a_key, "has no answer accuracy"),
     ],
 )
