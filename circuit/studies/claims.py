@@ -22,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
 from circuit.reports.tables import Table
 from circuit.reports.written import SUFFIX, read_document, read_report
@@ -29,6 +30,7 @@ from circuit.strict_json import parse_json
 from circuit.studies.configs import ablation_configs
 from circuit.studies.reference import KEY_RANK
 from circuit.studies.study import PAPER, Study
+from circuit.training.run_folder import METRICS, SUMMARY
 
 Numbers = dict[str, float | int | str | None]
 _TEST = re.compile(r"(\w+)(?: - (\w+))? ([<>=]+) (?:([\d.]+)(?: \* (\w+))?|(\w+))")
@@ -231,9 +233,14 @@ class _Judge:
 
 
 def _content(path: Path) -> Mapping[str, Any]:
-    """The summary of a report, and of another file all."""
+    """The summary of a report, and of another file all; evaluations of a run from its rows."""
     if not path.name.endswith(SUFFIX):
-        return read_document(path)
+        found = read_document(path)
+        if path.name == SUMMARY:  # without a digest; the rows of its step say the same, with one
+            rows, ended = read_jsonl(path.with_name(METRICS)), ("evaluation", found.get("steps"))
+            last = [row for row in rows if (row["kind"], row["step"]) == ended]
+            found["evaluations"] = {row["split"]: row for row in last}
+        return found
     report = read_report(path)
     report.refuse_another_runs()
     return report.summary

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from made_report import made_report
 
+from circuit.artifacts import dump_rows
 from circuit.errors import CircuitError
 from circuit.reports.cross_seed_comparison import CrossSeedComparison
 from circuit.reports.optimizer_comparison import OptimizerComparison
@@ -72,10 +73,19 @@ def test_comparisons(test: str, holds: bool) -> None:
 def test_learning_means_passing_the_shortcut_too(
     accuracy: float, shortcut: float, holds: bool
 ) -> None:
+    path = Path(DONE)
+    path.parent.mkdir(parents=True)
     found = {"answer_accuracy": accuracy, "shortcut_accuracy": shortcut}
-    Path(DONE).parent.mkdir(parents=True)
-    Path(DONE).write_text(json.dumps({"evaluations": {"validation_iid": found}}))
-    assert claim("reference", "learns the lookup").holds is holds
+    row = {"kind": "evaluation", "split": "validation_iid", "step": 8, **found}
+    rows = dump_rows([row | {"step": 4, "answer_accuracy": 0.5}, row])
+    path.with_name("metrics.jsonl").write_text(rows)
+    retouched = {"answer_accuracy": 0.99, "shortcut_accuracy": 0.0}
+    path.write_text(json.dumps({"steps": 8, "evaluations": {"validation_iid": retouched}}))
+    said = claim("reference", "learns the lookup")
+    assert (said.holds, said.numbers["answer_accuracy"]) == (holds, accuracy)
+    path.with_name("metrics.jsonl").write_text(rows.splitlines(keepends=True)[0])
+    with pytest.raises(CircuitError, match="has no answer accuracy"):
+        claim("reference", "learns the lookup")
 
 
 @pytest.mark.parametrize("accuracy", ["0.97", None, True, []])
