@@ -56,7 +56,9 @@ def _payload(panel: Panel) -> dict[str, Any]:
             {"title": chart.title, "spec": chart.spec, "follows": chart.follows}
             for chart in panel.charts
         ],
-        "tables": [asdict(table) for table in panel.tables],
+        "tables": [  # pairs: JavaScript moves keys like 500 to the front of an object
+            {**asdict(table), "columns": list(table.columns.items())} for table in panel.tables
+        ],
         "data": {name: _columns(records) for name, records in panel.data.items()},
         "example": panel.example,
     }

@@ -63,10 +63,10 @@ async function drawChart(figure, chart, data) {
 
 function drawTable(parent, table, rows, open) {
   const body = make("tbody");
-  const names = Object.keys(table.columns);
+  const names = table.columns.map(([name]) => name);
   const words = new Set(names.filter((n) => rows.some((row) => typeof row[n] === "string")));
   const kind = (name) => (words.has(name) ? { class: "word" } : {});
-  const head = make("tr", {}, ...names.map((n) => make("th", { scope: "col", ...kind(n) }, table.columns[n])));
+  const head = make("tr", {}, ...table.columns.map(([n, heading]) => make("th", { scope: "col", ...kind(n) }, heading)));
   const caption = make("summary", {}, table.title);
   const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": table.title },
     make("table", {}, make("thead", {}, head), body));

@@ -51,7 +51,8 @@ def test_a_panel_is_what_the_report_shows(told_once: Path, page: Page, kind: Any
         assert [key(r, table.columns) for r in records] == [
             key(r, table.columns) for r in table.rows
         ]
-        assert list(panel["tables"][place]["columns"].values()) == table.headings
+        columns = list(zip(table.columns, table.headings, strict=True))
+        assert [tuple(pair) for pair in panel["tables"][place]["columns"]] == columns
     for note in kind.notes(results):
         assert html.escape(note.replace("**", "").replace("`", ""), quote=False) in html.escape(
             html.unescape(page.text), quote=False
