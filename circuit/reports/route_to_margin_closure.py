@@ -82,9 +82,9 @@ class MarginClosureOptions(options.ProbeOptions, options.CheckpointOptions, opti
     fit_intercept: options.FitIntercept = False
 
     def check(self) -> None:
-        """Labels are unique."""
+        """Labels are unique, and none is the name of the whole gap."""
         super().check()
-        check_labels(self.routes)
+        check_labels(self.routes, EVERYTHING)
 
     def check_model(self, shape: ModelConfig) -> None:
         """Also the routes' stages, heads and ranks."""

@@ -110,13 +110,16 @@ def parse_route(spec: str) -> Route:
     )
 
 
-def check_labels(routes: Sequence[Route]) -> None:
-    """Refuse two routes of one label.
+def check_labels(routes: Sequence[Route], taken: str) -> None:
+    """Refuse two routes of one label, and a label that is taken.
 
     Raises:
         CircuitError: names it.
     """
     labels = [route.label for route in routes]
+    if taken in labels:
+        expected = "another label: it is the name of the whole gap"
+        raise CircuitError(f"a route has the label '{taken}'", where=_FIELD, expected=expected)
     for label in labels:
         if labels.count(label) > 1:
             raise CircuitError(f"two routes have the label '{label}'", where=_FIELD)

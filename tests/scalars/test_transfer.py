@@ -198,7 +198,9 @@ def test_a_route_is_read_from_its_word() -> None:
     assert parse_route("position_role=prediction, label=b, stage=final_norm").rank is None
     assert parse_route(str(route)) == read_route(route.to_row()) == route
     with pytest.raises(CircuitError, match="two routes have the label 'a'"):
-        check_labels([route, route])
+        check_labels([route, route], "everything")
+    with pytest.raises(CircuitError, match="a route has the label 'a'; expected another label"):
+        check_labels([route], "a")
 
 
 BASE = "label=a,stage=embedding,position_role=query_key"
