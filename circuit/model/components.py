@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.hook_points import HookPoint
 
-_ADDRESS = re.compile(r"L(\d+)(?:H(\d+)|(MLP))")
+_NUMBER = "(0|[1-9][0-9]*)"  # one spelling each, so that no component stands twice
+_ADDRESS = re.compile(f"L{_NUMBER}(?:H{_NUMBER}|(MLP))")
 
 Hook = tuple[str | Callable[..., Any], Callable[..., Any]]
 """A hook point's name and what replaces its value, as `run_with_hooks` takes them."""

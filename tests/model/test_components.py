@@ -49,8 +49,9 @@ def test_ablating_an_mlp_takes_its_output_away(
 
 
 def test_names_that_do_not_exist_are_refused(model: HookedTransformer) -> None:
-    with pytest.raises(CircuitError, match="unknown component 'H1L2'; expected such as L2H1"):
-        parse_component("H1L2")
+    for address in ("H1L2", "L00H0", "L0H00", "L00MLP", "L0H\u0661"):
+        with pytest.raises(CircuitError, match=f"component '{address}'; expected such as L2H1"):
+            parse_component(address)
     with pytest.raises(CircuitError, match=r"no component 'L2H0'; expected layers 0-1, heads 0-1"):
         parse_component("L2H0", model)
     with pytest.raises(CircuitError, match=r"no component 'L0H2'; expected layers 0-1, heads 0-1"):
