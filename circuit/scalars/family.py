@@ -24,7 +24,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -199,19 +199,27 @@ class OwnScalars:
         """Call it.
 
         Raises:
-            CircuitError: what it gives are no scalars.
+            CircuitError: it fails, or what it gives are no scalars.
         """
         target = self._target()
-        made = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
-        scalars: list[Any] = [made] if hasattr(made, "bind") else list(made)
+        expected = "a scalar or several (docs/scalars.md)"
+        try:
+            made = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
+            one = hasattr(made, "bind") or not isinstance(made, Iterable)
+            scalars: list[Any] = [made] if one else list(made)
+        except CircuitError:
+            raise
+        except Exception as error:
+            raise CircuitError(
+                f"raised {_told(error)}", where=self.name, expected=expected
+            ) from error
+        if not scalars:
+            raise CircuitError("gave no scalar", where=self.name, expected=expected)
         for scalar in scalars:
             missing = [name for name in ("name", "needs", "bind") if not hasattr(scalar, name)]
             if missing:
-                raise CircuitError(
-                    f"gave {scalar!r}, which has no {missing[0]}",
-                    where=self.name,
-                    expected="a scalar or several (docs/scalars.md)",
-                )
+                what = f"gave {scalar!r}, which has no {missing[0]}"
+                raise CircuitError(what, where=self.name, expected=expected)
         return scalars
 
     def provenance(self, inputs: Inputs) -> dict[str, Any]:
@@ -224,13 +232,15 @@ class OwnScalars:
             sys.path.append(str(Path.cwd()))
         module = self.name.partition(":")[0]
         try:
-            return import_module(module)
-        except (ImportError, ValueError) as error:
+            if getattr(found := import_module(module), "__file__", None) is None:
+                raise ImportError("it has no file, whose digest the report would have")
+            return found
+        except (Exception, SystemExit) as error:  # it is anybody's code
             raise CircuitError(
-                f"module '{module}' cannot be imported ({error})",
+                f"module '{module}' cannot be imported ({_told(error)})",
                 where=self.name,
                 expected="module:name, importable from the current folder",
-            ) from None
+            ) from error
 
     def _target(self) -> ScalarFamily | Callable[[Inputs], Any]:
         """The family with its options, or the function with its keywords."""
@@ -248,7 +258,11 @@ class OwnScalars:
 
     def _keywords(self, target: Callable[..., Any]) -> dict[str, Any]:
         """The given texts as the types that the signature says; text where it says none."""
-        _, *known = _signature(target).parameters.values()
+        parameters = _parameters(target)
+        if not parameters or parameters[0].kind in _BY_KEYWORD:
+            expected = "a function or class that is called with them (docs/scalars.md)"
+            raise CircuitError("takes no inputs", where=self.name, expected=expected)
+        known = parameters[1:]
         types = {one.name: one.annotation for one in known}
         values: dict[str, Any] = {}
         for key, texts in self.given.items():
@@ -271,11 +285,18 @@ class OwnScalars:
         return values
 
 
-def _signature(target: Callable[..., Any]) -> inspect.Signature:
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        return inspect.signature(target, eval_str=True)
+        return list(inspect.signature(target, eval_str=True).parameters.values())
     except NameError:  # a type is imported for checkers alone: its values stay text
-        return inspect.signature(target)
+        return list(inspect.signature(target).parameters.values())
+    except ValueError:  # of some that are written in C
+        return []
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_BY_KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)

@@ -71,6 +71,18 @@ def nothing(inputs):
     return [3]
 
 
+def no_inputs(*, layer=0):
+    return []
+
+
+def five(inputs):
+    return 5
+
+
+def none_at_all(inputs):
+    return []
+
+
 class Mine(Loss):
     """A family of one's own."""
 '''
@@ -175,6 +187,13 @@ WRONG = {
     "nowhere_at_all:scalar": "module 'nowhere_at_all' cannot be imported",
     "own_scalars:missing": "own_scalars:missing: is no function or class of its module",
     "own_scalars:nothing": "own_scalars:nothing: gave 3, which has no name",
+    "own_scalars:five": "own_scalars:five: gave 5, which has no name",
+    "own_scalars:none_at_all": "own_scalars:none_at_all: gave no scalar; expected",
+    "own_scalars:no_inputs": "own_scalars:no_inputs: takes no inputs; expected",
+    "json:dumps": "json:dumps: raised TypeError: Object of type Inputs is not JSON serializable",
+    "sys:getsizeof": "module 'sys' cannot be imported (ImportError: it has no file",
+    "broken:scalar": "module 'broken' cannot be imported (SyntaxError: ",
+    "failing:scalar": "module 'failing' cannot be imported (ZeroDivisionError: division by zero)",
     "own_scalars:nothing,layer=1": "takes no 'layer'; expected no key",
     "own_scalars:Norm": "own_scalars:Norm: needs 'layer'; add layer=...",
     "own_scalars:Norm,layer=one": "layer=one; expected a valid integer",
@@ -187,6 +206,8 @@ def test_a_bad_word_is_one_line_and_writes_nothing(
     attribute: Circuit, spec: str, message: str
 ) -> None:
     Path("own_scalars.py").write_text(OWN)
+    Path("broken.py").write_text("def")
+    Path("failing.py").write_text("1 / 0")
     done = attribute("out", spec)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     assert message in done.err
