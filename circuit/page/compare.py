@@ -22,7 +22,16 @@ from circuit.lazy import alt
 from circuit.page.formation import PageResult, left_out_fact, metrics_of, page_folder
 from circuit.page.html import render
 from circuit.page.learning import EVALUATED, METRICS, evaluations
-from circuit.page.panel import Missing, Panel, Record, Source, Table, pick, slider_steps
+from circuit.page.panel import (
+    Missing,
+    Panel,
+    Record,
+    Source,
+    Table,
+    pick,
+    slider_steps,
+    training_command,
+)
 from circuit.page.reports import MATCH, Reports, asked_for, with_inputs
 from circuit.reports.report import find_report
 from circuit.reports.written import Written
@@ -114,7 +123,7 @@ def _settings(members: Sequence[_Member]) -> Panel:
             Source(
                 f"{member.name}: run_config.json",
                 f"{member.folder}/run_config.json",
-                f"circuit train --config {member.folder}/run_config.json --overwrite",
+                training_command(member.folder),
             )
             for member in members
         ],
@@ -136,7 +145,7 @@ def _learning(members: Sequence[_Member]) -> Panel:
     for member in members:
         own = evaluations(metrics_of(member.run))
         rows += [{"run": member.name, **row} for row in own]
-        command = f"circuit train --config {member.folder}/run_config.json --overwrite"
+        command = training_command(member.folder)
         if own:
             sources.append(Source(f"{member.name}: {METRICS}", METRICS, command))
         else:

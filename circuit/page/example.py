@@ -11,7 +11,7 @@ from typing import Any
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.page.panel import Missing, Panel, Source, thinned
+from circuit.page.panel import Missing, Panel, Source, thinned, training_command
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.train_config import TrainConfig
@@ -44,7 +44,7 @@ def example_panel(
         "One sequence",
         "Where does a head look when the model has to answer, and what does the model say?",
     )
-    train = f"circuit train --config {home}/run_config.json --overwrite"
+    train = training_command(home)
     if not run.steps:
         return Panel(*head, missing=[Missing("checkpoints of the run", train)])
     setup = run.setup.with_config(run.config.model_copy(update={"device": "cpu"}))

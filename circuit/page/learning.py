@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from circuit.artifacts import Row
 from circuit.figures.charts import at_step, chart, colour, exact, lines, named, steps
 from circuit.lazy import alt
-from circuit.page.panel import Missing, Panel, Record, Source, Table, pick
+from circuit.page.panel import Missing, Panel, Record, Source, Table, pick, training_command
 
 METRICS = "metrics.jsonl"
 EVALUATED = (
@@ -149,8 +149,7 @@ def _unique(records: Sequence[Record], column: str) -> list[str]:
 
 
 def _source(home: str) -> Source:
-    command = f"circuit train --config {home}/run_config.json --overwrite"
-    return Source(METRICS, METRICS, command)
+    return Source(METRICS, METRICS, training_command(home))
 
 
 def _missing(home: str) -> Missing:

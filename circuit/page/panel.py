@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from circuit.figures.charts import Chart
+from circuit.train_config import RUN_CONFIG
 
 Record = dict[str, Any]
 """One row of a panel's data: columns of a report's row under their own names."""
@@ -64,6 +66,11 @@ class Panel:
     notes: Sequence[str] = ()
     example: Mapping[str, Any] | None = None
     """Of the panel that draws attention over tokens: see circuit.page.example."""
+
+
+def training_command(home: str) -> str:
+    """What trains the run of this folder again."""
+    return shlex.join(["circuit", "train", "--config", f"{home}/{RUN_CONFIG}", "--overwrite"])
 
 
 def pick(row: Mapping[str, Any], columns: Iterable[str]) -> Record:

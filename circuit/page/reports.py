@@ -166,10 +166,11 @@ def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
 
 
 def _replacing(one: Missing, reports: Reports) -> Missing:
-    """With `--overwrite` where a report of another run stands in the command's place."""
+    """With `--overwrite` where a report that the page cannot draw stands in the command's place."""
     home = reports.run.config.output_dir
-    stale = {f"{home}/{Path(name).parent.as_posix()}" for name in reports.left_out}
-    if any(one.command.endswith(f" --output-dir {shlex.quote(folder)}") for folder in stale):
+    every = [reports.relative(found.path) for of in reports.by_command.values() for found in of]
+    taken = {f"{home}/{Path(name).parent.as_posix()}" for name in (*reports.left_out, *every)}
+    if any(one.command.endswith(f" --output-dir {shlex.quote(folder)}") for folder in taken):
         return Missing(one.what, f"{one.command} --overwrite")
     return one
 

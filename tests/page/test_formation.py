@@ -16,7 +16,8 @@ import typer
 from circuit.cli.app import app
 
 from circuit.artifacts import read_jsonl
-from circuit.page import formation_page
+from circuit.config import digest_of
+from circuit.page import comparison_page, formation_page
 from circuit.page.html import _script_json
 from circuit.page.panel import thinned
 from circuit.page.reports import Reports
@@ -129,9 +130,11 @@ def test_a_bare_run_shows_the_commands_that_complete_it(bare: Path, told_once: P
     assert all(panel.charts or panel.example for panel in whole.panels)
 
 
-def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path) -> None:
-    result = formation_page(told, "page.html")
-    commands = [source.command for panel in result.panels for source in panel.sources]
+def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path, other: Path) -> None:
+    run = told.rename(told.with_name("it's my run"))
+    results = formation_page(run, "page.html"), comparison_page([run, other], "compared.html")
+    panels = [panel for result in results for panel in result.panels]
+    commands = [source.command for panel in panels for source in panel.sources]
     assert len(commands) >= 9
     for command in commands:
         name, subcommand, *words = shlex.split(command)
@@ -139,6 +142,17 @@ def test_every_command_of_the_page_is_one_that_the_program_takes(told: Path) -> 
         group = typer.main.get_command(app)
         found = group.commands[subcommand]  # type: ignore[attr-defined]
         found.make_context(subcommand, list(words))  # parses, and refuses what it does not know
+
+
+def test_a_report_that_cannot_be_read_is_replaced(told: Path, circuit: Circuit) -> None:
+    (path,) = (told / "analysis").rglob("weight_svd_trace_report.json")
+    payload = json.loads(path.read_text())
+    del payload["digest"]
+    payload["parameters"]["option_of_another_version"] = 1
+    path.write_text(json.dumps({**payload, "digest": digest_of(payload)}))
+    (missing,) = formation_page(told, "page.html").missing
+    assert circuit(*shlex.split(missing.command)[1:])[0] == 0
+    assert formation_page(told, "page.html", overwrite=True).missing == []
 
 
 def command_of_svd(run: Path) -> str:
