@@ -125,14 +125,13 @@ def _whole(charts: Sequence[Chart], width: int) -> dict[str, Any]:
     spec = {
         "vconcat": parts,
         "params": [{"name": "step", "value": last}],
-        "datasets": datasets,
         "config": {**STYLE, "background": "var(--paper)"},
         "padding": 10,
     }
     text = json.dumps(spec, allow_nan=False).replace("containerSize()[0]", str(width))
-    text = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], text)
-    whole: dict[str, Any] = json.loads(text)
-    return whole
+    for name, shade in LIGHT.items():
+        text = text.replace(f'"var(--{name})"', f'"{shade}"')
+    return {**json.loads(text), "datasets": datasets}  # whose own texts are not the style's
 
 
 def chart(
@@ -306,10 +305,11 @@ def equals(
 
     Args:
         x, y: column and title.
-        rows: the data, whose range the line has.
+        rows: the data, whose range the line has; a record with a null has no point.
         where: filter.
     """
-    values = [row[column] for row in rows for column, _ in (x, y)] or [0.0]
+    places = [(row[x[0]], row[y[0]]) for row in rows]
+    values = [value for place in places if None not in place for value in place] or [0.0]
     ends = [{"at": bound(values)} for bound in (min, max)]
     line = alt.Chart(alt.InlineData(values=ends)).mark_line(color=INK, strokeWidth=1, aria=False)
     points = named(data) if where is None else named(data).transform_filter(where)

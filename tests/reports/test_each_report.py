@@ -18,6 +18,7 @@ from tiny_run import RUN
 
 from circuit import CircuitError, read_rows
 from circuit.artifacts import read_jsonl
+from circuit.figures.charts import chart, colour, equals
 from circuit.options import CheckpointOptions, Option, ProbeOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
@@ -115,6 +116,17 @@ def test_its_markdown_shows_every_chart_and_table(written: Written, command: str
     for table in result.tables:
         assert len({len(table.cells(row)) for row in table.rows} | {len(table.columns)}) == 1
     assert any(table.console for table in result.tables)
+
+
+def test_a_chart_leaves_the_texts_of_its_data_and_has_no_point_for_a_null(
+    drawn: None,
+) -> None:
+    runs = {"var(--x)": 1.0, "of var(--ink)": 2.0, "c": None}
+    rows = [{"a": a, "b": 1.5, "run": run} for run, a in runs.items()]
+    layers = equals("of", ("a", "a"), ("b", "b"), colour("run", list(runs)), rows)
+    svg = chart("name", "title", {"of": rows}, *layers).svg()
+    assert re.findall(r'aria-label="a: [^"]*; run: ([^"]*)"', svg) == list(runs)[:2]
+    assert all(f">{run}</text>" in svg for run in runs)
 
 
 @every_report
