@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,10 @@ from circuit import CircuitError
 if TYPE_CHECKING:
     from circuit.reports.tables import Table as Declared
 
+_console = partial(Console, highlight=False, markup=False, emoji=False)  # texts stay as they are
 # a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
-stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
-stderr = Console(stderr=True, highlight=False, markup=False)
+stdout = _console(width=None if sys.stdout.isatty() else 120)
+stderr = _console(stderr=True)
 
 
 def print_error(error: CircuitError) -> None:
@@ -112,12 +114,12 @@ class _Speed(ProgressColumn):
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     """A bar on stderr with count, rate and time left; a task's `note` field is shown behind."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         _Speed(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     shown = enabled and stderr.is_terminal  # else rich leaves an empty line
     with Progress(*columns, console=stderr, disable=not shown, transient=True) as bar:

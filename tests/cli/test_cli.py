@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from circuit.cli.options import resolve_device
+from circuit.cli.output import print_table
 
 from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
+from circuit.reports.tables import Table
 from circuit.tasks.probes import load_probe_set
 from circuit.training.checkpoints import load_checkpoint
 
@@ -335,6 +337,12 @@ def test_a_mistake_in_the_words_is_named(circuit: Run) -> None:
         assert done.code == 2
         assert said in done.err
         assert "Traceback" not in done.err
+
+
+def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = ":key: [bold]"
+    print_table(Table(text, {"it": text}, [{"it": text}], console=1))
+    assert capsys.readouterr().out.count(text) == 3
 
 
 def test_a_bug_is_no_mistake_of_the_user(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
