@@ -254,8 +254,9 @@ class Attribution(Report[A]):
                 "What the scalars hold constant is fixed, so changes telescope from window to"
                 " window."
                 if all(s["telescopes"] for s in summaries)
-                else "A basis is taken anew at each step, so changes are per step and their sum is"
-                " not the last value minus the first."
+                else "What a scalar holds constant (a basis, a competitor) is taken anew at each"
+                " step, so changes are per step and their sum is not the last value minus the"
+                " first."
             ),
             f"Charts are of {lead['scalar']}, the scalar that changed most. What is not in its"
             f" sum, first order: {references}. Mean clip factor {lead['mean_clip_factor']:.4f}.",

@@ -154,6 +154,13 @@ def test_tables_show_the_rows_of_the_step(opened: Opened, page: Page) -> None:
         assert cells.nth(1).get_attribute("title") == text_of(record["answer_accuracy"])
 
 
+def test_columns_keep_their_order(opened: Opened, page: Page) -> None:
+    for name, panel in page.payload["panels"].items():
+        for i, table in enumerate(panel["tables"]):
+            shown = opened.tab.locator(f"#{name} .tables details").nth(i).locator("th")
+            assert shown.all_text_contents() == [heading for _, heading in table["columns"]]
+
+
 def test_the_example_follows_step_head_and_read(opened: Opened, page: Page) -> None:
     example = page.payload["panels"]["example"]["example"]
     tab = opened.tab

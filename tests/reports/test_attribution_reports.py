@@ -123,7 +123,8 @@ def test_every_window_is_the_sum_of_its_rows(qk: Attribute) -> None:
 
 def test_all_heads_bases_and_lags_in_one_pass(qk: Attribute) -> None:
     bases = ("source", "step:6", "full")
-    qk("all", heads=(), ranks=(2, 3), end_step=3, by_lag=True, bases=bases)
+    result = qk("all", heads=(), ranks=(2, 3), end_step=3, by_lag=True, bases=bases)
+    assert "(a basis, a competitor) is taken anew at each step" in result.notes[0]
     rows = rows_of("all")
     kinds = ["rank2", "rank3", "rank2_of_step6", "rank3_of_step6", "full", "full_with_biases"]
     heads = ["L0H0", "L0H1", "L1H0", "L1H1"]
