@@ -459,7 +459,9 @@ def _courses(rows: Sequence[Row], names: Sequence[str], scalar: str) -> Chart:
         *("rescue", column, "rescue fraction", shade),
         ("step", "condition", "reads", column),
         where=f"indexof({shown}, datum.condition) >= 0 && {_there(scalar)}",
-        dashed=alt.StrokeDash("condition:N", legend=None).scale(domain=shown, range=dashes),
+        dashed=alt.StrokeDash("condition:N")
+        .scale(domain=shown, range=dashes)
+        .legend(shade["legend"]),
     )
     axis = alt.Y(f"{column}:Q").title("rescue fraction").scale(domain=[-1, 1.5], clamp=True)
     title = f"Rescue of the {scalar.replace('_', ' ')} over steps"
