@@ -103,7 +103,7 @@ def undetermined(fits: Sequence[Row], *names: str) -> list[str]:
 
 
 def contributions(name: str, title: str, fits: Sequence[Row], key: str) -> Chart:
-    """Contribution of each route (lines) to the mean change in each fit (columns).
+    """Contribution of each route (columns) to the mean change in each fit (lines).
 
     Args:
         key: of what tells the fits apart; those without rows are left out.
@@ -121,11 +121,11 @@ def contributions(name: str, title: str, fits: Sequence[Row], key: str) -> Chart
         for label, value in fit["mean_contributions"].items()
     ]
     largest = max((abs(row["mean_contribution"]) for row in data), default=0.0) or 1.0
-    routes = list(dict.fromkeys(row["route"] for row in data))
-    words = alt.Axis(labelAngle=0, labelOverlap=False, labelExpr="split(datum.label, /[ _]/)")
+    shown = list(dict.fromkeys(row[key] for row in data))
+    words = alt.Axis(labelAngle=0, labelOverlap="greedy", labelExpr="split(datum.label, /[ _]/)")
     place = named(name).encode(
-        x=alt.X(f"{key}:N").title(None).sort(None).axis(words),
-        y=alt.Y("route:N").title(None).sort(routes),
+        x=alt.X("route:N").title(None).sort(None).axis(words),
+        y=alt.Y(f"{key}:N").title(None).sort(shown).axis(labelLimit=0),
         tooltip=exact(*(data[0] if data else ())),
     )
     shades = alt.Scale(scheme="blueorange", domain=[-largest, largest])
@@ -139,5 +139,5 @@ def contributions(name: str, title: str, fits: Sequence[Row], key: str) -> Chart
         place.mark_text(fontSize=11).encode(
             text=alt.Text("mean_contribution:Q").format(".2f"), color=ink
         ),
-        height=24 * max(1, len(routes)),
+        height=24 * max(1, len(shown)),
     )
