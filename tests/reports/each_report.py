@@ -28,7 +28,7 @@ GOOD: dict[str, Any] = {
     "basis_rank": 2,
     "checkpoint": RUN / "checkpoints/step_000012.pt",
     "checkpoints": tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in (3, 12)),
-    "component": "L0MLP",
+    "component": "L1MLP",  # with the source, the winner of write-path-selection
     "end_step": 2,
     "fit_fraction": 0.5,
     "max_pairs_per_type": 4,
@@ -41,7 +41,7 @@ GOOD: dict[str, Any] = {
     "reference_step": 2,
     "routes": ("label=all,stage=final_norm,subspace=full_residual,position_role=prediction",),
     "runs": (RUN,),
-    "source_component": "L0H0",
+    "source_component": "L1H0",
     "source_stage": "layer_0_post_mlp",
     "stage": "layer_1_post_mlp",
     "stages": ("layer_1_post_mlp",),
