@@ -16,8 +16,11 @@ from circuit.reports.written import SUFFIX, Written, read_report
 
 _OF_A_SHARD = ("start_step", "end_step", "windows", "workers")
 _PATHS = ("probe_set", "optimizer_trace_dir", "scalar_pair_rows")
-_DIGESTS = ("_digest", "_sha256")
 _MERGED = "shard_overrides"
+_OF_A_CALL = (
+    *("overrides", "trace", "environment", "started_unix", "seconds"),
+    *("merged_from", _MERGED),
+)
 
 
 def merge_attributions(
@@ -88,9 +91,8 @@ class _Shard:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Digests of what was read, but for the trace, and what families say of theirs."""
-        facts = self.report.provenance.items()
-        return {k: value for k, value in facts if k.endswith(_DIGESTS) or k == "scalars"}
+        """What was read, but for the trace, and what families say of theirs."""
+        return {k: fact for k, fact in self.report.provenance.items() if k not in _OF_A_CALL}
 
     @property
     def overrides(self) -> list[dict[str, Any]]:

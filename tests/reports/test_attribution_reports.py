@@ -238,9 +238,10 @@ def test_merged_shards_are_the_unsharded_report(circuit: Circuit) -> None:
         assert (done.code, done.err) == (0, "")
         assert files_of(out, but=("report.json",)) == files_of("whole", but=("report.json",))
         merged, whole = report_of(out), report_of("whole")
-        for part in ("parameters", "summary", "law", "paths"):
+        for part in ("parameters", "summary", "law", "paths", "sha256"):
             assert merged[part] == whole[part]
         assert merged["provenance"]["trace"] == whole["provenance"]["trace"]
+        assert set(merged["provenance"]) == {*whole["provenance"], "merged_from"}
         assert merged["provenance"]["merged_from"] == [[0, 5], [5, 8], [8, 12]]
     # merged ones merge again, and one alone is a whole
     assert circuit("trace", "merge", "ab", "one", "two").code == 0
