@@ -34,7 +34,8 @@ endif
 quickstart: $(READY)
 	@$(BIN)/circuit quickstart
 
-test: lint types layers unit
+test: lint
+	@$(MAKE) --no-print-directory -j2 types layers unit  # mypy has one process
 	@echo "== all checks passed"
 
 lint: $(READY)
