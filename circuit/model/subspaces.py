@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 Basis: TypeAlias = "Float[Tensor, 'd_model rank']"
-HeadSubspace = Literal["head_qk_query", "head_qk_key", "head_ov_input", "head_ov_output"]
 
 EMBEDDING_SUBSPACES = ("embedding_key_identity", "embedding_value_identity")
 HEAD_SUBSPACES = ("head_qk_query", "head_qk_key", "head_ov_input", "head_ov_output")
