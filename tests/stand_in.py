@@ -91,7 +91,15 @@ class _Methods(TorchFunctionMode):
         elif func is Tensor.to:  # it asks the driver which `cuda` is the present one
             there = "meta" if isinstance(args[0], OnDevice) else "cuda:0"
             args = [torch.device(there) if _says_gpu(arg) else arg for arg in args]
+        elif func in (Tensor.__getitem__, Tensor.__setitem__):  # it makes a list's index on `meta`
+            args = [args[0], _with_tensors(args[1]), *args[2:]]
         return func(*args, **(kwargs or {}))
+
+
+def _with_tensors(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_with_tensors, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _says_gpu(arg: Any) -> bool:
@@ -119,6 +127,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to_device = _says_gpu(target)
     else:
         to_device = bool(on_device)
+    empty = [tensor for tensor in tensors if tensor.is_meta]  # an `OnDevice` says that it is not
+    assert not empty, f"{func} of a tensor without numbers"
     if not on_device and not to_device:
         return func(*args, **kwargs)
     if on_device:

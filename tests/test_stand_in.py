@@ -48,6 +48,7 @@ def test_it_computes_what_a_cpu_computes_and_its_digest_is_that_of_the_numbers()
         assert tensor_digest(moved) == tensor_digest(numbers)
         assert tensor_digest(moved @ moved.T) == tensor_digest(numbers @ numbers.T)
         assert moved[torch.tensor([0, 2])].tolist() == numbers[[0, 2]].tolist()
+        assert torch.equal(moved[[2, 0], :][:, [3]].cpu(), numbers[[2, 0]][:, [3]])
         assert torch.arange(3, device=moved.device).is_cuda
         leaf = numbers.clone().requires_grad_()
         (leaf.to("cuda") * moved).sum().backward()
