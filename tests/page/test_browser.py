@@ -22,6 +22,7 @@ pytestmark = pytest.mark.system
 Page = Any
 RUN = Path("runs/tiny")
 MATCH, RESCUE = "bilinear_qk_match_separation", "value_code_transfer_rescue"
+READABLE, TERMS = "value_code_subspace", "bilinear_qk_rank_adam_state_attribution"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -126,8 +127,13 @@ def test_a_panel_between_its_steps_shows_the_last_one_before(opened: Opened, pag
         (MATCH, "separation", "g.mark-rect path", 2),
         ("learning", "evaluation", "g.mark-symbol path[aria-roledescription='point']", 3),
         ("weight_svd_trace", "weights_W_QK", "g.mark-symbol path[aria-roledescription='point']", 7),
-        ("readability", "readability", "g.mark-symbol path[aria-roledescription='point']", 4),
-        ("terms", "term_sums", "g.mark-rect path[aria-roledescription='bar']", 9),
+        (
+            READABLE,
+            "readability_prediction_answer_value",
+            "g.mark-symbol path[aria-roledescription='point']",
+            4,
+        ),
+        (TERMS, "term_sums", "g.mark-rect path[aria-roledescription='bar']", 9),
         ("lag", "lag", "g.mark-symbol path[aria-roledescription='point']", 6),
     ],
 )
