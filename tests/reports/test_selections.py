@@ -131,6 +131,16 @@ def test_bad_windows_are_refused(changes: dict[str, Any], said: str) -> None:
     assert not list(Path("out").glob("*"))
 
 
+@pytest.mark.usefixtures("_elsewhere")
+def test_rows_of_another_report_are_refused() -> None:
+    path = Path("scan/weight_svd_trace_rows.jsonl")
+    made_report(path.with_name("weight_svd_trace_report.json"), "weight-svd-trace", {})
+    path.write_text(dump_rows(scan(GROWTH)))
+    asked = HeadSelectionOptions(separation_rows=path, start_step=0, end_step=8)
+    with pytest.raises(CircuitError, match="holds rows of weight-svd-trace; expected rows of bil"):
+        run_report(HeadSelection, None, asked, "out")
+
+
 def options(run: Path, **more: Any) -> WritePathOptions:
     return WritePathOptions(
         probe_set=run / "analysis" / "probe_set.jsonl",
