@@ -389,14 +389,15 @@ class open_report:  # noqa: N801  a context manager
         texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}
         drawn = {f"{chart.name}.svg": chart.svg() for chart in charts}
         texts |= {**drawn, page_file: markdown(kind.command, findings.law, notes, charts, tables)}
+        contents = {name: text.encode() for name, text in texts.items()}
         payload = {
             "schema_version": SCHEMA,
             "command": kind.command,
             "parameters": report.options.to_json(),
             "law": findings.law,
             "summary": dict(findings.summary),
-            "paths": list(texts),
-            "sha256": {name: hashlib.sha256(texts[name].encode()).hexdigest() for name in files},
+            "paths": list(contents),
+            "sha256": {name: hashlib.sha256(contents[name]).hexdigest() for name in files},
             "provenance": {
                 **report.provenance(),
                 **findings.provenance,
@@ -405,9 +406,8 @@ class open_report:  # noqa: N801  a context manager
                 "seconds": time.time() - self.began,
             },
         }
-        texts[report_file] = dump_json({**payload, "digest": digest_of(payload)})
+        contents[report_file] = dump_json({**payload, "digest": digest_of(payload)}).encode()
         # everything is ready and every name is free before the earlier report goes
-        contents = {name: text.encode() for name, text in texts.items()}
         self.folder.claim(contents)
         self.folder.remove([report_file])
         paths = {name: self.folder.write_bytes(name, data) for name, data in contents.items()}
