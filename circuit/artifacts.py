@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from circuit.errors import CircuitError
+from circuit.quoting import csv_cell
 from circuit.strict_json import parse_json
 
 Row = Mapping[str, Any]
@@ -56,11 +57,11 @@ def dump_rows(rows: Iterable[Row]) -> str:
 
 
 def dump_csv(rows: Sequence[Row]) -> str:
-    """Rows with the same columns as CSV."""
+    """Rows with the same columns as CSV, none of them a formula (`csv_cell`)."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from circuit.quoting import shown
+
 
 class CircuitError(Exception):
     """A mistake in the input or the environment, as opposed to a bug in this program.
@@ -24,7 +26,7 @@ class CircuitError(Exception):
         fix: str | None = None,
     ) -> None:
         self.what = what
-        self.where = None if where is None else str(where)
+        self.where = None if where is None else shown(where)
         self.expected = expected
         self.fix = fix
         super().__init__(self._line())

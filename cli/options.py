@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from circuit import CircuitError
 
 from . import complete
+from .parsing import Command
 
 TrainConfigPath = Annotated[
     Path,
@@ -98,7 +98,7 @@ TraceTop = Annotated[
 OutputDir = Annotated[Path, typer.Option(help="Folder of the report.")]
 
 
-class TracingCommand(TyperCommand):
+class TracingCommand(Command):
     """A command whose `--trace` may stand without a value, which Typer has no option for."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -21,23 +21,58 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from circuit import CircuitError
+from circuit.quoting import shown
+
+from . import signals
+from .streams import BLOCKS
 
 if TYPE_CHECKING:
     from circuit.reports.tables import Table as Declared
 
-_console = partial(Console, highlight=False, markup=False, emoji=False)  # texts stay as they are
+
+class _Plain(Console):
+    """A console on which nothing that is printed is more than letters: no name reaches a terminal
+    as a command to it."""
+
+    def render(self, *asked: Any, **options: Any) -> Iterator[Segment]:
+        """Segments with texts that print."""
+        for one in super().render(*asked, **options):
+            if one.control or one.text.isprintable():
+                yield one
+            else:
+                yield Segment("\n".join(map(shown, one.text.split("\n"))), one.style)
+
+
+_console = partial(_Plain, highlight=False, markup=False, emoji=False)  # texts stay as they are
+_on_terminal = sys.stdout is not None and sys.stdout.isatty()
 # a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
-stdout = _console(width=None if sys.stdout.isatty() else 120)
+stdout = _console(width=None if _on_terminal else 120)
 stderr = _console(stderr=True)
 
 
 def print_error(error: CircuitError) -> None:
     """One line on stderr, unwrapped."""
     stderr.print(Text("error: ", style="bold red") + Text(str(error)), soft_wrap=True)
+
+
+def say_interrupted(further: str) -> int:
+    """One line on stderr, and the exit code of a command that a signal has ended."""
+    stderr.print(f"interrupted; {further}", soft_wrap=True)
+    return signals.exit_code()
+
+
+@contextmanager
+def interrupted_says(further: str) -> Iterator[None]:
+    """A block that a signal may end, and what can be done then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(say_interrupted(further)) from None
 
 
 def print_json(payload: Mapping[str, Any]) -> None:
@@ -48,7 +83,7 @@ def print_json(payload: Mapping[str, Any]) -> None:
 def print_written(paths: Sequence[Path | str]) -> None:
     """The closing line of a command: where its outputs stand."""
     for path in paths:
-        stdout.print(Text("wrote ", style="dim") + Text(str(path)), soft_wrap=True)
+        stdout.print(Text("wrote ", style="dim") + Text(shown(path)), soft_wrap=True)
 
 
 def print_table(declared: Declared) -> None:
@@ -100,7 +135,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
         if (chunk := values[i * len(values) // count : (i + 1) * len(values) // count])
     ]
     low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in means)
+    return "".join(BLOCKS[round(7 * (value - low) / span)] for value in means)
 
 
 class _Speed(ProgressColumn):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Annotated
 
@@ -20,27 +21,28 @@ from . import (
     checkpoints,
     data,
     page,
+    parsing,
     quickstart,
     reports,
     reproduce,
     shells,
+    signals,
     streams,
     study,
     trace,
     training,
 )
-from .output import print_error
+from .output import print_error, say_interrupted
 
 HAND_WRITTEN = (quickstart, page, data, training, checkpoints, trace, reproduce, study)
 
 
 def program(words: Sequence[str] = ()) -> typer.Typer:
     """The program for a command line; all of it where the words name no command."""
-    app = typer.Typer(
+    app = parsing.Commands(
         name="circuit",
         cls=shells.Program,
         help="How training writes a circuit into a transformer, step by step and exactly.",
-        no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_show_locals=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,25 +104,36 @@ def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer:
 def main() -> None:
     """Run the program; a `CircuitError` becomes one line on stderr and exit code 2."""
     streams.take_over()
+    signals.take_over(signals.interrupt)
+    sys.exit(exit_code_of(_answer))
+
+
+def _answer() -> int:
+    words = sys.argv[1:]
+    if shells.answer(words, os.environ):
+        return 0
+    typed = shells.typed(os.environ)
+    if shells.ASKED in os.environ:
+        program(typed)(prog_name="circuit")  # Typer answers, and exits
+    return parsing.run(program(typed or words), words)
+
+
+BUG = 70
+"""Exit code of a mistake in this program; 1 says that a difference was found, and nothing else."""
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """The exit code of some work, and whatever there is to say of its end."""
     try:
         try:
-            words = sys.argv[1:]
-            if not shells.answer(words, os.environ):
-                program(shells.typed(os.environ) or words)(prog_name="circuit")
+            return work()
         finally:
             sys.stdout.flush()
     except CircuitError as error:
         print_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        _say_interrupted()
-    except SystemExit as ending:
-        cause = getattr(ending.__context__, "__cause__", None)  # Typer: Exit(130) of an interrupt
-        if isinstance(cause, KeyboardInterrupt):  # which no command has answered
-            _say_interrupted()
-        raise
-
-
-def _say_interrupted() -> None:
-    typer.echo("interrupted; what was not finished is not written: start it again", err=True)
-    sys.exit(streams.interrupted_code())
+        return 2
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  what nobody has foreseen
+        if signals.received() or isinstance(error, KeyboardInterrupt):  # whatever it has led to
+            return say_interrupted("what was not finished is not written: start it again")
+        traceback.print_exc()
+        return BUG

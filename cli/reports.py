@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from circuit import CircuitError
+from circuit.quoting import plain_text
 
 from . import complete, options
 from .output import print_json, print_table, print_written, progress_bar, stdout
@@ -108,7 +109,7 @@ def print_result(result: ReportResult, as_json: bool) -> None:
         if table.console:
             print_table(table)
     for note in result.notes:
-        stdout.print(note.replace("**", "").replace("`", ""), soft_wrap=True)
+        stdout.print(plain_text(note), soft_wrap=True)
     print_written(result.paths)
     stdout.print(result.law, soft_wrap=True)
 

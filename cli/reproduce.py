@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from circuit import CircuitError
-
 from . import complete, options
-from .output import print_json, progress_bar, stderr, stdout, table
+from .output import interrupted_says, print_json, progress_bar, stderr, stdout, table
 
 if TYPE_CHECKING:
     from circuit.studies.claims import Claim
-    from circuit.studies.reproduce import Event, Outcome, Plan
+    from circuit.studies.reproduce import Event, Plan
 
 PANEL = "Study"
 TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
@@ -60,11 +58,13 @@ def reproduce(
 
     What follows after -- goes to Snakemake as it is.
     """
-    from circuit.studies.reproduce import Request, make_plan, packaged_profile, run
+    from circuit.studies.reproduce import Request, check_executor, make_plan, packaged_profile, run
     from circuit.studies.scales import find_scale
 
     chosen = None if profile is None else packaged_profile(profile).resolve()
     request = Request(target, find_scale(scale), cores, chosen, tuple(context.args))
+    if not dry_run:
+        check_executor(request)
     plan = make_plan(request)
     if not as_json:
         _print_plan(plan, dry_run)
@@ -73,13 +73,13 @@ def reproduce(
             print_json(_plan_payload(plan))
         return
     began = time.monotonic()
-    with progress_bar(not as_json) as bar:
+    with interrupted_says("start it again to go on"), progress_bar(not as_json) as bar:
         outcome = run(request, _Live(bar, quiet=as_json))
+    outcome.refuse_failure()
     found, paths = _claims(plan)
     if as_json:
         print_json(
             {
-                "failed": outcome.failed,
                 "seconds": time.monotonic() - began,
                 "claims": [claim.to_json() for claim in found],
                 "paths": [str(path) for path in paths],
@@ -93,17 +93,6 @@ def reproduce(
                 " learn anything, so that its claims say nothing of the study"
             )
         stdout.print(f"{time.monotonic() - began:.0f} s; log of Snakemake: {outcome.log}")
-    _refuse_failure(outcome)
-
-
-def _refuse_failure(outcome: Outcome) -> None:
-    if outcome.code:
-        what = ", ".join(outcome.failed) or "Snakemake"
-        raise CircuitError(
-            f"failed: {what}",
-            where=outcome.log,
-            fix="the log holds the last lines of each job; start it again to go on",
-        )
 
 
 def _plan_payload(plan: Plan) -> dict[str, Any]:

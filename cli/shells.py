@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from circuit import CircuitError
 
+from .parsing import Group
+
+ASKED = "_CIRCUIT_COMPLETE"
 _ASK = "env _CIRCUIT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args"
 
 BASH = rf"""_circuit_completion() {{
@@ -102,7 +104,7 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 INSTALL, SHOW = "--install-completion", "--show-completion"
 
 
-class Program(TyperGroup):
+class Program(Group):
     """The whole program, whose help says that these two options take a shell."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -128,7 +130,7 @@ def answer(words: Sequence[str], variables: Mapping[str, str]) -> bool:
     Raises:
         CircuitError: the shell is unknown, there are more words, or its files cannot be written.
     """
-    asked, _, shell = variables.get("_CIRCUIT_COMPLETE", "").partition("_")
+    asked, _, shell = variables.get(ASKED, "").partition("_")
     if asked == "source" and shell in SCRIPTS:
         typer.echo(SCRIPTS[shell], nl=False)
         return True

@@ -1,19 +1,34 @@
-"""Standard output and error as the world has them: closed pipes, full devices, other encodings; and
-the signals that end a program.
+"""Standard output and error as the world has them: closed, full, of an encoding with few letters.
 
 A closed pipe is nobody listening: the command goes on in silence, and its exit code keeps its
-meaning. A device that is full is a refusal. What an encoding lacks is shown as `?`.
+meaning. An output that is full is a refusal; where standard error is, there is nobody to tell. What
+an encoding lacks has a stand-in of the same width, or is written as Python escapes it.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
-import signal
 import sys
-from types import FrameType
 from typing import Any, TextIO
 
 from circuit import CircuitError
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+_STAND_INS = str.maketrans(
+    dict(zip(BLOCKS, "_.:-=+*#", strict=True)) | {"…": "~", "━": "=", "╸": "-", "╺": "-", "•": "*"}
+)
+_LACKING = "circuit.lacking"
+
+
+def _stand_in(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for letters that an encoding lacks; see `codecs.register_error`."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end].translate(_STAND_INS)
+    return lacking.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error(_LACKING, _stand_in)
 
 
 class Stream:
@@ -23,7 +38,7 @@ class Stream:
         self._inner, self._name = inner, name
         reconfigure = getattr(inner, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(errors="replace")
+            reconfigure(errors=_LACKING)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -48,37 +63,27 @@ class Stream:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._inner.fileno())
         os.close(nowhere)
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+        if full and self._name == "output":
             raise CircuitError(
-                f"cannot be written ({error.strerror})",
-                where=f"standard {self._name}",
+                f"cannot be written ({getattr(error, 'strerror', error)})",
+                where="standard output",
                 fix="what the command has made is on the disk",
             ) from None
 
 
-_received = [signal.SIGINT]
-
-
-def interrupt(number: int, _: FrameType | None) -> None:
-    """A signal handler: as Ctrl-C, with the signal's own exit code."""
-    _received.append(signal.Signals(number))
-    raise KeyboardInterrupt
-
-
-def note(number: int) -> None:
-    """Remember the signal that a command has answered itself."""
-    _received.append(signal.Signals(number))
-
-
-def interrupted_code() -> int:
-    """Exit code of a program that a signal has ended: 130 after Ctrl-C, 143 after SIGTERM."""
-    return 128 + _received[-1]
-
-
 def take_over() -> None:
-    """Put streams and signals in order, before a command begins."""
-    if not isinstance(sys.stdout, Stream) and sys.stdout is not None:
-        sys.stdout = Stream(sys.stdout, "output")
-    if not isinstance(sys.stderr, Stream) and sys.stderr is not None:
-        sys.stderr = Stream(sys.stderr, "error")
-    signal.signal(signal.SIGTERM, interrupt)
+    """Put the streams in order, before a command begins.
+
+    A standard stream that is closed leads to nowhere, and not to the first file that is opened.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+    for attribute, name in (("stdout", "output"), ("stderr", "error")):
+        stream = getattr(sys, attribute)
+        if not isinstance(stream, Stream):
+            setattr(sys, attribute, Stream(stream, name))

@@ -9,23 +9,22 @@ import typer
 
 from circuit import CircuitError
 
-from . import complete, options, streams
+from . import complete, options, signals
 from .output import print_written, progress_bar, stdout
+from .parsing import Commands
 from .trace import StepBar
 from .training import (
     TrainBar,
     load_train_config,
     print_trace,
-    stop_on_interrupt,
     trace_recorder,
     train_run,
 )
 
 PANEL = "Study"
-group = typer.Typer(
+group = Commands(
     name="study",
     help="Steps of the study between its reports: configs, selections, comparisons.",
-    no_args_is_help=True,
 )
 
 Scale = Annotated[
@@ -100,7 +99,7 @@ def train(
 
     traced = None if recorder is None else recorder.folder_of(settings)
     resume, said = run_goes_on(settings, traced), None
-    with progress_bar() as bar, stop_on_interrupt() as interrupted:
+    with progress_bar() as bar, signals.stop_on_first() as interrupted:
         try:
             result, report = train_run(
                 settings,
@@ -119,7 +118,7 @@ def train(
             said = error.what
             stdout.print(said, soft_wrap=True)
     if interrupted():
-        raise typer.Exit(streams.interrupted_code())
+        raise typer.Exit(signals.exit_code())
     if outcome is not None:
         with OutputFolder(outcome.parent, "train-outcome", overwrite=True) as folder:
             folder.write_text(outcome.name, dump_json({"name": settings.name, "diverged": said}))

@@ -13,6 +13,7 @@ from circuit import CircuitError
 
 from . import complete, options
 from .output import (
+    interrupted_says,
     print_json,
     print_table,
     print_written,
@@ -22,6 +23,7 @@ from .output import (
     stdout,
     table,
 )
+from .parsing import Commands
 from .reports import ReportBar, flags_for_fields, print_result
 from .training import load_train_config
 
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
     from circuit.trace.step import TracedStep
 
 PANEL = "Trace"
-group = typer.Typer(
-    name="trace", help="Record, look at, verify and use traces.", no_args_is_help=True
-)
+group = Commands(name="trace", help="Record, look at, verify and use traces.")
 
 
 def register(app: typer.Typer) -> None:
@@ -133,7 +133,10 @@ def record(
         top_k_parameters=top_k_parameters,
         require_historical_replay=require_historical_replay,
     )
-    with progress_bar(not as_json) as bar:
+    with (
+        interrupted_says("go on from the last anchor with --resume"),
+        progress_bar(not as_json) as bar,
+    ):
         report = optimizer_update_trace(
             settings,
             output_dir,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +10,20 @@ import typer
 from rich.progress import Progress as Bar
 
 from circuit import CircuitError
+from circuit.quoting import shell_line
 
-from . import options, streams
-from .output import percent, print_json, print_written, progress_bar, share, stderr, stdout, table
+from . import options, signals
+from .output import (
+    interrupted_says,
+    percent,
+    print_json,
+    print_written,
+    progress_bar,
+    share,
+    stderr,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from circuit.reports.optimizer_update_trace import TraceReport
@@ -71,23 +79,22 @@ def train(
         checkpoint_every=trace_checkpoint_every,
         top_k_parameters=trace_top_k_parameters,
     )
-    with progress_bar(not as_json) as bar, stop_on_interrupt() as interrupted:
-        try:
-            result, report = train_run(
-                settings,
-                recorder,
-                overwrite=overwrite,
-                resume=resume,
-                resume_from=resume_from,
-                allow_drift=allow_drift,
-                stop_at=stop_at_step,
-                stop=interrupted,
-                progress=TrainBar(bar, settings, resumes=resume),
-            )
-        except KeyboardInterrupt:  # the second one: no time for a checkpoint
-            bar.stop()
-            stderr.print("interrupted; go on from the last checkpoint with --resume")
-            raise typer.Exit(streams.interrupted_code()) from None
+    with (
+        interrupted_says("go on from the last checkpoint with --resume"),  # the second time
+        progress_bar(not as_json) as bar,
+        signals.stop_on_first() as interrupted,
+    ):
+        result, report = train_run(
+            settings,
+            recorder,
+            overwrite=overwrite,
+            resume=resume,
+            resume_from=resume_from,
+            allow_drift=allow_drift,
+            stop_at=stop_at_step,
+            stop=interrupted,
+            progress=TrainBar(bar, settings, resumes=resume),
+        )
     if as_json:
         print_json(train_payload(result, report))
     else:
@@ -97,7 +104,7 @@ def train(
     if interrupted():
         message = f"interrupted after step {result.step}, with a checkpoint; go on with --resume"
         stderr.print(message, soft_wrap=True)
-        raise typer.Exit(streams.interrupted_code())
+        raise typer.Exit(signals.exit_code())
 
 
 def trace_recorder(folder: str | None, **given: int | None) -> TraceRecorder | None:
@@ -141,26 +148,6 @@ def print_trace(report: TraceReport) -> None:
     print_written([store.root, *report.paths])
     stdout.print(f"{report.summary['bytes'] / 1e6:.1f} MB on disk")
     stdout.print(report.law, soft_wrap=True)
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C or SIGTERM asks for a stop; the second one ends all."""
-    asked = False
-
-    def ask(number: int, _: object) -> None:
-        nonlocal asked
-        asked = True
-        streams.note(number)
-        for each in before:
-            signal.signal(each, streams.interrupt)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None:
@@ -219,7 +206,7 @@ def _note_trace_behind(result: TrainResult) -> None:
     words += ["--checkpoint-every", str(manifest.checkpoint_every)]
     words += ["--top-k-parameters", str(manifest.top_k_parameters)]
     stdout.print(
-        f"note: the trace in {folder} ends at step {last}; finish it with: " + shlex.join(words),
+        f"note: the trace in {folder} ends at step {last}; finish it with: " + shell_line(words),
         soft_wrap=True,
     )
 

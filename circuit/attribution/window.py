@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from circuit.attribution.attribute import Attributor, LossScope, check_loss_scop
 from circuit.attribution.groups import Partition, check_partition
 from circuit.attribution.series import Series
 from circuit.core.paths import path_rule
+from circuit.environment import end_with_parent
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.base import Run
@@ -159,11 +161,17 @@ def attribute_window(worker: Worker, start: int, end: int, *, workers: int = 1) 
         return
     pieces = cut_at_anchors(worker.run, start, end, at_least=4 * workers)
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _open, (worker.job,)) as pool:
         waiting: list[Future[list[Rows]]] = [pool.submit(_piece, *piece) for piece in pieces]
         try:
             for future in waiting:
                 yield from future.result()
+        except BaseException:  # nobody waits for what they are at
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
         finally:
             for future in waiting:
                 future.cancel()
@@ -190,6 +198,8 @@ _worker: Worker | None = None
 
 def _open(job: Job) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    end_with_parent()
     _worker = job.prepare()
 
 

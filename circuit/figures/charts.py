@@ -208,10 +208,8 @@ def colour(
         return alt.Color(f"{column}:N").scale(scale).legend(only)
     shown = legend([(labels or {}).get(name, name) for name in names], title)
     if labels:
-        known = ", ".join(f"{name!r}: {label!r}" for name, label in labels.items())
-        shown = alt.Legend(
-            **shown.to_dict(), labelExpr=f"({{{known}}})[datum.label] || datum.label"
-        )
+        known = json.dumps(dict(labels))
+        shown = alt.Legend(**shown.to_dict(), labelExpr=f"({known})[datum.label] || datum.label")
     picked = [palette[i % len(palette)] for i in range(len(names))]
     return alt.Color(f"{column}:N").scale(domain=list(names), range=picked).legend(shown)
 

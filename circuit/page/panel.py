@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from circuit.figures.charts import Chart
+from circuit.quoting import shell_line
 from circuit.train_config import RUN_CONFIG
 
 Record = dict[str, Any]
@@ -70,7 +70,7 @@ class Panel:
 
 def training_command(home: str) -> str:
     """What trains the run of this folder again."""
-    return shlex.join(["circuit", "train", "--config", f"{home}/{RUN_CONFIG}", "--overwrite"])
+    return shell_line(["circuit", "train", "--config", f"{home}/{RUN_CONFIG}", "--overwrite"])
 
 
 def pick(row: Mapping[str, Any], columns: Iterable[str]) -> Record:

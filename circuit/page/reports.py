@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
 from circuit.page.panel import Missing, Panel, Source, Table
+from circuit.quoting import plain_text, shell_line
 from circuit.reports.report import Place, Report, all_reports
 from circuit.reports.written import SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
@@ -125,9 +125,7 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
                 tables=tables,
                 data=data,
                 sources=[reports.source(report)],
-                notes=[
-                    note.replace("**", "").replace("`", "") for note in kind.notes(report.results)
-                ],
+                notes=[plain_text(note) for note in kind.notes(report.results)],
             )
         )
     return panels
@@ -144,7 +142,7 @@ def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
     options = kind.usual(Place(reports.run.config.model, given, reports.head() or LIKELY))
     words = ["circuit", kind.command, "--config", str(folder / RUN_CONFIG), *options.words()]
     words += ["--output-dir", str(folder / "analysis" / kind.stem())]
-    return Missing(kind.title or kind.command, shlex.join(words))
+    return Missing(kind.title or kind.command, shell_line(words))
 
 
 def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
@@ -161,7 +159,7 @@ def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
         end = run.steps[-1] if run.steps else run.config.steps
         words = ["circuit", TRACE, "--config", f"{folder}/{RUN_CONFIG}", "--from-initialization"]
         words += ["--end-step", str(end), "--output-dir", f"{folder}/{TRACE_FOLDER}"]
-        needed.append(Missing("the trace that it reads", shlex.join(words)))
+        needed.append(Missing("the trace that it reads", shell_line(words)))
     return [_replacing(one, reports) for one in (*needed, *missing)]
 
 
@@ -170,7 +168,7 @@ def _replacing(one: Missing, reports: Reports) -> Missing:
     home = reports.run.config.output_dir
     every = [reports.relative(found.path) for of in reports.by_command.values() for found in of]
     taken = {f"{home}/{Path(name).parent.as_posix()}" for name in (*reports.left_out, *every)}
-    if any(one.command.endswith(f" --output-dir {shlex.quote(folder)}") for folder in taken):
+    if any(one.command.endswith(f" --output-dir {shell_line([folder])}") for folder in taken):
         return Missing(one.what, f"{one.command} --overwrite")
     return one
 
@@ -185,4 +183,4 @@ def _probe_set(run: CheckpointedRun) -> str:
     words = ["circuit", "generate-probe-set", "--benchmark-dir", config.benchmark_dir]
     words += ["--split", split, "--examples-per-split", str(min(PROBES, records))]
     words += ["--output", f"{config.output_dir}/analysis/probe_set.jsonl"]
-    return shlex.join(words)
+    return shell_line(words)

@@ -25,6 +25,7 @@ from circuit.errors import CircuitError
 from circuit.figures.attribution import scalars_chart, series_charts
 from circuit.figures.charts import Chart
 from circuit.options import Option, ProbeOptions
+from circuit.quoting import markdown_text
 from circuit.reports.inputs import Inputs, traced_inputs
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
@@ -258,8 +259,9 @@ class Attribution(Report[A]):
                 " step, so changes are per step and their sum is not the last value minus the"
                 " first."
             ),
-            f"Charts are of {lead['scalar']}, the scalar that changed most. What is not in its"
-            f" sum, first order: {references}. Mean clip factor {lead['mean_clip_factor']:.4f}.",
+            f"Charts are of {markdown_text(lead['scalar'])}, the scalar that changed most. What is"
+            f" not in its sum, first order: {references}. Mean clip factor"
+            f" {lead['mean_clip_factor']:.4f}.",
         ]
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 from circuit.artifacts import Row
 from circuit.figures.charts import Chart, chart, exact, named
 from circuit.lazy import alt, np
+from circuit.quoting import markdown_text
 from circuit.reports.tables import Table
 from circuit.scalars.least_squares import least_squares
 
@@ -94,7 +95,7 @@ def undetermined(fits: Sequence[Row], *names: str) -> list[str]:
         routes = tuple(fit["undetermined_routes"])
         open_in.setdefault(routes, []).append(" ".join(str(fit[name]) for name in names))
     return [
-        f"The rows do not determine the coefficients of {', '.join(f'`{r}`' for r in routes)} in"
+        f"The rows do not determine the coefficients of {', '.join(map(markdown_text, routes))} in"
         f" {'any fit' if len(of) == len(fits) else ', '.join(of)}; the solution of least norm is"
         " shown."
         for routes, of in open_in.items()

@@ -12,6 +12,7 @@ from circuit.errors import CircuitError
 from circuit.figures.charts import INK, Chart, at_step, chart, colour, legend, lines
 from circuit.lazy import alt
 from circuit.options import Option, Options
+from circuit.quoting import markdown_text
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
 from circuit.reports.written import SUFFIX, read_document, read_report
@@ -76,10 +77,14 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
         for group, of in results.summary["groups"].items():
             best = of["best_answer_accuracy"]
             line = (
-                f"- **{group}**: {of['learned']} of {of['runs']} runs reach"
+                f"- **{markdown_text(group)}**: {of['learned']} of {of['runs']} runs reach"
                 f" {100 * results.summary['learned_from']:.0f} % answer accuracy on {SPLIT}"
             )
-            line += "" if best is None else f"; the best ends at {best:.1%} ({of['best_run']})"
+            line += (
+                ""
+                if best is None
+                else f"; the best ends at {best:.1%} ({markdown_text(of['best_run'])})"
+            )
             line += f"; {of['diverged']} diverged" if of["diverged"] else ""
             said.append(f"{line}.".replace("%", " %").replace("  %", " %"))
         return ["\n".join(said)]

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar, Generic, TypeVar, cast
+from urllib.parse import quote
 
 from circuit.artifacts import OutputFolder, Row, dump_json, dump_rows
 from circuit.config import digest_of
@@ -30,6 +31,7 @@ from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.options import CheckpointOptions, Options, ProbeOptions
+from circuit.quoting import markdown_text
 from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
 from circuit.reports.tables import Table
 from circuit.strict_json import parse_json
@@ -428,8 +430,11 @@ def markdown(
     title: str, law: str, notes: Sequence[str], charts: Sequence[Chart], tables: Sequence[Table]
 ) -> str:
     """The page of a report, whose charts stand beside it."""
-    page = [f"# {title}", "", f"**{_sentence(law)}**"]
-    for part in (*notes, *(f"![{one.title}]({one.name}.svg)" for one in charts)):
+    page = [f"# {title}", "", f"**{markdown_text(_sentence(law))}**"]
+    for part in (
+        *notes,
+        *(f"![{markdown_text(one.title)}]({quote(one.name)}.svg)" for one in charts),
+    ):
         page += ["", part]
     for table in tables:
         page += ["", *table.markdown()]

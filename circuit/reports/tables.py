@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from circuit.quoting import markdown_text
+
 Record = Mapping[str, Any]
 Columns = Mapping[str, Sequence[str]]
 
@@ -53,7 +55,7 @@ class Table:
         rules = ["---" if text else "---:" for text in self.is_text]
         lines = [_line(self.headings), f"|{'|'.join(rules)}|"]
         lines += [_line(self.cells(row)) for row in self.rows]
-        return [f"## {self.title}", "", *lines] if self.title else lines
+        return [f"## {markdown_text(self.title)}", "", *lines] if self.title else lines
 
 
 def cell(value: Any, spec: str = "") -> str:
@@ -80,7 +82,4 @@ def by_step(
 
 
 def _line(cells: Sequence[str]) -> str:
-    plain = (
-        " ".join(cell.split()).replace("|", "\\|") for cell in cells
-    )  # one line, no column more
-    return f"| {' | '.join(plain)} |"
+    return f"| {' | '.join(map(markdown_text, cells))} |"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from circuit.artifacts import iter_jsonl
 from circuit.config import digest_of
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
+from circuit.quoting import shell_line
 from circuit.reports.report import Report, Results, find_report
 from circuit.strict_json import parse_json
 from circuit.train_config import RUN_CONFIG, TrainConfig
@@ -145,7 +145,7 @@ class Written:
                 set_so = any(text.startswith(f"{name}=") for text in (said or {"set": ()})["set"])
                 if environment[name] != getattr(config, name) and not set_so:
                     words += [f"--{name}", str(environment[name])]
-        return shlex.join([*words, *options.words(), "--output-dir", folder, "--overwrite"])
+        return shell_line([*words, *options.words(), "--output-dir", folder, "--overwrite"])
 
     def file(self, name: str = "") -> Path:
         """One of its files; `<name>_rows.jsonl` where none is named.

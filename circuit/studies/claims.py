@@ -283,7 +283,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
 def claims_page(claims: list[Claim], title: str) -> list[str]:
     """Lines of the Markdown that says what held."""
     counts = {verdict: sum(c.holds is verdict for c in claims) for verdict in (True, False, None)}
-    words = {True: "yes", False: "**no**", None: "?"}
+    words = {True: "yes", False: "NO", None: "?"}
     rows = [
         {**c.to_json(), "holds": words[c.holds], "numbers": numbers_of(c) or c.note} for c in claims
     ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from circuit.quoting import shell_line
 
 if TYPE_CHECKING:
     from circuit.options import Options
@@ -89,7 +90,7 @@ class Batch:
 
 def command_line(argvs: Sequence[Words]) -> str:
     """Commands as `circuit.cli.job` takes them, `+` between them, quoted for a shell."""
-    return " + ".join(shlex.join(argv) for argv in argvs)
+    return " + ".join(shell_line(argv) for argv in argvs)
 
 
 def split_commands(words: Iterable[str]) -> list[list[str]]:

@@ -5,21 +5,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import runpy
-import signal
 import sys
 from contextlib import suppress
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+from circuit.environment import end_with_parent
 
 
 def charge_lone_jobs() -> None:

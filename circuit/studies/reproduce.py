@@ -10,14 +10,16 @@ import fcntl
 import importlib.util
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from circuit.errors import CircuitError
 from circuit.studies.costs import Cost, cost_of
@@ -131,6 +133,22 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
     log: Path = LOG
 
+    def refuse_failure(self) -> None:
+        """Refuse to go on after a run that failed.
+
+        Raises:
+            CircuitError: names the rules, and the cause as far as a command has told it.
+        """
+        if not self.code:
+            return
+        causes = {rule: _last_error(self.log.with_name(f"{rule}.log")) for rule in self.failed}
+        what = "; ".join(f"{rule} ({cause})" if cause else rule for rule, cause in causes.items())
+        raise CircuitError(
+            f"failed: {what or 'Snakemake'}",
+            where=self.log,
+            fix="the log holds the last lines of each job; start it again to go on",
+        )
+
 
 def check_request(request: Request) -> None:
     """Refuse what cannot work, before anything is made.
@@ -150,6 +168,33 @@ def check_request(request: Request) -> None:
             f"{len(missing)} configs of the contract are not here",
             where=missing[0],
             fix="run it in the project's root, or choose --scale short or smoke",
+        )
+
+
+def check_executor(request: Request) -> None:
+    """Refuse a profile or options whose jobs cannot be submitted from here.
+
+    Raises:
+        CircuitError: Snakemake's plugin for them, or Slurm's `sbatch`, is missing.
+    """
+    said = "" if request.profile is None else (request.profile / "config.yaml").read_text("utf-8")
+    named = re.search(r"^executor: *['\"]?([\w-]+)", said, re.MULTILINE)
+    typed = re.search(r"(?:^| )(?:-e|--executor)[ =]([\w-]+)", " ".join(request.options))
+    executor = typed[1] if typed else named[1] if named else "local"
+    if executor in ("local", "dryrun", "touch"):
+        return
+    plugin = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
+    if importlib.util.find_spec(plugin) is None:
+        raise CircuitError(
+            f"Snakemake's executor '{executor}' is not installed",
+            where=request.profile,
+            fix=f"pip install {plugin.replace('_', '-')}, or leave the profile out to run here",
+        )
+    if executor == "slurm" and shutil.which("sbatch") is None:
+        raise CircuitError(
+            "no Slurm here: sbatch is not on PATH",
+            where=request.profile,
+            fix="start it where jobs are submitted, or leave the profile out to run here",
         )
 
 
@@ -222,6 +267,7 @@ def run(request: Request, heard: Callable[[Event], None]) -> Outcome:
         CircuitError: another reproduction is at work in the same folder.
     """
     check_request(request)
+    check_executor(request)
     log = request.folder / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     with _alone(request.folder), log.open("w", encoding="utf-8") as kept:
@@ -232,16 +278,38 @@ def run(request: Request, heard: Callable[[Event], None]) -> Outcome:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        ) as process:  # interrupted, it waits: Snakemake is interrupted too, and ends its jobs
+            process_group=0,
+        ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                kept.write(line)
-                kept.flush()
-                event = read_event(line.rstrip("\n"))
-                if event is not None:
-                    heard(event)
-                    failed += [event.rule] if event.kind == "failed" else []
+            try:
+                for line in process.stdout:
+                    kept.write(line)
+                    kept.flush()
+                    event = read_event(line.rstrip("\n"))
+                    if event is not None:
+                        heard(event)
+                        failed += [event.rule] if event.kind == "failed" else []
+            except BaseException:
+                _end(process, kept)
+                raise
         return Outcome(process.returncode, list(dict.fromkeys(failed)), log)
+
+
+def _end(process: subprocess.Popen[str], log: IO[str]) -> None:
+    """Interrupt Snakemake and its jobs, which save what they can, and wait for them.
+
+    A second interruption kills them.
+    """
+    assert process.stdout is not None
+    try:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        log.writelines(process.stdout)
+        process.wait()
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def read_event(line: str) -> Event | None:
@@ -272,6 +340,13 @@ def _alone(folder: Path) -> Iterator[None]:
                 fix="wait for it to end",
             ) from None
         yield
+
+
+def _last_error(log: Path) -> str:
+    """What the log of a rule says last of what went wrong; empty where it says nothing."""
+    lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return said[-1] if said else ""
 
 
 def _last_words(text: str) -> str:

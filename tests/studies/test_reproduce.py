@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from circuit.cli import main
-from circuit.cli.job import run_commands
+from circuit.cli.jobs import run_commands
 from warm_jobs import warm_python
 
 from circuit.config import load_config

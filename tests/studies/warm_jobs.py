@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from circuit.cli.job import run_commands
+from circuit.cli.jobs import run_commands
 from warm import warm_program
 
 from circuit.studies.jobs import split_commands

@@ -1,0 +1,106 @@
+"""How command lines are read: as Typer does, but for what it says of mistakes in them.
+
+A mistake in the words is a `CircuitError`, as any other mistake in the input is. An option that is
+not repeatable is given once: Typer would take its last value and forget the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from circuit import CircuitError
+
+MISTAKE: type[Any] = typer.BadParameter.__mro__[2]
+"""click's `ClickException`, of which some versions of Typer have a copy of their own."""
+_TYPED = "circuit.typed"
+
+
+def once(command: Any, context: Any, parser: Any) -> Any:
+    """The parser, which refuses an option that stands twice and takes one value."""
+    parse = parser.parse_args
+
+    def parsed(args: list[str]) -> Any:
+        values, rest, order = parse(args)
+        context.meta[_TYPED] = values
+        for param, times in Counter(order).items():
+            single = param.param_type_name == "option" and not (param.multiple or param.is_flag)
+            if single and times > 1 and not context.resilient_parsing:
+                raise CircuitError(
+                    f"given {times} times",
+                    where=f"{context.command_path} {max(param.opts, key=len)}",
+                    expected="once, as it takes one value",
+                )
+        return values, rest, order
+
+    parser.parse_args = parsed
+    return parser
+
+
+class Command(TyperCommand):
+    """A command of this program."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Typer's, which takes no option twice."""
+        return once(self, ctx, super().make_parser(ctx))
+
+
+class Group(TyperGroup):
+    """A group of commands, or the whole program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without a word, the help, and the exit code of a mistake."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help(), nl=False)  # which rich has printed
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+
+class Commands(typer.Typer):
+    """A group, whose commands are of this kind."""
+
+    def __init__(self, *, cls: type[TyperGroup] = Group, **settings: Any) -> None:
+        super().__init__(cls=cls, **settings)
+
+    def command(self, name: str | None = None, *, cls: Any = Command, **settings: Any) -> Any:
+        """As Typer's."""
+        return super().command(name, cls=cls, **settings)
+
+
+def refusal(mistake: Any) -> CircuitError:
+    """What Typer says of a mistake in the words, in one line, with the value that was given."""
+    context, param = getattr(mistake, "ctx", None), getattr(mistake, "param", None)
+    path = "circuit" if context is None else context.command_path
+    fix = f"see `{path} --help`"
+    given = None if param is None else context.meta.get(_TYPED, {}).get(param.name)
+    if given is not None and given != ():
+        values = given if isinstance(given, list | tuple) else [given]
+        wanted = mistake.message.removeprefix("Input should be ").partition(", unable")[0]
+        return CircuitError(
+            ", ".join(map(repr, values)),
+            expected=wanted.rstrip("."),
+            where=f"{path} {max(param.opts, key=len) if param.opts[0][0] == '-' else param.name}",
+            fix=fix,
+        )
+    text = mistake.format_message().rstrip(".")
+    return CircuitError(text[0].lower() + text[1:], where=path, fix=fix)
+
+
+def run(app: typer.Typer, words: list[str]) -> int:
+    """One command line; its exit code.
+
+    Raises:
+        CircuitError: its words are mistaken, or the command refuses.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("circuit", list(words)) as context:
+            command.invoke(context)
+    except typer.Exit as ending:
+        return int(ending.exit_code)
+    except MISTAKE as mistake:
+        raise refusal(mistake) from None
+    return 0
