@@ -2,8 +2,9 @@
 
 A command *opens* its output folder (which locks it), *claims* the names that it will write, and
 *writes* them. The claimed names stand in `<command>.manifest.json` before the first byte is
-written, so that even a killed command's files are known as its own. One invariant: no file that
-is not claimed by the same command is ever written, replaced or removed, and no folder is removed.
+written, so that even a killed command's files are known as its own, with digests of their contents
+(`circuit.manifest`). One invariant: no file that the same command has not claimed and written so is
+ever replaced or removed, and no folder is removed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from circuit.errors import CircuitError
+from circuit.manifest import Manifest
 from circuit.quoting import csv_cell
 from circuit.strict_json import parse_json
 
@@ -242,6 +244,7 @@ class OutputFolder:
         path: str | Path,
         command: str,
         *,
+        writes: Sequence[str],
         overwrite: bool = False,
         resume: bool = False,
         resumable: bool = False,
@@ -251,6 +254,8 @@ class OutputFolder:
         Args:
             path: the folder; made if it does not exist.
             command: whose share it is; a part after a dot tells shares of one command apart.
+            writes: patterns of the names that the command writes, of which no other is ever its
+                own, whatever its manifest says (`checkpoints/step_*.pt`).
             overwrite: earlier outputs may be replaced.
             resume: earlier outputs may be continued.
             resumable: the command has a --resume, for the message to name.
@@ -262,7 +267,7 @@ class OutputFolder:
         self.resume = resume
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
-        self._owned: dict[str, None] = {}
+        self._manifest = Manifest(command, writes)
         self._claimed_now: set[str] = set()
 
     @property
@@ -277,7 +282,7 @@ class OutputFolder:
     @property
     def owned(self) -> list[str]:
         """Names claimed by this command, in the order of their claims."""
-        return list(self._owned)
+        return list(self._manifest.owned)
 
     def __enter__(self) -> Self:
         if self.root.exists() and not self.root.is_dir():
@@ -316,7 +321,7 @@ class OutputFolder:
     ) -> None:
         if self._lock is None:
             return
-        if error is not None and self._made and not self._owned:
+        if error is not None and self._made and not self.owned:
             self._unmake()
         self._lock.close()
 
@@ -347,25 +352,26 @@ class OutputFolder:
         for name, path in paths.items():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
-            del self._owned[name]
+            self._manifest.forget(name)
         self._write_manifest()
 
     def remove_stale(self) -> None:
         """Remove this command's earlier files that it has not claimed again since it entered."""
         self.remove([name for name in self.owned if name not in self._claimed_now])
 
-    def claim(self, names: Iterable[str]) -> None:
+    def claim(self, names: Mapping[str, bytes] | Iterable[str]) -> None:
         """Reserve file names (relative, posix) for this command.
+
+        Args:
+            names: with their contents, where they are about to be written.
 
         Raises:
             CircuitError: a file of that name exists and this command did not write it.
         """
-        names = list(names)
-        new = [name for name in names if name not in self._owned]
+        names = names if isinstance(names, Mapping) else list(names)
         self.refuse_foreign(names)
         self._claimed_now.update(names)
-        if new:
-            self._owned.update(dict.fromkeys(new))
+        if self._manifest.claim(names):
             self._write_manifest()
 
     def refuse_foreign(self, names: Iterable[str]) -> None:
@@ -375,29 +381,51 @@ class OutputFolder:
             CircuitError: names the first of them.
         """
         for name in names:
+            assert self._manifest.may_be(name), f"{name} is no name that {self.command} writes"
             path = self._inside(name)
-            if name in self._owned and path.is_dir() and not path.is_symlink():
-                raise CircuitError(
-                    "was written as a file and is a folder now", where=path, fix="move it away"
-                )
-            if name not in self._owned and os.path.lexists(path):
+            if not os.path.lexists(path):
+                continue
+            if name not in self._manifest.owned:
                 raise CircuitError(
                     f"exists and was not written by `circuit {self._shown}`",
                     where=path,
                     fix="move it away or choose another output folder",
                 )
+            if path.is_dir() and not path.is_symlink():
+                raise CircuitError(
+                    "was written as a file and is a folder now", where=path, fix="move it away"
+                )
+            if not self._is_as_written(name, path):
+                raise CircuitError(
+                    f"was changed since `circuit {self._shown}` wrote it",
+                    where=path,
+                    fix="move it away, or remove it, and start again",
+                )
+
+    def _is_as_written(self, name: str, path: Path) -> bool:
+        told = self._manifest.is_as_written(name, path)
+        if told is not None:
+            return told
+        if self.resume:  # who goes on with rows reads them
+            return True
+        try:
+            read_jsonl(path, tolerate_torn_tail=True)
+        except CircuitError:
+            return False
+        return True
 
     def path(self, name: str) -> Path:
         """Where a claimed file stands."""
-        if name not in self._owned:
+        if name not in self._manifest.owned:
             raise KeyError(f"{name} was not claimed by {self.command}")
         return self._inside(name)
 
     def write_bytes(self, name: str, payload: bytes) -> Path:
         """Claim `name` and write it atomically."""
-        self.claim([name])
+        self.claim({name: payload})
         path = self.path(name)
         atomic_write_bytes(path, payload)
+        self._manifest.wrote(name)
         return path
 
     def write_text(self, name: str, text: str) -> Path:
@@ -426,18 +454,16 @@ class OutputFolder:
             return
         try:
             payload = parse_json(manifest.read_text(encoding="utf-8"))
-            owned = payload["files"]
-            if payload["command"] != self.command or not all(isinstance(n, str) for n in owned):
-                raise ValueError("not a manifest of this command")
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            self._manifest = Manifest(self.command, self._manifest.writes, payload)
+            listed = self._manifest.to_json()["files"]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CircuitError(
                 f"unreadable manifest ({error})",
                 where=manifest,
                 fix="it says which files may be replaced; move the folder away",
             ) from None
-        for name in owned:
+        for name in listed:
             self._inside(name)
-        self._owned = dict.fromkeys(owned)
 
     def _refuse_unless_allowed(self) -> None:
         present = [name for name in self.owned if os.path.lexists(self._inside(name))]
@@ -451,5 +477,4 @@ class OutputFolder:
             )
 
     def _write_manifest(self) -> None:
-        payload = {"command": self.command, "files": self.owned}
-        atomic_write_text(self.root / self.manifest_name, dump_json(payload))
+        atomic_write_text(self.root / self.manifest_name, dump_json(self._manifest.to_json()))

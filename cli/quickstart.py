@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -28,14 +29,15 @@ def register(app: typer.Typer) -> None:
 def quickstart(as_json: options.Json = False) -> None:
     """Train a small transformer on latest-write lookup, trace it, show what it learned."""
     began = time.perf_counter()
-    if not as_json:
-        stdout.print(
-            "Training a 2-layer transformer to look up the latest write to a key"
-            " (an earlier quickstart is replaced) ..."
-        )
     from circuit import quickstart as library
 
     config = library.quickstart_configs()[1]
+    if not as_json:
+        stdout.print(
+            "Training a 2-layer transformer to look up the latest write to a key"
+            + (" (the earlier quickstart is replaced)" if Path(config.output_dir).exists() else "")
+            + " ..."
+        )
     with progress_bar(not as_json) as bar:
         result = library.quickstart(
             training_progress=TrainBar(bar, config),

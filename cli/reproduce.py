@@ -166,9 +166,8 @@ def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:
     found = judge(Study(request.scale), request.folder, request.target)
     title = f"Claims of the study: {request.target}, scale {request.scale.name}"
     name = f"claims_{request.target.replace('-', '_')}"
-    with OutputFolder(
-        request.folder / "artifacts" / "claims", f"reproduce.{name}", overwrite=True
-    ) as folder:
+    place, writes = request.folder / "artifacts" / "claims", [f"{name}.md", f"{name}.json"]
+    with OutputFolder(place, f"reproduce.{name}", writes=writes, overwrite=True) as folder:
         page = folder.write_text(f"{name}.md", "\n".join(claims_page(found, title)) + "\n")
         rows = folder.write_text(f"{name}.json", dump_json([claim.to_json() for claim in found]))
     return found, [page, rows]

@@ -72,7 +72,8 @@ def derive_config(
     from circuit.train_config import TrainConfig
 
     made = load_config(config, TrainConfig, overrides)
-    with OutputFolder(output.parent, f"derive-config.{output.stem}", overwrite=overwrite) as folder:
+    name, writes = f"derive-config.{output.stem}", [output.name]
+    with OutputFolder(output.parent, name, writes=writes, overwrite=overwrite) as folder:
         print_written([folder.write_text(output.name, made.to_json())])
 
 
@@ -120,7 +121,9 @@ def train(
     if interrupted():
         raise typer.Exit(signals.exit_code())
     if outcome is not None:
-        with OutputFolder(outcome.parent, "train-outcome", overwrite=True) as folder:
+        with OutputFolder(
+            outcome.parent, "train-outcome", writes=[outcome.name], overwrite=True
+        ) as folder:
             folder.write_text(outcome.name, dump_json({"name": settings.name, "diverged": said}))
     print_written([Path(settings.output_dir)])
 

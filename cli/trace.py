@@ -273,7 +273,9 @@ def checkout(
         path = trace.store.checkpoint_path(step)
     else:
         command = f"trace-checkout.{output.stem}"
-        with OutputFolder(output.parent, command, overwrite=overwrite) as outputs:
+        with OutputFolder(
+            output.parent, command, writes=[output.name], overwrite=overwrite
+        ) as outputs:
             payload = encode_checkpoint(trace.state(step))
             path = outputs.write_bytes(output.name, payload)
     if as_json:

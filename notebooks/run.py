@@ -1,6 +1,9 @@
-"""Execute the notebooks and write them in place; equal runs give equal text.
+"""Execute the notebooks; equal runs give equal text.
 
-    python notebooks/run.py [NOTEBOOK ...]
+    python notebooks/run.py [--write] [NOTEBOOK ...]
+
+The executed notebooks are written to artifacts/notebooks/, and with --write in place. Another machine
+trains other weights (docs/exactness.md), and would change the committed outputs in their last digits.
 
 They look at the run that `circuit quickstart` makes. Each is executed in a fresh kernel of this
 interpreter, one thread, and keeps outputs only: no clock, no version, no path.
@@ -14,6 +17,7 @@ import io
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -27,6 +31,7 @@ import circuit
 from circuit.core.digests import tensors_digest
 
 FOLDER = Path(__file__).parent
+ELSEWHERE = FOLDER.parent / "artifacts" / "notebooks"
 RUN = "../artifacts/runs/quickstart"
 """As the notebooks name it: a kernel starts in its notebook's folder."""
 TIMEOUT = 600
@@ -104,12 +109,18 @@ def weights(folder: Path) -> str:
     return tensors_digest(run.state("best").parameters)
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     """Execute the named notebooks, or all."""
-    for path in [Path(name) for name in sys.argv[1:]] or notebooks():
-        nbformat.write(execute(path, FOLDER), path)
-        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB")
+    in_place = "--write" in words
+    for path in [Path(word) for word in words if word != "--write"] or notebooks():
+        committed, executed = read(path), execute(path, FOLDER)
+        output = path if in_place else ELSEWHERE / path.name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(executed, output)
+        same = executed.metadata.circuit == committed.metadata.get("circuit")
+        weights = "the weights of the committed one" if same else "other weights"
+        print(f"{output}: {output.stat().st_size / 1024:.0f} KB, {weights}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

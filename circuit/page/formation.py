@@ -97,7 +97,8 @@ def _training_facts(config: TrainConfig) -> list[str]:
 
 def page_folder(path: Path, *, overwrite: bool) -> OutputFolder:
     """This command's share of the folder that a page goes to: that one file."""
-    return OutputFolder(path.parent, f"{COMMAND}.{path.stem}", overwrite=overwrite)
+    name = f"{COMMAND}.{path.stem}"
+    return OutputFolder(path.parent, name, writes=[path.name], overwrite=overwrite)
 
 
 def metrics_of(run: CheckpointedRun) -> list[Row]:

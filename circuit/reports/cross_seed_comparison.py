@@ -72,6 +72,7 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
     names = ("study compare-seeds",)
     panel = "Study"
     reads_run = False
+    further = ("winners.json", "winners.csv", "manifest.json")
     title = "Seeds"
     question = "Does the role repeat in every seed, and does its address move?"
 
@@ -217,11 +218,20 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
         kind = _KINDS.get(report.command)
         if kind is None:
             raise CircuitError(
-                "is no report of the cross-seed study", where=path, expected=", ".join(_KINDS)
+                "is no report of the cross-seed study",
+                where=path,
+                expected=f"a report of {', '.join(_KINDS)}",
             )
         report.refuse_another_runs()
         if match is None:
-            raise CircuitError("stands in no folder seed_NNNN", where=path)
+            raise CircuitError(
+                "stands in no folder that names its seed",
+                where=path,
+                expected="reports of `circuit reproduce cross-seed`, below a folder such as"
+                " seed_0007",
+                fix="of runs elsewhere, `circuit study seed-spread --run RUN --run RUN` tells mean"
+                " and spread",
+            )
         seed = int(match[1])
         if kind in found.setdefault(seed, {}):
             raise CircuitError(f"a second {report.command} of seed {seed}", where=path)
@@ -233,7 +243,12 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
     for seed, kinds in found.items():
         missing = [command for command, kind in _KINDS.items() if kind not in kinds]
         if missing:
-            raise CircuitError(f"seed {seed} has no report of {', '.join(missing)}")
+            raise CircuitError(
+                f"seed {seed} has no report of {', '.join(missing)}",
+                where="`reports`",
+                expected="four reports of every seed",
+                fix="make them, and give each with `reports`",
+            )
     return dict(sorted(found.items())), sorted(manifest, key=lambda e: (e["seed"], e["command"]))
 
 

@@ -65,7 +65,7 @@ def evaluate_checkpoint(
     holders = (folder for folder in checkpoint.parents if (folder / RUN_CONFIG).is_file())
     run = next(holders, Path(config.output_dir))
     path = output or run / "evaluation" / f"{checkpoint.stem}.json"
-    with OutputFolder(path.parent, "evaluate", overwrite=True) as folder:
+    with OutputFolder(path.parent, "evaluate", writes=[path.name], overwrite=True) as folder:
         of = {
             "step": state.step,
             "parameters_sha256": tensors_digest(state.parameters),

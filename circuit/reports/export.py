@@ -74,7 +74,7 @@ def export_checkpoint(
             folder is not free.
     """
     checkpoint = Path(checkpoint)
-    with OutputFolder(output_dir, COMMAND, overwrite=overwrite) as folder:
+    with OutputFolder(output_dir, COMMAND, writes=[WEIGHTS, CONFIG], overwrite=overwrite) as folder:
         folder.refuse_foreign([WEIGHTS, CONFIG])
         setup = Setup(config, checkpoint)
         states = States(setup)

@@ -30,7 +30,7 @@ from circuit.reports.tables import Table
 from circuit.strict_json import parse_json
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
-from circuit.trace.store import COMMAND, MANIFEST, ROWS, TraceStore
+from circuit.trace.store import COMMAND, FILES, MANIFEST, ROWS, TraceStore
 from circuit.trace.while_training import TraceRecorder
 from circuit.train_config import TrainConfig
 from circuit.training.loop import TrainResult, train
@@ -234,7 +234,7 @@ def _report(
         },
     }
     texts[f"{NAME}_report.json"] = dump_json({**payload, "digest": digest_of(payload)})
-    with OutputFolder(store.root, COMMAND, resume=True) as folder:
+    with OutputFolder(store.root, COMMAND, writes=FILES, resume=True) as folder:
         paths = [folder.write_text(name, text) for name, text in texts.items()]
     return TraceReport(record, summary, law, paths, tables)
 

@@ -117,6 +117,7 @@ class Report(Generic[O]):
         command: its name.
         Options: what it may be asked.
         names: words of the command line, where they are not `command` alone.
+        further: patterns of files whose names do not begin with the report's.
         panel: heading of the command in `--help`.
         reads_run: whether it takes a run's config.
         generated: whether `run_report` makes it, and the command line its command; else both are
@@ -130,6 +131,7 @@ class Report(Generic[O]):
     command: ClassVar[str]
     Options: ClassVar[type[Options]]
     names: ClassVar[tuple[str, ...]] = ()
+    further: ClassVar[tuple[str, ...]] = ()
     panel: ClassVar[str] = "Circuits"
     reads_run: ClassVar[bool] = True
     generated: ClassVar[bool] = True
@@ -350,7 +352,8 @@ class open_report:  # noqa: N801  a context manager
         self, kind: type[Report[Any]], output_dir: str | Path, *, overwrite: bool = False
     ) -> None:
         self.kind = kind
-        self.folder = OutputFolder(output_dir, kind.command, overwrite=overwrite)
+        writes = (f"{kind.stem()}_*", "*.svg", *kind.further)
+        self.folder = OutputFolder(output_dir, kind.command, writes=writes, overwrite=overwrite)
         self.began = time.time()
 
     def __enter__(self) -> open_report:

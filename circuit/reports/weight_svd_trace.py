@@ -87,6 +87,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
 
     command = "weight-svd-trace"
     Options = SvdOptions
+    further = ("weight_svd_*",)
     title = "Singular values of the weights"
     place = 3
     question = "Do QK and OV maps grow a few directions, or all of them?"

@@ -157,7 +157,12 @@ def write_benchmark(
     Raises:
         CircuitError: as `generate_benchmark`; or the folder is not free.
     """
-    with OutputFolder(config.output_dir, "generate-benchmark", overwrite=overwrite) as folder:
+    with OutputFolder(
+        config.output_dir,
+        "generate-benchmark",
+        writes=("*.jsonl", "metadata.json"),
+        overwrite=overwrite,
+    ) as folder:
         made = generate_benchmark(config, progress=progress)
         folder.clear(planned=[*(f"{split}.jsonl" for split in made.splits), "metadata.json"])
         paths: list[Path] = []

@@ -154,11 +154,12 @@ def write_probe_set(
     """
     output = Path(output)
     command = f"generate-probe-set.{output.stem}"
-    with OutputFolder(output.parent, command, overwrite=overwrite) as folder:
+    names = [output.name, metadata_path(output).name]
+    with OutputFolder(output.parent, command, writes=names, overwrite=overwrite) as folder:
         made = draw_probe_set(
             load_benchmark(benchmark_dir, splits=splits), splits, examples_per_split, seed=seed
         )
-        folder.clear(planned=[output.name, metadata_path(output).name])
+        folder.clear(planned=names)
         paths: list[Path] = []
         made.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
     return made, paths

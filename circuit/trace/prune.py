@@ -8,7 +8,7 @@ from pathlib import Path
 
 from circuit.artifacts import OutputFolder
 from circuit.errors import CircuitError
-from circuit.trace.store import COMMAND, MANIFEST, TraceStore
+from circuit.trace.store import COMMAND, FILES, MANIFEST, TraceStore
 from circuit.training.checkpoints import checkpoint_name
 
 
@@ -55,7 +55,7 @@ def prune_trace(path: str | Path, anchor_every: int) -> PruneResult:
             }
         )
     keep = {f"checkpoints/{checkpoint_name(step)}" for step in thinned.anchors()}
-    with OutputFolder(store.root, COMMAND, resume=True) as folder:
+    with OutputFolder(store.root, COMMAND, writes=FILES, resume=True) as folder:
         folder.write_text(MANIFEST, thinned.to_json())
         going = [n for n in folder.owned if n.startswith("checkpoints/") and n not in keep]
         freed = sum((store.root / n).stat().st_size for n in going if (store.root / n).exists())

@@ -19,7 +19,15 @@ from circuit.options import Option, Options
 from circuit.trace.compare import state_difference
 from circuit.trace.states import States
 from circuit.trace.step import TracedStep, Tracer
-from circuit.trace.store import COMMAND, MANIFEST, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
+from circuit.trace.store import (
+    COMMAND,
+    FILES,
+    MANIFEST,
+    ROWS,
+    WHILE_TRAINING,
+    TraceManifest,
+    TraceStore,
+)
 from circuit.trace.writer import TraceWriter, anchor_name, planned_files
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import (
@@ -107,7 +115,14 @@ def record_trace(
     """
     if overwrite and resume:
         raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
-    outputs = OutputFolder(output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
+    outputs = OutputFolder(
+        output_dir,
+        COMMAND,
+        writes=FILES,
+        overwrite=overwrite,
+        resume=resume,
+        resumable=True,
+    )
     with outputs as folder:
         setup = Setup(config)
         states = States(setup)

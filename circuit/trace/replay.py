@@ -18,7 +18,7 @@ from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
 from circuit.trace.step import TracedStep, Tracer
-from circuit.trace.store import COMMAND, TraceManifest, TraceStore
+from circuit.trace.store import COMMAND, FILES, TraceManifest, TraceStore
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState, encode_checkpoint
 from circuit.training.session import TrainingSession
@@ -199,7 +199,7 @@ class ReplayedRun:
         executed = self._walk_to(step)
         state = executed.tracer.train_state()
         if cache and executed.sound:  # only the recorded state is kept
-            with OutputFolder(self.store.root, COMMAND, resume=True) as folder:
+            with OutputFolder(self.store.root, COMMAND, writes=FILES, resume=True) as folder:
                 folder.write_bytes(
                     path.relative_to(self.store.root).as_posix(), encode_checkpoint(state)
                 )

@@ -29,6 +29,8 @@ COMMAND = "optimizer-update-trace"
 MANIFEST = "trace.json"
 ROWS = "optimizer_update_trace_rows.jsonl"
 WHILE_TRAINING = "recorded_while_training.json"
+FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", "checkpoints/step_*.pt")
+"""Patterns of the names in a trace's folder, its report's included."""
 
 
 class TraceManifest(BaseModel):

@@ -25,7 +25,15 @@ from circuit.trace.record import (
     stopped_trace,
 )
 from circuit.trace.step import Tracer
-from circuit.trace.store import COMMAND, MANIFEST, ROWS, WHILE_TRAINING, TraceManifest, TraceStore
+from circuit.trace.store import (
+    COMMAND,
+    FILES,
+    MANIFEST,
+    ROWS,
+    WHILE_TRAINING,
+    TraceManifest,
+    TraceStore,
+)
 from circuit.trace.writer import TraceWriter, planned_files
 from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
@@ -82,7 +90,14 @@ class TraceRecorder:
             self.options.model_copy(update={"end_step": config.steps}) if endless else self.options
         )
         self._resume = resume
-        outputs = OutputFolder(root, COMMAND, overwrite=overwrite, resume=resume, resumable=True)
+        outputs = OutputFolder(
+            root,
+            COMMAND,
+            writes=FILES,
+            overwrite=overwrite,
+            resume=resume,
+            resumable=True,
+        )
         with outputs as self._outputs, ExitStack() as self._open:
             self._outputs.refuse_foreign([MANIFEST, ROWS, WHILE_TRAINING])  # before a model is made
             yield

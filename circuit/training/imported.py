@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMMAND = "import-checkpoints"
+FILES = (RUN_CONFIG, "checkpoints/step_*.pt")
 RUN_CONFIG = "run_config.json"
 TRACKED = ("validation_iid", "heldout_pairs")
 """Splits that `evaluate` takes by default, where the benchmark has them."""
@@ -93,7 +94,7 @@ def import_checkpoints(
     by_step = dict(sorted(zip(steps_of(files, steps), files, strict=True)))
     told = _told_settings(files)
     report = progress or (lambda done, total: None)
-    with OutputFolder(output_dir, COMMAND, overwrite=overwrite) as folder:
+    with OutputFolder(output_dir, COMMAND, writes=FILES, overwrite=overwrite) as folder:
         names = [RUN_CONFIG, *(f"checkpoints/{checkpoint_name(step)}" for step in by_step)]
         folder.refuse_foreign(names)
         benchmark = load_benchmark(benchmark_dir, splits=[])

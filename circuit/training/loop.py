@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from circuit.training.step import StepOutcome
 
 COMMAND = "train"
+FILES = (RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY, BEST, "checkpoints/step_*.pt")
+"""Patterns of the names in a run's folder."""
 
 
 class Recorder(Protocol):
@@ -145,7 +147,12 @@ def train(
         raise CircuitError(f"cannot stop at step {last}", expected=f"1 to {config.steps}")
     resume = resume or resume_from is not None
     outputs = OutputFolder(
-        config.output_dir, COMMAND, overwrite=overwrite, resume=resume, resumable=True
+        config.output_dir,
+        COMMAND,
+        writes=FILES,
+        overwrite=overwrite,
+        resume=resume,
+        resumable=True,
     )
     recording: AbstractContextManager[None] = nullcontext()
     if recorder is not None:

@@ -138,6 +138,25 @@ def test_without_the_run_one_line_says_what_to_type(
             circuit.open_run(opened)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_running_changes_the_committed_notebooks_only_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    committed = tmp_path / NOTEBOOKS[0].name
+    committed.write_bytes(NOTEBOOKS[0].read_bytes())
+
+    def execute(path: Path, _: Path) -> Any:  # as on a machine that trains other weights
+        found = tool.read(path)
+        found.metadata.circuit.best_weights_sha256 = "0" * 64
+        return found
+
+    monkeypatch.setattr(tool, "execute", execute)
+    monkeypatch.setattr(tool, "ELSEWHERE", tmp_path / "elsewhere")
+    tool.main([*(["--write"] if in_place else []), str(committed)])
+    assert (committed.read_bytes() == NOTEBOOKS[0].read_bytes()) is not in_place
+    assert (tmp_path / "elsewhere" / committed.name).exists() is not in_place
+
+
 @each
 def test_notebooks_use_public_names_that_exist(path: Path) -> None:
     nodes = [node for cell in code(tool.read(path)) for node in ast.walk(tree(cell))]
@@ -170,5 +189,5 @@ def test_notebooks_run_on_a_new_quickstart(
         assert complaints(found) == []
         assert kinds(found) == kinds(committed)
         if found.metadata.circuit == committed.metadata.circuit:
-            stale = f"outputs are not of this program; run: python notebooks/run.py {path.name}"
+            stale = f"outputs are not of this program; run: python notebooks/run.py --write {path}"
             assert texts(found) == texts(committed), stale
