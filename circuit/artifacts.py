@@ -349,6 +349,7 @@ class OutputFolder:
         """Remove some of this command's files, and forget them."""
         paths = {name: self.path(name) for name in names}
         self.refuse_foreign(paths)
+        self._refuse_changed(paths)
         for name, path in paths.items():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
@@ -370,6 +371,7 @@ class OutputFolder:
         """
         names = names if isinstance(names, Mapping) else list(names)
         self.refuse_foreign(names)
+        self._refuse_changed(names)
         self._claimed_now.update(names)
         if self._manifest.claim(names):
             self._write_manifest()
@@ -395,7 +397,19 @@ class OutputFolder:
                 raise CircuitError(
                     "was written as a file and is a folder now", where=path, fix="move it away"
                 )
-            if not self._is_as_written(name, path):
+            if not self.resume:  # it is going to be replaced
+                self._refuse_changed([name])
+
+    def _refuse_changed(self, names: Iterable[str]) -> None:
+        """Refuse to lose what somebody has made of this command's files.
+
+        Raises:
+            CircuitError: names the first of them.
+        """
+        for name in names:
+            path = self._inside(name)
+            ours = name in self._manifest.owned and os.path.lexists(path)
+            if ours and not self._is_as_written(name, path):
                 raise CircuitError(
                     f"was changed since `circuit {self._shown}` wrote it",
                     where=path,
@@ -406,7 +420,7 @@ class OutputFolder:
         told = self._manifest.is_as_written(name, path)
         if told is not None:
             return told
-        if self.resume:  # who goes on with rows reads them
+        if self.resume and name.endswith(".jsonl"):  # who goes on with rows reads them
             return True
         try:
             read_jsonl(path, tolerate_torn_tail=True)

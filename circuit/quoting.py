@@ -17,7 +17,7 @@ from unicodedata import category
 
 _MARKUP = re.compile(r"[\\`*\[\]<&|~]|(?<!\w)_|_(?!\w)")
 _MARKS = re.compile(r"\\([\W_])|\*\*|`")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@")
 
 
 def shown(text: object) -> str:
@@ -61,8 +61,11 @@ def plain_text(markdown: str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """In a CSV: a text that a spreadsheet would take for a formula has an apostrophe before it.
+    """In a CSV: a text on one line, an apostrophe before what a spreadsheet takes for a formula.
 
     Numbers stay numbers.
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    text = shown(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text

@@ -2,8 +2,8 @@
 
     python notebooks/run.py [--write] [NOTEBOOK ...]
 
-The executed notebooks are written to artifacts/notebooks/, and with --write in place. Another machine
-trains other weights (docs/exactness.md), and would change the committed outputs in their last digits.
+The executed notebooks go to artifacts/notebooks/, and with --write in place. Another machine trains
+other weights (docs/exactness.md), which would change the committed outputs in their last digits.
 
 They look at the run that `circuit quickstart` makes. Each is executed in a fresh kernel of this
 interpreter, one thread, and keeps outputs only: no clock, no version, no path.

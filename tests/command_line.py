@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
 import pytest
@@ -33,10 +35,14 @@ def type_in(words: Sequence[str]) -> int:
     """Types `circuit ...`; the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["circuit", *words])
+        before = {each: signal.getsignal(each) for each in (SIGHUP, SIGINT, SIGTERM)}
         try:
             main()
         except SystemExit as end:
             return int(end.code or 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 0
 
 

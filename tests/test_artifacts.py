@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
@@ -150,6 +151,113 @@ def test_a_manifest_that_lists_outside_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CircuitError, match="leaves the output folder"):
         write_all(root, "mine", set(), b"new", overwrite=True)
     assert files_of(tmp_path)["x"] == b"foreign"
+
+
+def edited(root: Path, **changes: Any) -> None:
+    """Another manifest than the one that was written."""
+    path = root / "mine.manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("how", ["as an old one", "with its digest", "without a digest"])
+def test_a_manifest_cannot_claim_what_the_command_does_not_write(tmp_path: Path, how: str) -> None:
+    """Whatever it says: of `a*` and `sub/*`, no thesis is one."""
+    writes = ["a*", "sub/*"]
+    for payload in (b"old", b"new"):
+        with artifacts.OutputFolder(tmp_path, "mine", writes=writes, overwrite=True) as folder:
+            folder.clear()
+            folder.write_bytes("a.json", payload)
+        put(tmp_path, "thesis.tex", b"years of work")
+        known = json.loads((tmp_path / "mine.manifest.json").read_text())
+        digest = hashlib.sha256(b"years of work").hexdigest()
+        digests = {"with its digest": {"thesis.tex": [digest]}, "without a digest": {}}
+        edited(tmp_path, files=["a.json", "thesis.tex"])
+        if how == "as an old one":
+            payload = {"command": "mine", "files": ["a.json", "thesis.tex"]}
+            (tmp_path / "mine.manifest.json").write_text(json.dumps(payload))
+        else:
+            edited(tmp_path, sha256=known["sha256"] | digests[how])
+    assert files_of(tmp_path) == {"a.json": b"new", "thesis.tex": b"years of work"}
+    with artifacts.OutputFolder(tmp_path, "mine", writes=writes, overwrite=True) as folder:
+        folder.clear()
+    assert files_of(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+@pytest.mark.parametrize("what", ["edited", "another file", "a link", "a file of a claimed name"])
+def test_what_the_user_made_of_a_file_is_not_lost(tmp_path: Path, what: str) -> None:
+    root, precious = tmp_path / "root", tmp_path / "precious"
+    write_all(root, "mine", {"a", "b"}, b"old")
+    precious.write_bytes(b"old")
+    (root / "a").unlink()
+    if what == "a link":
+        (root / "a").symlink_to(precious)
+    elif what == "a file of a claimed name":
+        edited(root, sha256={})  # as after a kill between the claim and the file
+        put(root, "a", b"theirs")
+    else:
+        put(root, "a", b"older" if what == "edited" else b"\0" * 2**20)
+    before = files_of(tmp_path)
+    with pytest.raises(CircuitError, match="a: was changed since `circuit mine` wrote it; move"):
+        write_all(root, "mine", {"a", "b"}, b"new", overwrite=True)
+    with (
+        OutputFolder(root, "mine", resume=True) as folder,
+        pytest.raises(CircuitError, match="was changed since"),
+    ):
+        folder.write_bytes("a", b"new")
+    assert files_of(tmp_path) == before
+
+
+def test_a_manifest_of_version_0_1_lets_the_commands_own_names_be_replaced(tmp_path: Path) -> None:
+    write_all(tmp_path, "mine", {"a", "b"}, b"old")
+    payload = {"command": "mine", "files": ["a", "b"]}
+    (tmp_path / "mine.manifest.json").write_text(json.dumps(payload))
+    with OutputFolder(tmp_path, "mine", resume=True) as folder:
+        folder.write_bytes("a", b"new")
+    put(tmp_path, "a", b"edited since")
+    with pytest.raises(CircuitError, match="a: was changed since"):
+        write_all(tmp_path, "mine", {"a"}, b"newer", overwrite=True)
+    (tmp_path / "a").unlink()
+    write_all(tmp_path, "mine", {"a"}, b"newer", overwrite=True)
+    assert files_of(tmp_path) == {"a": b"newer"}
+
+
+@pytest.mark.parametrize("killed_before", [1, 2])
+def test_a_writer_killed_at_any_write_leaves_files_that_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: int
+) -> None:
+    """Between the manifest, which comes first, and the file."""
+    write_all(tmp_path, "mine", {"a"}, b"old")
+    write, left = artifacts.atomic_write_bytes, killed_before
+
+    def dying(path: Path, payload: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        write(path, payload)
+
+    with OutputFolder(tmp_path, "mine", resume=True) as folder, monkeypatch.context() as patch:
+        patch.setattr(artifacts, "atomic_write_bytes", dying)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_bytes("a", b"new")
+    assert files_of(tmp_path) == {"a": b"old"}
+    write_all(tmp_path, "mine", {"a"}, b"newest", overwrite=True)
+    assert files_of(tmp_path) == {"a": b"newest"}
+
+
+def test_rows_that_are_appended_to_are_known_by_their_digests(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path, "mine") as folder:
+        folder.claim(["rows.jsonl"])
+        log = RowLog(folder.path("rows.jsonl"))
+        log.append({"step": 1})
+        log.close()
+    rows = (tmp_path / "rows.jsonl").read_bytes()
+    put(tmp_path, "rows.jsonl", rows.replace(b'"step": 1', b'"step": 2'))
+    with pytest.raises(CircuitError, match="was changed since"):
+        write_all(tmp_path, "mine", {"a"}, b"new", overwrite=True)
+    put(tmp_path, "rows.jsonl", rows + b'{"step": 2, "torn')
+    write_all(tmp_path, "mine", {"a"}, b"new", overwrite=True)
+    assert files_of(tmp_path) == {"a": b"new"}
 
 
 def test_a_linked_subfolder_is_not_followed(tmp_path: Path) -> None:

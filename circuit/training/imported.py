@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMMAND = "import-checkpoints"
-FILES = (RUN_CONFIG, "checkpoints/step_*.pt")
 RUN_CONFIG = "run_config.json"
+FILES = (RUN_CONFIG, "checkpoints/step_*.pt")
 TRACKED = ("validation_iid", "heldout_pairs")
 """Splits that `evaluate` takes by default, where the benchmark has them."""
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from command_line import Done, type_and_read
+from tiny_run import traced, traced_once, trained, trained_once
+
+__all__ = ["traced", "traced_once", "trained", "trained_once"]
 
 Run = Callable[..., Done]
 

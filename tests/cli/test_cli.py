@@ -345,17 +345,6 @@ def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count(text) == 3
 
 
-def test_a_bug_is_no_mistake_of_the_user(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from circuit.training import loop
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(loop, "train", broken)
-    with pytest.raises(ZeroDivisionError):
-        circuit(*TRAIN)
-
-
 # --- device --------------------------------------------------------------------------------------
 
 

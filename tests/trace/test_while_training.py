@@ -423,8 +423,8 @@ def test_options_of_a_trace_need_one(config_file: str, capsys: pytest.CaptureFix
         done = type_and_read(typed, capsys)
         assert (done.code, f"--trace-{option} without --trace" in done.err) == (2, True)
     assert not Path("runs").exists()
-    assert "Missing option '--config'" in type_and_read(["train"], capsys).err
-    assert "Missing option '--config'" in type_and_read(["train", "--trace"], capsys).err
+    assert "missing option '--config'" in type_and_read(["train"], capsys).err
+    assert "missing option '--config'" in type_and_read(["train", "--trace"], capsys).err
 
 
 def test_ctrl_c_stops_run_and_trace_at_one_step(

@@ -1,0 +1,78 @@
+"""Mistakes in the words of a command line: one line each, and no option counts silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from circuit.cli.app import app
+
+Run = Callable[..., Any]
+
+
+def commands(group: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *words, name)
+        else:
+            yield (*words, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+every_command = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+
+
+def single(command: Any) -> list[str]:
+    """Options that take one value."""
+    options = [param for param in command.params if param.param_type_name == "option"]
+    return [max(o.opts, key=len) for o in options if not (o.multiple or o.is_flag)]
+
+
+@every_command
+def test_an_option_that_takes_one_value_is_given_once(circuit: Run, words: tuple[str, ...]) -> None:
+    for option in single(COMMANDS[words]):
+        done = circuit(*words, option, "1", option, "2")
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        named = " ".join(("error: circuit", *words, option))
+        assert line == f"{named}: given 2 times; expected once, as it takes one value"
+
+
+def test_repeatable_options_and_switches_may_stand_twice(circuit: Run) -> None:
+    words = ("train", "--config", "configs/train/tiny.json", "--json", "--json")
+    assert circuit(*words, "--set", "steps=1", "--set", "seed=1").code == 0
+
+
+@every_command
+def test_a_mistake_in_the_words_is_one_plain_line(circuit: Run, words: tuple[str, ...]) -> None:
+    command = COMMANDS[words]
+    numbers = [
+        max(param.opts, key=len)
+        for param in command.params
+        if param.param_type_name == "option" and "int" in str(param.type_descriptor.annotation)
+    ]
+    tried = [(number, "many") for number in numbers] + [("--nowhere",), ("--config",)]
+    for more in (() if any(p.required for p in command.params) else ("--nowhere",), *tried):
+        done = circuit(*words, *([more] if isinstance(more, str) else more))
+        assert (done.code, done.out) == (2, ""), more
+        (line,) = done.err.splitlines()
+        assert line.startswith("error: circuit"), more
+        assert " --help`" in line, more
+    for number in numbers:
+        line = circuit(*words, number, "many").err
+        assert f"{number}: 'many'; expected a valid integer; see `circuit {' '.join(words)}" in line
+
+
+def test_the_first_quickstart_replaces_none(
+    circuit: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("circuit.quickstart.quickstart", stopped)
+    assert "replaced" not in circuit("quickstart").out
+    Path("artifacts/runs/quickstart").mkdir(parents=True)
+    assert "the earlier quickstart is replaced" in circuit("quickstart").out
