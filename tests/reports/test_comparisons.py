@@ -15,6 +15,7 @@ from circuit.errors import CircuitError
 from circuit.reports.cross_seed_comparison import CrossSeedComparison, CrossSeedOptions
 from circuit.reports.optimizer_comparison import OptimizerComparison, OptimizerComparisonOptions
 from circuit.reports.report import ReportResult, run_report
+from circuit.reports.seed_spread import SeedSpread, SeedSpreadOptions, spread
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +221,72 @@ def test_a_course_that_lacks_its_end_is_damaged(
         (runs[1] / "outcome.json").write_text(json.dumps(outcome))
         with pytest.raises(CircuitError, match=r"outcome.json: is damaged"):
             compare_optimizers(runs)
+
+
+MEASURES = ("loss", "token_accuracy", "answer_accuracy", "q", "r", "w")
+
+
+def plain_run(
+    name: str, train_payload: Callable[..., dict[str, Any]], seed: int, value: float, **changes: Any
+) -> Path:
+    """A finished run in a folder of any name."""
+    folder = Path(name)
+    folder.mkdir()
+    config = train_payload(name=name, seed=seed, output_dir=name, **changes)
+    (folder / "run_config.json").write_text(json.dumps(config))
+    last = dict.fromkeys(MEASURES, value)
+    splits = ("validation_iid", "heldout_pairs")
+    (folder / "summary.json").write_text(json.dumps({"evaluations": dict.fromkeys(splits, last)}))
+    rows = [
+        {"kind": "evaluation", "step": step, "split": split, **dict.fromkeys(MEASURES, of)}
+        for step, of in ((0, 0.0), (12, value))
+        for split in splits
+    ]
+    (folder / "metrics.jsonl").write_text(dump_rows(rows))
+    return folder
+
+
+def spread_of(runs: list[Path]) -> ReportResult:
+    chosen = SeedSpreadOptions(runs=tuple(runs))
+    return run_report(SeedSpread, None, chosen, "out", overwrite=True)
+
+
+def test_plain_runs_are_compared_by_the_seeds_of_their_configs(
+    train_payload: Callable[..., dict[str, Any]],
+) -> None:
+    values = {3: 0.2, 1: 0.5, 2: 0.8}
+    runs = [plain_run(f"of {seed}", train_payload, seed, v) for seed, v in values.items()]
+    result = spread_of(runs)
+    assert result.summary["seeds"] == [1, 2, 3]
+    for split in ("validation_iid", "heldout_pairs"):
+        assert result.summary["splits"][split]["answer_accuracy"] == pytest.approx(
+            {"mean": 0.5, "sd": 0.3, "least": 0.2, "most": 0.8}
+        )
+    assert result.law.endswith("to 0")
+    assert {(row["seed"], row["step"]) for row in read_jsonl(result.rows[0])} == {
+        (seed, step) for seed in values for step in (0, 12)
+    }
+    assert spread([0.5]) == {"mean": 0.5, "sd": None, "least": 0.5, "most": 0.5}
+
+
+def test_runs_of_another_recipe_or_of_one_seed_are_no_spread(
+    train_payload: Callable[..., dict[str, Any]],
+) -> None:
+    first = plain_run("first", train_payload, 1, 0.5)
+    for other, said in (
+        (plain_run("again", train_payload, 1, 0.5), "again: has seed 1, as first has"),
+        (plain_run("wider", train_payload, 2, 0.5, batch_size=4), "wider: is of another recipe"),
+    ):
+        with pytest.raises(CircuitError, match=said):
+            spread_of([first, other])
+    (first / "summary.json").unlink()
+    with pytest.raises(CircuitError, match=r"first: holds no summary\.json; finish the run first"):
+        spread_of([first])
+
+
+def test_reports_outside_the_studys_folders_are_told_what_to_do() -> None:
+    reports = seed_reports(7, "L1H3", "L1H3_to_L1MLP", wins=1.0, amount=2.0)
+    place = reports[0].parent.rename("elsewhere") / reports[0].name
+    said = r"names its seed; expected .* below a folder such as seed_0007; .* study seed-spread"
+    with pytest.raises(CircuitError, match=said):
+        compare_seeds([place])

@@ -21,7 +21,17 @@ from warm_jobs import warm_python
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.studies.continuation import run_goes_on, trace_goes_on
-from circuit.studies.reproduce import Event, Request, make_plan, packaged_profile, read_event, run
+from circuit.studies.costs import cost_of
+from circuit.studies.reproduce import (
+    Event,
+    Outcome,
+    Plan,
+    Request,
+    make_plan,
+    packaged_profile,
+    read_event,
+    run,
+)
 from circuit.studies.scales import SCALES
 from circuit.train_config import TrainConfig
 
@@ -237,6 +247,42 @@ def test_one_reproduction_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_slurm_profile_ships() -> None:
     assert "executor: slurm" in (packaged_profile("slurm") / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "words", [("--profile", "slurm"), ("--", "--executor", "slurm"), ("--", "--executor=slurm")]
+)
+def test_without_slurm_nothing_is_submitted(
+    circuit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    done = circuit("reproduce", "reference", "--scale", "smoke", *words)
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert "no Slurm here: sbatch is not on PATH; start it where jobs are submitted" in line
+    assert not SMOKE.exists()
+
+
+@pytest.mark.parametrize("json_asked", [(), ("--json",)])
+def test_after_a_failed_pipeline_nothing_is_claimed(
+    circuit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, json_asked: tuple[str, ...]
+) -> None:
+    """The line names the rule and what its command said."""
+
+    def failing(request: Request, _: Any) -> Outcome:
+        log = request.folder / "artifacts/logs/snakemake.log"
+        log.parent.mkdir(parents=True)
+        log.with_name("train__one.log").write_text("$ circuit train\nerror: the disk is full\n")
+        return Outcome(1, ["train__one"], log)
+
+    plan = Plan(Request("reference", SCALES["smoke"]), (), (), (), cost_of([], SCALES["smoke"]))
+    monkeypatch.setattr("circuit.studies.reproduce.make_plan", lambda _: plan)
+    monkeypatch.setattr("circuit.studies.reproduce.run", failing)
+    done = circuit("reproduce", "reference", "--scale", "smoke", *json_asked)
+    assert done.code == 2
+    assert "claim" not in done.out + done.err
+    assert "failed: train__one (the disk is full); the log holds" in done.err
+    assert list(SMOKE.rglob("claims*")) == []
 
 
 def test_help_of_the_study_imports_no_torch() -> None:
