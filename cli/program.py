@@ -112,6 +112,11 @@ def main() -> None:
     except CircuitError as error:
         print_error(error)
         sys.exit(2)
+    except OSError as error:  # of a path that was only looked at: no permission, a loop of links
+        if error.filename is None:
+            raise
+        print_error(CircuitError(str(error.strerror), where=os.fsdecode(error.filename)))
+        sys.exit(2)
     except KeyboardInterrupt:
         _say_interrupted()
     except SystemExit as ending:
