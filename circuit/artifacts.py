@@ -34,7 +34,7 @@ ROW_DIGEST = "row_digest"
 
 _TEMPORARY_SUFFIX = ".circuit-tmp"
 _ROW_OVERHEAD = 12
-"""Bytes of memory for a byte of rows that are read at once: 6 to 9 in this program's files."""
+"""Bytes of memory for a byte of rows that are read at once: 4 to 6 in this program's files."""
 
 
 def dump_row(row: Row) -> str:

@@ -28,8 +28,8 @@ MAX_NAME, MAX_PATH = 255, 4095
 MAX_LINE = 2**26
 """Bytes of a line of a row file."""
 
-_JSON_OVERHEAD = 20
-"""Bytes of memory for a byte of JSON, at most: `[[],[],...]` takes 19 (CPython 3.11 to 3.13)."""
+_JSON_OVERHEAD = 30
+"""Bytes of memory for a byte of JSON, at most: `[[],[],...]` takes 28 (CPython 3.11)."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -270,7 +270,7 @@ def _read(path: Path, *, payload: bool) -> tuple[bytes, Description]:
         if magic != _MAGIC or begins < 0:
             raise _damaged(path, _NONE_OF_OURS)
         # the text and its objects; the payload, its tensors and their copies
-        needed = {"the description": 20 * length, "the tensors": 3 * begins * payload}
+        needed = {"the description": 30 * length, "the tensors": 3 * begins * payload}
         require_memory(needed, where=path)
         handle.seek(begins)
         text = handle.read(length)
