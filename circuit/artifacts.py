@@ -22,8 +22,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from circuit.errors import CircuitError
-from circuit.manifest import Manifest
+from circuit.manifest import Claimed, Manifest
 from circuit.quoting import csv_cell
+from circuit.reading import checked_path, read_bytes, read_json, read_lines, validated
 from circuit.strict_json import parse_json
 
 Row = Mapping[str, Any]
@@ -33,6 +34,8 @@ ROW_DIGEST = "row_digest"
 """Key of a row's checksum: 16 hex digits of sha256 over the row's JSON without it."""
 
 _TEMPORARY_SUFFIX = ".circuit-tmp"
+_ROW_OVERHEAD = 12
+"""Bytes of memory for a byte of rows that are read at once: 4 to 6 in this program's files."""
 
 
 def dump_row(row: Row) -> str:
@@ -82,7 +85,8 @@ def find_folder(folder: str | Path, near: Path) -> Path:
     folder = Path(folder)
     if folder.is_absolute():
         return folder
-    root = next((root for root in near.resolve().parents if (root / folder).is_dir()), Path.cwd())
+    above = Path(os.path.realpath(near)).parents  # `resolve` gives up on a loop of links
+    root = next((root for root in above if (root / folder).is_dir()), Path.cwd())
     return folder if root == Path.cwd() else root / folder
 
 
@@ -137,12 +141,7 @@ def read_jsonl(path: Path, *, tolerate_torn_tail: bool = False) -> list[dict[str
         CircuitError: the file is missing, or a line is no row or not the row that was written
             (file and line named).
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise CircuitError("no such file", where=path) from None
-    except OSError as error:
-        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
+    lines = read_bytes(path, overhead=_ROW_OVERHEAD).split(b"\n")
     tail = lines.pop()
     if tail and not tolerate_torn_tail:
         lines.append(tail)
@@ -159,15 +158,9 @@ def iter_jsonl(path: Path, *, holding: str = "") -> Iterator[dict[str, Any]]:
         CircuitError: as `read_jsonl`.
     """
     text = holding.encode()
-    try:
-        with path.open("rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                if text in line:
-                    yield _parse_row(line.rstrip(b"\n"), f"{path}:{number}")
-    except FileNotFoundError:
-        raise CircuitError("no such file", where=path) from None
-    except OSError as error:
-        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
+    for number, line in enumerate(read_lines(path), start=1):
+        if text in line:
+            yield _parse_row(line.rstrip(b"\n"), f"{path}:{number}")
 
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
@@ -260,7 +253,7 @@ class OutputFolder:
             resume: earlier outputs may be continued.
             resumable: the command has a --resume, for the message to name.
         """
-        self.root = Path(path)
+        self.root = checked_path(path)
         self.resumable = resumable
         self.command = command
         self.overwrite = overwrite
@@ -428,6 +421,11 @@ class OutputFolder:
             return False
         return True
 
+    def owned_bytes(self) -> int:
+        """What this command's earlier files take on disk."""
+        paths = (self._inside(name) for name in self.owned)
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
     def path(self, name: str) -> Path:
         """Where a claimed file stands."""
         if name not in self._manifest.owned:
@@ -466,18 +464,18 @@ class OutputFolder:
         manifest = self.root / self.manifest_name
         if not manifest.exists():
             return
-        try:
-            payload = parse_json(manifest.read_text(encoding="utf-8"))
-            self._manifest = Manifest(self.command, self._manifest.writes, payload)
-            listed = self._manifest.to_json()["files"]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        fix = "it says which files may be replaced; move the folder away"
+        claimed = validated(read_json(manifest, fix=fix), Claimed, where=manifest, fix=fix)
+        if claimed.command != self.command:
             raise CircuitError(
-                f"unreadable manifest ({error})",
+                f"is a manifest of `{claimed.command}`",
                 where=manifest,
-                fix="it says which files may be replaced; move the folder away",
-            ) from None
-        for name in listed:
+                expected=f"one of `{self.command}`",
+                fix=fix,
+            )
+        for name in claimed.files:
             self._inside(name)
+        self._manifest = Manifest(self.command, self._manifest.writes, claimed)
 
     def _refuse_unless_allowed(self) -> None:
         present = [name for name in self.owned if os.path.lexists(self._inside(name))]

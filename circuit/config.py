@@ -12,15 +12,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides, advice, apply_overrides, causes
-from circuit.strict_json import parse_json
+from circuit.reading import MissingFileError, checked_path, read_json
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _folder_name(name: str) -> str:
+    try:
+        checked_path(name)
+    except CircuitError as error:
+        raise ValueError(error.what) from None
+    return name
+
+
+FolderName = Annotated[str, Field(min_length=1), AfterValidator(_folder_name)]
 
 
 def digest_of(payload: dict[str, Any]) -> str:
@@ -88,7 +99,7 @@ def load_config(
             wrong type or out of range; the field is named by its path in the file. Or an override
             is none.
     """
-    path = Path(path)
+    path = checked_path(path)
     payload = _read_json(path)
     earlier = None
     if isinstance(payload, dict) and _ORIGIN in payload:
@@ -108,26 +119,16 @@ _ORIGIN = "overrides"
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CircuitError("no such config file", where=path, fix="check --config") from None
-    except IsADirectoryError:
+    if path.is_dir():
         raise CircuitError(
             "is a folder that holds no run_config.json",
             where=path,
             expected="a config file, or the folder of a run",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CircuitError(f"cannot be read ({error})", where=path) from None
+        )
     try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        raise CircuitError(
-            f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}:{error.colno}"
-        ) from None
-    except ValueError as error:
-        raise CircuitError(f"not valid JSON ({error})", where=path) from None
+        return read_json(path, missing="no such config file")
+    except MissingFileError as error:
+        raise CircuitError(error.what, where=path, fix="check --config") from None
 
 
 def _parse_origin(payload: Any, path: Path) -> Overrides:

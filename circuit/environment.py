@@ -14,10 +14,12 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.errors import CircuitError
-from circuit.strict_json import parse_json
+from circuit.reading import MissingFileError, read_json, validated
 
 Facts = dict[str, Any]
 """Recorded facts, all JSON."""
@@ -161,6 +163,26 @@ def environment_facts(device: str = "cpu") -> Facts:
     }
 
 
+class RecordedFacts(BaseModel):
+    """What a run or trace wrote down; versions differ in what else they did."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    torch: str | None = None
+    torch_build: str | None = None
+    transformer_lens: str | None = None
+    circuit: str | None = None
+    cpu_model: str | None = None
+    cpu_capability: str | None = None
+    device: str | None = None
+    device_name: str | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    float32_matmul_precision: str | None = None
+    onednn: bool | None = None
+    deterministic: bool | None = None
+    variables: dict[str, str] | None = None
+
+
 def recorded_facts(path: Path) -> Facts:
     """The facts that a run or trace wrote down; empty if there is no such file.
 
@@ -168,14 +190,10 @@ def recorded_facts(path: Path) -> Facts:
         CircuitError: the file is damaged.
     """
     try:
-        facts = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        facts = read_json(path)
+    except MissingFileError:
         return {}
-    except (OSError, ValueError) as error:
-        raise CircuitError(f"damaged ({error})", where=path) from None
-    if not isinstance(facts, dict):
-        raise CircuitError("damaged (not a JSON object)", where=path)
-    return facts
+    return validated(facts, RecordedFacts, where=path).model_dump(exclude_unset=True)
 
 
 def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

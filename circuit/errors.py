@@ -32,9 +32,14 @@ class CircuitError(Exception):
         super().__init__(self._line())
 
     def _line(self) -> str:
-        line = self.what if self.where is None else f"{self.where}: {self.what}"
+        line = self.what if self.where is None else f"{_short(self.where)}: {self.what}"
         if self.expected:
             line += f"; expected {self.expected}"
         if self.fix:
             line += f"; {self.fix}"
         return " ".join(line.split())
+
+
+def _short(where: str) -> str:
+    """A place without its middle, if it is longer than any that can be read."""
+    return where if len(where) <= 400 else f"{where[:200]}[...]{where[-150:]}"

@@ -13,10 +13,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 
 def digest(payload: bytes) -> str:
     """Digest of a file's content."""
     return hashlib.sha256(payload).hexdigest()
+
+
+class Claimed(BaseModel):
+    """The content of a manifest; those of version 0.1 tell no digests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    command: str
+    files: list[str]
+    sha256: dict[str, list[str]] | None = None
 
 
 class Manifest:
@@ -26,28 +38,20 @@ class Manifest:
         owned: claimed names that the command writes, in the order of their claims.
     """
 
-    def __init__(self, command: str, writes: Sequence[str], payload: Any = None) -> None:
+    def __init__(self, command: str, writes: Sequence[str], claimed: Claimed | None = None) -> None:
         """A new one, or the one that a folder has.
 
         Args:
             command: whose it is.
             writes: patterns (of `fnmatch`) of all names that the command writes.
-            payload: its JSON. Manifests of version 0.1 tell no digests.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError: it is no manifest of the command.
+            claimed: what the folder's says.
         """
         self.command, self.writes = command, tuple(writes)
-        listed: list[str] = [] if payload is None else payload["files"]
-        known = {} if payload is None else payload.get("sha256", {name: [] for name in listed})
-        texts = [*listed, *(text for of in known.values() for text in of)]
-        if payload is not None and payload["command"] != command:
-            raise ValueError("not a manifest of this command")
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("names and digests are no text")
+        listed = [] if claimed is None else claimed.files
+        known = None if claimed is None else claimed.sha256
         self.owned = {name: None for name in listed if self.may_be(name)}
         self._others = [name for name in listed if name not in self.owned]
-        self._digests: dict[str, list[str]] = dict(known)
+        self._digests = {name: [] for name in listed} if known is None else dict(known)
         self._present: dict[str, str] = {}
 
     def to_json(self) -> dict[str, Any]:

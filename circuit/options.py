@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from circuit.errors import CircuitError
 from circuit.model.components import parse_component
 from circuit.model.stages import stage_hook
+from circuit.reading import checked_path
 from circuit.schemas import SWITCH_BUCKETS
 from circuit.tasks.groups import SINGLE_ROLES
 from circuit.tasks.pairs import PAIR_TYPES, SIDES
@@ -71,6 +72,8 @@ class Option:
                 str(value).encode()
             except UnicodeEncodeError:
                 raise CircuitError(repr(str(value)), where=f"`{field}`", expected="UTF-8") from None
+        if isinstance(value, Path):
+            checked_path(value)
         if self.choices and value not in self.choices:
             raise CircuitError(
                 f"unknown value '{value}'",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from circuit.errors import CircuitError
-from circuit.strict_json import RepeatedKeyError, parse_json
+from circuit.strict_json import RefusedJsonError, parse_json
 
 Kind = type[BaseModel]
 Path = tuple[str, ...]
@@ -73,8 +73,12 @@ def parse_override(text: str) -> tuple[Path, Any]:
     """`optimizer.name=sgd` -> `(("optimizer", "name"), "sgd")`.
 
     Raises:
-        CircuitError: it is no pair, or an object in it has a field twice.
+        CircuitError: it is no pair, its text is no UTF-8, or it is JSON that `parse_json` refuses.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CircuitError("no text", where=ascii(_option(text)), expected="UTF-8") from None
     name, sign, value = text.partition("=")
     path = tuple(name.split("."))
     if not sign or not all(path):
@@ -85,8 +89,8 @@ def parse_override(text: str) -> tuple[Path, Any]:
         )
     try:
         return path, parse_json(value)
-    except RepeatedKeyError as error:
-        raise CircuitError(str(error), where=_option(text), fix="set each field once") from None
+    except RefusedJsonError as error:
+        raise CircuitError(str(error), where=_option(text)) from None
     except ValueError:
         return path, value  # text, whatever the part of it that was read
 

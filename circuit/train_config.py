@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
@@ -23,17 +24,41 @@ from circuit.config import (
     FolderName,
     NonNegativeInt,
     PositiveInt,
+    Sha256,
     digest_of,
     first_difference,
     load_config,
     parse_config,
 )
 from circuit.errors import CircuitError
+from circuit.reading import checked_path
 
 Device = Literal["cpu", "cuda", "mps"]
 Kernels = Literal["fast", "plain"]
 RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
 """What NumPy's RandomState takes (circuit/training/data_order.py)."""
+
+
+MAX_STEPS = 10**9
+"""Of a run: weeks at the speed of the smallest model, and more files and rows than can be kept."""
+
+StepNumber = Annotated[int, Field(ge=0, le=MAX_STEPS)]
+
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The least and largest normal number of the weights' type: what lies beyond is 0 or infinite."""
+
+
+def _float32(value: float) -> float:
+    if value and not _FLOAT32_MIN <= value <= _FLOAT32_MAX:
+        became = "0" if value < 1 else "infinite"
+        raise ValueError(
+            f"is {became} in float32, of which numbers from {_FLOAT32_MIN:.2g} to"
+            f" {_FLOAT32_MAX:.2g} can be held"
+        )
+    return value
+
+
+Float32 = Annotated[float, AfterValidator(_float32)]
 
 
 class ModelConfig(Config):
@@ -47,7 +72,7 @@ class ModelConfig(Config):
     dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
     """Must be 0: a HookedTransformer has none."""
     initialization: Literal["pytorch_default", "gpt2"] = "pytorch_default"
-    embedding_std: Annotated[float, Field(gt=0)] | None = None
+    embedding_std: Annotated[Float32, Field(gt=0)] | None = None
     """Standard deviation of the initial embeddings; null is the scheme's (1, or 0.02 for gpt2)."""
     tied_unembedding: bool = True
     """Whether the unembedding is the embedding. False is written, True is not: dumps and digests
@@ -71,20 +96,21 @@ class AdamWConfig(Config):
     """AdamW with decoupled weight decay on all parameters, one group."""
 
     name: Literal["adamw"]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[Float32, Field(gt=0)]
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    eps: Annotated[Float32, Field(gt=0)] = 1e-8
+    """If it were 0 in float32, a parameter whose gradient is 0 would become 0 / 0."""
+    weight_decay: Annotated[Float32, Field(ge=0)] = 0.01
 
 
 class SGDConfig(Config):
     """SGD with torch's coupled weight decay; `momentum` 0 is plain SGD."""
 
     name: Literal["sgd"]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[Float32, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[Float32, Field(ge=0)] = 0.01
 
 
 class ScheduleConfig(Config):
@@ -111,7 +137,7 @@ class Recipe(Config):
     """Of forward and backward pass (circuit/model/kernels.py): they decide bits. `plain` is what
     TransformerLens wrote, and what every run recorded before there was a choice has used."""
     model: ModelConfig
-    steps: PositiveInt
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     batch_size: PositiveInt
     train_split: str = "train"
     optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
@@ -241,10 +267,10 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
 class ImportedFile(Config):
     """A file whose weights are a state of an imported run."""
 
-    step: NonNegativeInt
+    step: StepNumber
     file: str
     """Its name, without its folder."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class Imported(Config):
@@ -272,7 +298,7 @@ class ImportedConfig(TrainConfig):
     imported: Imported
     kernels: Kernels = "plain"
     seed: RunSeed = _unknown()
-    steps: PositiveInt = _unknown()
+    steps: int = _unknown()
     batch_size: PositiveInt = _unknown()
     train_split: str = _unknown()
     optimizer: AdamWConfig | SGDConfig = _unknown()
@@ -336,7 +362,7 @@ def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainCo
     Raises:
         CircuitError: as `load_config`.
     """
-    path = Path(where)
+    path = checked_path(where)
     if (path / RUN_CONFIG).is_file():
         path = path / RUN_CONFIG
     if path.name != RUN_CONFIG:

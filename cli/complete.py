@@ -8,12 +8,13 @@ go on with file names (cli/shells.py).
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from circuit.strict_json import parse_json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -140,8 +141,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file() or path.stat().st_size > MOST_BYTES:
             return {}
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        payload = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return payload if isinstance(payload, dict) else {}
 

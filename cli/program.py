@@ -135,5 +135,9 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  what nobody has foreseen
         if signals.received() or isinstance(error, KeyboardInterrupt):  # whatever it has led to
             return say_interrupted("what was not finished is not written: start it again")
+        if isinstance(error, OSError) and error.filename is not None:
+            # of a path that was only looked at: no permission, a loop of links
+            print_error(CircuitError(str(error.strerror), where=os.fsdecode(error.filename)))
+            return 2
         traceback.print_exc()
         return BUG

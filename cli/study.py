@@ -96,7 +96,7 @@ def train(
     )
     from circuit.artifacts import OutputFolder, dump_json
     from circuit.studies.continuation import run_goes_on
-    from circuit.training.session import DivergedError
+    from circuit.training.checkpoints import DivergedError
 
     traced = None if recorder is None else recorder.folder_of(settings)
     resume, said = run_goes_on(settings, traced), None

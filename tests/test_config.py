@@ -447,3 +447,22 @@ def test_the_number_of_steps_is_of_the_recipe_only_where_the_schedule_needs_it(
     for name, moves in (("constant", False), ("cosine", True), ("linear", True)):
         recipes = [make_config(steps=n, schedule={"name": name}).deciding() for n in (12, 13)]
         assert (recipes[0] != recipes[1]) is moves
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "field", "became"),
+    [
+        ({"name": "adamw", "learning_rate": 0.1, "eps": 1e-46}, "optimizer.eps", "0"),
+        ({"name": "adamw", "learning_rate": 1e-40}, "optimizer.learning_rate", "0"),
+        ({"name": "sgd", "learning_rate": 1e39}, "optimizer.learning_rate", "infinite"),
+        ({"name": "sgd", "learning_rate": 1, "weight_decay": 1e39}, "weight_decay", "infinite"),
+    ],
+)
+def test_what_float32_cannot_hold_is_refused_by_field(
+    train_payload: Callable[..., dict[str, Any]],
+    optimizer: dict[str, Any],
+    field: str,
+    became: str,
+) -> None:
+    with pytest.raises(CircuitError, match=rf"{field}': is {became} in float32"):
+        parse_config(train_payload(optimizer=optimizer), TrainConfig, where="test")

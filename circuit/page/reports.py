@@ -20,7 +20,6 @@ PROBES = 96
 TRACE = "optimizer-update-trace"
 TRACE_FOLDER = "analysis/optimizer_update_trace"
 MATCH = "bilinear-qk-match-separation"
-LIKELY = "L1H0"
 """The head that is named where none is known to stand out."""
 
 
@@ -139,7 +138,13 @@ def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
         "checkpoint_dir": folder / "checkpoints",
         "optimizer_trace_dir": folder / (reports.trace() or TRACE_FOLDER),
     }
-    options = kind.usual(Place(reports.run.config.model, given, reports.head() or LIKELY))
+    shape = reports.run.config.model
+    head = reports.head() or f"L{min(1, shape.layers - 1)}H0"
+    try:
+        values = reports.run.vocabulary.num_values
+    except CircuitError:  # the benchmark is not here; the example's panel says so
+        values = shape.d_model
+    options = kind.usual(Place(shape, values, given, head))
     words = ["circuit", kind.command, "--config", str(folder / RUN_CONFIG), *options.words()]
     words += ["--output-dir", str(folder / "analysis" / kind.stem())]
     return Missing(kind.title or kind.command, shell_line(words))

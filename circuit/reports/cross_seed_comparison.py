@@ -6,7 +6,6 @@ attributions of the selected. Reports name their seed by their folder, `seed_NNN
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from math import fsum
@@ -28,6 +27,7 @@ from circuit.figures.charts import (
 )
 from circuit.lazy import alt
 from circuit.options import Option, Options
+from circuit.reading import file_digest
 from circuit.reports.ranking import ROLES
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
@@ -236,7 +236,7 @@ def read_reports(paths: Sequence[Path]) -> tuple[Reports, list[dict[str, Any]]]:
         if kind in found.setdefault(seed, {}):
             raise CircuitError(f"a second {report.command} of seed {seed}", where=path)
         found[seed][kind] = report
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_digest(path)
         manifest.append(
             {"seed": seed, "command": report.command, "report": str(path), "sha256": digest}
         )

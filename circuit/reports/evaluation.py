@@ -10,8 +10,9 @@ from typing import Any
 from circuit.artifacts import OutputFolder, dump_json
 from circuit.core.digests import tensors_digest
 from circuit.environment import environment_facts
+from circuit.errors import CircuitError
+from circuit.reading import read_json
 from circuit.reports.inputs import check_finite
-from circuit.strict_json import parse_json
 from circuit.trace.states import States
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
@@ -86,8 +87,8 @@ def evaluate_checkpoint(
 def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:
     """The evaluations of the same weights that stand in the file."""
     try:
-        report = parse_json(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         same = all(report[key] == value for key, value in of.items())
         return dict(report["evaluations"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CircuitError, ValueError, KeyError, TypeError):
         return {}  # ours, and about to be replaced

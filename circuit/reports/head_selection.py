@@ -6,7 +6,6 @@ section 6, cross-seed study).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.options import Option, Options
+from circuit.reading import file_digest
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
@@ -72,7 +72,7 @@ class HeadSelection(Report[HeadSelectionOptions]):
             "the separation of every head, at both ends, is the mean of those by lag, weighted by"
             f" their reads, to {gap_to_lags(self.rows, read):.1g}"
         )
-        digest = hashlib.sha256(asked.separation_rows.read_bytes()).hexdigest()
+        digest = file_digest(asked.separation_rows)
         return Findings(
             table,
             {"candidates": len(table), "score": asked.score, "selected": chosen},

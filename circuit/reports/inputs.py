@@ -296,7 +296,7 @@ def _by_step(checkpoints: Sequence[Path]) -> list[Path]:
     for path in checkpoints:
         step = checkpoint_step(path)
         if step is None:
-            step = int(read_description(path)["step"])
+            step = read_description(path).step
         if step in found:
             raise CircuitError(
                 f"is of step {step}, as is {found[step]}",

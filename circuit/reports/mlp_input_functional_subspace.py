@@ -16,7 +16,6 @@ vectors span fewer dimensions than its rank.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from circuit.figures.charts import Chart, at_step, chart, colour, lines
 from circuit.lazy import pd
 from circuit.model.subspaces import check_rank
 from circuit.options import Option
+from circuit.reading import file_digest
 from circuit.reports.inputs import Checkpointed, open_inputs
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
@@ -171,10 +171,9 @@ class FunctionalSubspace(Report[SubspaceOptions]):
         return Findings(rows, summary, law, further={f"{self.stem()}_group_rows.jsonl": group_rows})
 
     def provenance(self) -> dict[str, Any]:
-        pair_rows = self.options.scalar_pair_rows.read_bytes()
         return {
             **self.inputs.provenance(),
-            "scalar_pair_rows_sha256": hashlib.sha256(pair_rows).hexdigest(),
+            "scalar_pair_rows_sha256": file_digest(self.options.scalar_pair_rows),
             "parameters_sha256": {str(step): w.digest for step, w in self.weights.items()},
         }
 

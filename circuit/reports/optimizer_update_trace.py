@@ -11,6 +11,7 @@ from typing import Any
 
 from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import digest_of
+from circuit.errors import CircuitError
 from circuit.figures.attribution import thinned
 from circuit.figures.charts import (
     CATEGORY,
@@ -25,9 +26,9 @@ from circuit.figures.charts import (
     steps,
 )
 from circuit.lazy import alt
+from circuit.reading import read_json
 from circuit.reports.report import SCHEMA, Report, Results, markdown
 from circuit.reports.tables import Table
-from circuit.strict_json import parse_json
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.trace.step import TracedStep
 from circuit.trace.store import COMMAND, FILES, MANIFEST, ROWS, TraceStore
@@ -242,11 +243,10 @@ def _report(
 def _recorded_overrides(trace: Path) -> list[dict[str, Any]]:
     """The records of overrides in the report of a trace; none where there is no such report."""
     try:
-        report = (trace / f"{NAME}_report.json").read_text(encoding="utf-8")
-        found = parse_json(report)["provenance"]
+        found = read_json(trace / f"{NAME}_report.json")["provenance"]
         first = [found["overrides"]] if "overrides" in found else []
         return [*first, *found.get("further_overrides", ())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (CircuitError, KeyError, TypeError, AttributeError):
         return []  # ours, and about to be replaced
 
 

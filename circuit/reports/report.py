@@ -86,11 +86,13 @@ class Place:
 
     Attributes:
         model: its shape.
+        values: tokens that are values.
         given: by name of an option: its probe set, the folder of its checkpoints, its trace.
         head: the one whose match grew most, as far as that is known.
     """
 
     model: ModelConfig
+    values: int
     given: Mapping[str, Path]
     head: str
 
@@ -101,8 +103,8 @@ class Place:
 
     @property
     def rank(self) -> int:
-        """Of a subspace of the residual stream."""
-        return min(16, self.model.d_model // 8)
+        """Of a subspace of the residual stream, also of that which the values span."""
+        return max(1, min(16, self.model.d_model // 8, self.values - 1))
 
     @property
     def after_mlps(self) -> list[str]:

@@ -6,7 +6,6 @@ interval and pair (routes know no side), and fits the changes of every scalar in
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -17,6 +16,7 @@ from circuit.errors import CircuitError
 from circuit.figures.charts import Chart, chart, colour, equals, exact, named, thinned
 from circuit.lazy import alt
 from circuit.options import Option
+from circuit.reading import file_digest
 from circuit.reports.closure import (
     NOTE,
     contributions,
@@ -145,7 +145,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
 
     def provenance(self) -> dict[str, Any]:
         return {
-            f"{name}_sha256": hashlib.sha256(getattr(self.options, name).read_bytes()).hexdigest()
+            f"{name}_sha256": file_digest(getattr(self.options, name))
             for name in ("route_closure_rows", "scalar_pair_rows")
         }
 

@@ -100,7 +100,10 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
 
     @classmethod
     def usual(cls, place: Place) -> SubspaceOptions:
-        return SubspaceOptions(**place.read, stages=(*place.after_mlps, "final_norm"))
+        rank = min(4, place.model.d_model, place.values - 1)
+        return SubspaceOptions(
+            **place.read, stages=(*place.after_mlps, "final_norm"), pca_rank=rank
+        )
 
     def prepare(self) -> None:
         super().prepare()

@@ -94,8 +94,12 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
 
     @classmethod
     def usual(cls, place: Place) -> SvdOptions:
-        most = min(16, place.model.d_model, place.model.d_ff)
-        return SvdOptions(checkpoint_dir=place.given["checkpoint_dir"], max_singular_values=most)
+        most = min(place.model.d_model, place.model.d_ff)
+        return SvdOptions(
+            checkpoint_dir=place.given["checkpoint_dir"],
+            max_singular_values=min(16, most),
+            top_vector_ranks=min(4, most),
+        )
 
     def prepare(self) -> None:
         self.setup = Setup(self.config, self.options.checkpoints[0])

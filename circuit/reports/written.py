@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +13,14 @@ from circuit.config import digest_of
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.quoting import shell_line
+from circuit.reading import file_digest, read_json
 from circuit.reports.report import Report, Results, find_report
-from circuit.strict_json import parse_json
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import refuse_another_runs
 
 SUFFIX, ROWS = "_report.json", "_rows.jsonl"
 ANEW = "make it again"
+_AWAY = "make it again, or move it away"
 
 
 class LacksFieldError(CircuitError, KeyError):
@@ -154,13 +154,8 @@ class Written:
             CircuitError: it is not there, or not as it was written.
         """
         path = self.path.with_name(name or self.path.name.removesuffix(SUFFIX) + ROWS)
-        written = self.payload.get("sha256", {}).get(path.name)
-        try:
-            with path.open("rb") as file:
-                if written not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
-                    raise CircuitError("was changed after it was written", where=path, fix=ANEW)
-        except FileNotFoundError:
-            raise CircuitError("no such file", where=path) from None
+        if self.payload.get("sha256", {}).get(path.name) not in (None, file_digest(path)):
+            raise CircuitError("was changed after it was written", where=path, fix=ANEW)
         return path
 
     def refuse_another_runs(self) -> None:
@@ -180,20 +175,16 @@ def read_report(path: str | Path) -> Written:
     """
     path = Path(path)
     try:
-        payload = parse_json(path.read_text(encoding="utf-8"))
+        payload = read_json(path, missing="no such report", fix=_AWAY)
         for key in ("summary", "parameters", "provenance"):
             _ = payload[key].keys()
         _ = payload["command"], payload["law"], float(payload["provenance"]["started_unix"])
         if "overrides" in payload["provenance"]:
             Overrides.model_validate(payload["provenance"]["overrides"])
         claimed, schema = payload.pop("digest", None), int(payload["schema_version"])
-    except FileNotFoundError:
-        raise CircuitError("no such report", where=path) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CircuitError(
-            f"is no report of this program ({error!r})",
-            where=path,
-            fix="make it again, or move it away",
+            f"is no report of this program ({error!r})", where=path, fix=_AWAY
         ) from None
     if (claimed is not None or schema >= 2) and claimed != digest_of(payload):
         raise CircuitError(
@@ -227,12 +218,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     Raises:
         CircuitError: there is none, or it is damaged.
     """
-    try:
-        payload = parse_json(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CircuitError("no such file", where=path) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CircuitError(f"is damaged ({error})", where=path, fix="make it again") from None
+    payload = read_json(path, fix=ANEW)
     if not isinstance(payload, dict):
-        raise CircuitError("is damaged (no object)", where=path, fix="make it again")
+        raise CircuitError("is damaged (no object)", where=path, fix=ANEW)
     return cast("dict[str, Any]", _Said.all(payload, Path(path)))

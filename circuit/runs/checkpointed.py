@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
+from circuit.reading import checked_path
 from circuit.runs.rows import read_rows
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
@@ -40,7 +41,7 @@ def open_folder(where: str | Path) -> CheckpointedRun:
     Raises:
         CircuitError: there is no run, or its config is damaged.
     """
-    path = Path(where)
+    path = checked_path(where)
     folder = path.parent if path.name == RUN_CONFIG else path
     if not (folder / RUN_CONFIG).is_file():
         raise CircuitError(

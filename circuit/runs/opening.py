@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from circuit.reading import checked_path
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST
@@ -33,7 +34,7 @@ def open_run(where: str | Path, *, allow_drift: bool = False) -> CheckpointedRun
     Raises:
         CircuitError: there is nothing of a run, or its description is damaged.
     """
-    path = Path(where)
+    path = checked_path(where)
     holder = path.parent if path.name in (MANIFEST, RUN_CONFIG, "checkpoints") else path
     if (holder / MANIFEST).is_file():
         return ReplayedRun.open(holder, allow_drift=allow_drift)

@@ -20,7 +20,6 @@ keywords, and gives a scalar or several:
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import sys
@@ -36,6 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.options import Options
+from circuit.reading import file_digest
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -224,8 +224,7 @@ class OwnScalars:
 
     def provenance(self, inputs: Inputs) -> dict[str, Any]:
         """The module's digest, for its code decides the rows."""
-        path = Path(str(self._module().__file__))
-        return {"scalar_module_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return {"scalar_module_sha256": file_digest(str(self._module().__file__))}
 
     def _module(self) -> Any:
         if str(Path.cwd()) not in sys.path:

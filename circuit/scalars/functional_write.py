@@ -8,7 +8,6 @@ it. Frozen at a reference step it gives the scalar `mean over pairs of g_ref . Î
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from circuit.lazy import torch
 from circuit.model.components import Component, parse_component
 from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
+from circuit.reading import file_digest
 from circuit.scalars.answers import (
     ANSWER_SCALARS,
     FIXED_SOURCE,
@@ -426,8 +426,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
         facts: dict[str, Any] = {"pairs": len(inputs.pairs(self))}
         if self.scalar_pair_rows is not None:
             read_typed_rows(self.scalar_pair_rows, ScalarPairRow)  # says what is wrong with it
-            body = self.scalar_pair_rows.read_bytes()
-            facts["scalar_pair_rows_sha256"] = hashlib.sha256(body).hexdigest()
+            facts["scalar_pair_rows_sha256"] = file_digest(self.scalar_pair_rows)
         return facts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
-from circuit.strict_json import parse_json
+from circuit.reading import read_json
 from circuit.studies.scales import LONG, PILOTS, SWEEP, Scale
 from circuit.train_config import TrainConfig
 
@@ -35,7 +35,7 @@ def contract_configs(scale: Scale) -> list[str]:
 def shipped(path: str) -> dict[str, Any]:
     """The JSON of one of the contract's configs, from the package."""
     text = Path(str(files("circuit.configs"))).joinpath(*Path(path).parts[1:])
-    payload = parse_json(text.read_text(encoding="utf-8"))
+    payload = read_json(text)
     assert isinstance(payload, dict)
     return payload
 

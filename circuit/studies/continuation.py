@@ -11,7 +11,7 @@ from typing import Any
 
 from circuit import __version__
 from circuit.errors import CircuitError
-from circuit.strict_json import parse_json
+from circuit.reading import read_json
 from circuit.studies.commands import BENCHMARK_FILE
 from circuit.trace.store import TraceStore
 from circuit.train_config import RUN_CONFIG, TrainConfig
@@ -35,7 +35,9 @@ def run_goes_on(config: TrainConfig, traced: Path | None = None) -> bool:
         return False
     try:
         saved = list_checkpoints(folder / "checkpoints")
-        if not saved or not _of_benchmark(read_description(saved[max(saved)]), config):
+        if not saved or not _of_benchmark(
+            read_description(saved[max(saved)]).benchmark_digest, config
+        ):
             return False
         return traced is None or _reaches(traced, config, max(saved))
     except CircuitError:  # a damaged checkpoint or trace: start anew
@@ -51,7 +53,7 @@ def trace_goes_on(folder: Path, config: TrainConfig) -> bool:
     return (
         theirs == _without_machine(config.model_dump(mode="json"))
         and (manifest.get("environment") or {}).get("circuit") == __version__
-        and _of_benchmark(manifest, config)
+        and _of_benchmark(manifest.get("benchmark_digest"), config)
     )
 
 
@@ -63,9 +65,9 @@ def _reaches(folder: Path, config: TrainConfig, step: int) -> bool:
     return len(store.read_rows()) >= min(step, store.manifest.end_step)
 
 
-def _of_benchmark(facts: dict[str, Any], config: TrainConfig) -> bool:
+def _of_benchmark(digest: Any, config: TrainConfig) -> bool:
     present = _read(Path(config.benchmark_dir) / Path(BENCHMARK_FILE).name) or {}
-    return bool(facts.get("benchmark_digest") == present.get("digest"))
+    return bool(digest == present.get("digest"))
 
 
 def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        payload = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        payload = read_json(path)
+    except CircuitError:
         return None
     return payload if isinstance(payload, dict) else None

@@ -14,23 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.artifacts import OutputFolder
 from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import Sha256
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
-from circuit.strict_json import parse_json
+from circuit.reading import MissingFileError, checked_path, read_bytes, read_json, validated
+from circuit.sizes import benchmark_disk, benchmark_memory, require_disk, require_memory
 from circuit.tasks.checks import BenchmarkFigures, check_benchmark
 from circuit.tasks.generator import Pair, Progress, draw_splits
 from circuit.tasks.symbolic_kv import Record, Vocabulary, record_from_json, record_to_json
 
 SCHEMA_VERSION = 1
 
+_RECORD_OVERHEAD = 10
+"""Bytes of memory for a byte of a split's file: of its text, its lines and its records."""
+
 WriteFile = Callable[[str, str], None]
 """Writes a text under a file name, in a folder that the caller chose."""
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Metadata(BaseModel):
@@ -128,6 +131,7 @@ def generate_benchmark(config: BenchmarkConfig, progress: Progress | None = None
     Raises:
         CircuitError: the settings cannot work, or the benchmark fails one of its checks.
     """
+    require_memory(benchmark_memory(config), where=f"config {config.name}")
     vocab = Vocabulary(config.num_keys, config.num_values)
     heldout_pairs, splits = draw_splits(config, progress)
     figures = check_benchmark(config, vocab, heldout_pairs, splits)
@@ -163,6 +167,8 @@ def write_benchmark(
         writes=("*.jsonl", "metadata.json"),
         overwrite=overwrite,
     ) as folder:
+        freed = folder.owned_bytes()
+        require_disk(benchmark_disk(config), folder.root, freed=freed, where=config.name)
         made = generate_benchmark(config, progress=progress)
         folder.clear(planned=[*(f"{split}.jsonl" for split in made.splits), "metadata.json"])
         paths: list[Path] = []
@@ -179,11 +185,13 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
         CircuitError: the folder or a file is missing, a split is unknown, a line is no record, or
             a digest or count is not the recorded one; file and line are named.
     """
-    folder = Path(folder)
+    folder = checked_path(folder)
     metadata = _read_metadata(folder)
     config = metadata.config
     vocab = Vocabulary(config.num_keys, config.num_values)
     where = folder / "metadata.json"
+    if len(metadata.vocabulary) != vocab.size:  # before one of that size is made
+        raise _edited(where, f"{len(metadata.vocabulary)} tokens, not {vocab.size} as its config")
     if metadata.schema_version != SCHEMA_VERSION:
         raise _edited(where, f"schema version {metadata.schema_version}, not {SCHEMA_VERSION}")
     if metadata.name != config.name:
@@ -224,12 +232,7 @@ def records_from_jsonl(path: Path, vocab: Vocabulary) -> tuple[list[Record], str
     Raises:
         CircuitError: the file is missing or a line is no record; file and line are named.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CircuitError("no such file", where=path) from None
-    except OSError as error:
-        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
+    data = read_bytes(path, overhead=_RECORD_OVERHEAD)
     records = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         where = f"{path}:{number}"
@@ -262,25 +265,16 @@ def _read_split(
 def _read_metadata(folder: Path) -> BenchmarkMetadata:
     path = folder / "metadata.json"
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        payload = read_json(path, missing="no benchmark in this folder", fix=_REGENERATE)
+    except MissingFileError as error:
         raise CircuitError(
-            "no benchmark in this folder",
+            error.what,
             where=folder,
             expected="metadata.json",
             fix="run `circuit generate-benchmark --config configs/benchmark/<name>.json`; of a run"
             " that was moved away from its data, bring them along, or start where they are",
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CircuitError(f"cannot be read ({error})", where=path) from None
-    try:
-        return BenchmarkMetadata.model_validate_json(json.dumps(parse_json(text)))
-    except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise _edited(path, f"not valid JSON ({error})") from None
-        first: Any = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise _edited(path, f"field '{field}': {first['msg']}") from None
+    return validated(payload, BenchmarkMetadata, where=path, expected=_AS_WRITTEN, fix=_REGENERATE)
 
 
 def _digest(
@@ -304,9 +298,13 @@ def _edited(where: Path, what: str) -> CircuitError:
     return CircuitError(
         what,
         where=where,
-        expected="the file as `circuit generate-benchmark` wrote it",
-        fix="generate the benchmark again with --overwrite",
+        expected=_AS_WRITTEN,
+        fix=_REGENERATE,
     )
+
+
+_AS_WRITTEN = "the file as `circuit generate-benchmark` wrote it"
+_REGENERATE = "generate the benchmark again with --overwrite"
 
 
 def _unknown_split(split: str, known: dict[str, Any], where: object | None = None) -> CircuitError:

@@ -65,7 +65,7 @@ def _sizes(split: GeneratedSplit) -> Iterator[tuple[int, int]]:
 
 
 def largest_lag(num_keys: int, overwrites: int) -> int:
-    """The largest lag that a read of an overwrite can have; -1 without overwrites.
+    """The largest lag that a read of one of some overwrites, at least one, can have.
 
     Overwrites come in rounds that visit each key once, so at most 2 (num_keys - 1) other writes
     stand between two overwrites of a key; two keys alternate.
@@ -76,6 +76,12 @@ def largest_lag(num_keys: int, overwrites: int) -> int:
 def _refuse_lags(
     config: BenchmarkConfig, where: str, split: GeneratedSplit, num_keys: int, overwrites: int
 ) -> None:
+    if overwrites == 0:
+        raise CircuitError(
+            "no overwrites, so that no read can be placed (it reads an overwrite)",
+            where=f"{where}.overwrite_count.min",
+            expected="at least 1",
+        )
     lags, largest = split.query_lag, largest_lag(num_keys, overwrites)
     sizes = f"with {num_keys} active keys and {overwrites} overwrites"
     must_reach = lags.max if config.lag_sampling == "uniform" else lags.min

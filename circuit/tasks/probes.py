@@ -12,16 +12,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.artifacts import OutputFolder
+from circuit.config import Sha256
 from circuit.errors import CircuitError
-from circuit.strict_json import parse_json
+from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.sizes import require_memory
 from circuit.tasks.benchmark import (
     Benchmark,
-    Sha256,
     WriteFile,
     load_benchmark,
     records_from_jsonl,
@@ -52,7 +53,7 @@ class ProbeSetMetadata(BaseModel):
     num_keys: Annotated[int, Field(ge=2)]
     num_values: Annotated[int, Field(ge=2)]
     seed: int
-    counts: dict[str, int]
+    counts: dict[str, Annotated[int, Field(ge=1)]]
     sha256: Sha256
 
 
@@ -180,7 +181,7 @@ def read_probe_set(path: str | Path, benchmark_digest: str | None = None) -> Pro
     Raises:
         CircuitError: a file is missing or was edited, or the set is of another benchmark.
     """
-    path = Path(path)
+    path = checked_path(path)
     metadata = _read_metadata(path)
     if benchmark_digest is not None and metadata.benchmark_digest != benchmark_digest:
         raise CircuitError(
@@ -191,6 +192,7 @@ def read_probe_set(path: str | Path, benchmark_digest: str | None = None) -> Pro
             fix="run `circuit generate-probe-set` on this benchmark",
         )
     vocab = Vocabulary(metadata.num_keys, metadata.num_values)
+    require_memory({"the vocabulary (num_keys, num_values)": 250 * vocab.size}, where=path)
     records, sha256 = records_from_jsonl(path, vocab)
     if sha256 != metadata.sha256:
         raise CircuitError(
@@ -205,25 +207,14 @@ def read_probe_set(path: str | Path, benchmark_digest: str | None = None) -> Pro
 
 def _read_metadata(path: Path) -> ProbeSetMetadata:
     where = metadata_path(path)
+    fix = "draw the probe set again with --overwrite"
     try:
-        text = where.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        payload = read_json(where, fix=fix)
+    except MissingFileError as error:
         raise CircuitError(
-            "no such file",
+            error.what,
             where=where if path.exists() else path,
             expected="a probe set with its metadata beside it",
             fix="run `circuit generate-probe-set --output` with this path",
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CircuitError(f"cannot be read ({error})", where=where) from None
-    try:
-        return ProbeSetMetadata.model_validate_json(json.dumps(parse_json(text)))
-    except ValueError as error:
-        said = f"not valid JSON ({error})"
-        if isinstance(error, ValidationError):
-            first: Any = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-            said = f"field '{field}': {first['msg']}"
-        raise CircuitError(
-            said, where=where, fix="draw the probe set again with --overwrite"
-        ) from None
+    return validated(payload, ProbeSetMetadata, where=where, fix=fix)

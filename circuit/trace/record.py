@@ -16,6 +16,7 @@ from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts, prepare_process, recorded_facts
 from circuit.errors import CircuitError
 from circuit.options import Option, Options
+from circuit.sizes import require_disk, trace_disk
 from circuit.trace.compare import state_difference
 from circuit.trace.states import States
 from circuit.trace.step import TracedStep, Tracer
@@ -131,6 +132,7 @@ def record_trace(
         start = options.resume_checkpoint
         header = None if start is None else states.header(start)
         _check_window(config, options, 0 if header is None else header.step)
+        setup.require_training_memory(traced=True)
         folder.refuse_foreign([MANIFEST, ROWS])
         if header is not None:
             setup.check(header)
@@ -142,7 +144,7 @@ def record_trace(
         prepare_process(threads=threads, device=config.device)
         session = TrainingSession(setup, state=state)
         digests = FlatState.of(session.state()).stages()
-        manifest = make_manifest(session, options, session.step, digests)
+        manifest = make_manifest(session, options, folder, session.step, digests)
         history = _History(config, manifest, options.require_historical_replay, run_facts)
         if resume:
             if options.require_historical_replay:
@@ -196,20 +198,26 @@ def _check_window(config: TrainConfig, options: RecordOptions, start: int) -> in
 
 
 def make_manifest(
-    session: TrainingSession, options: RecordOptions, start: int, start_digests: dict[str, str]
+    session: TrainingSession,
+    options: RecordOptions,
+    folder: OutputFolder,
+    start: int,
+    start_digests: dict[str, str],
 ) -> TraceManifest:
     """What a trace of a session is going to be.
 
     Args:
+        folder: where it is going to stand.
         start: the step that it begins after.
         start_digests: of the state there, by stage.
 
     Raises:
-        CircuitError: the options name no end, or one that the run does not reach.
+        CircuitError: the options name no end, or one that the run does not reach; or the disk
+            cannot hold it.
     """
     config = session.config
     end = _check_window(config, options, start)
-    return TraceManifest(
+    manifest = TraceManifest(
         config=config,
         benchmark_digest=session.benchmark_digest,
         start_step=start,
@@ -224,6 +232,19 @@ def make_manifest(
         digest_algorithm=DIGEST_ALGORITHM,
         environment=environment_facts(config.device),
     )
+    require_disk(
+        trace_disk(
+            config,
+            session.model.cfg.d_vocab,
+            steps=end - start,
+            stored=manifest.most_anchors,
+            listed=options.top_k_parameters,
+        ),
+        folder.root,
+        freed=folder.owned_bytes(),
+        where=f"config {config.name}",
+    )
+    return manifest
 
 
 def _resumed(folder: OutputFolder, manifest: TraceManifest, setup: Setup) -> TrainingSession | None:
@@ -324,7 +345,7 @@ class _History:
         }
         best = Path(config.output_dir) / BEST
         if required and best.exists():
-            step = read_description(best)["step"]
+            step = read_description(best).step
             if manifest.start_step < step <= manifest.end_step:
                 self.saved.setdefault(step, best)
         self.manifest = manifest

@@ -295,8 +295,8 @@ class ReplayedRun:
         raise AssertionError(f"step {step} lies beyond the recorded ones")
 
     def _next_anchor(self, step: int) -> int:
-        anchors = self.manifest.anchors()
-        return next((s for s in anchors if step <= s <= self.store.last_step), step)
+        later = range(step, self.store.last_step + 1)
+        return next(filter(self.manifest.is_anchor, later), step)
 
     def _tracer_at(self, anchor: int) -> Tracer:
         self.prepare()

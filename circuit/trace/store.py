@@ -11,19 +11,25 @@ state can be replayed from the anchor before it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from circuit.artifacts import dump_json, read_jsonl
+from circuit.config import NonNegativeInt, PositiveInt, Sha256, digest_of
+from circuit.environment import RecordedFacts
 from circuit.errors import CircuitError
-from circuit.strict_json import parse_json
-from circuit.train_config import TrainConfig
-from circuit.training.checkpoints import TrainState, checkpoint_name, load_checkpoint
+from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.sizes import require_memory
+from circuit.train_config import StepNumber, TrainConfig
+from circuit.training.checkpoints import (
+    TrainState,
+    checkpoint_name,
+    list_checkpoints,
+    load_checkpoint,
+)
 
 COMMAND = "optimizer-update-trace"
 MANIFEST = "trace.json"
@@ -36,29 +42,45 @@ FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", "checkpoints
 class TraceManifest(BaseModel):
     """What a trace is. No clock and no path of its own: equal recordings give equal bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     config: TrainConfig
     benchmark_digest: str
-    start_step: int
-    end_step: int
-    anchor_every: int
-    checkpoint_every: int
-    checkpoint_start_step: int
+    start_step: StepNumber
+    end_step: StepNumber
+    anchor_every: PositiveInt
+    checkpoint_every: PositiveInt
+    checkpoint_start_step: NonNegativeInt
     storage: Literal["anchors", "dense"]
-    top_k_parameters: int
-    parameters: dict[str, list[int]]
+    top_k_parameters: PositiveInt
+    parameters: Annotated[dict[str, list[NonNegativeInt]], Field(min_length=1)]
     """Shape of every parameter, in the order of the flat vector."""
-    start_digests: dict[str, str]
+    start_digests: Annotated[dict[str, Sha256], Field(min_length=1)]
     """Digests of the state at `start_step`, by stage; the rows hold those of the later steps."""
     digest_algorithm: str
     environment: dict[str, Any]
 
+    @field_validator("environment")
+    @classmethod
+    def _facts(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        if RecordedFacts.model_validate(facts).threads is None:
+            raise ValueError("says nothing of threads")
+        return facts
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if not self.start_step < self.end_step <= self.config.steps:
+            raise ValueError(
+                f"start_step {self.start_step} and end_step {self.end_step} are no window of the"
+                f" config's {self.config.steps} steps"
+            )
+        return self
+
     def to_json(self) -> str:
         """The manifest with a digest of itself."""
         payload = self.model_dump(mode="json")
-        return dump_json(payload | {"digest": _digest(payload)})
+        return dump_json(payload | {"digest": digest_of(payload)})
 
     def is_anchor(self, step: int) -> bool:
         """Whether a full state is stored at this step."""
@@ -76,8 +98,64 @@ class TraceManifest(BaseModel):
         return on_grid or step in (self.start_step, self.end_step) or step % self.anchor_every == 0
 
     def anchors(self) -> list[int]:
-        """Steps with a stored state, ascending."""
-        return [s for s in range(self.start_step, self.end_step + 1) if self.is_anchor(s)]
+        """Steps with a stored state, ascending.
+
+        Raises:
+            CircuitError: they are too many to be listed.
+        """
+        require_memory(
+            {"the list of its anchors (end_step, anchor_every)": 200 * self.most_anchors}
+        )
+        every, grid = self.anchor_every, self.checkpoint_every
+        steps = {self.start_step, self.end_step}
+        steps.update(range(every * -(-self.start_step // every), self.end_step, every))
+        if self.storage == "dense":
+            first = max(self.start_step, self.checkpoint_start_step)
+            steps.update(range(grid * -(-first // grid), self.end_step, grid))
+        return sorted(steps)
+
+    @property
+    def most_anchors(self) -> int:
+        """How many anchors there are, at most."""
+        steps = self.end_step - self.start_step
+        dense = steps // self.checkpoint_every if self.storage == "dense" else 0
+        return 2 + steps // self.anchor_every + dense
+
+    def anchor_before(self, step: int) -> int:
+        """The last anchor at or before a step of the window."""
+        while not self.is_anchor(step):
+            step -= 1
+        return step
+
+
+class ListedParameter(BaseModel):
+    """One of the parameters that a step moved most."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str
+    update_norm: float
+    relative: float | None
+
+
+class TraceRow(BaseModel):
+    """One recorded step (definitions.md section 6, optimizer-update-trace)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    step: StepNumber
+    loss: float
+    token_accuracy: float
+    lr: float
+    grad_norm: float
+    clip_factor: float
+    update_norm: float
+    term_norms: dict[str, float]
+    rounding_ulps: float
+    top_parameters: list[ListedParameter]
+    batch_shape: list[PositiveInt]
+    batch_indices: list[NonNegativeInt]
+    digests: dict[str, Sha256]
 
 
 class TraceStore:
@@ -89,7 +167,7 @@ class TraceStore:
         Raises:
             CircuitError: there is no trace, or its manifest is damaged.
         """
-        path = Path(path)
+        path = checked_path(path)
         self.root = path.parent if path.name == MANIFEST else path
         self.manifest = _read_manifest(self.root / MANIFEST)
 
@@ -113,8 +191,8 @@ class TraceStore:
         """
         rows = self.read_rows()
         last = self.manifest.start_step + len(rows)
-        for step in self.manifest.anchors():
-            if step > last and self.checkpoint_path(step).exists():
+        for step in list_checkpoints(self.root / "checkpoints"):
+            if step > last and self.manifest.is_anchor(step):
                 raise CircuitError(
                     f"ends at step {last}, but the state of step {step} is stored",
                     where=self.root / ROWS,
@@ -131,6 +209,7 @@ class TraceStore:
         path = self.root / ROWS
         rows = read_jsonl(path, tolerate_torn_tail=True)
         for number, row in enumerate(rows, start=1):
+            validated(row, TraceRow, where=f"{path}:{number}", fix="record the trace again")
             if row.get("step") != self.manifest.start_step + number:
                 raise CircuitError(
                     f"holds step {row.get('step')}",
@@ -161,7 +240,7 @@ class TraceStore:
         if step == self.manifest.start_step:
             return self.manifest.start_digests
         recorded = self.row(step)["digests"]
-        return {stage: recorded[stage] for stage in self.manifest.start_digests}
+        return {stage: recorded.get(stage, "none") for stage in self.manifest.start_digests}
 
     def checkpoint_path(self, step: int) -> Path:
         """Where a step's state stands, or would stand."""
@@ -192,7 +271,7 @@ class TraceStore:
 
     def anchor_before(self, step: int) -> int:
         """The last anchor at or before a step."""
-        return max(s for s in self.manifest.anchors() if s <= min(step, self.last_step))
+        return self.manifest.anchor_before(min(step, self.last_step))
 
     def check_window(self, start: int, end: int) -> None:
         """Refuse a window that is not recorded.
@@ -216,30 +295,18 @@ class TraceStore:
 
 
 def _read_manifest(path: Path) -> TraceManifest:
+    fix = "record the trace again"
     try:
-        payload = parse_json(path.read_text(encoding="utf-8"))
-        stored = payload.pop("digest")
-    except (FileNotFoundError, NotADirectoryError):
+        payload = read_json(path, fix=fix)
+    except MissingFileError:
         raise CircuitError(
             "there is no trace here",
             where=path.parent,
             expected=f"a folder with {MANIFEST}",
             fix="record one with `circuit trace record`",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CircuitError(f"damaged manifest ({error})", where=path) from None
-    if _digest(payload) != stored:
-        raise CircuitError(
-            "damaged or edited manifest (digest mismatch)", where=path, fix="record the trace again"
-        )
-    try:
-        return TraceManifest.model_validate(payload)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        raise CircuitError(f"field '{field}': {problem['msg']}", where=path) from None
-
-
-def _digest(payload: dict[str, Any]) -> str:
-    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    if not isinstance(payload, dict) or "digest" not in payload:
+        raise CircuitError("damaged manifest (no digest)", where=path, fix=fix)
+    if payload.pop("digest") != digest_of(payload):
+        raise CircuitError("damaged or edited manifest (digest mismatch)", where=path, fix=fix)
+    return validated(payload, TraceManifest, where=path, fix=fix)

@@ -158,7 +158,7 @@ class TraceRecorder:
                 fix="resume it without a trace and record one with `circuit trace record`, or"
                 " start anew with --overwrite",
             )
-        return make_manifest(session, self.planned, 0, digests)
+        return make_manifest(session, self.planned, self._outputs, 0, digests)
 
 
 def _check_reached(store: TraceStore, session: TrainingSession) -> None:

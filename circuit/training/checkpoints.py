@@ -13,31 +13,84 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.artifacts import atomic_write_bytes
-from circuit.config import parse_config
+from circuit.config import NonNegativeInt, Sha256, parse_config
 from circuit.core.digests import tensor_digest
 from circuit.core.state import State
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.reading import MissingFileError, open_file, validated
+from circuit.sizes import require_memory
 from circuit.strict_json import parse_json
-from circuit.train_config import TrainConfig
+from circuit.train_config import StepNumber, TrainConfig
+from circuit.training.unpickle import unpickle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MAGIC = b"circuit-state-1\n"
 _FOOTER = struct.Struct(f">Q32s{len(_MAGIC)}s")
-_ABSENT = "absent"
+_ABSENT: Literal["absent"] = "absent"
 """What a description says of moments that are not known; it says nothing of those that are."""
 _STEP_NAME = re.compile(r"step_(\d{6,})\.pt")
+
+
+class DivergedError(CircuitError):
+    """Numbers of a run are not finite any more: loss, gradient, logits, weights or moments."""
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TensorFacts(_Described):
+    """Of a tensor in the payload."""
+
+    shape: list[NonNegativeInt]
+    dtype: str
+    sha256: Sha256
+
+
+class Best(_Described):
+    """The best evaluation so far."""
+
+    step: StepNumber
+    split: str
+    metric: str
+    value: float
+
+
+class Notes(_Described):
+    """Facts of the loop that saved a state."""
+
+    model_config = ConfigDict(extra="allow")
+
+    best: Best | None = None
+    metrics_rows: NonNegativeInt | None = None
+    """Rows that `metrics.jsonl` held; version 0.1.0 did not count them."""
+
+
+class Description(_Described):
+    """What a checkpoint says of itself."""
+
+    step: StepNumber
+    config: dict[str, Any]
+    benchmark_digest: str
+    notes: Notes
+    moments: Literal["absent"] | None = None
+    payload_bytes: NonNegativeInt
+    payload_sha256: Sha256
+    tensors: dict[str, Annotated[dict[str, TensorFacts], Field(min_length=1)]]
+    """By group: `parameters`, and the moments."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +146,17 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
 
 
 def encode_checkpoint(state: TrainState) -> bytes:
-    """A checkpoint's bytes; equal states give equal bytes."""
+    """A checkpoint's bytes; equal states give equal bytes.
+
+    Raises:
+        DivergedError: a weight or moment is not finite: no such state is one to go on from.
+    """
+    if state.not_finite is not None:
+        raise DivergedError(
+            f"training diverged: {state.not_finite} are not finite at step {state.step}",
+            where=f"config {state.config.name}",
+            fix="lower the learning rate, clip the gradient, or raise the optimizer's eps",
+        )
     groups = _groups(state.parameters, state.moments or {})
     buffer = io.BytesIO()  # a path would put its name into the bytes
     torch.save(
@@ -137,30 +200,30 @@ def load_checkpoint(path: str | Path) -> TrainState:
     """
     path = Path(path)
     payload, description = _read(path, payload=True)
-    if hashlib.sha256(payload).hexdigest() != description["payload_sha256"]:
+    if hashlib.sha256(payload).hexdigest() != description.payload_sha256:
         raise _damaged(path, f"digest mismatch{_locate_damage(payload, description)}")
     groups = _unpickle(path, payload)
-    for group, tensors in description["tensors"].items():
+    for group, tensors in description.tensors.items():
         stored = groups.get(group) if isinstance(groups, dict) else None
         if not isinstance(stored, dict) or list(stored) != list(tensors):
             raise _damaged(path, f"{group} does not hold the tensors that it lists")
         for name, facts in tensors.items():
             if not _is_as_described(stored[name], facts):
                 raise _damaged(path, f"{group} {name} is not the tensor that it lists")
-            if tensor_digest(stored[name]) != facts["sha256"]:
+            if tensor_digest(stored[name]) != facts.sha256:
                 raise _damaged(path, f"digest mismatch in {group} {name}")
-    config = parse_config(description["config"], TrainConfig, where=path)
+    config = parse_config(description.config, TrainConfig, where=path)
     return TrainState(
-        step=description["step"],
+        step=description.step,
         config=config,
-        benchmark_digest=description["benchmark_digest"],
+        benchmark_digest=description.benchmark_digest,
         parameters=groups.pop("parameters"),
-        moments=None if description.get("moments") == _ABSENT else groups,
-        notes=description["notes"],
+        moments=None if description.moments == _ABSENT else groups,
+        notes=description.notes.model_dump(exclude_unset=True),
     )
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
+def read_description(path: str | Path) -> Description:
     """What a checkpoint says of itself (step, config, digests), without reading its tensors.
 
     Raises:
@@ -172,8 +235,8 @@ def read_description(path: str | Path) -> dict[str, Any]:
 def read_header(path: str | Path) -> StateHeader:
     """Whose state a checkpoint holds; raises as `read_description`."""
     description = read_description(path)
-    config = parse_config(description["config"], TrainConfig, where=path)
-    return StateHeader(description["step"], config, description["benchmark_digest"])
+    config = parse_config(description.config, TrainConfig, where=path)
+    return StateHeader(description.step, config, description.benchmark_digest)
 
 
 def _groups(
@@ -182,59 +245,72 @@ def _groups(
     return {"parameters": parameters, **moments}
 
 
-def _is_as_described(tensor: Any, facts: dict[str, Any]) -> bool:
+def _is_as_described(tensor: Any, facts: TensorFacts) -> bool:
     """Whether reading the tensor takes no more than the bytes that the file holds for its shape."""
     return (
         isinstance(tensor, torch.Tensor)
-        and list(tensor.shape) == facts["shape"]
+        and list(tensor.shape) == facts.shape
         and tensor.is_contiguous()  # an expanded tensor claims more than it stores
     )
 
 
-def _read(path: Path, *, payload: bool) -> tuple[bytes, dict[str, Any]]:
+def _read(path: Path, *, payload: bool) -> tuple[bytes, Description]:
     """The payload (empty unless asked for) and the verified description."""
     try:
-        with path.open("rb") as handle:
-            size = handle.seek(0, os.SEEK_END)
-            if size < _FOOTER.size:
-                raise _damaged(path, "too short to be a checkpoint")
-            handle.seek(size - _FOOTER.size)
-            length, digest, magic = _FOOTER.unpack(handle.read())
-            begins = size - _FOOTER.size - length
-            text = b""
-            if begins >= 0:
-                handle.seek(begins)
-                text = handle.read(length)
-            if magic != _MAGIC or hashlib.sha256(text).digest() != digest:
-                raise _damaged(path, "truncated, altered, or not a checkpoint of this program")
-            description: dict[str, Any] = parse_json(text)
-            if begins != description["payload_bytes"]:
-                raise _damaged(path, f"payload has {begins} bytes, not the recorded number")
-            handle.seek(0)
-            return handle.read(begins) if payload else b"", description
-    except FileNotFoundError:
-        raise CircuitError("no such checkpoint", where=path, fix=_siblings(path)) from None
-    except OSError as error:
-        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
+        handle = open_file(path, missing="no such checkpoint")
+    except MissingFileError as error:
+        raise CircuitError(error.what, where=path, fix=_siblings(path)) from None
+    with handle:
+        size = handle.seek(0, os.SEEK_END)
+        if size < _FOOTER.size:
+            raise _damaged(path, "too short to be a checkpoint")
+        handle.seek(size - _FOOTER.size)
+        length, digest, magic = _FOOTER.unpack(handle.read())
+        begins = size - _FOOTER.size - length
+        if magic != _MAGIC or begins < 0:
+            raise _damaged(path, _NONE_OF_OURS)
+        # the text and its objects; the payload, its tensors and their copies
+        needed = {"the description": 30 * length, "the tensors": 3 * begins * payload}
+        require_memory(needed, where=path)
+        handle.seek(begins)
+        text = handle.read(length)
+        if hashlib.sha256(text).digest() != digest:
+            raise _damaged(path, _NONE_OF_OURS)
+        description = _parse_description(path, text)
+        if begins != description.payload_bytes:
+            raise _damaged(path, f"payload has {begins} bytes, not the recorded number")
+        handle.seek(0)
+        return handle.read(begins) if payload else b"", description
+
+
+_NONE_OF_OURS = "truncated, altered, or not a checkpoint of this program"
+
+
+def _parse_description(path: Path, text: bytes) -> Description:
+    try:
+        payload = parse_json(text)
+    except ValueError as error:
+        raise _damaged(path, f"its description is not valid JSON ({error})") from None
+    description = validated(payload, Description, where=path, fix=_ANEW)
+    if "parameters" not in description.tensors:
+        raise _damaged(path, "its description lists no parameters")
+    return description
 
 
 def _unpickle(path: Path, payload: bytes) -> dict[str, dict[str, Tensor]]:
-    try:
-        groups = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise _damaged(path, f"refused: the payload holds more than tensors ({reason})") from None
-    return cast("dict[str, dict[str, Tensor]]", groups)
+    return cast(
+        "dict[str, dict[str, Tensor]]", unpickle(payload, where=path, more=_ANEW, damaged=_ANEW)
+    )
 
 
-def _locate_damage(payload: bytes, description: dict[str, Any]) -> str:
+def _locate_damage(payload: bytes, description: Description) -> str:
     """Names the first tensor whose bytes differ, where the damage lies in a tensor's bytes."""
     try:
-        groups = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        for group, tensors in description["tensors"].items():
+        groups = _unpickle(Path(), payload)
+        for group, tensors in description.tensors.items():
             for name, facts in tensors.items():
                 tensor = groups[group][name]
-                if list(tensor.shape) != facts["shape"] or tensor_digest(tensor) != facts["sha256"]:
+                if not _is_as_described(tensor, facts) or tensor_digest(tensor) != facts.sha256:
                     return f" in {group} {name}"
     except Exception:  # noqa: BLE001 - the payload is known to be damaged; anything may follow
         return " (its structure is damaged)"
@@ -249,4 +325,7 @@ def _siblings(path: Path) -> str:
 
 
 def _damaged(path: Path, what: str) -> CircuitError:
-    return CircuitError(what, where=path, fix="use another checkpoint, or make this one again")
+    return CircuitError(what, where=path, fix=_ANEW)
+
+
+_ANEW = "use another checkpoint, or make this one again"

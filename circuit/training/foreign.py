@@ -8,8 +8,6 @@ refused with the name and the shape that say so.
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.train_config import ModelConfig
+from circuit.training.unpickle import unpickle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +33,6 @@ BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out
 
 _KIND = "a HookedTransformer with LayerNorm, learned positions and one MLP a block"
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_tensors(path: Path, payload: bytes) -> Tensors:
@@ -50,7 +48,13 @@ def read_tensors(path: Path, payload: bytes) -> Tensors:
     if path.suffix == ".safetensors":
         content: Any = _read_safetensors(path, payload)
     else:
-        content = _read_pickle(path, payload)
+        content = unpickle(
+            payload,
+            where=path,
+            more="save the tensors alone where the file comes from:"
+            " safetensors.torch.save_file or torch.save of model.state_dict()",
+            damaged="save it again",
+        )
     found = _unwrapped(content, path)
     embeddings = [name for name in found if _is_embedding(name)]
     if len(embeddings) > 1:
@@ -90,25 +94,6 @@ def _read_safetensors(path: Path, payload: bytes) -> Tensors:
         return load(payload)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CircuitError(f"is no safetensors file ({error})", where=path) from None
-
-
-def _read_pickle(path: Path, payload: bytes) -> Any:
-    # torch's own message advises to load the file in a way that executes it: it is not passed on
-    try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, AttributeError, TypeError) as error:
-        named = _GLOBAL.search(str(error))
-        what = f" (it names {named[1]})" if named else ""
-        raise CircuitError(
-            f"refused: it holds more than tensors{what}, and reading that would run its code",
-            where=path,
-            fix="save the tensors alone where the file comes from:"
-            " safetensors.torch.save_file or torch.save of model.state_dict()",
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError):
-        raise CircuitError(
-            "is damaged, or no file of torch.save", where=path, fix="save it again"
-        ) from None
 
 
 def _unwrapped(content: Any, path: Path) -> Tensors:
@@ -165,13 +150,23 @@ def infer_model(tensors: Mapping[str, Tensor], where: Path) -> ModelConfig:
             expected=f"heads whose widths add up to d_model {d_model}",
         )
     payload = {
-        "layers": 1 + max(int(found[1]) for n in tensors if (found := _BLOCK.fullmatch(n))),
+        "layers": _count_blocks(tensors, where),
         "heads": heads,
         "d_model": d_model,
         "d_ff": shape("blocks.0.mlp.W_in", "d_model d_mlp")[1],
         "max_sequence_length": shape("pos_embed.W_pos", "n_ctx d_model")[0],
     }
     return parse_config(payload, ModelConfig, where=where)
+
+
+def _count_blocks(tensors: Mapping[str, Tensor], where: Path) -> int:
+    numbers = {block[1] for name in tensors if (block := _BLOCK.fullmatch(name))}
+    for number in range(len(numbers)):
+        if str(number) not in numbers:
+            raise CircuitError(
+                f"holds {len(numbers)} blocks and no blocks.{number}", where=where, expected=_KIND
+            )
+    return len(numbers)
 
 
 def _held(tensors: Mapping[str, Tensor]) -> str:

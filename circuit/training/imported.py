@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from circuit.artifacts import OutputFolder
 from circuit.config import parse_config
 from circuit.errors import CircuitError
-from circuit.strict_json import parse_json
+from circuit.reading import checked_path, read_bytes, read_json
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import TrainState, checkpoint_name, encode_checkpoint
@@ -127,7 +127,7 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
         CircuitError: there is none, or one does not exist.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(checked_path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES)
             if not inside:
@@ -135,7 +135,7 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
                     "holds no file of weights", where=path, expected=", ".join(SUFFIXES)
                 )
             found += inside
-        elif path.is_file():
+        elif path.exists():  # a pipe or a device is refused where it is read
             found.append(path)
         else:
             raise CircuitError("no such file or folder", where=path)
@@ -221,10 +221,7 @@ def _survey(
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """sha256 of a file, and its tensors."""
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
+    payload = read_bytes(path, overhead=4)  # and its tensors, as they stand and as float32
     return hashlib.sha256(payload).hexdigest(), read_tensors(path, payload)
 
 
@@ -237,8 +234,8 @@ def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for path in dict.fromkeys(file.parent / "config.json" for file in files):
         try:
-            payload = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            payload = read_json(path)
+        except CircuitError:
             continue  # none, or of something else
         if not isinstance(payload, dict) or "act_fn" not in payload:
             continue

@@ -27,10 +27,11 @@ from circuit.environment import (
     prepare_process,
 )
 from circuit.errors import CircuitError
+from circuit.sizes import require_disk, training_disk
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
 from circuit.train_config import RUN_CONFIG, TrainConfig
-from circuit.training.checkpoints import checkpoint_name, encode_checkpoint
+from circuit.training.checkpoints import DivergedError, checkpoint_name, encode_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.run_folder import (
     BEST,
@@ -38,9 +39,10 @@ from circuit.training.run_folder import (
     METRICS,
     METRICS_ROWS,
     SUMMARY,
+    EarlierRun,
     earlier_run,
 )
-from circuit.training.session import DivergedError, TrainingSession
+from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
@@ -166,6 +168,8 @@ def train(
         setup = Setup(config)
         for name in (config.train_split, *config.tracked_splits):
             setup.benchmark.records(name)  # refused before anything heavy is imported
+        setup.require_training_memory(traced=recorder is not None)
+        _require_disk(setup, folder, earlier)
         threads = config.threads
         if earlier is not None and threads is None:
             threads = earlier.facts.get("threads")
@@ -192,6 +196,17 @@ def train(
             folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
         loop = _Loop(config, folder, session, tracked, notes, last, stop, progress, recorder)
         return loop.run(rows)
+
+
+def _require_disk(setup: Setup, folder: OutputFolder, earlier: EarlierRun | None) -> None:
+    """Refuse a run whose files the disk cannot hold."""
+    config, done = setup.config, max(earlier.states, default=0) if earlier is not None else 0
+    require_disk(
+        training_disk(config, setup.benchmark.vocabulary.size, done=done),
+        folder.root,
+        freed=folder.owned_bytes() if earlier is None else 0,
+        where=f"config {config.name}",
+    )
 
 
 def _planned(config: TrainConfig) -> list[str]:
@@ -345,12 +360,6 @@ class _Loop:
         if self.recorder is not None:
             self.recorder.sync()
         state = self.session.state({**self.notes, METRICS_ROWS: self.rows})
-        if state.not_finite is not None:  # the last good state stays the one to go on from
-            raise DivergedError(
-                f"training diverged: {state.not_finite} are not finite at step {state.step}",
-                where=f"config {self.config.name}",
-                fix="lower the learning rate, clip the gradient, or raise the optimizer's eps",
-            )
         self.folder.write_bytes(name, encode_checkpoint(state))
 
 

@@ -100,7 +100,7 @@ def write_moments(
 
     Raises:
         CircuitError: a moment is missing or unknown, or a tensor's name, shape or dtype is not its
-            parameter's, or a value is not finite, or a second moment is negative.
+            parameter's, or a second moment is negative.
     """
     check_moments(model, config, moments)
     optimizer.state.clear()
@@ -141,7 +141,5 @@ def check_moments(
                     f"{moment} of {name} is {value.dtype} {list(value.shape)}",
                     expected=f"{parameter.dtype} {list(parameter.shape)}",
                 )
-            if not torch.isfinite(value).all():
-                raise CircuitError(f"{moment} of {name} holds values that are not finite")
             if moment == "exp_avg_sq" and (value < 0).any():
                 raise CircuitError(f"{moment} of {name} holds negative values")

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
 from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
-from circuit.training.checkpoints import TrainState
+from circuit.training.checkpoints import DivergedError, TrainState
 from circuit.training.data_order import Indices, batch_indices
 from circuit.training.optimizers import build_optimizer, read_moments, write_moments
 from circuit.training.setup import Setup
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
     from circuit.training.step import StepOutcome
-
-
-class DivergedError(CircuitError):
-    """Loss, gradient or logits of a run are not finite any more: its rate is too high."""
 
 
 class TrainingSession:
@@ -55,6 +50,12 @@ class TrainingSession:
         if state is not None:
             setup.check(state)
             moments = state.past_moments()
+            if state.not_finite is not None:
+                raise DivergedError(
+                    f"{state.not_finite} are not finite at step {state.step}: the run diverged",
+                    where=f"config {config.name}",
+                    fix="go on from a checkpoint before it did",
+                )
             load_tensors(self.model, state.parameters)
             self.step = state.step
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)

@@ -14,6 +14,7 @@ from circuit.artifacts import find_folder
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
+from circuit.sizes import require_memory, training_memory, weights_memory
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.positions import EncodedSplit
 from circuit.train_config import RUN_CONFIG, ImportedConfig, ModelConfig, TrainConfig
@@ -133,10 +134,26 @@ class Setup:
             return standard_model(model)
         return model
 
+    def require_training_memory(self, *, traced: bool = False) -> None:
+        """Refuse a run whose steps the memory cannot hold, before anything of it is allocated.
+
+        Raises:
+            CircuitError: says what it would need, and what there is.
+        """
+        config = self.config
+        records = self.benchmark.records(config.train_split)
+        longest = max(len(record.tokens) for record in records)
+        need = training_memory(config, self.benchmark.vocabulary.size, longest, traced=traced)
+        require_memory(need, where=f"config {config.name}")
+
     def _build(self) -> HookedTransformer:
+        config = self.config
+        require_memory(
+            weights_memory(config.model, self.benchmark.vocabulary.size),
+            where=f"config {config.name}",
+        )
         from circuit.model.build import build_model
 
-        config = self.config
         return build_model(
             config.model,
             vocabulary_size=self.benchmark.vocabulary.size,

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unsound import save_unsound
 
 from circuit.errors import CircuitError
 from circuit.reports.inputs import choose_checkpoints, states_at
 from circuit.runs.opening import open_run
 from circuit.trace.states import States
-from circuit.training.checkpoints import load_checkpoint, save_checkpoint
+from circuit.training.checkpoints import load_checkpoint
 
 RUN = Path("runs/tiny")
 CHECKPOINTS = RUN / "checkpoints"
@@ -85,7 +86,7 @@ def diverge() -> None:
     state = load_checkpoint(step(3))
     state.parameters["blocks.1.attn.W_Q"][0, 0, 0] = math.inf
     state.parameters["blocks.0.mlp.W_in"][0, 0] = math.nan
-    save_checkpoint(step(3), state)
+    save_unsound(step(3), state)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -14,10 +14,9 @@ import pytest
 
 from circuit.artifacts import dump_rows, read_jsonl
 from circuit.benchmark_config import BenchmarkConfig
-from circuit.config import parse_config
+from circuit.config import digest_of, parse_config
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
-from circuit.trace import store
 from circuit.trace.record import RecordResult
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
@@ -118,7 +117,7 @@ def test_no_flipped_bit_of_the_manifest_changes_what_it_says(trace_folder: Path)
         path.write_bytes(sound)
         flip(path, bit)
         message = refusal_to_open(trace_folder)
-        assert message is None or message.startswith("trace/trace.json: ")
+        assert message is None or message.startswith("trace/trace.json:")
         accepted += message is None and content(path) != content_of(sound)
     print(f"manifest: silently wrong {accepted} of {len(bits)}")
     assert accepted == 0
@@ -311,7 +310,7 @@ def test_an_edited_manifest_is_refused(trace_folder: Path) -> None:
             ReplayedRun.open(trace_folder)
     for text in ("", "{", "[]", "null", "{}", "[1]", sound[:-3], "\0" * 100):
         path.write_text(text, "utf-8")
-        with pytest.raises(CircuitError, match=r"trace\.json: damaged"):
+        with pytest.raises(CircuitError, match=r"trace\.json(:\d+:\d+)?: (damaged|not valid JSON)"):
             ReplayedRun.open(trace_folder)
 
 
@@ -321,7 +320,7 @@ def test_a_manifest_of_another_version_names_the_field(trace_folder: Path) -> No
     del payload["digest"]
     for change, field in (({"schema_version": 2}, "schema_version"), ({"extra": 1}, "extra")):
         changed = payload | change
-        path.write_text(json.dumps(changed | {"digest": store._digest(changed)}), "utf-8")
+        path.write_text(json.dumps(changed | {"digest": digest_of(changed)}), "utf-8")
         with pytest.raises(CircuitError, match=rf"trace\.json: field '{field}'"):
             ReplayedRun.open(trace_folder)
 

@@ -317,10 +317,11 @@ def test_the_store_holds_what_its_manifest_lists(trace_folder: Path) -> None:
 def manifest_of(config: TrainConfig, **fields: Any) -> TraceManifest:
     defaults: dict[str, Any] = {
         "top_k_parameters": 1,
-        "parameters": {},
-        "start_digests": {},
-        "environment": {},
+        "parameters": {"embed.W_E": [2, 3]},
+        "start_digests": {"parameters": "0" * 64},
+        "environment": {"threads": 1},
     }
+    config = config.replace(steps=max(config.steps, fields["end_step"]))
     return TraceManifest(
         config=config, benchmark_digest="", digest_algorithm="", **{**defaults, **fields}
     )

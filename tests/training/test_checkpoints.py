@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from unsound import save_unsound
 
 from circuit.core.digests import tensor_digest, tensors_digest
 from circuit.errors import CircuitError
@@ -24,6 +29,7 @@ from circuit.tasks.benchmark import Benchmark
 from circuit.train_config import TrainConfig
 from circuit.training import checkpoints
 from circuit.training.checkpoints import (
+    DivergedError,
     TrainState,
     checkpoint_name,
     checkpoint_step,
@@ -40,6 +46,7 @@ MakeConfig = Callable[..., TrainConfig]
 SessionAfter = Callable[..., TrainingSession]
 
 ADAMW = {"name": "adamw", "learning_rate": 0.01}
+BEST = {"step": 2, "split": "validation_iid", "metric": "token_accuracy", "value": 0.25}
 OPTIMIZERS: list[dict[str, Any]] = [
     ADAMW,
     {"name": "sgd", "learning_rate": 0.1},
@@ -70,7 +77,7 @@ def small_state(make_config: MakeConfig) -> TrainState:
         }
 
     moments = {"exp_avg": tensors(), "exp_avg_sq": tensors()}
-    return TrainState(3, make_config(), "0" * 64, tensors(), moments, {"best": {"value": 0.5}})
+    return TrainState(3, make_config(), "0" * 64, tensors(), moments, {"best": BEST})
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -78,13 +85,13 @@ def small_state(make_config: MakeConfig) -> TrainState:
 def test_what_is_saved_comes_back(
     session_after: SessionAfter, tmp_path: Path, optimizer: dict[str, Any], steps: int
 ) -> None:
-    state = session_after(steps, optimizer=optimizer).state({"best": {"step": 2, "value": 0.25}})
+    state = session_after(steps, optimizer=optimizer).state({"best": BEST})
     path = tmp_path / checkpoint_name(steps)
     save_checkpoint(path, state)
     assert_equal_states(load_checkpoint(path), state)
     described = read_description(path)
-    assert described["step"] == steps
-    assert described["tensors"]["parameters"]["embed.W_E"]["sha256"] == tensor_digest(
+    assert described.step == steps
+    assert described.tensors["parameters"]["embed.W_E"].sha256 == tensor_digest(
         state.parameters["embed.W_E"]
     )
 
@@ -229,15 +236,18 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(
     marker = tmp_path / "marker"
     path = tmp_path / "step_000003.pt"
     save_checkpoint(path, small_state)
-    description = read_description(path)
+    description = read_description(path).model_dump(exclude_unset=True)
     payloads = [
         torch_saved({"parameters": {"W": RunsCode(marker)}}),
         torch_saved(RunsCode(marker)),
         pickle.dumps(RunsCode(marker), protocol=2),
     ]
     for payload in payloads:
-        for data in (payload, with_footer(payload, description)):
-            assert refused(path, data) is not None
+        message = refused(path, with_footer(payload, description))
+        assert message is not None
+        assert "it holds more than tensors" in message or "is damaged" in message
+        assert "weights_only" not in message
+        assert refused(path, payload) is not None
     executions = marker.exists()
     print(f"executions {int(executions)} of {2 * len(payloads)}")
     assert not executions
@@ -245,12 +255,51 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(
     assert marker.exists()  # it does run elsewhere
 
 
+def test_a_payload_that_would_unfold_is_refused_before_it_does(
+    small_state: TrainState, tmp_path: Path
+) -> None:
+    """torch reads compressed records, of which 1 MB may hold 1 GB; it writes none."""
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, small_state)
+    description = read_description(path).model_dump(exclude_unset=True)
+    payload = torch_saved({"parameters": {"W": torch.zeros(10**6)}})
+    compressed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(payload)) as whole,
+        zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert len(compressed.getvalue()) < 10**5
+    message = refused(path, with_footer(compressed.getvalue(), description))
+    assert message is not None
+    assert "its records are compressed" in message
+
+
+@given(
+    at=st.integers(0, 10**6),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+    of_moment=st.booleans(),
+)
+def test_no_state_with_a_number_that_is_not_finite_is_written(
+    make_config: MakeConfig, at: int, value: float, of_moment: bool
+) -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    moments = {"exp_avg": {name: tensor.clone() for name, tensor in tensors.items()}}
+    state = TrainState(3, make_config(), "0" * 64, tensors, moments)
+    assert encode_checkpoint(state)
+    chosen = (moments["exp_avg"] if of_moment else tensors)["b" if at % 2 else "a"]
+    chosen.view(-1)[at % chosen.numel()] = value
+    with pytest.raises(DivergedError, match=r"(weights|exp_avg) of [ab] are not finite at step 3"):
+        encode_checkpoint(state)
+
+
 def test_payloads_that_are_no_state_are_refused_behind_a_valid_footer(
     small_state: TrainState, tmp_path: Path
 ) -> None:
     path = tmp_path / "x.pt"
     save_checkpoint(path, small_state)
-    description = read_description(path)
+    description = read_description(path).model_dump(exclude_unset=True)
     good = {"parameters": small_state.parameters, **small_state.moments}
     huge = torch.zeros(1).expand(10**6, 10**6)  # 4 bytes in the file
     swapped = dict(reversed(small_state.parameters.items()))
@@ -320,8 +369,8 @@ def broken(state: TrainState, how: str) -> TrainState:
         ("order", "exp_avg: .*their order"),
         ("missing tensor", r"exp_avg: .*blocks\.0\.attn\.W_Q"),
         ("another tensor", r"exp_avg: .*blocks\.9\.attn\.W_Q"),
-        ("nan", r"exp_avg of blocks\.0\.attn\.W_Q holds values that are not finite"),
-        ("infinite", r"exp_avg of blocks\.0\.attn\.W_Q holds values that are not finite"),
+        ("nan", r"exp_avg of blocks\.0\.attn\.W_Q are not finite"),
+        ("infinite", r"exp_avg of blocks\.0\.attn\.W_Q are not finite"),
         ("negative second moment", r"exp_avg_sq of blocks\.0\.attn\.W_Q holds negative values"),
         ("missing moment", r"optimizer state holds \['exp_avg'\]; expected"),
         ("order of moments", r"optimizer state holds \['exp_avg_sq', 'exp_avg'\]; expected"),
@@ -333,7 +382,7 @@ def test_unsound_moments_are_refused_by_name(
     session_after: SessionAfter, tiny: Benchmark, tmp_path: Path, how: str, said: str
 ) -> None:
     session = session_after(2)
-    save_checkpoint(tmp_path / "x.pt", broken(session.state(), how))
+    save_unsound(tmp_path / "x.pt", broken(session.state(), how))
     state = load_checkpoint(tmp_path / "x.pt")  # the file is what was saved; its content is wrong
     with pytest.raises(CircuitError, match=said):
         TrainingSession(Setup(session.config, benchmark=tiny), state=state)

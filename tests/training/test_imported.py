@@ -318,8 +318,8 @@ def test_an_imported_run_says_what_is_known_and_no_more(imported: Path) -> None:
         assert state.config == config
         assert encode_checkpoint(state) == path.read_bytes()
         description = read_description(path)
-        assert description["moments"] == "absent"
-        assert list(description["tensors"]) == ["parameters"]
+        assert description.moments == "absent"
+        assert list(description.tensors) == ["parameters"]
     for field in ("seed", "optimizer", "batch_size"):
         with pytest.raises(CircuitError, match=f"'{field}' is not known: the run was trained else"):
             getattr(config, field)
