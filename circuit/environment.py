@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
+from circuit.sealed import unsealed
 from circuit.strict_json import parse_json
 
 Facts = dict[str, Any]
@@ -157,7 +158,7 @@ def recorded_facts(path: Path) -> Facts:
     """The facts that a run or trace wrote down; empty if there is no such file.
 
     Raises:
-        CircuitError: the file is damaged.
+        CircuitError: the file is damaged, or was changed.
     """
     try:
         facts = parse_json(path.read_text(encoding="utf-8"))
@@ -167,7 +168,8 @@ def recorded_facts(path: Path) -> Facts:
         raise CircuitError(f"damaged ({error})", where=path) from None
     if not isinstance(facts, dict):
         raise CircuitError("damaged (not a JSON object)", where=path)
-    return facts
+    fix = "bring it back; or remove it, and pass --allow-drift"
+    return unsealed(facts, where=path, fix=fix)
 
 
 def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

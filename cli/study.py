@@ -95,6 +95,7 @@ def train(
         trace, end_step=trace_end_step, top_k_parameters=trace_top_k_parameters
     )
     from circuit.artifacts import OutputFolder, dump_json
+    from circuit.sealed import sealed
     from circuit.studies.continuation import run_goes_on
     from circuit.training.session import DivergedError
 
@@ -121,8 +122,9 @@ def train(
     if interrupted():
         raise typer.Exit(streams.interrupted_code())
     if outcome is not None:
+        ended = sealed({"name": settings.name, "diverged": said})
         with OutputFolder(outcome.parent, "train-outcome", overwrite=True) as folder:
-            folder.write_text(outcome.name, dump_json({"name": settings.name, "diverged": said}))
+            folder.write_text(outcome.name, dump_json(ended))
     print_written([Path(settings.output_dir)])
 
 

@@ -15,6 +15,7 @@ from circuit.config import digest_of
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.reports.report import Report, Results, find_report
+from circuit.sealed import unsealed
 from circuit.strict_json import parse_json
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import refuse_another_runs
@@ -225,7 +226,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """A JSON object of this program that is no report, such as a run's `summary.json`.
 
     Raises:
-        CircuitError: there is none, or it is damaged.
+        CircuitError: there is none, it is damaged, or was changed.
     """
     try:
         payload = parse_json(Path(path).read_text(encoding="utf-8"))
@@ -235,4 +236,5 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise CircuitError(f"is damaged ({error})", where=path, fix="make it again") from None
     if not isinstance(payload, dict):
         raise CircuitError("is damaged (no object)", where=path, fix="make it again")
-    return cast("dict[str, Any]", _Said.all(payload, Path(path)))
+    said = _Said.all(unsealed(payload, where=path, fix=ANEW), Path(path))
+    return cast("dict[str, Any]", said)
