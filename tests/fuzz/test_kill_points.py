@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults import KILLED, counting, fault, small_disk
+from faults import KILLED, PAGE, counting, fault, small_disk
 from law import Ended, differing, files, renewed, typed
 
 Words = tuple[str, ...]
@@ -24,6 +24,7 @@ MATCH = "runs/tiny/analysis/bilinear_qk_match_separation/bilinear_qk_match_separ
 SELECT = ("study", "select-heads", "--separation-rows", MATCH, *OUT, "--start-step", "3")
 SELECT += ("--end-step", "12")
 NOTES = Path("out/notes.txt")
+SYSTEM = pytest.mark.system
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Cut:
 
     def __init__(self, job: Job, world: Path, place: Path) -> None:
         self.job = job
-        self.seen: set[frozenset[tuple[Path, bytes]]] = set()
+        self.seen: set[int] = set()
         renewed(world, place)
         untouched = set(files())
         NOTES.parent.mkdir()
@@ -109,10 +110,10 @@ class Cut:
     def broken(self, done: Ended) -> str:
         """What a job that was cut off so breaks of the law; it is then done again."""
         said = "" if done.code == KILLED else done.breach
-        if done.code == KILLED or not said:
-            state = frozenset((p, p.read_bytes()) for p in Path().rglob("*") if p.is_file())
+        if done.code:
+            state = hash(frozenset((p, p.read_bytes()) for p in Path().rglob("*") if p.is_file()))
             if state in self.seen:
-                return ""
+                return said
             self.seen.add(state)
         said += "".join(f" {name} is damaged or lost;" for name in self.lost())
         if done.code == 0 and differing(files(), self.new):
@@ -123,23 +124,24 @@ class Cut:
         return said + "".join(f" {name} differs at last;" for name in differing(files(), self.new))
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.system)])
+@pytest.mark.parametrize(
+    ("names", "step"), [(("train", "report anew"), 17), pytest.param(tuple(JOBS), 1, marks=SYSTEM)]
+)
 def test_cut_off_at_any_call_it_ends_as_if_nothing_had_happened(
-    every: bool, place: Path, world: Path
+    names: Words, step: int, place: Path, world: Path
 ) -> None:
     wrong, total = [], 0
-    for number, (name, job) in enumerate(JOBS.items()):
-        with Cut(job, world, place) as cut:
-            cases = [(n, "kill") for n in range(cut.calls)]
-            cases += [(n, "full") for n in range(0, cut.calls, 5)]
-            for n, kind in cases if every else [cases[17 * number % len(cases)]]:
+    for name in names:
+        with Cut(JOBS[name], world, place) as cut:
+            cases = [(n, "kill") for n in range(0, cut.calls, step)]
+            cases += [(n, "full") for n in range(step // 2, cut.calls, 5 * step)]
+            for n, kind in cases:
                 renewed(cut.before, place)
-                done = typed(job.words, fault(n, kind))
-                broken = cut.broken(done)
+                broken = cut.broken(typed(cut.job.words, fault(n, kind)))
                 wrong += [f"{name}, {kind} at call {n} of {cut.calls}: {broken}"] if broken else []
-                total += 1
+            total += len(cases)
             print(f"{name}: {cut.calls} calls that touch the disk, {len(cut.seen)} states left")
-    print(f"cut off: {total} times, {len(JOBS)} commands; lost or unequal {len(wrong)}")
+    print(f"cut off: {total} times, {len(names)} commands; lost or unequal {len(wrong)}")
     assert wrong == [], "\n".join(wrong[:40])
 
 
@@ -166,17 +168,23 @@ def on_a_small_disk(pages: int, words: Words) -> Ended:
     return Ended(words, int(code), "", err)
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(5, marks=pytest.mark.system)])
-def test_a_small_disk_is_a_refusal_and_no_loss(step: int, place: Path, world: Path) -> None:
+def pages_of(contents: dict[str, bytes]) -> int:
+    """What the files of `out` take on a disk."""
+    return sum(-(-len(data) // PAGE) for name, data in contents.items() if name[:4] == "out/")
+
+
+@pytest.mark.parametrize(
+    ("names", "step"), [(("train on",), 24), pytest.param(tuple(JOBS)[:5], 5, marks=SYSTEM)]
+)
+def test_a_small_disk_is_a_refusal_and_no_loss(
+    names: Words, step: int, place: Path, world: Path
+) -> None:
     wrong, codes = [], []
-    for name in ("train", "train on", "train --trace", "trace record"):
-        job = JOBS[name]
-        with Cut(job, world, place) as cut:
-            need = sum(-(-len(data) // 4096) for n, data in cut.new.items() if n.startswith("out/"))
-            have = sum(-(-len(data) // 4096) for n, data in cut.old.items() if n.startswith("out/"))
-            for pages in range(have + 4, need + 8, step):
+    for name in names:
+        with Cut(JOBS[name], world, place) as cut:
+            for pages in range(pages_of(cut.old) + 4, pages_of(cut.new) + 8 + step, step):
                 renewed(cut.before, place)
-                done = on_a_small_disk(pages, job.words)
+                done = on_a_small_disk(pages, cut.job.words)
                 broken = cut.broken(done)
                 wrong += [f"{name} on {pages} pages: {broken}"] if broken else []
                 codes.append(done.code)
