@@ -18,7 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import altair  # noqa: F401  what a fork would else import anew
+import transformer_lens  # noqa: F401
 from command_line import type_in
+
+import circuit.page
+import circuit.reports.export
+import circuit.trace.replay
+import circuit.training.imported
+import circuit.training.loop  # noqa: F401
 
 CODES = {0, 2, 130, 143}
 SECONDS = 120
