@@ -88,6 +88,44 @@ def test_a_recording_killed_again_and_again_ends_with_the_same_bytes(
     assert bytes_of("trace") == bytes_of(recorded_once)
 
 
+def test_a_recording_stopped_before_or_after_any_write_goes_on(
+    workplace: Path,
+    make_config: MakeConfig,
+    recording: Recording,
+    bytes_of: BytesOf,
+    recorded_once: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every atomic write: the list of files, the manifest, the row file, the states."""
+    write, expected = artifacts.atomic_write_bytes, bytes_of(recorded_once)
+    total = same_bytes = 0
+    finished = False
+    while not finished:
+        left = total // 2
+
+        def stopped(path: Path, payload: bytes, after: bool = bool(total % 2)) -> None:
+            nonlocal left
+            left -= 1
+            if after or left >= 0:
+                write(path, payload)
+            if left < 0:
+                raise Killed
+
+        monkeypatch.setattr(artifacts, "atomic_write_bytes", stopped)
+        try:
+            recording(make_config())
+            finished = True
+        except Killed:
+            monkeypatch.setattr(artifacts, "atomic_write_bytes", write)
+            recording(make_config(), resume=True)
+            same_bytes += bytes_of("trace") == expected
+            total += 1
+            shutil.rmtree("trace")
+    print(f"stopped before or after a write: equal {same_bytes} of {total}")
+    assert total >= 2 * (2 + 1 + 1 + 4)
+    assert same_bytes == total
+
+
 def test_a_torn_row_and_the_rows_beyond_the_last_anchor_are_written_again(
     trace_folder: Path, make_config: MakeConfig, recording: Recording, bytes_of: BytesOf
 ) -> None:

@@ -18,6 +18,7 @@ from command_line import type_and_read
 from killed import calls_of, killed_at
 from typer.main import get_command
 
+from circuit import artifacts
 from circuit.errors import CircuitError
 from circuit.trace.record import RecordOptions, RecordResult
 from circuit.trace.replay import ReplayedRun
@@ -151,6 +152,41 @@ def test_an_interruption_after_any_step_changes_nothing(
             traced(make_config(), overwrite=at > 1, progress=interrupt)
         traced(make_config(), resume=True)
         assert (run_bytes(), bytes_of(TRACE)) == apart
+
+
+def test_a_stop_before_any_write_of_either_changes_nothing(
+    workplace: Path,
+    make_config: MakeConfig,
+    bytes_of: BytesOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every atomic write of run and trace, in the order in which they come."""
+    config = make_config(steps=5, eval_every=5, tracked_splits=["validation_iid"])
+    traced(config)
+    straight = run_bytes(), bytes_of(TRACE)
+    write, stops, finished = artifacts.atomic_write_bytes, 0, False
+    while not finished:
+        shutil.rmtree("runs")
+        left = stops
+
+        def stopped(path: Path, payload: bytes) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            write(path, payload)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts, "atomic_write_bytes", stopped)
+            try:
+                traced(config)
+                finished = True
+            except Killed:
+                stops += 1
+        traced(config, resume=True)
+        assert (run_bytes(), bytes_of(TRACE)) == straight, f"stopped at write {stops}"
+    print(f"stopped before each of {stops} writes")
+    assert stops > len(straight[0]) + len(straight[1])
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(

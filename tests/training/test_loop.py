@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from killed import calls_of, killed_at
 
-from circuit.artifacts import read_jsonl
+from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
 from circuit.core.digests import tensors_digest
@@ -141,6 +141,37 @@ def test_an_interruption_after_any_step_changes_nothing(
         equal += outputs() == straight
     print(f"interrupted and resumed: equal {equal} of 12")
     assert equal == 12
+
+
+def test_an_interruption_after_any_write_changes_nothing(
+    straight: dict[str, bytes], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = OutputFolder.write_bytes
+    total = equal = 0
+    while True:
+        left = total
+
+        def interrupted(folder: OutputFolder, name: str, payload: bytes) -> Path:
+            nonlocal left
+            path = write(folder, name, payload)
+            left -= 1
+            if left < 0:
+                raise Killed
+            return path
+
+        monkeypatch.setattr(OutputFolder, "write_bytes", interrupted)
+        try:
+            train(make_config(), overwrite=total > 0)
+        except Killed:
+            monkeypatch.setattr(OutputFolder, "write_bytes", write)
+        else:
+            break
+        train(make_config(), resume=True)
+        equal += outputs() == straight
+        total += 1
+    print(f"interrupted after a write and resumed: equal {equal} of {total}")
+    assert total >= 2 + 1 + 4 + 1  # config, facts, best, checkpoints, summary
+    assert equal == total
 
 
 def test_a_run_killed_again_and_again_is_the_straight_run(
