@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, read_json, validated
+from circuit.sealed import unsealed
 
 Facts = dict[str, Any]
 """Recorded facts, all JSON."""
@@ -187,12 +188,15 @@ def recorded_facts(path: Path) -> Facts:
     """The facts that a run or trace wrote down; empty if there is no such file.
 
     Raises:
-        CircuitError: the file is damaged.
+        CircuitError: the file is damaged, or was changed.
     """
     try:
         facts = read_json(path)
     except MissingFileError:
         return {}
+    if isinstance(facts, dict):
+        fix = "bring it back; or remove it, and pass --allow-drift"
+        facts = unsealed(facts, where=path, fix=fix)
     return validated(facts, RecordedFacts, where=path).model_dump(exclude_unset=True)
 
 

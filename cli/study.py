@@ -95,6 +95,7 @@ def train(
         trace, end_step=trace_end_step, top_k_parameters=trace_top_k_parameters
     )
     from circuit.artifacts import OutputFolder, dump_json
+    from circuit.sealed import sealed
     from circuit.studies.continuation import run_goes_on
     from circuit.training.checkpoints import DivergedError
 
@@ -121,10 +122,11 @@ def train(
     if interrupted():
         raise typer.Exit(signals.exit_code())
     if outcome is not None:
+        ended = sealed({"name": settings.name, "diverged": said})
         with OutputFolder(
             outcome.parent, "train-outcome", writes=[outcome.name], overwrite=True
         ) as folder:
-            folder.write_text(outcome.name, dump_json({"name": settings.name, "diverged": said}))
+            folder.write_text(outcome.name, dump_json(ended))
     print_written([Path(settings.output_dir)])
 
 

@@ -11,8 +11,9 @@ from circuit.artifacts import OutputFolder, dump_json
 from circuit.core.digests import tensors_digest
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
-from circuit.reading import read_json
+from circuit.reading import MissingFileError, read_json
 from circuit.reports.inputs import check_finite
+from circuit.sealed import sealed, unsealed
 from circuit.trace.states import States
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
@@ -80,15 +81,22 @@ def evaluate_checkpoint(
             "evaluations": earlier | {e.split: e.to_row() | config.origin() for e in evaluations},
             "provenance": environment_facts(config.device),
         }
-        folder.write_text(path.name, dump_json(report))
+        folder.write_text(path.name, dump_json(sealed(report)))
     return EvaluationReport(state.step, evaluations, path)
 
 
 def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:
-    """The evaluations of the same weights that stand in the file."""
+    """The evaluations of the same weights that stand in the file.
+
+    Raises:
+        CircuitError: it is damaged, or was changed after it was written.
+    """
+    fix = "move it away, and evaluate its splits again"
     try:
-        report = read_json(path)
+        report = unsealed(dict(read_json(path)), where=path, fix=fix)
         same = all(report[key] == value for key, value in of.items())
         return dict(report["evaluations"]) if same else {}
-    except (CircuitError, ValueError, KeyError, TypeError):
-        return {}  # ours, and about to be replaced
+    except MissingFileError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CircuitError(f"is damaged ({error!r})", where=path, fix=fix) from None

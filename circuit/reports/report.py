@@ -26,7 +26,6 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 from urllib.parse import quote
 
 from circuit.artifacts import OutputFolder, Row, dump_json, dump_rows
-from circuit.config import digest_of
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
@@ -34,6 +33,7 @@ from circuit.options import CheckpointOptions, Options, ProbeOptions
 from circuit.quoting import markdown_text
 from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
 from circuit.reports.tables import Table
+from circuit.sealed import sealed
 from circuit.strict_json import parse_json
 from circuit.train_config import ModelConfig, TrainConfig
 
@@ -413,7 +413,7 @@ class open_report:  # noqa: N801  a context manager
                 "seconds": time.time() - self.began,
             },
         }
-        contents[report_file] = dump_json({**payload, "digest": digest_of(payload)}).encode()
+        contents[report_file] = dump_json(sealed(payload)).encode()
         # everything is ready and every name is free before the earlier report goes
         self.folder.claim(contents)
         self.folder.remove([report_file])

@@ -15,6 +15,7 @@ from circuit.overrides import Overrides
 from circuit.quoting import shell_line
 from circuit.reading import file_digest, read_json
 from circuit.reports.report import Report, Results, find_report
+from circuit.sealed import unsealed
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import refuse_another_runs
 
@@ -216,9 +217,10 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """A JSON object of this program that is no report, such as a run's `summary.json`.
 
     Raises:
-        CircuitError: there is none, or it is damaged.
+        CircuitError: there is none, it is damaged, or was changed.
     """
     payload = read_json(path, fix=ANEW)
     if not isinstance(payload, dict):
         raise CircuitError("is damaged (no object)", where=path, fix=ANEW)
-    return cast("dict[str, Any]", _Said.all(payload, Path(path)))
+    said = _Said.all(unsealed(payload, where=path, fix=ANEW), Path(path))
+    return cast("dict[str, Any]", said)

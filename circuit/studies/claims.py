@@ -236,7 +236,7 @@ def _content(path: Path) -> Mapping[str, Any]:
     """The summary of a report, and of another file all; evaluations of a run from its rows."""
     if not path.name.endswith(SUFFIX):
         found = read_document(path)
-        if path.name == SUMMARY:  # without a digest; the rows of its step say the same, with one
+        if path.name == SUMMARY:  # version 0.1.0 gave a digest only to the rows of its step
             rows, ended = read_jsonl(path.with_name(METRICS)), ("evaluation", found.get("steps"))
             last = [row for row in rows if (row["kind"], row["step"]) == ended]
             found["evaluations"] = {row["split"]: row for row in last}

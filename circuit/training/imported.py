@@ -229,16 +229,16 @@ def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
     """Settings that a HookedTransformerConfig beside the files tells: `config.json`.
 
     Raises:
-        CircuitError: they are not those of this study's model.
+        CircuitError: they are not those of this study's model, or the file is damaged.
     """
     told: dict[str, Any] = {}
     for path in dict.fromkeys(file.parent / "config.json" for file in files):
         try:
-            payload = read_json(path)
-        except CircuitError:
-            continue  # none, or of something else
-        if not isinstance(payload, dict) or "act_fn" not in payload:
+            payload = read_json(path, fix="repair it, or move it away")
+        except MissingFileError:
             continue
+        if not isinstance(payload, dict) or "act_fn" not in payload:
+            continue  # of something else
         wanted = ASSUMED | {"normalization_type": "LN", "attn_only": False, "gated_mlp": False}
         for name, value in wanted.items():
             if name in payload and payload[name] != value:

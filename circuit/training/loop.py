@@ -27,6 +27,7 @@ from circuit.environment import (
     prepare_process,
 )
 from circuit.errors import CircuitError
+from circuit.sealed import sealed
 from circuit.sizes import require_disk, training_disk
 from circuit.tasks.positions import EncodedSplit
 from circuit.tasks.symbolic_kv import PAD
@@ -193,7 +194,8 @@ def train(
         else:
             folder.clear()
             folder.write_text(RUN_CONFIG, config.to_json(origin=True))
-            folder.write_text(ENVIRONMENT, dump_json(environment_facts(config.device)))
+            facts = environment_facts(config.device)
+            folder.write_text(ENVIRONMENT, dump_json(sealed(facts)))
         loop = _Loop(config, folder, session, tracked, notes, last, stop, progress, recorder)
         return loop.run(rows)
 
@@ -280,7 +282,7 @@ class _Loop:
             self.folder.owned,
         )
         if session.step == config.steps:
-            self.folder.write_text(SUMMARY, dump_json(_summary(result)))
+            self.folder.write_text(SUMMARY, dump_json(sealed(_summary(result))))
         return replace(result, files=self.folder.owned)
 
     def _write(self, log: RowLog, row: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
 from circuit.core.digests import tensors_digest
-from circuit.environment import BIT_FACTS
+from circuit.environment import BIT_FACTS, recorded_facts
 from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.runs.opening import open_run
+from circuit.sealed import sealed
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import draw_probe_set
 from circuit.train_config import TrainConfig
@@ -310,15 +312,36 @@ def test_a_benchmark_changed_under_a_run_is_refused(
     assert not (RUN / "evaluation").exists()
 
 
+def record(**facts: Any) -> None:
+    """Lets the run have been started with other facts."""
+    path = RUN / "environment.json"
+    path.write_text(json.dumps(sealed(recorded_facts(path) | facts)))
+
+
+@pytest.mark.parametrize("name", ["environment.json", "evaluation/step_000003.json"])
+def test_a_changed_digit_of_a_record_is_refused(
+    workplace: Path, make_config: MakeConfig, name: str
+) -> None:
+    train(make_config(threads=None), stop_at=3)
+    checkpoint = RUN / "checkpoints" / checkpoint_name(3)
+    uses: dict[str, Callable[[], Any]] = {
+        "environment.json": lambda: train(make_config(threads=None), resume=True),
+        "evaluation/step_000003.json": lambda: evaluate_checkpoint(make_config(), checkpoint),
+    }
+    uses["evaluation/step_000003.json"]()
+    text = (RUN / name).read_text()
+    (RUN / name).write_text(re.sub(r'("(threads|reads)": )1', r"\g<1>2", text))
+    assert (RUN / name).read_text() != text
+    with pytest.raises(CircuitError, match=rf"{name}: was changed after it was written"):
+        uses[name]()
+
+
 @pytest.mark.parametrize("fact", BIT_FACTS)
 def test_a_changed_environment_refuses_a_resume_and_names_the_fact(
     workplace: Path, make_config: MakeConfig, fact: str
 ) -> None:
     train(make_config(), stop_at=3)
-    path = RUN / "environment.json"
-    facts = json.loads(path.read_text())
-    facts[fact] = "something else"
-    path.write_text(json.dumps(facts))
+    record(**{fact: "something else"})
     before = outputs()
     with pytest.raises(
         CircuitError, match=rf"environment has changed \({fact}: 'something else' -> [^;]*\), so"
@@ -330,9 +353,7 @@ def test_a_changed_environment_refuses_a_resume_and_names_the_fact(
 
 def test_other_facts_may_change(workplace: Path, make_config: MakeConfig) -> None:
     train(make_config(), stop_at=3)
-    path = RUN / "environment.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps({**facts, "python": "3.99", "platform": "elsewhere"}))
+    record(python="3.99", platform="elsewhere")
     assert train(make_config(), resume=True).step == 12
 
 

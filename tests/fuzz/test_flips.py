@@ -1,0 +1,168 @@
+"""A flipped bit, or a changed digit, in any file that a command reads: refused, or no effect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from law import Ended, differing, files, renewed, typed
+
+RUN, HALF = "runs/tiny", "runs/half"
+CHECKPOINT = f"{RUN}/checkpoints/step_000012.pt"
+MATCH = f"{RUN}/analysis/bilinear_qk_match_separation/bilinear_qk_match_separation"
+PROBES = f"{RUN}/analysis/probe_set.jsonl"
+OUT = ("--output-dir", "out")
+TRAIN = ("train", "--config", "tiny.json", "--set", "output_dir=out", "--stop-at-step", "2")
+GENERATE = ("generate-benchmark", "--config", "benchmark.json", "--set", "output_dir=out")
+RESUME = ("train", "--config", HALF, "--resume")
+ANEW = ("train", "--config", RUN, "--resume-from", "9", "--overwrite")
+EVALUATE = ("evaluate", "--config", RUN, "--checkpoint", CHECKPOINT)
+RECORD = ("trace", "record", "--config", HALF, "--from-initialization", "--num-steps", "2", *OUT)
+VERIFY, SHOW = ("trace", "verify", "trace"), ("trace", "show", "trace")
+CHECKOUT = ("trace", "checkout", "trace", "--step", "6", "--output", "out.pt")
+PAGE = ("page", RUN, "--overwrite")
+EXPORT = ("export", "--config", RUN, "--checkpoint", CHECKPOINT, *OUT)
+IMPORT = ("import-checkpoints", "exported", "--step", "3", "--benchmark-dir", "data/tiny", *OUT)
+SELECT = ("study", "select-heads", "--separation-rows", f"{MATCH}_rows.jsonl", *OUT)
+SELECT += ("--start-step", "3", "--end-step", "12", "--score", "rank2")
+REPORT = ("bilinear-qk-match-separation", "--config", RUN, "--probe-set", PROBES, "--rank", "2")
+REPORT += ("--checkpoint", CHECKPOINT, *OUT)
+COMPARE = ("study", "compare-optimizers", "--run", RUN, *OUT)
+
+READ: dict[str, list[tuple[str, ...]]] = {
+    "tiny.json": [TRAIN],
+    "benchmark.json": [GENERATE],
+    f"{RUN}/run_config.json": [EVALUATE, EXPORT, ANEW, COMPARE],
+    f"{HALF}/environment.json": [RESUME, RECORD],
+    f"{HALF}/train.manifest.json": [RESUME, (*RESUME[:-1], "--overwrite")],
+    f"{HALF}/metrics.jsonl": [RESUME],
+    f"{RUN}/metrics.jsonl": [PAGE, ANEW, COMPARE],
+    f"{HALF}/checkpoints/best.pt": [
+        RESUME,
+        (*EVALUATE[:2], HALF, "--checkpoint", f"{HALF}/checkpoints/best.pt"),
+    ],
+    f"{HALF}/checkpoints/step_000006.pt": [RESUME],
+    f"{RUN}/summary.json": [COMPARE],
+    f"{RUN}/evaluation/best.json": [
+        (*EVALUATE[:4], f"{RUN}/checkpoints/best.pt", "--split", "train")
+    ],
+    CHECKPOINT: [EVALUATE, EXPORT, REPORT],
+    "trace/trace.json": [SHOW, VERIFY, CHECKOUT],
+    "trace/optimizer_update_trace_rows.jsonl": [SHOW, VERIFY, CHECKOUT],
+    "trace/checkpoints/step_000004.pt": [VERIFY, CHECKOUT],
+    "data/tiny/metadata.json": [EVALUATE, TRAIN, REPORT],
+    "data/tiny/train.jsonl": [TRAIN, VERIFY],
+    "data/tiny/validation_iid.jsonl": [EVALUATE, TRAIN],
+    PROBES: [REPORT],
+    PROBES.replace(".jsonl", ".metadata.json"): [REPORT],
+    f"{MATCH}_report.json": [PAGE, SELECT],
+    f"{MATCH}_rows.jsonl": [PAGE, SELECT],
+    "exported/model.safetensors": [IMPORT],
+    "exported/config.json": [IMPORT],
+    f"{RUN}/page.formation.manifest.json": [PAGE],
+}
+"""Commands of every kind of file."""
+Outcome = tuple[int, str, dict[str, bytes]]
+SAYS = {
+    "tiny.json": "out/run_config.json",
+    "benchmark.json": "out/metadata.json",
+    f"{RUN}/run_config.json": f"{RUN}/run_config.json",
+    "exported/model.safetensors": "out/run_config.json",
+    "exported/config.json": "out/run_config.json",
+}
+"""Where it stands what a command has made of a file whose values are its author's, so no digest."""
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """With one bit flipped, or one digit changed."""
+    made = bytearray(data)
+    digits = [found.start() for found in re.finditer(rb"\d", data)]
+    if digits and rng.random() < 0.5:
+        at = rng.choice(digits)
+        made[at] = rng.choice([d for d in b"0123456789" if d != data[at]])
+    else:
+        bit = rng.randrange(8 * len(data))
+        made[bit // 8] ^= 1 << bit % 8
+    return bytes(made)
+
+
+def outcome(done: Ended) -> Outcome:
+    """Code, words and files of a command."""
+    return done.code, re.sub(r"in \d+ s \(.*", "", done.out), files()
+
+
+def within(said: Any, record: Any) -> bool:
+    """Whether a record says at least what a config says, but for the places."""
+    if not (isinstance(said, dict) and isinstance(record, dict)):
+        return bool(said == record)
+    places = ("output_dir", "overrides")
+    return all(within(v, record.get(k)) for k, v in said.items() if k not in places)
+
+
+def on_record(name: str, flipped: bytes, out: str) -> bool:
+    """Whether the output tells that it was made of what the file says now."""
+    text = Path(SAYS[name]).read_text() if name in SAYS and Path(SAYS[name]).exists() else ""
+    if hashlib.sha256(flipped).hexdigest() in text or "assumed, since weights" in out:
+        return True
+    record = json.loads(text or "null") or {}
+    try:
+        return within(json.loads(flipped), record.get("config", record))
+    except ValueError:
+        return False
+
+
+def verdict(name: str, words: tuple[str, ...], flipped: bytes, sound: Outcome) -> tuple[str, str]:
+    """What became of a flip, and why where it is wrong."""
+    done = typed(words)
+    code, said, made = outcome(done)
+    if done.breach:
+        return "wrong", done.breach
+    if code in (1, 2):
+        return "refused", ""
+    untouched = {name} if Path(name).read_bytes() == flipped else set()
+    lost = set(differing(sound[2], made)) - untouched
+    if not lost and said == sound[1]:
+        return "without effect", ""
+    if on_record(name, flipped, done.out):
+        return "on record", ""
+    return "wrong", f"{sorted(lost)} {said[-200:]}"
+
+
+@pytest.mark.parametrize("count", [46, pytest.param(1000, marks=pytest.mark.system)])
+def test_a_changed_bit_or_digit_is_refused_or_has_no_effect(
+    count: int, place: Path, world: Path
+) -> None:
+    rng, wrong = random.Random(0), []
+    figures: dict[str, Counter[str]] = {name: Counter() for name in READ}
+    sound: dict[tuple[str, ...], Outcome] = {}
+    for number in range(count):
+        name = list(READ)[number % len(READ)]
+        words = READ[name][number // len(READ) % len(READ[name])]
+        if words not in sound:
+            renewed(world, place)
+            sound[words] = outcome(typed(words))
+            assert sound[words][0] == 0, words
+        renewed(world, place)
+        before = Path(name).read_bytes()
+        flipped = damaged(before, rng)
+        Path(name).unlink()
+        Path(name).write_bytes(flipped)
+        kind, why = verdict(name, words, flipped, sound[words])
+        figures[name][kind] += 1
+        if kind == "wrong":
+            at = next(i for i, (a, b) in enumerate(zip(before, flipped, strict=True)) if a != b)
+            change = f"byte {at}: {before[at - 30 : at + 9]!r} -> {flipped[at - 30 : at + 9]!r}"
+            wrong.append(f"{name}, {change}: circuit {' '.join(words)}\n{why}")
+    for name, counts in figures.items():
+        print(f"{name}: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}")
+    total = sum(figures.values(), Counter())
+    print(
+        f"flips in {len(READ)} kinds of file: silently wrong {len(wrong)} of {count}; {dict(total)}"
+    )
+    assert wrong == [], "\n\n".join(wrong[:40])

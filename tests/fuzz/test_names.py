@@ -1,0 +1,105 @@
+"""Folders and labels of any name: what is printed can be pasted, and no page or table breaks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from law import renewed, typed
+
+PLAIN = "plain"
+PARTS = [" ", "'", '"', "$(touch executed)", "`touch executed`", ";touch executed;", "\n", "\t"]
+PARTS += ["|", "<script>executed</script>", "</script>", "-x", "=1+1", "@", "&amp;", "\u00e9", "*"]
+PARTS += ["\u65e5\u672c", "?", "\\", "#", "!", "~", "$HOME", "{{7}}", "%s", "[red]", ",", "[a](b)"]
+PARTS += ["\u202e", "\r", "\x1b[31m", "\x07", "--", "n" * 150]
+STUB = '#!/bin/sh\nprintf "%s\\0" "$@" >> "$SAID"; printf "\\1\\0" >> "$SAID"\n'
+"""A `circuit` that writes down its words."""
+
+
+def names(count: int) -> list[str]:
+    """Each part alone, then several together."""
+    rng = random.Random(0)
+    drawn = ["".join(rng.sample(PARTS, rng.randint(2, 4))) for _ in range(count)]
+    return [name for name in [*PARTS, *drawn] if name.strip()][:count]
+
+
+class Skeleton(HTMLParser):
+    """Tags of a page with the names of their attributes, in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[Any] = []
+        self.feed(Path(page).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, [name for name, _ in attributes]))
+
+
+def pasted(text: str) -> list[list[str]]:
+    """What the commands of a text are called with, pasted into a shell."""
+    commands = text[text.index("  circuit ") : text.rindex("\nwrote ")]
+    Path("bin").mkdir()
+    Path("bin/circuit").write_text(STUB)
+    Path("bin/circuit").chmod(0o755)
+    Path("said").write_bytes(b"")
+    where = {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "SAID": "said"}
+    subprocess.run(["bash", "-c", commands], env=where, check=False, stdin=subprocess.DEVNULL)
+    lines = Path("said").read_bytes().decode("utf-8", "replace").split("\1\0")[:-1]
+    return [[word.removeprefix("./") for word in line.split("\0")[:-1]] for line in lines]
+
+
+def shapes(name: str) -> dict[str, list[int]]:
+    """Cells of every line of the tables, in Markdown and CSV, of the run and of `out`."""
+    made = {}
+    for path in [*Path("out").rglob("*.md"), *Path(name).rglob("*.md")]:
+        lines = [line for line in path.read_text().split("\n") if line.startswith("|")]
+        made[path.name] = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+    for path in Path(name).rglob("*.csv"):
+        with path.open(newline="") as file:
+            made[path.name] = [len(row) for row in csv.reader(file)]
+    return made
+
+
+def told(name: str) -> tuple[dict[str, Any], list[str]]:
+    """What commands make of a run of that name and label, and what they broke of the law."""
+    Path("runs/tiny").rename(name)
+    config = Path(name, "run_config.json")
+    text = json.dumps(json.loads(config.read_text()) | {"name": name})
+    config.unlink()
+    config.write_text(text)
+    page = ["page", "--output", "page.html"]
+    done = [typed([*page, "--", name])]
+    commands = pasted(done[0].out) if done[0].code == 0 else []
+    done += [typed(words) for words in commands if words[0] == "weight-svd-trace"]
+    done.append(typed(["study", "compare-optimizers", f"--run={name}", "--output-dir", "out"]))
+    done.append(typed([*page, "--overwrite", "--", name]))
+    done.append(typed(["page", "--compare", "--output", "c.html", "--", name, "runs/half"]))
+    broken = [one.breach or one.err for one in done if one.code or one.breach]
+    if broken:
+        return {}, broken
+    pages = {path: Skeleton(path).tags for path in ("page.html", "c.html")}
+    return {"pasted": commands, **pages, **shapes(name)}, [str(p) for p in Path().rglob("executed")]
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.system)])
+def test_a_name_is_a_name_wherever_it_is_printed(count: int, place: Path, world: Path) -> None:
+    expected, broken = told(PLAIN)
+    assert broken == []
+    wrong = []
+    for name in names(100)[:: 100 // count]:
+        renewed(world, place)
+        said, broken = told(name)
+        meant = [[word.replace(PLAIN, name) for word in line] for line in expected["pasted"]]
+        differing = [key for key in said if said[key] != (expected | {"pasted": meant})[key]]
+        if broken or differing:
+            wrong.append(f"{name!r}: {broken} {differing} {str(said.get('pasted'))[:200]}")
+    print(f"names: {count}; pasted, drawn or tabled wrong, or executed: {len(wrong)}")
+    assert wrong == [], "\n".join(wrong)
