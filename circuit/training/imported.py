@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from circuit.artifacts import OutputFolder
 from circuit.config import parse_config
 from circuit.errors import CircuitError
-from circuit.reading import checked_path, read_bytes, read_json
+from circuit.reading import MissingFileError, checked_path, read_bytes, read_json
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import TrainState, checkpoint_name, encode_checkpoint
