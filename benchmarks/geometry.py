@@ -76,9 +76,9 @@ def naive_seconds(folder: str, probes: Path, checkpoint: Path, stage: str, sampl
         key_tokens=vocabulary.key_ids,
         value_tokens=vocabulary.value_ids,
     )
-    reads = batch.reads.select(torch.arange(min(sample, len(batch.reads))))
+    reads = batch.select(torch.arange(min(sample, len(batch))))
     began = time.perf_counter()
-    for row, at in zip(reads.row, reads.key_pos, strict=True):
+    for row, at in zip(reads.row, reads.at, strict=True):
         with patch(point.model, stage, (row.new_zeros(1), at[None]), partial(remove, basis=basis)):
             point.model(batch.tokens[row][None])[0, at].tolist()
     return (time.perf_counter() - began) / len(reads)

@@ -373,13 +373,16 @@ _LEGEND = (
 
 
 def print_slices(evaluations: list[Evaluation]) -> None:
-    """Answer accuracy by lag, with the shortcut agreement of the wrong answers."""
-    made = table(None, ["split", "lag", "reads", "answer %", "agree %"])
+    """Answer accuracy by the task's slice, with the shortcut agreement of the wrong answers."""
+    by = next(iter(evaluations[0].by_slice), None)
+    if by is None:
+        return
+    made = table(None, ["split", by, "reads", "answer %", "agree %"])
     for e in evaluations:
-        for lag, found in e.by_slice["lag"].items():
+        for value, found in e.by_slice[by].items():
             made.add_row(
                 e.split,
-                lag,
+                value,
                 str(found.reads),
                 share(found.answer_accuracy),
                 share(found.shortcut_agreement),

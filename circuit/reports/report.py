@@ -67,11 +67,13 @@ class Results(Generic[O]):
         options: it was made with.
         summary: its main numbers.
         read: the rows of a file by its name; see `rows`.
+        slice: column of the values by which figures are given apart.
     """
 
     options: O
     summary: Mapping[str, Any]
     read: Callable[[str, str], Iterable[Row]]
+    slice: str = "lag"
 
     def rows(self, file: str = "", *, holding: str = "") -> Iterator[Row]:
         """Rows of one of its files, the main one by default; see `iter_jsonl`."""
@@ -252,6 +254,7 @@ class OfCheckpoints(Report[C]):
             splits=options.splits or None,
             checkpoints=self.options.checkpoints,
         )
+        self.options.check_task(self.inputs.task)
 
     def points(self) -> Iterator[Any]:
         for point in self.inputs.models(self.options.checkpoints, finite=self.finite):
@@ -384,6 +387,7 @@ class open_report:  # noqa: N801  a context manager
             report.options,
             findings.summary,
             lambda name, text: _rows(files[name or row_file], text),
+            report.provenance().get("slice", "lag"),
         )
         notes, tables, charts = kind.notes(results), kind.tables(results), kind.charts(results)
         texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}

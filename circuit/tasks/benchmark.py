@@ -1,31 +1,33 @@
 """A benchmark in memory and on disk: `metadata.json` and one `<split>.jsonl` a split.
 
-`metadata.json` holds the config, vocabulary, held-out pairs, every figure of the checks, and the
-sha256 and record count of each split. Its digest names the benchmark: config, held-out pairs and
-the bytes of every split.
+`metadata.json` holds the config, vocabulary, what the draw decided, every figure that the task
+measured, and the sha256 and record count of each split. Its digest names the benchmark: config, the
+draw's facts and the bytes of every split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from circuit.artifacts import OutputFolder
-from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import digest_of
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.strict_json import parse_json
-from circuit.tasks.checks import BenchmarkFigures, check_benchmark
-from circuit.tasks.generator import Pair, Progress, draw_splits
-from circuit.tasks.symbolic_kv import Record, Vocabulary, record_from_json, record_to_json
+from circuit.tasks.base import Progress, Record, Stored, Task, TaskConfig, Vocabulary
+from circuit.tasks.records import records_from_jsonl, records_to_jsonl
+from circuit.tasks.registry import find_task
 
 SCHEMA_VERSION = 1
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 WriteFile = Callable[[str, str], None]
 """Writes a text under a file name, in a folder that the caller chose."""
@@ -33,28 +35,25 @@ WriteFile = Callable[[str, str], None]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Metadata(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SplitFile(_Metadata):
+class SplitFile(Stored):
     """One split's file: number of records (lines) and sha256 of its bytes."""
 
     records: Annotated[int, Field(ge=1)]
     sha256: Sha256
 
 
-class BenchmarkMetadata(_Metadata):
-    """The content of `metadata.json`."""
+class BenchmarkMetadata(Stored):
+    """The content of `metadata.json`; beside these fields stand the facts of the task's draw."""
+
+    model_config = ConfigDict(extra="allow")
 
     schema_version: int
     name: str
     digest: Sha256
     splits: dict[str, SplitFile]
-    config: BenchmarkConfig
-    figures: BenchmarkFigures
+    config: dict[str, Any]
+    figures: dict[str, Any]
     vocabulary: list[str]
-    heldout_pairs: list[tuple[str, str]]
     overrides: Overrides | None = None
     """Of the config; left out of the file where there are none."""
 
@@ -64,9 +63,8 @@ class Benchmark:
     """A checked benchmark, or the splits of one that were loaded.
 
     Attributes:
-        config: what it was generated from.
-        vocabulary: its tokens.
-        heldout_pairs: the held-out (key token id, value token id).
+        task: with its config.
+        facts: of the task's draw.
         splits: records by split name; a loaded benchmark holds the splits that were asked for.
         read: reads and verifies a split of a loaded benchmark.
         figures: everything the checks measured, and their warnings.
@@ -74,14 +72,23 @@ class Benchmark:
         digest: sha256 that names the benchmark.
     """
 
-    config: BenchmarkConfig
-    vocabulary: Vocabulary
-    heldout_pairs: frozenset[Pair]
+    task: Task
+    facts: BaseModel
     splits: dict[str, list[Record]]
-    figures: BenchmarkFigures
+    figures: Any
     files: dict[str, SplitFile]
     digest: str
     read: Callable[[str], list[Record]] | None = field(default=None, compare=False)
+
+    @property
+    def config(self) -> Any:
+        """What it was generated from."""
+        return self.task.config
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+        return self.task.vocabulary
 
     def records(self, split: str) -> list[Record]:
         """The records of a split in file order; read when they are first asked for.
@@ -109,16 +116,16 @@ class Benchmark:
             name=self.config.name,
             digest=self.digest,
             splits=self.files,
-            config=self.config,
-            figures=self.figures,
+            config=self.config.model_dump(mode="json"),
+            figures=self.figures.model_dump(mode="json"),
             vocabulary=list(self.vocabulary.tokens),
-            heldout_pairs=_pair_tokens(self.heldout_pairs, self.vocabulary),
         )
-        payload = metadata.model_dump(mode="json", exclude={"overrides"}) | self.config.origin()
+        payload = metadata.model_dump(mode="json", exclude={"overrides"})
+        payload |= self.facts.model_dump(mode="json") | self.config.origin()
         write("metadata.json", json.dumps(payload, indent=1) + "\n")
 
 
-def generate_benchmark(config: BenchmarkConfig, progress: Progress | None = None) -> Benchmark:
+def generate_benchmark(config: TaskConfig, progress: Progress | None = None) -> Benchmark:
     """Draw and check a benchmark; the same config gives the same bytes.
 
     Args:
@@ -128,19 +135,19 @@ def generate_benchmark(config: BenchmarkConfig, progress: Progress | None = None
     Raises:
         CircuitError: the settings cannot work, or the benchmark fails one of its checks.
     """
-    vocab = Vocabulary(config.num_keys, config.num_values)
-    heldout_pairs, splits = draw_splits(config, progress)
-    figures = check_benchmark(config, vocab, heldout_pairs, splits)
+    task = find_task(config.benchmark_type)(config)
+    drawn = task.draw(progress or (lambda split, done: None))
     files = {}
-    for split, records in splits.items():
-        data = records_to_jsonl(records, vocab).encode()
+    for split, records in drawn.splits.items():
+        data = records_to_jsonl(records, task.vocabulary).encode()
         files[split] = SplitFile(records=len(records), sha256=hashlib.sha256(data).hexdigest())
-    digest = _digest(config, _pair_tokens(heldout_pairs, vocab), files)
-    return Benchmark(config, vocab, heldout_pairs, splits, figures, files, digest)
+    figures = task.sizes(drawn.splits) if drawn.figures is None else drawn.figures
+    digest = _digest(config, drawn.facts, files)
+    return Benchmark(task, drawn.facts, drawn.splits, figures, files, digest)
 
 
 def write_benchmark(
-    config: BenchmarkConfig,
+    config: TaskConfig,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -175,65 +182,29 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
             a digest or count is not the recorded one; file and line are named.
     """
     folder = Path(folder)
-    metadata = _read_metadata(folder)
-    config = metadata.config
-    vocab = Vocabulary(config.num_keys, config.num_values)
-    where = folder / "metadata.json"
+    metadata, task, figures, facts = _read_metadata(folder)
+    vocab, where = task.vocabulary, folder / "metadata.json"
     if metadata.schema_version != SCHEMA_VERSION:
         raise _edited(where, f"schema version {metadata.schema_version}, not {SCHEMA_VERSION}")
-    if metadata.name != config.name:
-        raise _edited(where, f"name {metadata.name!r} is not {config.name!r} of its config")
-    if metadata.digest != _digest(config, metadata.heldout_pairs, metadata.splits):
-        raise _edited(where, "the digest is not that of its config, pairs and splits")
-    if metadata.vocabulary != list(vocab.tokens) or metadata.splits.keys() != config.splits.keys():
+    if metadata.name != task.config.name:
+        raise _edited(where, f"name {metadata.name!r} is not {task.config.name!r} of its config")
+    if metadata.digest != _digest(task.config, facts, metadata.splits):
+        raise _edited(where, "the digest is not that of its config, facts and splits")
+    if metadata.vocabulary != list(vocab.tokens) or tuple(metadata.splits) != task.split_names:
         raise _edited(where, "vocabulary or splits are not those of its config")
     wanted = list(metadata.splits) if splits is None else list(splits)
     for name in wanted:
         if name not in metadata.splits:
             raise _unknown_split(name, metadata.splits, where=folder)
-    heldout_pairs = frozenset(
-        (key, value)
-        for pair in metadata.heldout_pairs
-        for key, value in [vocab.encode(" ".join(pair))]
-    )
     return Benchmark(
-        config=config,
-        vocabulary=vocab,
-        heldout_pairs=heldout_pairs,
+        task=task,
+        facts=facts,
         splits={name: _read_split(folder, name, metadata, vocab) for name in wanted},
-        figures=metadata.figures,
+        figures=figures,
         files=metadata.splits,
         digest=metadata.digest,
         read=lambda split: _read_split(folder, split, metadata, vocab),
     )
-
-
-def records_to_jsonl(records: Sequence[Record], vocab: Vocabulary) -> str:
-    """The records as JSON Lines, one object a line, each line ended by a newline."""
-    return "".join([record_to_json(record, vocab) + "\n" for record in records])
-
-
-def records_from_jsonl(path: Path, vocab: Vocabulary) -> tuple[list[Record], str]:
-    """The records of a JSONL file, and the sha256 of its bytes.
-
-    Raises:
-        CircuitError: the file is missing or a line is no record; file and line are named.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CircuitError("no such file", where=path) from None
-    except OSError as error:
-        raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
-    records = []
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode()
-        except UnicodeDecodeError:
-            raise CircuitError("not valid UTF-8", where=where) from None
-        records.append(record_from_json(text, vocab, where=where))
-    return records, hashlib.sha256(data).hexdigest()
 
 
 def _read_split(
@@ -254,7 +225,7 @@ def _read_split(
     return records
 
 
-def _read_metadata(folder: Path) -> BenchmarkMetadata:
+def _read_metadata(folder: Path) -> tuple[BenchmarkMetadata, Task, BaseModel, BaseModel]:
     path = folder / "metadata.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -269,30 +240,31 @@ def _read_metadata(folder: Path) -> BenchmarkMetadata:
     except (OSError, UnicodeDecodeError) as error:
         raise CircuitError(f"cannot be read ({error})", where=path) from None
     try:
-        return BenchmarkMetadata.model_validate_json(json.dumps(parse_json(text)))
+        payload = parse_json(text)
     except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise _edited(path, f"not valid JSON ({error})") from None
+        raise _edited(path, f"not valid JSON ({error})") from None
+    metadata = _validated(BenchmarkMetadata, payload, path)
+    kind = find_task(str(metadata.config.get("benchmark_type")))
+    config = _validated(kind.Config, metadata.config, path, "config.")
+    figures = _validated(kind.Figures, metadata.figures, path, "figures.")
+    facts = _validated(kind.Facts, metadata.model_extra, path)
+    return metadata, kind(config, facts), figures, facts
+
+
+def _validated(kind: type[_Model], payload: Any, path: Path, inside: str = "") -> _Model:
+    try:
+        return kind.model_validate_json(json.dumps(payload))
+    except ValidationError as error:
         first: Any = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise _edited(path, f"field '{field}': {first['msg']}") from None
+        place = inside + ".".join(str(part) for part in first["loc"])
+        raise _edited(path, f"field '{place or '(top level)'}': {first['msg']}") from None
 
 
-def _digest(
-    config: BenchmarkConfig, heldout_pairs: Sequence[tuple[str, str]], files: dict[str, SplitFile]
-) -> str:
-    """sha256 over the config's canonical JSON, the held-out pairs and the splits' digests."""
-    payload = {
-        "config": config.model_dump(mode="json"),
-        "heldout_pairs": [list(pair) for pair in heldout_pairs],
-        "splits": {name: file.sha256 for name, file in files.items()},
-    }
-    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _pair_tokens(pairs: frozenset[Pair], vocab: Vocabulary) -> list[tuple[str, str]]:
-    return [(vocab.tokens[key], vocab.tokens[value]) for key, value in sorted(pairs)]
+def _digest(config: TaskConfig, facts: BaseModel, files: Mapping[str, SplitFile]) -> str:
+    """sha256 over the config's canonical JSON, the draw's facts and the splits' digests."""
+    splits = {name: file.sha256 for name, file in files.items()}
+    own = facts.model_dump(mode="json")
+    return digest_of({"config": config.model_dump(mode="json"), **own, "splits": splits})
 
 
 def _edited(where: Path, what: str) -> CircuitError:

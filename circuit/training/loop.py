@@ -27,8 +27,7 @@ from circuit.environment import (
     prepare_process,
 )
 from circuit.errors import CircuitError
-from circuit.tasks.positions import EncodedSplit
-from circuit.tasks.symbolic_kv import PAD
+from circuit.tasks.examples import UNPREDICTED, Split
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import checkpoint_name, encode_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate
@@ -201,7 +200,7 @@ class _Loop:
         config: TrainConfig,
         folder: OutputFolder,
         session: TrainingSession,
-        tracked: dict[str, EncodedSplit],
+        tracked: dict[str, Split],
         notes: dict[str, Any],
         last: int,
         stop: Callable[[], bool] | None,
@@ -286,9 +285,8 @@ class _Loop:
         self._save(self._checkpoint().relative_to(self.folder.root).as_posix(), log)
 
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
-        targets = outcome.tokens[:, 1:]
-        real = targets != PAD
-        hits = (outcome.logits.argmax(-1) == targets)[real].cpu()
+        real = outcome.targets != UNPREDICTED
+        hits = (outcome.logits.argmax(-1) == outcome.targets)[real].cpu()
         return {
             "kind": "train",
             "step": outcome.step,

@@ -1,4 +1,4 @@
-"""The config of a benchmark."""
+"""The config of a latest-write benchmark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from circuit.config import Config, FolderName, NonNegativeInt, PositiveInt
+from circuit.config import Config, NonNegativeInt, PositiveInt
+from circuit.tasks.base import TaskConfig
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -56,13 +57,10 @@ SplitConfig = Annotated[
 ]
 
 
-class BenchmarkConfig(Config):
+class BenchmarkConfig(TaskConfig):
     """A symbolic latest-write key-value benchmark."""
 
-    name: str
     benchmark_type: Literal["symbolic_kv_stream"]
-    output_dir: FolderName
-    seed: NonNegativeInt
     num_keys: Annotated[int, Field(ge=2)]
     num_values: Annotated[int, Field(ge=2)]
     holdout_answer_pair_fraction: Annotated[float, Field(gt=0, lt=1)]
