@@ -171,9 +171,7 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
             source_stage=source,
             target_stage=target,
             basis_rank=place.rank,
-            controls=tuple(
-                c for c in CONTROLS if place.has_role(CONTROL_ROLES.get(c, "prediction"))
-            ),
+            controls=tuple(name for name, role in needed.items() if place.has_role(role)),
         )
 
     def prepare(self) -> None:
