@@ -68,17 +68,13 @@ def naive_seconds(folder: str, probes: Path, checkpoint: Path, stage: str, sampl
     """Seconds of one read by itself: hook, whole forward pass, logits at the prediction."""
     study = open_inputs(open_run(folder).config, probes)
     (point,) = study.models([checkpoint])
-    vocabulary, batch = study.vocabulary, study.batch
+    batch = study.batch
     basis = subspace_basis(
-        point.model,
-        "embedding_value_identity",
-        RANK,
-        key_tokens=vocabulary.key_ids,
-        value_tokens=vocabulary.value_ids,
+        point.model, "embedding_value_identity", RANK, token_sets=study.task.token_sets
     )
-    reads = batch.reads.select(torch.arange(min(sample, len(batch.reads))))
+    reads = batch.select(torch.arange(min(sample, len(batch))))
     began = time.perf_counter()
-    for row, at in zip(reads.row, reads.key_pos, strict=True):
+    for row, at in zip(reads.row, reads.at, strict=True):
         with patch(point.model, stage, (row.new_zeros(1), at[None]), partial(remove, basis=basis)):
             point.model(batch.tokens[row][None])[0, at].tolist()
     return (time.perf_counter() - began) / len(reads)

@@ -1,7 +1,7 @@
 """Every file under configs/ as a pydantic model; unknown keys are refused by name.
 
-Two kinds of file: a benchmark (benchmark_config.py) and a training run (train_config.py). Here is
-what they share: reading, validation, overrides, digests.
+Two kinds of file: a benchmark (of a task: circuit/tasks/) and a training run (train_config.py).
+Here is what they share: reading, validation, overrides, digests.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def load_config(
 
     Args:
         path: the file.
-        kind: `TrainConfig` or `BenchmarkConfig`.
+        kind: `TrainConfig` or that of a task's benchmark.
         overrides: `field=value`, applied in order before validation (circuit/overrides.py); the
             config remembers them.
         places: fields that the file's place decides, whatever stands in it.
@@ -100,7 +100,7 @@ def load_config(
             is none.
     """
     path = checked_path(path)
-    payload = _read_json(path)
+    payload = read_config(path)
     earlier = None
     if isinstance(payload, dict) and _ORIGIN in payload:
         earlier = _parse_origin(payload.pop(_ORIGIN), path)
@@ -118,7 +118,12 @@ _ORIGIN = "overrides"
 """Key of the record in a run_config.json."""
 
 
-def _read_json(path: Path) -> Any:
+def read_config(path: Path) -> Any:
+    """The JSON of a config file.
+
+    Raises:
+        CircuitError: it is missing, cannot be read or is no JSON.
+    """
     if path.is_dir():
         raise CircuitError(
             "is a folder that holds no run_config.json",

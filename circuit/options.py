@@ -24,12 +24,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from circuit.errors import CircuitError
 from circuit.model.components import parse_component
 from circuit.model.stages import stage_hook
+from circuit.model.subspaces import check_name
 from circuit.reading import checked_path
 from circuit.schemas import SWITCH_BUCKETS
-from circuit.tasks.groups import SINGLE_ROLES
-from circuit.tasks.pairs import PAIR_TYPES, SIDES
-from circuit.tasks.positions import ROLES
+from circuit.tasks.base import Task
+from circuit.tasks.examples import check_single
+from circuit.tasks.groups import groups_of
+from circuit.tasks.pairs import SIDES, check_pair_types
 from circuit.train_config import ModelConfig
+
+OF_TASK = ("role", "single_role", "pair_type", "group_by", "subspace")
+"""Kinds of values that the run's task says."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Option:
         flag: of the command line, where it is not the field's name.
         choices: values that there are; none where they are not known beforehand.
         kind: what the values name: it is completed, and `head`, `mlp`, `component` and `stage` are
-            held against the model (`Options.check_model`).
+            held against the model (`Options.check_model`); those of `OF_TASK` against the task
+            (`Options.check_task`).
         least, most: bounds that belong to the range.
         above, below: bounds that do not.
         unset: what stands for a value that is not given, in words.
@@ -60,6 +66,11 @@ class Option:
     unset: str = ""
     earlier: str = ""
     text: Callable[[Any], str] = str
+
+    @property
+    def of_task(self) -> bool:
+        """Whether the run's task says which values there are."""
+        return self.kind in OF_TASK
 
     def check(self, field: str, value: Any) -> None:
         """Refuse a value that is no choice, out of range (as NaN is), or that no file could hold.
@@ -105,6 +116,32 @@ class Option:
             kinds: dict[str, Literal["head", "MLP"]] = {"head": "head", "mlp": "MLP"}
             shape_of = (shape.layers, shape.heads)
             parse_component(value, shape=shape_of, kind=kinds.get(self.kind))
+
+    def check_task(self, field: str, value: str, task: Task) -> None:
+        """Refuse what the run's task does not have.
+
+        Raises:
+            CircuitError: names the field, the value and what there is.
+        """
+        checks: dict[str, Callable[[], None]] = {
+            "role": lambda: task.check_roles(value),
+            "single_role": lambda: check_single(task, value),
+            "pair_type": lambda: check_pair_types(task, [value]),
+            "group_by": lambda: _refuse_unless(value, groups_of(task)),
+            "subspace": lambda: check_name(value, task.token_sets),
+        }
+        if self.kind in checks:
+            try:
+                checks[self.kind]()
+            except CircuitError as error:
+                raise CircuitError(
+                    error.what, where=f"`{field}`", expected=error.expected
+                ) from None
+
+
+def _refuse_unless(value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise CircuitError(f"unknown value '{value}'", expected=f"one of {', '.join(known)}")
 
 
 class Options(BaseModel):
@@ -167,6 +204,16 @@ class Options(BaseModel):
         for field, option in self.declared().items():
             for value in _each(getattr(self, field)):
                 option.check_model(field, value, shape)
+
+    def check_task(self, task: Task) -> None:
+        """Refuse roles, pair types and groupings that the run's task does not have.
+
+        Raises:
+            CircuitError: names the field and what there is.
+        """
+        for field, option in self.declared().items():
+            for value in _each(getattr(self, field)):
+                option.check_task(field, value, task)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, as a report's `parameters` have them."""
@@ -264,18 +311,18 @@ ContextStage = Annotated[
 LayernormMode = Annotated[
     Literal["head_ln1", "none"], Option("head_ln1 (through the head's LayerNorm) or none.")
 ]
-Role = Annotated[str, Option("Role of the positions.", choices=ROLES)]
+Role = Annotated[str, Option("Role of the positions.", kind="role")]
 Roles = Annotated[
-    tuple[str, ...], Option("Role of the positions.", flag="--position-role", choices=ROLES)
+    tuple[str, ...], Option("Role of the positions.", flag="--position-role", kind="role")
 ]
 ScoreQueryRole = Annotated[
-    str, Option("Role of the query position.", choices=SINGLE_ROLES, earlier="query_role")
+    str, Option("Role of the query position.", kind="single_role", earlier="query_role")
 ]
 SupportKeyRole = Annotated[
-    str, Option("Role of the matched positions.", choices=ROLES, earlier="support_role")
+    str, Option("Role of the matched positions.", kind="role", earlier="support_role")
 ]
 DistractorKeyRole = Annotated[
-    str, Option("Role of the compared positions.", choices=ROLES, earlier="distractor_role")
+    str, Option("Role of the compared positions.", kind="role", earlier="distractor_role")
 ]
 RecordSide = Annotated[str, Option("Side of the pairs.", choices=SIDES, earlier="side")]
 MarginSides = Annotated[
@@ -346,13 +393,13 @@ class PairOptions(Options):
     """Builds pairs of the probe records (definitions.md section 2).
 
     Attributes:
-        pair_types: built, some of `PAIR_TYPES`.
+        pair_types: built, some of the task's.
         max_pairs_per_type: built of each type, at most.
         min_pairs_per_type: fewer of a type are an error.
     """
 
     pair_types: Annotated[
-        tuple[str, ...], Option("Pair type.", flag="--pair-type", choices=PAIR_TYPES)
+        tuple[str, ...], Option("Pair type.", flag="--pair-type", kind="pair_type")
     ] = ("support_value",)
     max_pairs_per_type: Annotated[int, Option("Pairs built of each type, at most.", least=1)] = 64
     min_pairs_per_type: Annotated[int, Option("Fewer pairs of a type are an error.", least=0)] = 16

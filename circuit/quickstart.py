@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from circuit.artifacts import read_jsonl
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
 from circuit.lazy import torch
 from circuit.page import formation_page
@@ -26,9 +25,11 @@ from circuit.reports.optimizer_update_trace import TraceReport, optimizer_update
 from circuit.reports.report import Progress as ReportProgress
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.checkpointed import open_folder
+from circuit.tasks.base import TaskConfig
 from circuit.tasks.benchmark import Benchmark, write_benchmark
-from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.tasks.examples import Examples, Split
 from circuit.tasks.probes import write_probe_set
+from circuit.tasks.registry import load_benchmark_config
 from circuit.trace.record import RecordOptions
 from circuit.trace.step import TracedStep
 from circuit.train_config import TrainConfig
@@ -53,7 +54,8 @@ class Example:
     tokens: list[str]
     prediction_position: int
     support_position: int
-    lag: int
+    slice: str | None
+    """The read's value of the task's slice, such as `lag 3`."""
     answer: str
     predicted: str
     probability: float
@@ -80,11 +82,11 @@ class QuickstartResult:
     """The formation page: the run's story as one HTML file."""
 
 
-def quickstart_configs() -> tuple[BenchmarkConfig, TrainConfig]:
+def quickstart_configs() -> tuple[TaskConfig, TrainConfig]:
     """The two configs that ship with the package."""
     shipped = Path(str(files("circuit.configs")))
     return (
-        load_config(shipped / "benchmark" / "quickstart.json", BenchmarkConfig),
+        load_benchmark_config(shipped / "benchmark" / "quickstart.json"),
         load_config(shipped / "train" / "quickstart.json", TrainConfig),
     )
 
@@ -103,7 +105,7 @@ def quickstart(
         CircuitError: the folders hold something else under the same names.
     """
     benchmark_config, config = quickstart_configs()
-    write_benchmark(benchmark_config, overwrite=True)
+    benchmark, _ = write_benchmark(benchmark_config, overwrite=True)
     training = train(config, overwrite=True, progress=training_progress)
     trace = optimizer_update_trace(
         config,
@@ -114,8 +116,7 @@ def quickstart(
     )
     run = open_folder(training.folder)
     model, setup = run.model(), run.setup
-    names = benchmark_config.splits
-    evaluations = [evaluate(model, setup.split(name), name) for name in names]
+    evaluations = [evaluate(model, setup.split(name), name) for name in benchmark.files]
     example = explain_read(model, setup.benchmark, setup.split(EXAMPLE_SPLIT))
     separation, attribution = _attribute(config, trace, attribution_progress)
     return QuickstartResult(
@@ -186,14 +187,15 @@ def growth_window(rows: Path, head: str) -> tuple[int, int]:
     return (below[-1] if below else steps[0]), peak
 
 
-def explain_read(model: HookedTransformer, benchmark: Benchmark, split: EncodedSplit) -> Example:
+def explain_read(model: HookedTransformer, benchmark: Benchmark, split: Split) -> Example:
     """The first read of the largest lag, through the head that looks at supports the most."""
     batch = split.batch()
     with torch.no_grad():
         logits, attention = logits_and_attention(model, batch.tokens)
     head = _lookup_head(batch, attention)
-    read = int(batch.reads.lag.argmax())
-    row, position = int(batch.reads.row[read]), int(batch.reads.key_pos[read])
+    values, support = batch.slice_values(), batch.position(batch.task.support)
+    read = 0 if values is None else int(values.argmax())
+    row, position = int(batch.row[read]), int(batch.at[read])
     probabilities = logits[row, position].double().softmax(-1)
     predicted = int(probabilities.argmax())
     text = benchmark.vocabulary.tokens
@@ -202,9 +204,9 @@ def explain_read(model: HookedTransformer, benchmark: Benchmark, split: EncodedS
         sample_id=batch.sample_ids[row],
         tokens=[text[token] for token in batch.tokens[row, :length].tolist()],
         prediction_position=position,
-        support_position=int(batch.reads.support_value_pos[read]),
-        lag=int(batch.reads.lag[read]),
-        answer=text[int(batch.reads.answer[read])],
+        support_position=int(support[read]),
+        slice=None if values is None else f"{batch.task.slice_name} {int(values[read])}",
+        answer=text[int(batch.answer[read])],
         predicted=text[predicted],
         probability=float(probabilities[predicted]),
         head=f"L{head // model.cfg.n_heads}H{head % model.cfg.n_heads}",
@@ -212,8 +214,8 @@ def explain_read(model: HookedTransformer, benchmark: Benchmark, split: EncodedS
     )
 
 
-def _lookup_head(batch: Batch, attention: torch.Tensor) -> int:
-    """Index (layer by layer) of the head with the most attention on the supports' values."""
-    reads = batch.reads
-    on_support = attention[reads.row, :, reads.key_pos, reads.support_value_pos]  # [read, head]
+def _lookup_head(batch: Examples, attention: torch.Tensor) -> int:
+    """Index (layer by layer) of the head with the most attention on the supports."""
+    support = batch.position(batch.task.support)
+    on_support = attention[batch.row, :, batch.at, support]  # [read, head]
     return int(on_support.mean(0).argmax())

@@ -19,12 +19,11 @@ import resource
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
 
 if TYPE_CHECKING:
-    from circuit.benchmark_config import BenchmarkConfig, SplitConfig
     from circuit.train_config import ModelConfig, TrainConfig
 
 Need = Mapping[str, int]
@@ -235,32 +234,4 @@ def trace_disk(
         "anchors (anchor_every, checkpoint_every, storage)": stored * saved,
         "rows (steps, batch_size, top_k_parameters)": steps
         * (1400 + 7 * config.batch_size + 120 * tensors),
-    }
-
-
-def _tokens_of(split: SplitConfig, config: BenchmarkConfig) -> int:
-    """Of the longest record."""
-    source = getattr(split, "counterfactual_of", None)
-    drawn: Any = split if source is None else config.splits[source]
-    events = drawn.active_keys.max + drawn.overwrite_count.max + drawn.num_queries.max
-    return 2 + 3 * int(events)
-
-
-def benchmark_memory(config: BenchmarkConfig) -> dict[str, int]:
-    """A benchmark while it is drawn, checked and encoded."""
-    pairs = config.num_keys * config.num_values
-    need = {"pairs of keys and values (num_keys, num_values)": 150 * pairs}
-    for name, split in config.splits.items():
-        need[f"records (splits.{name}.samples)"] = split.samples * (
-            900 + 45 * _tokens_of(split, config)
-        )
-    return need
-
-
-def benchmark_disk(config: BenchmarkConfig) -> dict[str, int]:
-    """The files of a benchmark."""
-    width = 2 + max(len(str(config.num_keys)), len(str(config.num_values)), 2)
-    return {
-        f"records (splits.{name}.samples)": split.samples * (80 + width * _tokens_of(split, config))
-        for name, split in config.splits.items()
     }

@@ -19,6 +19,8 @@ from circuit.strict_json import parse_json
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from circuit.tasks.base import Task
+
 DEVICES = ("cpu", "cuda", "mps")
 DEFAULT_SPLITS = (
     "train",
@@ -195,6 +197,62 @@ def component(ctx: typer.Context, incomplete: str) -> list[str]:
     return head(ctx, incomplete) + mlp(ctx, incomplete)
 
 
+def task(incomplete: str) -> list[str]:
+    """Tasks by name."""
+    from circuit.tasks.registry import BUILT_IN
+
+    return _starting(incomplete, BUILT_IN)
+
+
+def _task_named(name: object) -> type[Task] | None:
+    """A task of ours; one of somebody's own is not imported to complete a word."""
+    from circuit.tasks.registry import BUILT_IN, find_task
+
+    return find_task(name) if isinstance(name, str) and name in BUILT_IN else None
+
+
+def _task(ctx: typer.Context) -> type[Task] | None:
+    """The task of the benchmark that the line's config names, lookup where there is none."""
+    folder = Path(str(_config(ctx).get("benchmark_dir")))
+    config = _read(folder / "metadata.json").get("config")
+    name = config.get("benchmark_type") if isinstance(config, dict) else "symbolic_kv_stream"
+    return _task_named(name)
+
+
+def role(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Roles of the run's task."""
+    task = _task(ctx)
+    return [] if task is None else _starting(incomplete, task.roles)
+
+
+def single_role(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Roles that are one position."""
+    task = _task(ctx)
+    return [] if task is None else _starting(incomplete, task.single_roles())
+
+
+def pair_type(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Pair types of the run's task."""
+    task = _task(ctx)
+    return [] if task is None else _starting(incomplete, task.pair_types)
+
+
+def group_by(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Tokens by which the run's examples can be grouped."""
+    from circuit.tasks.groups import groups_of
+
+    task = _task(ctx)
+    return [] if task is None else _starting(incomplete, groups_of(task))
+
+
+def subspace(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Subspaces of the residual stream."""
+    from circuit.model.subspaces import subspaces_of
+
+    task = _task(ctx)
+    return _starting(incomplete, subspaces_of(() if task is None else task.token_set_names))
+
+
 def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
     """A scalar's family, the next key of its word, or the values of the key that is being typed."""
     from circuit.scalars.family import family_names, find_family, keys_of
@@ -222,17 +280,14 @@ def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def route(ctx: typer.Context, incomplete: str) -> list[str]:
     """The next key of a route, or the values of the key that is being typed."""
-    from circuit.model.subspaces import SUBSPACES
-    from circuit.tasks.positions import ROLES
-
     before, comma, last = incomplete.rpartition(",")
     key, equals, value = last.partition("=")
     start = before + comma
     if not equals:
         present = {part.partition("=")[0] for part in before.split(",")}
         return [f"{start}{k}=" for k in ROUTE_KEYS if k.startswith(key) and k not in present]
-    of_key = {"stage": stage(ctx, value), "position_role": _starting(value, ROLES)}
-    of_key["subspace"] = _starting(value, SUBSPACES)
+    of_key = {"stage": stage(ctx, value), "position_role": role(ctx, value)}
+    of_key["subspace"] = subspace(ctx, value)
     return [f"{start}{key}={name}" for name in of_key.get(key, [])]
 
 
@@ -245,9 +300,10 @@ def train_field(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def benchmark_field(ctx: typer.Context, incomplete: str) -> list[str]:
     """`field=` of a benchmark config, or `field=value`."""
-    from circuit.benchmark_config import BenchmarkConfig
+    from circuit.tasks.base import TaskConfig
 
-    return _field(ctx, incomplete, BenchmarkConfig)
+    task = _task_named(_config(ctx).get("benchmark_type"))
+    return _field(ctx, incomplete, TaskConfig if task is None else task.Config)
 
 
 def _field(ctx: typer.Context, incomplete: str, kind: type[BaseModel]) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from . import complete, options
-from .output import print_json, print_written, progress_bar, share, stdout, table
+from .output import print_json, print_written, progress_bar, stdout, table
 
 if TYPE_CHECKING:
     from circuit.tasks.benchmark import Benchmark
@@ -29,14 +29,13 @@ def generate_benchmark(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Generate a symbolic key-value benchmark, check it, and write it."""
-    from circuit.benchmark_config import BenchmarkConfig
-    from circuit.config import load_config
+    """Draw a task's records, check them, and write the benchmark."""
     from circuit.tasks.benchmark import write_benchmark
+    from circuit.tasks.registry import load_benchmark_config
 
-    settings = load_config(config, BenchmarkConfig, overrides or ())
+    settings = load_benchmark_config(config, overrides or ())
     with progress_bar(not as_json) as bar:
-        total = sum(split.samples for split in settings.splits.values())
+        total = sum(count for count, _ in settings.stored().values()) or None
         task = bar.add_task("records", total=total, note="")
         made, paths = write_benchmark(
             settings,
@@ -77,35 +76,13 @@ def generate_probe_set(
 
 
 def _print_benchmark(made: Benchmark) -> None:
-    """Sizes and shortcut accuracies, a row a split; then the warnings."""
-    columns = ["split", "records", "reads", "tokens", "last %", "first %", "freq. %", "k"]
-    columns.append("k-th %")
-    shown = table(f"{made.config.name} (digest {made.digest[:12]})", columns)
-    for name, figures in made.figures.splits.items():
-        k = figures.strongest_positional
-        shown.add_row(
-            name,
-            str(figures.records),
-            str(figures.reads),
-            f"{figures.min_tokens}-{figures.max_tokens}",
-            *[share(accuracy) for accuracy in figures.shortcuts.values()],
-            str(k),
-            share(figures.positional_shortcuts[k]),
-        )
+    """The task's figures, a row a split; then the warnings."""
+    told = made.task.tell(made.figures)
+    shown = table(f"{made.config.name} (digest {made.digest[:12]})", list(told.columns))
+    for row in told.rows:
+        shown.add_row(*row)
     stdout.print(shown)
-    stdout.print(
-        "shortcuts, in % of the reads that they answer: last value written, first value of the key,"
-        " most frequent value, value of the k-th last write",
-        style="dim",
-        soft_wrap=True,
-    )
-    if made.figures.warnings:
-        stdout.print(
-            Text("warning: ", style="yellow")
-            + Text(
-                f"in {len(made.figures.warnings)} splits 'the value of the k-th last write' answers"
-                " more than half of the reads without looking at a key (last two columns); read"
-                " accuracy by lag, or see configs/benchmark/symbolic_kv_uniform_lag.json"
-            ),
-            soft_wrap=True,
-        )
+    if told.note:
+        stdout.print(told.note, style="dim", soft_wrap=True)
+    for warning in told.warnings:
+        stdout.print(Text("warning: ", style="yellow") + Text(warning), soft_wrap=True)

@@ -72,7 +72,8 @@ class Commands(typer.Typer):
 
 def refusal(mistake: Any) -> CircuitError:
     """What Typer says of a mistake in the words, in one line, with the value that was given."""
-    context, param = getattr(mistake, "ctx", None), getattr(mistake, "param", None)
+    context: Any = getattr(mistake, "ctx", None)
+    param: Any = getattr(mistake, "param", None)
     path = "circuit" if context is None else context.command_path
     fix = f"see `{path} --help`"
     given = None if param is None else context.meta.get(_TYPED, {}).get(param.name)

@@ -129,7 +129,7 @@ def _print_example(example: Example) -> None:
             style += " bold yellow"
         line.append(token, style=style)
         line.append(" ")
-    stdout.print(f"one read of {example.sample_id} (lag {example.lag}):")
+    stdout.print(f"one read of {example.sample_id} ({example.slice}):")
     stdout.print(line)
     right = "right" if example.predicted == example.answer else f"wrong: it is {example.answer}"
     stdout.print(

@@ -66,12 +66,17 @@ def train(
     trace_anchor_every: options.TraceAnchorEvery = None,
     trace_checkpoint_every: options.TraceCheckpointEvery = None,
     trace_top_k_parameters: options.TraceTop = None,
+    task: options.Task = None,
     device: options.Device = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
     settings = load_train_config(config, overrides, device, threads)
+    if task is not None:
+        from circuit.tasks.benchmark import ensure_benchmark
+
+        ensure_benchmark(task, Path(settings.benchmark_dir))
     recorder = trace_recorder(
         trace,
         end_step=trace_end_step,
@@ -340,10 +345,10 @@ def print_evaluations(evaluations: list[Evaluation]) -> None:
             f"{e.loss:.3f}",
             share(e.token_accuracy),
             share(e.answer_accuracy),
-            f"{e.q:.2f}",
+            "-" if e.q is None else f"{e.q:.2f}",
             f"{e.r:.2f}",
             f"{e.w:.2f}",
-            str(e.shortcut),
+            "-" if e.shortcut is None else str(e.shortcut),
             share(e.shortcut_accuracy),
             share(e.shortcut_agreement),
         )
@@ -360,13 +365,16 @@ _LEGEND = (
 
 
 def print_slices(evaluations: list[Evaluation]) -> None:
-    """Answer accuracy by lag, with the shortcut agreement of the wrong answers."""
-    made = table(None, ["split", "lag", "reads", "answer %", "agree %"])
+    """Answer accuracy by the task's slice, with the shortcut agreement of the wrong answers."""
+    by = next(iter(evaluations[0].by_slice), None)
+    if by is None:
+        return
+    made = table(None, ["split", by, "reads", "answer %", "agree %"])
     for e in evaluations:
-        for lag, found in e.by_slice["lag"].items():
+        for value, found in e.by_slice[by].items():
             made.add_row(
                 e.split,
-                lag,
+                value,
                 str(found.reads),
                 share(found.answer_accuracy),
                 share(found.shortcut_agreement),

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuit import sizes
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config, parse_config
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
 from circuit.sizes import DISK, MEMORY
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState, encode_checkpoint
 from circuit.training.optimizers import build_optimizer, read_moments
@@ -115,7 +115,7 @@ def test_files_of_a_benchmark_are_estimated_within_a_factor_of_two(
 ) -> None:
     config = parse_config(benchmark_payload(), BenchmarkConfig, where="test")
     counted = sum(path.stat().st_size for path in tiny_folder.glob("*.jsonl"))
-    estimated = sum(sizes.benchmark_disk(config).values())
+    estimated = sum(config.disk().values())
     print(f"benchmark: {counted:,} bytes, estimated {estimated:,}")
     assert 0.5 < estimated / counted < 2
 

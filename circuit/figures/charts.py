@@ -214,6 +214,12 @@ def colour(
     return alt.Color(f"{column}:N").scale(domain=list(names), range=picked).legend(shown)
 
 
+def of_slices(column: str, rows: Sequence[Record]) -> alt.Color:
+    """One colour for each value of the column by which figures are given apart, ascending."""
+    names = sorted({row[column] for row in rows}, key=int)
+    return colour(column, names, labels={name: f"{column} {name}" for name in names})
+
+
 def last_dashed(column: str, names: Sequence[str]) -> alt.StrokeDash:
     """The last name's line dashed, so that an equal one beneath it stays visible."""
     dashes = [[1, 0]] * (len(names) - 1) + [[5, 5]]

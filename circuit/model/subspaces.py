@@ -8,7 +8,8 @@ device, so that every device gets the same bases. `remove` and `keep` split a ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from circuit.errors import CircuitError
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 
 Basis: TypeAlias = "Float[Tensor, 'd_model rank']"
 
-EMBEDDING_SUBSPACES = ("embedding_key_identity", "embedding_value_identity")
+EMBEDDING = re.compile(r"embedding_(\w+)_identity")
+"""A subspace of the embeddings of one of the task's token sets: `embedding_key_identity`."""
 HEAD_SUBSPACES = ("head_qk_query", "head_qk_key", "head_ov_input", "head_ov_output")
 FULL_RESIDUAL = "full_residual"
-SUBSPACES = (*EMBEDDING_SUBSPACES, *HEAD_SUBSPACES, FULL_RESIDUAL)
-"""The names that options take."""
+
+
+def subspaces_of(token_sets: Iterable[str]) -> tuple[str, ...]:
+    """Every subspace's name, for a task with these token sets."""
+    embeddings = (f"embedding_{name}_identity" for name in token_sets)
+    return (*embeddings, *HEAD_SUBSPACES, FULL_RESIDUAL)
 
 
 def remove(
@@ -140,8 +146,7 @@ def subspace_basis(
     rank: int | None,
     *,
     head: Component | None = None,
-    key_tokens: range,
-    value_tokens: range,
+    token_sets: Mapping[str, range],
 ) -> Basis | None:
     """The basis that a command's `--subspace` and `--rank` name; None for `full_residual`.
 
@@ -154,14 +159,20 @@ def subspace_basis(
         head,
         d_model=model.cfg.d_model,
         d_head=model.cfg.d_head,
-        tokens={EMBEDDING_SUBSPACES[0]: len(key_tokens), EMBEDDING_SUBSPACES[1]: len(value_tokens)},
+        token_sets=token_sets,
     )
     if rank is None:
         return None
     if head is not None:
         return head_basis(model, head, name, rank)
-    tokens = key_tokens if name == "embedding_key_identity" else value_tokens
+    tokens = token_sets[_token_set(name)]
     return embedding_identity(model, torch.tensor(list(tokens)), rank, name)
+
+
+def _token_set(name: str) -> str:
+    """The token set of an embedding's subspace; empty where it is none."""
+    match = EMBEDDING.fullmatch(name)
+    return match[1] if match else ""
 
 
 def check_subspace(
@@ -171,19 +182,18 @@ def check_subspace(
     *,
     d_model: int,
     d_head: int,
-    tokens: Mapping[str, int],
+    token_sets: Mapping[str, range],
 ) -> None:
     """Refuse what `subspace_basis` cannot give, before there is a model.
 
     Args:
-        tokens: number of tokens of each embedding subspace.
+        token_sets: of the task.
 
     Raises:
         CircuitError: there is no such subspace; a rank or a head is missing, superfluous or wrong;
             the rank is too large.
     """
-    if name not in SUBSPACES:
-        raise CircuitError(f"unknown subspace '{name}'", expected=f"one of {', '.join(SUBSPACES)}")
+    check_name(name, token_sets)
     if name in HEAD_SUBSPACES and (head is None or head.head is None):
         raise CircuitError(f"subspace '{name}' needs a head", fix="name one, such as L2H1")
     if name not in HEAD_SUBSPACES and head is not None:
@@ -196,7 +206,26 @@ def check_subspace(
         return
     if rank is None:
         raise CircuitError(f"subspace '{name}' needs a rank", fix="give one")
-    check_rank(name, rank, d_head if name in HEAD_SUBSPACES else min(tokens[name] - 1, d_model))
+    if name in HEAD_SUBSPACES:
+        check_rank(name, rank, d_head)
+    else:
+        check_rank(name, rank, min(len(token_sets[_token_set(name)]) - 1, d_model))
+
+
+def check_name(name: str, token_sets: Collection[str] | None = None) -> None:
+    """Refuse a subspace that does not exist.
+
+    Args:
+        token_sets: of the task; None where it is not known yet.
+
+    Raises:
+        CircuitError: lists those that do.
+    """
+    of_embedding = _token_set(name)
+    known = bool(of_embedding) if token_sets is None else of_embedding in token_sets
+    if not known and name not in (*HEAD_SUBSPACES, FULL_RESIDUAL):
+        names = subspaces_of(("TOKENS",) if token_sets is None else token_sets)
+        raise CircuitError(f"unknown subspace '{name}'", expected=f"one of {', '.join(names)}")
 
 
 def check_rank(name: str, rank: int, most: int) -> None:

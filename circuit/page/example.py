@@ -13,7 +13,7 @@ from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.page.panel import Missing, Panel, Source, thinned, training_command
 from circuit.runs.checkpointed import CheckpointedRun
-from circuit.tasks.positions import Batch, EncodedSplit
+from circuit.tasks.examples import Examples, Split
 from circuit.train_config import TrainConfig
 from circuit.training.evaluate import logits_and_attention
 from circuit.training.setup import Setup
@@ -74,25 +74,31 @@ def _told(error: CircuitError) -> str:
     return f"Not drawn: {error.what}."
 
 
-def _choose(records: EncodedSplit) -> Batch:
-    """The first record that holds a read of the largest lag."""
-    reads = records.batch(range(min(SEARCHED, len(records)))).reads
-    return records.batch([int(reads.row[int(reads.lag.argmax())])])
+def _choose(records: Split) -> Examples:
+    """The first record that holds a read of the largest lag (or the task's other slice)."""
+    reads = records.batch(range(min(SEARCHED, len(records))))
+    values = reads.slice_values()
+    return records.batch([0 if values is None else int(reads.row[int(values.argmax())])])
 
 
 def _look(
     run: CheckpointedRun,
     setup: Setup,
-    batch: Batch,
+    batch: Examples,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """The sequence, its reads of the largest lags, and what each checkpoint makes of them."""
     setup.prepare()
     text = setup.benchmark.vocabulary.tokens
-    reads = sorted(batch.reads.lag.argsort(descending=True, stable=True)[:READS].tolist())
-    at = batch.reads.key_pos[reads]
+    values = batch.slice_values()
+    same = torch.zeros_like(batch.at)
+    ranked = (same if values is None else values).argsort(descending=True, stable=True)
+    reads = sorted(ranked[:READS].tolist())
+    at = batch.at[reads]
     found: dict[str, Any] = {
         "sample_id": batch.sample_ids[0],
+        "slice": batch.task.slice_name,
+        "support": batch.task.support,
         "tokens": [text[token] for token in batch.tokens[0, : int(batch.lengths[0])].tolist()],
         "heads": _heads(setup.config),
         "reads": [_read(batch, read, text) for read in reads],
@@ -133,12 +139,12 @@ def _heads(config: TrainConfig) -> list[str]:
     return [f"L{layer}H{head}" for layer in layers for head in heads]
 
 
-def _read(batch: Batch, read: int, text: tuple[str, ...]) -> dict[str, Any]:
-    reads = batch.reads
+def _read(batch: Examples, read: int, text: tuple[str, ...]) -> dict[str, Any]:
+    values = batch.slice_values()
     return {
-        "position": int(reads.key_pos[read]),
-        "support": int(reads.support_value_pos[read]),
-        "lag": int(reads.lag[read]),
-        "key": text[int(reads.key[read])],
-        "answer": text[int(reads.answer[read])],
+        "position": int(batch.at[read]),
+        "support": int(batch.position(batch.task.support)[read]),
+        "value": None if values is None else int(values[read]),
+        "asked": text[int(batch.asked()[read])],
+        "answer": text[int(batch.answer[read])],
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from circuit.artifacts import OutputFolder, Row, read_jsonl
 from circuit.page.example import example_panel
 from circuit.page.html import render
-from circuit.page.learning import METRICS, lag_panel, learning_panel
+from circuit.page.learning import METRICS, learning_panel, slice_name, slice_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
 from circuit.page.reports import Reports, report_panels, with_inputs
 from circuit.reports.report import all_reports
@@ -113,7 +113,8 @@ def _panels(
     folder = run.config.output_dir
     rows = metrics_of(run)
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
-    panels = [learning_panel(rows, folder), lag_panel(rows, folder)]
+    by, panels = slice_name(rows), [learning_panel(rows, folder)]
+    panels += [slice_panel(rows, folder, by)] if by else []
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     panels.append(example_panel(run, folder, reports.head(), progress))
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]

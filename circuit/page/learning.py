@@ -1,4 +1,4 @@
-"""Panels from the run's own metrics: learning curves by split, and accuracy by lag."""
+"""Panels from the run's own metrics: learning curves by split, and accuracy by the task's slice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVALUATED = (
     *("answer_loss", "shortcut", "shortcut_accuracy", "shortcut_agreement"),
 )
 TRAINED = ("step", "loss", "token_accuracy", "lr", "grad_norm", "clip_factor")
-LAG = ("reads", "answer_accuracy", "shortcut_agreement")
+SLICE = ("reads", "answer_accuracy", "shortcut_agreement")
 
 
 def evaluations(rows: Sequence[Row]) -> list[Record]:
@@ -23,13 +23,19 @@ def evaluations(rows: Sequence[Row]) -> list[Record]:
     return [pick(row, EVALUATED) for row in rows if row["kind"] == "evaluation"]
 
 
-def by_lag(rows: Sequence[Row]) -> list[Record]:
-    """The evaluation rows' slices by lag, one record each."""
+def slice_name(rows: Sequence[Row]) -> str | None:
+    """What the figures are given apart by: the first of the task's slices, such as `lag`."""
+    evaluated = [row for row in rows if row["kind"] == "evaluation"]
+    return next(iter(evaluated[0]["by_slice"]), None) if evaluated else "lag"
+
+
+def sliced(rows: Sequence[Row], by: str) -> list[Record]:
+    """The evaluation rows' slices by the fact, one record each."""
     return [
-        {"step": row["step"], "split": row["split"], "lag": lag, **pick(found, LAG)}
+        {"step": row["step"], "split": row["split"], by: value, **pick(of_slice, SLICE)}
         for row in rows
         if row["kind"] == "evaluation"
-        for lag, found in row["by_slice"]["lag"].items()
+        for value, of_slice in row["by_slice"][by].items()
     ]
 
 
@@ -68,11 +74,11 @@ def learning_panel(rows: Sequence[Row], home: str) -> Panel:
     )
 
 
-def lag_panel(rows: Sequence[Row], home: str) -> Panel:
-    """Accuracy of the reads of each lag, against what a shortcut reaches."""
-    whole, lags = evaluations(rows), by_lag(rows)
+def slice_panel(rows: Sequence[Row], home: str, by: str) -> Panel:
+    """Accuracy of the reads of each value of a fact, against what a shortcut reaches."""
+    whole, of_slices = evaluations(rows), sliced(rows, by)
     splits = _unique(whole, "split")
-    names = sorted(_unique(lags, "lag"), key=int)
+    names = sorted(_unique(of_slices, by), key=int)
     charts = []
     for split in splits:
         where = f"datum.split === {split!r}"
@@ -83,37 +89,39 @@ def lag_panel(rows: Sequence[Row], home: str) -> Panel:
         ceiling = curve.mark_line(color="var(--ink)", strokeDash=[5, 4]).encode(
             x=steps(), y="shortcut_accuracy:Q", tooltip=exact(*EVALUATED)
         )
-        shade = colour("lag", names, labels={name: f"lag {name}" for name in names})
-        columns = ("step", "split", "lag", *LAG)
+        shade = colour(by, names, labels={name: f"{by} {name}" for name in names})
+        columns = ("step", "split", by, *SLICE)
         drawn = lines(
-            *("lag", "answer_accuracy", "answer accuracy", shade, columns),
+            *(by, "answer_accuracy", "answer accuracy", shade, columns),
             where=where,
             domain=[0, 1],
         )
-        title = f"{split}: by lag; bold: all reads; dashed: the shortcut's ceiling"
+        title = f"{split}: by {by}; bold: all reads; dashed: the shortcut's ceiling"
         layers = (ceiling, overall, drawn, at_step())
-        charts.append(chart(f"lag_{split}", title, {"lag": lags, "whole": whole}, *layers))
+        charts.append(chart(f"{by}_{split}", title, {by: of_slices, "whole": whole}, *layers))
     return Panel(
-        "lag",
-        "Accuracy by lag, and the shortcut's ceiling",
-        "Does the model look at keys, or has it found a position that is often right?",
+        by,
+        f"Accuracy by {by}, and the shortcut's ceiling",
+        "Has the model learned the task, or a shortcut that is often right?",
         charts=charts,
-        data={"lag": lags, "whole": whole},
-        tables=[_lag_table()],
+        data={by: of_slices, "whole": whole},
+        tables=[_slice_table(by)],
         sources=[_source(home)] if whole else [],
         missing=[] if whole else [_missing(home)],
-        notes=[_ceiling(whole, split) for split in splits],
+        notes=[note for split in splits for note in _ceiling(whole, split)],
     )
 
 
-def _ceiling(whole: Sequence[Record], split: str) -> str:
+def _ceiling(whole: Sequence[Record], split: str) -> list[str]:
     last = [record for record in whole if record["split"] == split][-1]
-    nth = {1: "last", 2: "last-but-one"}.get(last["shortcut"], f"{last['shortcut']}th last")
+    if last["shortcut"] is None:
+        return []
     share = f"{100 * last['shortcut_accuracy']:.1f}\u00a0%"
-    return (
-        f"Always saying the value of the {nth} write, without looking at keys, answers {share} of"
-        f" the reads of {split}: accuracy up to that needs no lookup."
-    )
+    return [
+        f"The best shortcut of the task, its number {last['shortcut']} (of lookup: always saying"
+        f" the value of the k-th last write), answers {share} of the reads of {split}: accuracy up"
+        " to that needs no circuit."
+    ]
 
 
 def _table() -> Table:
@@ -130,13 +138,13 @@ def _table() -> Table:
     )
 
 
-def _lag_table() -> Table:
+def _slice_table(by: str) -> Table:
     return Table(
-        "Accuracy by lag",
-        "lag",
+        f"Accuracy by {by}",
+        by,
         {
             "split": "split",
-            "lag": "lag",
+            by: by,
             "reads": "reads",
             "answer_accuracy": "answer accuracy",
             "shortcut_agreement": "errors that equal the shortcut",

@@ -100,9 +100,10 @@ function drawExample(parent, example) {
     return [make("label", { for: id }, `${label} `), select];
   };
   const heads = ask("head", "head", example.heads.map((h) => [h, h]), example.winner);
-  const lags = example.reads.map((r) => r.lag);
+  const values = example.reads.map((r) => r.value ?? 0);
+  const sliced = (r) => (r.value === null ? "" : ` ${example.slice} ${r.value},`);
   const reads = ask("read", "read", example.reads.map((r, i) =>
-    [i, `${r.key} at ${r.position}: lag ${r.lag}, answer ${r.answer}`]), lags.indexOf(Math.max(...lags)));
+    [i, `${r.asked} at ${r.position}:${sliced(r)} answer ${r.answer}`]), values.indexOf(Math.max(...values)));
   const says = make("p", { "aria-live": "polite" });
   const tokens = make("ol", { class: "tokens", "aria-label": "tokens with attention" });
   const grid = make("table", { class: "heads" });
@@ -110,9 +111,9 @@ function drawExample(parent, example) {
     make("div", { class: "controls" }, make("span", {}, ...heads), make("span", {}, ...reads)),
     says, tokens,
     make("p", {}, make("span", { class: "key", style: "border-color: var(--c2)" }, "asks"), " ",
-      make("span", { class: "key", style: "border-color: var(--c3)" }, "support: the latest write of that key"),
+      make("span", { class: "key", style: "border-color: var(--c3)" }, `${example.support}: where the answer can be read`),
       " Shade and number: the attention from the asking position."),
-    make("details", { open: "" }, make("summary", {}, "Attention of every head on the support's value"),
+    make("details", { open: "" }, make("summary", {}, `Attention of every head on ${example.support}`),
       make("div", { class: "wide" }, grid)),
   );
   const shade = (weight) => `background: rgba(var(--attention), ${(0.75 * Math.sqrt(weight)).toFixed(3)})`;
@@ -127,7 +128,7 @@ function drawExample(parent, example) {
     const said = example.predictions[index][read];
     says.textContent = `Step ${at}: the model says ${said.token} with p = ${said.probability.toFixed(4)}, ` +
       (said.token === asked.answer ? "which is right" : `the answer is ${asked.answer}`) +
-      `; ${example.heads[head]} puts ${weights[asked.support]} on the support's value.`;
+      `; ${example.heads[head]} puts ${weights[asked.support]} on ${example.support}.`;
     tokens.replaceChildren(...example.tokens.map((token, i) => {
       const weight = weights[i];
       const item = make("li", { "data-position": i }, token,

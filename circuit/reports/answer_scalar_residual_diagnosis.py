@@ -73,7 +73,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
 
     def prepare(self) -> None:
         super().prepare()
-        most, asked = len(self.inputs.vocabulary.value_ids) - 1, self.options
+        most, asked = len(self.inputs.task.choices) - 1, self.options
         if asked.top_k_wrong > most:
             raise CircuitError(
                 f"{asked.top_k_wrong}",
@@ -101,7 +101,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
                 before,
                 weights,
                 batch.tokens,
-                (batch.reads.row, batch.reads.key_pos),
+                (batch.row, batch.at),
                 source_logits=self.reached.get(side),
             )
             where = f"{source.step} -> {point.step}, {side}"
@@ -111,8 +111,8 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
 
             change = Change.along(
                 line,
-                batch.reads.answer,
-                self.inputs.vocabulary.value_ids,
+                batch.answer,
+                self.inputs.task.choices,
                 scalars=self.options.scalars,
                 top_k_wrong=self.options.top_k_wrong,
                 progress=taken,

@@ -144,7 +144,10 @@ class TracedScalars:
         """
         for family in self.families:
             family.check_run(run)
-        return traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
+        inputs = traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
+        for family in self.families:
+            family.check_task(inputs.task)
+        return inputs
 
     def scalars(self, inputs: Inputs) -> list[Scalar]:
         """All of them, family by family."""

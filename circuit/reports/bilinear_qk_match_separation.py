@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from circuit import options
 from circuit.artifacts import Row
-from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
+from circuit.figures.charts import Chart, at_step, chart, heat, lines, of_slices
 from circuit.lazy import no_grad, np, torch
 from circuit.model.components import all_heads
 from circuit.model.readout import read_answers
@@ -86,13 +86,10 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
         hooks = shared.hooks[None] | {"unembed.hook_out"}
         runs = forward_activations(model, shared.tokens, hooks)
-        of_reads = self.batch.reads
-        at = runs["unembed.hook_out"][of_reads.row, of_reads.key_pos][reads.chosen]
-        lag = of_reads.lag[reads.chosen]
-        answer, values = of_reads.answer[reads.chosen], self.inputs.vocabulary.value_ids
-        margin = read_answers(at, answer, values).margin
-        groups = {"all": torch.ones_like(lag, dtype=torch.bool)}
-        groups |= {str(n): lag == n for n in torch.unique(lag).tolist()}
+        scored, task = self.batch.select(reads.chosen), self.inputs.task
+        at = runs["unembed.hook_out"][scored.row, scored.at]
+        margin = read_answers(at, scored.answer, task.choices).margin
+        groups = scored.by_slice()
         cache = Cache({None: runs})
         for scalar in scalars:
             found = _measure(scalar.bind(model).scores(model, cache), reads)
@@ -103,7 +100,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
                     "step": point.step,
                     "head": str(scalar.component),
                     "score": scalar.name.rsplit(".", 1)[-1],
-                    "lag": name,
+                    task.slice_name: name,
                     "reads": int(chosen.sum()),
                     **{key: float(values[chosen].double().mean()) for key, values in found.items()},
                     "answer_margin": float(margin[chosen].double().mean()),
@@ -114,7 +111,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         self.gap, self.largest = max(self.gap, gap), max(self.largest, largest)
 
     def conclude(self, rows: list[Row]) -> Findings:
-        summary = summarize(rows) | {"reads": len(self.reads)}
+        summary = summarize(rows, self.inputs.task.slice_name) | {"reads": len(self.reads)}
         law = (
             "the full match with biases is the score of the model's own attention, to"
             f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head and checkpoint"
@@ -157,45 +154,45 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
     @classmethod
     def charts(cls, results: Results[SeparationOptions]) -> list[Chart]:
         winner, score = results.summary["winner"]["head"], results.summary["winner"]["score"]
-        rows = [row for row in results.rows() if row["score"] == score]
-        data = [{name: row[name] for name in SHOWN} for row in rows if row["lag"] == "all"]
-        by_lag = [
-            {name: row[name] for name in SHOWN}
-            for row in rows
-            if row["head"] == winner and row["lag"] != "all"
+        by, source = results.slice, f"separation_by_{results.slice}"
+        shown = (*SHOWN[:3], by, *SHOWN[3:])
+        rows = [
+            {name: row[name] for name in shown} for row in results.rows() if row["score"] == score
         ]
-        names = sorted({row["lag"] for row in by_lag}, key=int)
-        shade = colour("lag", names, labels={name: f"lag {name}" for name in names})
+        data = [row for row in rows if row[by] == "all"]
+        apart = [row for row in rows if row["head"] == winner and row[by] != "all"]
+        shade = of_slices(by, apart)
         heads = len({row["head"] for row in data})
         return [
             chart(
                 "separation",
                 f"QK separation ({score}): support minus distractors",
                 {"separation": data},
-                *heat("separation", "separation", SHOWN, data),
+                *heat("separation", "separation", shown, data),
                 height=22 * heads,
             ),
             *(
                 chart(
                     f"separation_{column}",
-                    f"{winner}, by lag: {words}",
-                    {"separation_by_lag": by_lag},
-                    lines("separation_by_lag", column, words, shade, SHOWN, domain=domain),
+                    f"{winner}, by {by}: {words}",
+                    {source: apart},
+                    lines(source, column, words, shade, shown, domain=domain),
                     at_step(),
                 )
                 for column, words, domain in (
                     ("separation", "separation", None),
                     ("support_wins", "support beats every distractor", (0, 1)),
                 )
+                if apart
             ),
         ]
 
 
 SHOWN = (
-    *("step", "head", "score", "lag", "reads", "separation", "support_wins", "support_mean"),
+    *("step", "head", "score", "reads", "separation", "support_wins", "support_mean"),
     *("distractor_mean", "answer_margin", "top_singular_value"),
 )
-"""Columns that charts have."""
+"""Columns that charts have, beside that of the slices."""
 
 
 def gap_to_attention(
@@ -235,7 +232,7 @@ def _measure(scores: Float[Tensor, "read pos"], reads: ReadMasks) -> dict[str, T
     }
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], by: str = "lag") -> dict[str, Any]:
     """Growth of every head's separation over the checkpoints, and the head with the largest.
 
     The winner is taken on the smallest rank that was asked for, on the whole matrix without one.
@@ -244,7 +241,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     steps = sorted({row["step"] for row in rows})
     table: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        if row["lag"] == "all":
+        if row[by] == "all":
             table.setdefault((row["head"], row["score"]), {})[row["step"]] = row
     heads = []
     for (head, score), by_step in table.items():

@@ -39,9 +39,7 @@ from circuit.model.components import parse_component
 from circuit.model.readout import Answers, read_answers
 from circuit.model.stages import read_stages, run_from
 from circuit.model.subspaces import (
-    EMBEDDING_SUBSPACES,
     HEAD_SUBSPACES,
-    SUBSPACES,
     Basis,
     check_subspace,
     keep,
@@ -51,7 +49,7 @@ from circuit.model.subspaces import (
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
-from circuit.tasks.positions import ROLES, Batch, role_mask
+from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -69,7 +67,7 @@ class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
     """What is done where."""
 
     stage: Annotated[str, options.Option("Stage that is changed.", kind="stage")]
-    subspace: Annotated[str, options.Option("Subspace that is removed or kept.", choices=SUBSPACES)]
+    subspace: Annotated[str, options.Option("Subspace that is removed or kept.", kind="subspace")]
     operation: Annotated[Operation, options.Option("remove or keep.")]
     ranks: Annotated[
         tuple[int, ...],
@@ -82,9 +80,9 @@ class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
     head: Annotated[
         str | None, options.Option("Head whose subspace it is, such as L2H1.", kind="head")
     ] = None
-    position_role: Annotated[
-        str, options.Option("Role of the changed positions.", choices=ROLES)
-    ] = "prediction"
+    position_role: Annotated[str, options.Option("Role of the changed positions.", kind="role")] = (
+        "prediction"
+    )
     query_mode: Annotated[
         QueryMode,
         options.Option(
@@ -115,17 +113,16 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         return InterventionOptions(
             **place.read,
             stage=place.after_mlps[-1],
-            subspace="embedding_value_identity",
+            subspace=place.embeddings,
             operation="remove",
             ranks=(place.rank,),
         )
 
     def prepare(self) -> None:
         super().prepare()
-        asked, shape, vocabulary = self.options, self.config.model, self.inputs.vocabulary
+        asked, shape = self.options, self.config.model
         self.head = None if asked.head is None else parse_component(asked.head)
         self.ranks = asked.ranks or (None,)
-        tokens = (len(vocabulary.key_ids), len(vocabulary.value_ids))
         for rank in self.ranks:
             check_subspace(
                 asked.subspace,
@@ -133,7 +130,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
                 self.head,
                 d_model=shape.d_model,
                 d_head=shape.d_model // shape.heads,
-                tokens=dict(zip(EMBEDDING_SUBSPACES, tokens, strict=True)),
+                token_sets=self.inputs.task.token_sets,
             )
         self.batch = self.inputs.reads(asked.max_records)
         self.unchanged = 0.0
@@ -141,10 +138,10 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
         """The rows of one checkpoint, rank by rank, read by read."""
-        asked, batch, vocabulary = self.options, self.batch, self.inputs.vocabulary
+        asked, batch = self.options, self.batch
         logits, stages = read_stages(point.model, batch.tokens, asked.stage)
         states = stages[asked.stage]
-        clean = self._answers(logits[batch.reads.row, batch.reads.key_pos])
+        clean = self._answers(logits[batch.row, batch.at])
         run_on = partial(intervene, point.model, asked.stage, states, batch, asked.position_role)
         # batches of other shapes give other last bits
         again = self._answers(run_on(lambda x: x, "batch_union"))
@@ -156,13 +153,12 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
                 asked.subspace,
                 rank,
                 head=self.head,
-                key_tokens=vocabulary.key_ids,
-                value_tokens=vocabulary.value_ids,
+                token_sets=self.inputs.task.token_sets,
             )
             after = self._answers(run_on(partial(operation, basis=basis), asked.query_mode))
             columns = {
                 **self._names(),
-                "positions": role_mask(batch, asked.position_role).sum(1).tolist(),
+                "positions": batch.role(asked.position_role).sum(1).tolist(),
                 "subspace_share": _share(states, batch, asked.position_role, basis).tolist(),
                 **self._columns("baseline", clean),
                 **self._columns("intervened", after),
@@ -172,18 +168,20 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
                 yield {"step": point.step, "rank": rank, **of_read}
 
     def _answers(self, logits: Float[Tensor, "read vocab"]) -> Answers:
-        return read_answers(logits, self.batch.reads.answer, self.inputs.vocabulary.value_ids)
+        return read_answers(logits, self.batch.answer, self.inputs.task.choices)
 
     def _names(self) -> dict[str, list[Any]]:
         """What names each read."""
-        reads, names = self.batch.reads, self.inputs.vocabulary.tokens
+        reads, names, task = self.batch, self.inputs.vocabulary.tokens, self.inputs.task
+        slices = reads.slice_values()
+        flags = [name for name, holds in task.facts.items() if holds]
         rows = reads.row.tolist()
         return {
             "split": [self.inputs.records[row].split for row in rows],
             "sample_id": [self.batch.sample_ids[row] for row in rows],
             "read_index": reads.index.tolist(),
-            "lag": reads.lag.tolist(),
-            "is_heldout": reads.is_heldout.tolist(),
+            **({} if slices is None else {task.slice_name: slices.tolist()}),
+            **{name: reads.facts[name].tolist() for name in flags},
             "answer": [names[token] for token in reads.answer.tolist()],
         }
 
@@ -201,7 +199,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             f"running on from {self.options.stage} with nothing changed gives the baseline margins"
             f" to within {self.unchanged:.1g} logits"
         )
-        return Findings(rows, {"reads": len(self.batch.reads), "means": _means(rows)}, law)
+        return Findings(rows, {"reads": len(self.batch), "means": _means(rows)}, law)
 
     @classmethod
     def size(cls, results: Results[InterventionOptions]) -> tuple[float, ...]:
@@ -312,7 +310,7 @@ def intervene(
     model: HookedTransformer,
     stage: str,
     clean: Float[Tensor, "batch pos d_model"],
-    batch: Batch,
+    batch: Examples,
     role: str,
     change: Callable[[Float[Tensor, "place d_model"]], Float[Tensor, "place d_model"]],
     mode: QueryMode = "single_query",
@@ -326,8 +324,8 @@ def intervene(
     Raises:
         CircuitError: there is no such stage or role.
     """
-    rows, predicted_at = _rows(batch, role, mode), batch.reads.key_pos
-    logits = clean.new_empty(len(batch.reads), model.cfg.d_vocab_out)
+    rows, predicted_at = _rows(batch, role, mode), batch.at
+    logits = clean.new_empty(len(batch), model.cfg.d_vocab_out)
     order = rows.end.argsort(stable=True)  # rows of one pass are alike in length: little padding
     for start in range(0, len(order), _ROWS):
         chosen = order[start : start + _ROWS]
@@ -343,25 +341,25 @@ def intervene(
     return logits
 
 
-def _rows(batch: Batch, role: str, mode: QueryMode) -> _Rows:
-    reads, mask = batch.reads, role_mask(batch, role)
+def _rows(batch: Examples, role: str, mode: QueryMode) -> _Rows:
+    mask = batch.role(role)
     if mode == "single_query":
-        own = torch.arange(len(reads), device=mask.device)
-        return _Rows(reads.row, mask, reads.key_pos + 1, own)
+        own = torch.arange(len(batch), device=mask.device)
+        return _Rows(batch.row, mask, batch.at + 1, own)
     records = torch.arange(len(batch.tokens), device=mask.device)
     changed = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=mask.device)
-    changed.index_add_(0, reads.row, mask.long())
-    end = torch.zeros_like(records).scatter_reduce(0, reads.row, reads.key_pos + 1, "amax")
-    return _Rows(records, changed > 0, end, reads.row)
+    changed.index_add_(0, batch.row, mask.long())
+    end = torch.zeros_like(records).scatter_reduce(0, batch.row, batch.at + 1, "amax")
+    return _Rows(records, changed > 0, end, batch.row)
 
 
 def _share(
-    clean: Float[Tensor, "batch pos d_model"], batch: Batch, role: str, basis: Basis | None
+    clean: Float[Tensor, "batch pos d_model"], batch: Examples, role: str, basis: Basis | None
 ) -> Float[Tensor, " read"]:
     """Squared norm of the projection over that of the vector, averaged over a read's positions."""
     inside = clean if basis is None else clean @ basis
-    share = ((inside**2).sum(-1) / (clean**2).sum(-1))[batch.reads.row]
-    mask = role_mask(batch, role)
+    share = ((inside**2).sum(-1) / (clean**2).sum(-1))[batch.row]
+    mask = batch.role(role)
     return (share * mask).sum(1) / mask.sum(1)
 
 

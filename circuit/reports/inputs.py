@@ -17,11 +17,11 @@ from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
 from circuit.options import PairOptions
+from circuit.tasks.base import Record, Task, Vocabulary
 from circuit.tasks.benchmark import Benchmark
+from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import Pair, build_pairs, pair_batch
-from circuit.tasks.positions import Batch, EncodedSplit
 from circuit.tasks.probes import ProbeSet, read_probe_set
-from circuit.tasks.symbolic_kv import Record, Vocabulary
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.states import States
 from circuit.train_config import TrainConfig
@@ -80,26 +80,29 @@ class Inputs:
         return self.setup.benchmark
 
     @property
+    def task(self) -> Task:
+        """Of the benchmark."""
+        return self.benchmark.task
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """Tokens of the benchmark."""
-        return self.benchmark.vocabulary
+        return self.task.vocabulary
 
     @cached_property
-    def batch(self) -> Batch:
+    def batch(self) -> Examples:
         """Every read of the records, on the config's device."""
         return self.reads()
 
-    def reads(self, max_records: int | None = None) -> Batch:
+    def reads(self, max_records: int | None = None) -> Examples:
         """The first `max_records` reads (all by default) in file order, and the rows they need."""
         self.setup.prepare()
-        encoded = EncodedSplit(self.records, self.vocabulary, self.benchmark.heldout_pairs)
+        encoded = self.task.split(self.records)
         batch = encoded.batch()
-        if max_records is not None and max_records < len(batch.reads):
-            rows = int(batch.reads.row[max_records - 1]) + 1
+        if max_records is not None and max_records < len(batch):
+            rows = int(batch.row[max_records - 1]) + 1
             batch = encoded.batch(range(rows))
-            batch = batch.with_reads(
-                batch.reads.index.new_ones(len(batch.reads)).cumsum(0) <= max_records
-            )
+            batch = batch.select(batch.index.new_ones(len(batch)).cumsum(0) <= max_records)
         return batch.to(self.config.device)
 
     def pairs(self, options: PairOptions) -> list[Pair]:
@@ -112,9 +115,8 @@ class Inputs:
         most, least = options.max_pairs_per_type, options.min_pairs_per_type
         if (types, most, least) not in self._pairs:
             built = build_pairs(
+                self.task,
                 self.records,
-                self.vocabulary,
-                self.benchmark.heldout_pairs,
                 types=types,
                 max_per_type=most,
                 min_per_type=least,
@@ -122,10 +124,10 @@ class Inputs:
             self._pairs[types, most, least] = list(built.pairs)
         return self._pairs[types, most, least]
 
-    def side(self, pairs: Sequence[Pair], side: str) -> Batch:
+    def side(self, pairs: Sequence[Pair], side: str) -> Examples:
         """One side of pairs: read `i` of the batch is that of pair `i`."""
         self.setup.prepare()
-        batch = pair_batch(pairs, side, self.vocabulary, self.benchmark.heldout_pairs)
+        batch = pair_batch(self.task, pairs, side)
         return batch.to(self.config.device)
 
     def models(self, checkpoints: Sequence[Path], *, finite: bool = True) -> Iterator[Checkpointed]:
@@ -165,6 +167,7 @@ class Inputs:
         return {
             **self.config.provenance(self.benchmark.digest),
             "probe_set_sha256": self.probe.metadata.sha256,
+            "slice": self.task.slice_name,
         }
 
 
@@ -255,7 +258,7 @@ def traced_inputs(
 
 
 def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = None) -> Inputs:
-    probe = read_probe_set(probe_set, setup.benchmark.digest)
+    probe = read_probe_set(probe_set, setup.benchmark)
     held = list(probe.metadata.counts)
     for split in splits or ():
         if split not in held:

@@ -35,9 +35,7 @@ from circuit.scalars.answers import FIXED_SOURCE, ScalarNames
 from circuit.scalars.functional_write import WritePath
 from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.scalars.write_products import SIZES, SUMMED, Measured, measure
-from circuit.tasks.groups import GROUPS, check_group, group_tokens
-from circuit.tasks.pairs import PAIR_TYPES
-from circuit.tasks.positions import ROLES
+from circuit.tasks.groups import check_group, group_tokens
 
 EVERYTHING = "all"
 """`group_by` of the rows over all pairs of a type."""
@@ -57,15 +55,15 @@ class SubspaceOptions(options.Options):
         str, Option("MLP that reads it, such as L1MLP.", kind="mlp", earlier="mlp")
     ]
     pair_types: Annotated[
-        tuple[str, ...], Option("Pair type of the rows.", flag="--pair-type", choices=PAIR_TYPES)
+        tuple[str, ...], Option("Pair type of the rows.", flag="--pair-type", kind="pair_type")
     ] = ("support_value",)
     position_roles: Annotated[
         tuple[str, ...],
-        Option("Role of the positions.", flag="--position-role", choices=ROLES, earlier="roles"),
+        Option("Role of the positions.", flag="--position-role", kind="role", earlier="roles"),
     ] = ("prediction",)
     group_by: Annotated[
         tuple[str, ...],
-        Option("Token by which pairs are summed.", flag="--group-by", choices=GROUPS),
+        Option("Token by which pairs are summed.", flag="--group-by", kind="group_by"),
     ] = ("answer_value",)
     scalars: ScalarNames = (FIXED_SOURCE,)
     endpoint_roles: Annotated[
@@ -90,9 +88,13 @@ class SubspaceOptions(options.Options):
         """The component writes before the MLP; a role allows each grouping."""
         super().check()
         WritePath.parse(self.source_component, self.component)
+
+    def check_task(self, task: Task) -> None:
+        """Also refuses a grouping that a role does not allow."""
+        super().check_task(task)
         for group in self.group_by:
             for role in self.position_roles:
-                check_group(group, role)
+                check_group(task, group, role)
 
 
 class FunctionalSubspace(Report[SubspaceOptions]):
@@ -118,9 +120,10 @@ class FunctionalSubspace(Report[SubspaceOptions]):
         run = Path(self.config.output_dir)
         self.checkpoints = self.intervals.checkpoints(self.weights, run)
         self.inputs = open_inputs(self.config, asked.probe_set, checkpoints=self.checkpoints)
+        asked.check_task(self.inputs.task)
         pairs = self.intervals.pairs(self.inputs)
         self.batch = self.inputs.side(pairs, asked.record_side)
-        self.intervals.check_tokens(self.batch, self.inputs.vocabulary.value_ids)
+        self.intervals.check_tokens(self.batch, self.inputs.task.choices)
         self.ends = self.intervals.ends(asked.endpoint_roles)
         self.measured: dict[int, Measured] = {}
 
@@ -212,7 +215,7 @@ class FunctionalSubspace(Report[SubspaceOptions]):
         Means leave nulls out, and are null without any other.
         """
         table = pd.DataFrame(rows).astype(dict.fromkeys((*SUMMED, *SIZES), float))
-        texts, pairs = self.inputs.vocabulary.tokens, len(self.batch.reads)
+        texts, pairs = self.inputs.vocabulary.tokens, len(self.batch)
         summed: list[dict[str, Any]] = []
         for group in (EVERYTHING, *self.options.group_by):
             of_role = {

@@ -90,7 +90,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
 
     def measure(self, point: Checkpointed) -> Iterator[Row]:
         heads = [parse_component(name) for name in self.options.heads] or all_heads(point.model)
-        values = self.inputs.vocabulary.value_ids
+        values = self.inputs.task.choices
         progress = head_progress(point.model, self.reads, heads, values)
         logits = progress.logits.cpu().double()
         at_step = self._scalars(logits, logits, logits)[: len(AT_STEP)]
@@ -105,21 +105,28 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         self.means.append(columns.numpy().mean(-1))
         self.answers.append(at_step.mean(-1))
         self.residuals.append(progress.dla_residual)
-        lags, of_reads = self.reads.batch.reads.lag.tolist(), at_step.T.tolist()
+        of_reads, column = at_step.T.tolist(), self.inputs.task.slice_name
         for head, of_head in zip(heads, columns.permute(1, 2, 0).tolist(), strict=True):
-            for pair, lag, found, answers in zip(self.pairs, lags, of_head, of_reads, strict=True):
+            for pair, value, found, answers in zip(
+                self.pairs, self._slices(), of_head, of_reads, strict=True
+            ):
                 yield {
                     "step": point.step,
                     "head": str(head),
                     "pair_id": pair.pair_id,
-                    "lag": lag,
+                    column: value,
                     **_nested(COLUMNS, found),
                     **_nested(AT_STEP, answers),
                 }
 
+    def _slices(self) -> list[int | None]:
+        """The value of each pair by which figures are given apart."""
+        values = self.reads.batch.slice_values()
+        return [None] * len(self.pairs) if values is None else values.tolist()
+
     def _scalars(self, at: Logits, source: Logits, target: Logits) -> NDArray[np.float64]:
         """`[OUTPUTS, read]` at some logits, with the competitors of an interval's two ends."""
-        values, answer = self.inputs.vocabulary.value_ids, self.reads.batch.reads.answer.cpu()
+        values, answer = self.inputs.task.choices, self.reads.batch.answer.cpu()
         ends = (read_answers(end, answer, values).competitor for end in (source, target))
         scalars = answer_scalars(at, answer, Competitors(*ends), values)
         return torch.stack([scalars[name] for name in OUTPUTS]).numpy()
@@ -164,10 +171,12 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         ]
         finite = [residual for residual in self.residuals if math.isfinite(residual)]
         largest = max(finite, default=math.nan)  # NaN among them would depend on their order
-        lags = Counter(self.reads.batch.reads.lag.tolist())
+        slices = Counter(value for value in self._slices() if value is not None)
         summary = {
             "pairs": len(self.pairs),
-            "pairs_by_lag": {str(lag): lags[lag] for lag in sorted(lags)},
+            f"pairs_by_{self.inputs.task.slice_name}": {
+                str(value): slices[value] for value in sorted(slices)
+            },
             "steps": self.steps,
             "intervals": len(deltas),
             "match_winner": self._winner(mean_rows, "qk_separation"),
@@ -222,10 +231,12 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
     def notes(cls, results: Results[ProgressOptions]) -> list[str]:
         summary = results.summary
         steps, chance = summary["steps"], summary["chance_level"]
-        lags = ", ".join(f"{count} of lag {lag}" for lag, count in summary["pairs_by_lag"].items())
+        by = results.slice
+        counts = summary[f"pairs_by_{by}"].items()
+        of = ", ".join(f"{count} of {by} {value}" for value, count in counts) or "not told apart"
         notes = [
-            f"{summary['pairs']} pairs ({lags}), {len(steps)} checkpoints from step {steps[0]} to"
-            f" {steps[-1]}. Means over pairs of one lag cannot tell a lookup from a position."
+            f"{summary['pairs']} pairs ({of}), {len(steps)} checkpoints from step {steps[0]} to"
+            f" {steps[-1]}. Means over pairs of one {by} cannot tell a lookup from a position."
         ]
         for what, name in (("matches", "match_winner"), ("writes", "write_winner")):
             winner = summary[name]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from circuit import options
 from circuit.artifacts import Row
-from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
+from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines, of_slices
 from circuit.lazy import no_grad, torch
 from circuit.model.dla import attribute_logits, dla_hooks
 from circuit.model.readout import read_answers
@@ -57,12 +57,12 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
 
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
-        reads, hooks = self.batch.reads, dla_hooks(point.model.cfg.n_layers)
+        reads, hooks = self.batch, dla_hooks(point.model.cfg.n_layers)
         _, cache = point.model.run_with_cache(
             self.batch.tokens, names_filter=lambda name: name in hooks, return_cache_object=False
         )
-        written = attribute_logits(point.model, cache, (reads.row, reads.key_pos))
-        values = self.inputs.vocabulary.value_ids
+        written = attribute_logits(point.model, cache, (reads.row, reads.at))
+        values = self.inputs.task.choices
         rival = read_answers(written.total, reads.answer, values).competitor
 
         def over_rival(logits: Tensor) -> Tensor:
@@ -77,14 +77,13 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
         margin = over_rival(written.total.double())  # [read]
         self.gap = max(self.gap, float((shares.sum(1) - margin).abs().max()))
         self.largest = max(self.largest, float(margin.abs().max()))
-        groups = {"all": torch.ones_like(reads.lag, dtype=torch.bool)}
-        groups |= {str(lag): reads.lag == lag for lag in torch.unique(reads.lag).tolist()}
-        for lag, chosen in groups.items():
+        column = self.inputs.task.slice_name
+        for value, chosen in reads.by_slice().items():
             for part, share in zip(written.parts, shares[chosen].T, strict=True):
                 yield {
                     "step": point.step,
                     "part": part,
-                    "lag": lag,
+                    column: value,
                     "reads": len(share),
                     "contribution": float(share.mean()),
                     "positive_in": float((share > 0).double().mean()),
@@ -93,7 +92,8 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                 }
 
     def conclude(self, rows: list[Row]) -> Findings:
-        whole = [row for row in rows if row["lag"] == "all"]
+        column = self.inputs.task.slice_name
+        whole = [row for row in rows if row[column] == "all"]
         steps = list(dict.fromkeys(row["step"] for row in whole))
         of = {(row["part"], row["step"]): row for row in whole}
         parts = []
@@ -150,15 +150,21 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
 
     @classmethod
     def charts(cls, results: Results[DecompositionOptions]) -> list[Chart]:
-        shown = ("step", "part", "lag", "reads", "contribution", "positive_in", "margin")
+        by = results.slice
+        shown = ("step", "part", by, "reads", "contribution", "positive_in", "margin")
         rows = [{key: row[key] for key in shown} for row in results.rows()]
-        whole = [row for row in rows if row["lag"] == "all"]
+        whole = [row for row in rows if row[by] == "all"]
         ranked = sorted(results.summary["parts"], key=lambda part: -abs(part["last"]))
         names = [part["part"] for part in ranked[:DRAWN]]
         largest = [row for row in whole if row["part"] in names]
-        by_lag = [row for row in rows if row["lag"] != "all" and row["part"] == names[0]]
-        lags = sorted({row["lag"] for row in by_lag}, key=int)
-        lag_shade = colour("lag", lags, labels={lag: f"lag {lag}" for lag in lags})
+        apart = [row for row in rows if row[by] != "all" and row["part"] == names[0]]
+        sliced = chart(
+            f"contribution_by_{by}",
+            f"{names[0]}, by {by}",
+            {f"by_{by}": apart},
+            lines(f"by_{by}", "contribution", "logits", of_slices(by, apart), shown),
+            at_step(),
+        )
         return [
             chart(
                 "contributions",
@@ -174,11 +180,5 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                 lines("largest", "contribution", "logits", colour("part", names), shown),
                 at_step(),
             ),
-            chart(
-                "contribution_by_lag",
-                f"{names[0]}, by lag",
-                {"by_lag": by_lag},
-                lines("by_lag", "contribution", "logits", lag_shade, shown),
-                at_step(),
-            ),
+            *([sliced] if apart else []),
         ]

@@ -35,6 +35,7 @@ from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
 from circuit.reports.tables import Table
 from circuit.sealed import sealed
 from circuit.strict_json import parse_json
+from circuit.tasks.base import Task
 from circuit.train_config import ModelConfig, TrainConfig
 
 O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
@@ -69,11 +70,13 @@ class Results(Generic[O]):
         options: it was made with.
         summary: its main numbers.
         read: the rows of a file by its name; see `rows`.
+        slice: column of the values by which figures are given apart.
     """
 
     options: O
     summary: Mapping[str, Any]
     read: Callable[[str, str], Iterable[Row]]
+    slice: str = "lag"
 
     def rows(self, file: str = "", *, holding: str = "") -> Iterator[Row]:
         """Rows of one of its files, the main one by default; see `iter_jsonl`."""
@@ -86,15 +89,25 @@ class Place:
 
     Attributes:
         model: its shape.
-        values: tokens that are values.
         given: by name of an option: its probe set, the folder of its checkpoints, its trace.
         head: the one whose match grew most, as far as that is known.
+        task: of the run, where its benchmark is there.
     """
 
     model: ModelConfig
-    values: int
     given: Mapping[str, Path]
     head: str
+    task: Task | None = None
+
+    def has_role(self, role: str) -> bool:
+        """Whether the run's task has a role, as far as that is known."""
+        return self.task is None or role in self.task.roles
+
+    @property
+    def embeddings(self) -> str:
+        """The subspace of the embeddings of the task's last token set."""
+        names = ("value",) if self.task is None else self.task.token_set_names
+        return f"embedding_{names[-1] if names else ''}_identity"
 
     @property
     def read(self) -> dict[str, Any]:
@@ -103,8 +116,10 @@ class Place:
 
     @property
     def rank(self) -> int:
-        """Of a subspace of the residual stream, also of that which the values span."""
-        return max(1, min(16, self.model.d_model // 8, self.values - 1))
+        """Of a subspace of the residual stream, also of that which the last token set spans."""
+        sets = () if self.task is None else tuple(self.task.token_sets.values())
+        spanned = min((len(ids) for ids in sets[-1:]), default=self.model.d_model)
+        return max(1, min(16, self.model.d_model // 8, spanned - 1))
 
     @property
     def after_mlps(self) -> list[str]:
@@ -258,6 +273,7 @@ class OfCheckpoints(Report[C]):
             splits=options.splits or None,
             checkpoints=self.options.checkpoints,
         )
+        self.options.check_task(self.inputs.task)
 
     def points(self) -> Iterator[Any]:
         for point in self.inputs.models(self.options.checkpoints, finite=self.finite):
@@ -391,6 +407,7 @@ class open_report:  # noqa: N801  a context manager
             report.options,
             findings.summary,
             lambda name, text: _rows(files[name or row_file], text),
+            report.provenance().get("slice", "lag"),
         )
         notes, tables, charts = kind.notes(results), kind.tables(results), kind.charts(results)
         texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,6 @@ from circuit.scalars.transfer import (
 )
 from circuit.schemas import RouteBasis, RouteRow, Side
 from circuit.tasks.pairs import SIDES, Pair
-from circuit.tasks.symbolic_kv import Vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +65,7 @@ def score_checkpoint(
     point: Checkpointed,
     sides: PairSides,
     routes: Sequence[Route],
-    vocabulary: Vocabulary,
+    token_sets: Mapping[str, range],
     before: Scored | None,
 ) -> Scored:
     """Run both sides once and each route once, and each that has a basis once with that of before.
@@ -76,7 +75,7 @@ def score_checkpoint(
     """
     model, tested = point.model, [*routes, *WHOLE]
     runs = PairRuns.of(model, sides, tested)
-    bases = route_bases(model, tested, vocabulary)
+    bases = route_bases(model, tested, token_sets)
     scores = route_scores(model, sides, runs, tested, bases).cpu()
     clean, corrupted = (
         contrast_margin(logits, sides.transfer).cpu()
@@ -168,7 +167,7 @@ def _target(
         transfer = sides.transfer.cpu()
         return [contrast_margin(logits, transfer).double().tolist() for logits in ends]
     batch = sides.clean if side == "clean" else sides.corrupted
-    answer = batch.reads.answer.cpu()
+    answer = batch.answer.cpu()
     competitors = Competitors(*(read_answers(x, answer, values).competitor for x in ends))
     both = [answer_scalars(logits, answer, competitors, values) for logits in ends]
     return [of[target_scalar].double().tolist() for of in both]

@@ -103,9 +103,8 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
 
     def prepare(self) -> None:
         super().prepare()
-        vocabulary, asked = self.inputs.vocabulary, self.options
-        keys, values = len(vocabulary.key_ids), len(vocabulary.value_ids)
-        check_routes(asked.routes, self.config.model, num_keys=keys, num_values=values)
+        asked = self.options
+        check_routes(asked.routes, self.config.model, self.inputs.task)
         self.pairs = self.inputs.pairs(asked)
         self.sides = PairSides.of(
             self.pairs, *(self.inputs.side(self.pairs, side) for side in SIDES)
@@ -119,9 +118,9 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
 
     def measure(self, point: Checkpointed) -> list[Row]:
         """Makes the rows of the interval that ends here, with each basis."""
-        asked, vocabulary = self.options, self.inputs.vocabulary
+        asked, task = self.options, self.inputs.task
         before = self.scored[-1] if self.scored else None
-        here = score_checkpoint(point, self.sides, asked.routes, vocabulary, before)
+        here = score_checkpoint(point, self.sides, asked.routes, task.token_sets, before)
         self.scored.append(here)
         for basis, rows in self.rows.items():
             if before is not None:
@@ -131,7 +130,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
                     self.pairs,
                     self.sides,
                     asked.routes,
-                    vocabulary.value_ids,
+                    task.choices,
                     margin_sides=asked.margin_sides,
                     target_scalar=asked.target_scalar,
                     basis=basis,

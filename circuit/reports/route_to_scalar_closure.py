@@ -36,7 +36,7 @@ from circuit.schemas import (
     names_of,
     read_typed_rows,
 )
-from circuit.tasks.pairs import PAIR_TYPES, record_of
+from circuit.tasks.pairs import record_of
 
 PAIR_ROWS = "route_to_scalar_closure_pair_rows.jsonl"
 
@@ -55,7 +55,7 @@ class ScalarClosureOptions(options.Options):
     ] = ()
     pair_types: Annotated[
         tuple[str, ...],
-        Option("Pair type of the rows.", flag="--pair-type", choices=PAIR_TYPES, unset="all"),
+        Option("Pair type of the rows.", flag="--pair-type", kind="pair_type", unset="all"),
     ] = ()
     margin_sides: options.MarginSides = ()
     fit_intercept: options.FitIntercept = False

@@ -38,7 +38,8 @@ from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_ba
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
-from circuit.tasks.groups import GROUPS, check_group, group_tokens, nonempty_mask
+from circuit.tasks.base import Task
+from circuit.tasks.groups import check_group, group_tokens, nonempty_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,17 +68,17 @@ class SubspaceOptions(options.ProbeOptions, options.CheckpointOptions):
     stages: Annotated[tuple[str, ...], options.Option("Stage.", flag="--stage", kind="stage")]
     position_roles: options.Roles = ("prediction",)
     group_by: Annotated[
-        tuple[str, ...], options.Option("Token by which reads are grouped.", choices=GROUPS)
+        tuple[str, ...], options.Option("Token by which reads are grouped.", kind="group_by")
     ] = ("answer_value",)
     max_records: options.MaxRecords = None
     pca_rank: Annotated[int, options.Option("Rank of both bases.", least=1)] = 4
 
-    def check(self) -> None:
+    def check_task(self, task: Task) -> None:
         """Also refuses the token at a role that has several."""
-        super().check()
+        super().check_task(task)
         for role in self.position_roles:
             for group in self.group_by:
-                check_group(group, role)
+                check_group(task, group, role)
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
 
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
-        reads, asked = self.batch.reads, self.options.stages
+        reads, asked = self.batch, self.options.stages
         last = "final_norm"  # whose lens is the model's own readout
         logits, states = read_stages(point.model, self.batch.tokens, *dict.fromkeys((*asked, last)))
-        final = self._answers(logits[reads.row, reads.key_pos])
+        final = self._answers(logits[reads.row, reads.at])
         at_prediction = mean_at(states[last], reads.row, nonempty_mask(self.batch, "prediction"))
         margin = self._lens(point.model, last, at_prediction).margin
         self.gap = max(self.gap, float((margin - final.margin).abs().max()))
@@ -143,8 +144,8 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
                     yield {**place, **row}
 
     def _answers(self, logits: Tensor) -> Answers:
-        answer = self.batch.reads.answer.cpu()
-        return read_answers(logits.cpu(), answer, self.inputs.vocabulary.value_ids)
+        answer = self.batch.answer.cpu()
+        return read_answers(logits.cpu(), answer, self.inputs.task.choices)
 
     def _lens(self, model: HookedTransformer, stage: str, vectors: Vectors) -> Answers:
         return self._answers(lens(model, stage, vectors.to(model.W_E)))
@@ -153,8 +154,9 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
         """One row for each grouping at one stage and role of one checkpoint."""
         unit = vectors / vectors.norm(dim=1, keepdim=True)
         mean = vectors.mean(0)
-        reads, rank = self.batch.reads, self.options.pca_rank
-        record, lag, key = (x.cpu() for x in (reads.row, reads.lag, reads.key))
+        reads, rank = self.batch, self.options.pca_rank
+        record, key = reads.row.cpu(), reads.asked().cpu()
+        slices = {name: chosen.cpu() for name, chosen in reads.by_slice().items() if name != "all"}
         of_all = {
             "vector_projection": _share(unit, vector_basis(vectors, rank)),
             "mean_cosine": _mean((unit @ mean / mean.norm()).abs()),
@@ -184,14 +186,14 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
                 "centroid_reads_other_records": int(scored_other.sum()),
                 "centroid_accuracy_key_removed": accuracy_without,
                 "centroid_reads_key_removed": None if is_key else int(scored_without.sum()),
-                "by_lag": {
-                    str(value): {
-                        "reads": int((lag == value).sum()),
-                        "centroid_accuracy": _mean(right[scored & (lag == value)]),
-                        "lens_value_accuracy": _mean(seen.is_value[lag == value]),
-                        "final_value_accuracy": _mean(final.is_value[lag == value]),
+                f"by_{self.inputs.task.slice_name}": {
+                    value: {
+                        "reads": int(chosen.sum()),
+                        "centroid_accuracy": _mean(right[scored & chosen]),
+                        "lens_value_accuracy": _mean(seen.is_value[chosen]),
+                        "final_value_accuracy": _mean(final.is_value[chosen]),
                     }
-                    for value in sorted(set(lag.tolist()))
+                    for value, chosen in slices.items()
                 },
             }
 
@@ -216,7 +218,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             for course in [courses[group, role, stage]]
         ]
         summary = {
-            "reads": len(self.batch.reads),
+            "reads": len(self.batch),
             "steps": sorted({row["step"] for row in rows}),
             "readable_at_accuracy": READABLE,
             "readout": readout,

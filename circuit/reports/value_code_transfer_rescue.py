@@ -49,15 +49,12 @@ from circuit.model.subspaces import check_rank
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table, by_step
+from circuit.tasks.base import Task
 from circuit.tasks.groups import (
-    GROUPS,
-    SINGLE_ROLES,
     group_tokens,
     is_for_fitting,
     nonempty_mask,
-    single_position,
 )
-from circuit.tasks.positions import ROLES
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -80,6 +77,10 @@ MAIN = ("oracle", "true_transfer", "context_only", "source_plus_context")
 """Conditions that are drawn over steps, beside the controls."""
 
 
+CONTROL_ROLES = {"wrong_support_value": "value_distractors", "key_identity": "support_key"}
+"""Roles that controls take their vectors from."""
+
+
 class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
     """What is removed, and from what it is put back."""
 
@@ -87,17 +88,17 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
     target_stage: Annotated[
         str, options.Option("Stage at which the code is removed.", kind="stage")
     ]
-    source_position_role: Annotated[str, options.Option("Role of the source.", choices=ROLES)] = (
+    source_position_role: Annotated[str, options.Option("Role of the source.", kind="role")] = (
         "support_value"
     )
     target_position_role: Annotated[
         str,
-        options.Option("Role at which the code is removed; one position.", choices=SINGLE_ROLES),
+        options.Option("Role at which the code is removed; one position.", kind="single_role"),
     ] = "prediction"
     context_stage: Annotated[
         str | None, options.Option("Stage of the context.", kind="stage", unset="the source's")
     ] = None
-    context_position_role: Annotated[str, options.Option("Role of the context.", choices=ROLES)] = (
+    context_position_role: Annotated[str, options.Option("Role of the context.", kind="role")] = (
         "prediction"
     )
     context_rank: Annotated[
@@ -105,7 +106,7 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
         options.Option("Rank of the context's basis.", least=1, unset="the other bases' rank"),
     ] = None
     group_by: Annotated[
-        str, options.Option("Token by which identity bases are taken.", choices=GROUPS)
+        str, options.Option("Token by which identity bases are taken.", kind="group_by")
     ] = "answer_value"
     basis_rank: Annotated[
         int, options.Option("Rank of the source's and the target's basis.", least=1)
@@ -136,8 +137,7 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
             "source": (self.source_stage, self.source_position_role),
             "target": (self.target_stage, self.target_position_role),
             "context": (self.context_stage or self.source_stage, self.context_position_role),
-            "wrong_support_value": (self.source_stage, "value_distractors"),
-            "key_identity": (self.source_stage, "support_key"),
+            **{name: (self.source_stage, role) for name, role in CONTROL_ROLES.items()},
         }
         return {n: site for n, site in sites.items() if n not in CONTROLS or n in self.controls}
 
@@ -146,6 +146,11 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
         super().check_model(shape)
         for name, rank in self.ranks.items():
             check_rank(f"the {name}", rank, shape.d_model)
+
+    def check_task(self, task: Task) -> None:
+        """Also refuses controls whose role the task does not have."""
+        super().check_task(task)
+        task.check_roles(*(role for _, role in self.sites.values()))
 
 
 class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
@@ -160,8 +165,13 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
     @classmethod
     def usual(cls, place: Place) -> RescueOptions:
         source, target = ["embedding", *place.after_mlps][-2:]
+        needed = {name: CONTROL_ROLES.get(name, "prediction") for name in CONTROLS}
         return RescueOptions(
-            **place.read, source_stage=source, target_stage=target, basis_rank=place.rank
+            **place.read,
+            source_stage=source,
+            target_stage=target,
+            basis_rank=place.rank,
+            controls=tuple(name for name, role in needed.items() if place.has_role(role)),
         )
 
     def prepare(self) -> None:
@@ -173,8 +183,8 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
         fitting = is_for_fitting(batch, self.options.fit_fraction).cpu()
         self.fit, self.held_out = fitting.nonzero()[:, 0], (~fitting).nonzero()[:, 0]
         self._refuse_too_few()
-        self.position = single_position(batch, role)
-        self.answer = batch.reads.answer.cpu()[self.held_out]
+        self.position = batch.position(role)
+        self.answer = batch.answer.cpu()[self.held_out]
         # for each read held out, the next one with another answer
         self.shuffled = self.held_out[next_other(self.answer)]
         self.masks = {name: nonempty_mask(batch, r) for name, (_, r) in self.options.sites.items()}
@@ -204,7 +214,7 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
         """One row a condition: means of the scalars and rescues (1 for clean, 0 for removed)."""
-        asked, reads = self.options, self.batch.reads
+        asked, reads = self.options, self.batch
         stages = dict.fromkeys(stage for stage, _ in asked.sites.values())
         _, states = read_stages(point.model, self.batch.tokens, *stages)
         vectors = {
@@ -227,20 +237,20 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
         logits: dict[str, list[Tensor]] = {name: [] for name in codes}
         for chunk in torch.split(torch.arange(len(self.held_out)), asked.batch_size):
             at = self.held_out[chunk].to(clean.device)
-            width = int(reads.key_pos[at].max()) + 1  # what comes later has no effect
-            place = (clean[reads.row[at], :width], self.position[at], reads.key_pos[at], basis)
+            width = int(reads.at[at].max()) + 1  # what comes later has no effect
+            place = (clean[reads.row[at], :width], self.position[at], reads.at[at], basis)
             for name, code in codes.items():
                 written = None if code is None else code[chunk]
                 there = logits_with_code(point.model, asked.target_stage, *place, written)
                 logits[name].append(there.cpu())
         whole = {name: torch.cat(parts) for name, parts in logits.items()}
-        values_of = self.inputs.vocabulary.value_ids
+        values_of = self.inputs.task.choices
         answers = {name: read_answers(x, self.answer, values_of) for name, x in whole.items()}
         rivals = [answers[name].competitor[:, None] for name in ("clean", "removed")]
         values = {name: _scalars(whole[name], answers[name], rivals) for name in codes}
         gap = answers["oracle"].margin - answers["clean"].margin
         self.gap = max(self.gap, float(gap.abs().max()))
-        share, key = removed_share(vectors["target"], basis, reads.key.cpu())
+        share, key = removed_share(vectors["target"], basis, reads.asked().cpu())
         self.shares[str(point.step)] = {"norm_share": share, "query_key_share": key}
         self.read_rows += self._of_reads(point.step, values)
         records = reads.row.cpu()[self.held_out]
@@ -260,17 +270,16 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
 
     def _of_reads(self, step: int, values: Mapping[str, Tensor]) -> Iterator[Row]:
         """One row a condition and evaluation read."""
-        reads = self.batch.reads.select(self.held_out.to(self.batch.tokens.device))
-        columns = (part.tolist() for part in (reads.row, reads.index, reads.lag, reads.answer))
-        places = [
-            {
-                "sample_id": self.batch.sample_ids[row],
-                "read_index": number,
-                "lag": lag,
-                "answer": answer,
-            }
-            for row, number, lag, answer in zip(*columns, strict=True)
-        ]
+        reads = self.batch.select(self.held_out.to(self.batch.tokens.device))
+        slices = reads.slice_values()
+        columns = {
+            "sample_id": [self.batch.sample_ids[row] for row in reads.row.tolist()],
+            "read_index": reads.index.tolist(),
+            **({} if slices is None else {self.inputs.task.slice_name: slices.tolist()}),
+            "answer": reads.answer.tolist(),
+        }
+        rows = zip(*columns.values(), strict=True)
+        places = [dict(zip(columns, of_read, strict=True)) for of_read in rows]
         for name, of_reads in values.items():
             for place, scalars in zip(places, of_reads.tolist(), strict=True):
                 named_scalars = dict(zip(SCALARS, scalars, strict=True))

@@ -31,7 +31,7 @@ from circuit.scalars.functional_write import (
     WriteReads,
     readout_gradient,
 )
-from circuit.tasks.positions import ROLES, Batch
+from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,7 @@ class WritePathOptions(options.ProbeOptions, options.PairOptions):
     ]
     position_role: Annotated[
         str,
-        options.Option("Positions that are summed over.", choices=ROLES, earlier="role"),
+        options.Option("Positions that are summed over.", kind="role", earlier="role"),
     ] = "prediction"
     record_side: options.RecordSide = "clean"
 
@@ -75,6 +75,7 @@ class WritePathSelection(Report[WritePathOptions]):
             splits=asked.splits or None,
             checkpoints=[asked.checkpoint],
         )
+        asked.check_task(self.inputs.task)
         self.pairs = self.inputs.pairs(asked)
 
     def points(self) -> Iterator[Checkpointed]:
@@ -89,7 +90,7 @@ class WritePathSelection(Report[WritePathOptions]):
     def measure(self, point: Checkpointed) -> list[Row]:
         model, role = point.model, self.options.position_role
         batch = self.inputs.side(self.pairs, self.options.record_side)
-        values = self.inputs.vocabulary.value_ids
+        values = self.inputs.task.choices
         writes = final_writes(model, batch, role, values)
         columns = {
             path: {
@@ -160,7 +161,7 @@ def write_paths(model: HookedTransformer) -> list[WritePath]:
 
 
 def final_writes(
-    model: HookedTransformer, batch: Batch, role: str, values: range
+    model: HookedTransformer, batch: Examples, role: str, values: range
 ) -> dict[str, Float[Tensor, " read"]]:
     """`g_out . δ_total` of every path for each read, the readout being the fixed margin.
 
@@ -174,7 +175,7 @@ def final_writes(
     with torch.no_grad():
         logits, stages = _stages(model, reads.tokens)
         at = logits[reads.row, reads.prediction]
-        competitor = read_answers(at, batch.reads.answer, values).competitor
+        competitor = read_answers(at, batch.answer, values).competitor
         heads = all_heads(model)
         ablated = dict(_without(model, reads.tokens, heads))
     found = {}
@@ -230,7 +231,7 @@ def _readouts(
     model: HookedTransformer,
     stage: str,
     held: Float[Tensor, "head sequence pos d_model"],
-    batch: Batch,
+    batch: Examples,
     reads: WriteReads,
     competitor: Tensor,
 ) -> Float[Tensor, "head read pos d_model"]:
@@ -243,20 +244,20 @@ def _readouts(
         leaf = some.detach().requires_grad_()
         logits = run_from(model, stage, leaf)
         at = logits[torch.arange(len(leaf), device=leaf.device), reads.prediction[which]]
-        margin = _fixed_margin(at, answer=batch.reads.answer[which], competitor=competitor[which])
+        margin = _fixed_margin(at, answer=batch.answer[which], competitor=competitor[which])
         found.append(torch.autograd.grad(margin.sum(), leaf)[0])
     return torch.cat(found).reshape(heads, count, *held.shape[2:])
 
 
 def write_alone(
-    model: HookedTransformer, batch: Batch, role: str, values: range, path: WritePath
+    model: HookedTransformer, batch: Examples, role: str, values: range, path: WritePath
 ) -> Float[Tensor, " read"]:
     """The same of one path, its head ablated in a pass of its own."""
     reads = WriteReads.of(batch, role)
     with torch.no_grad():
         at = model(reads.tokens)[reads.row, reads.prediction]
-        competitor = read_answers(at, batch.reads.answer, values).competitor
-    margin = partial(_fixed_margin, answer=batch.reads.answer, competitor=competitor)
+        competitor = read_answers(at, batch.answer, values).competitor
+    margin = partial(_fixed_margin, answer=batch.answer, competitor=competitor)
     gradient = readout_gradient(model, reads, path, path.output_stage, margin)
     scalar = FunctionalWrite(path, reads, gradient, layers=model.cfg.n_layers)
     return evaluate_scalar(scalar, model).detach().double().cpu()

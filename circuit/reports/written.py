@@ -122,6 +122,7 @@ class Written:
             options,
             self.summary,
             lambda name, holding: iter_jsonl(self.file(name), holding=holding),
+            self.payload["provenance"].get("slice", "lag"),
         )
 
     def command_line(self, config: TrainConfig, folder: str) -> str:

@@ -30,9 +30,9 @@ from circuit.training.setup import Setup
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+    from circuit.tasks.base import Vocabulary
     from circuit.tasks.benchmark import Benchmark
-    from circuit.tasks.positions import Batch
-    from circuit.tasks.symbolic_kv import Vocabulary
+    from circuit.tasks.examples import Examples
 
 
 def open_folder(where: str | Path) -> CheckpointedRun:
@@ -156,7 +156,7 @@ class CheckpointedRun:
         """
         return self.setup.model(self.state(step), untied=untied)
 
-    def batch(self, split: str, indices: Sequence[int] | torch.Tensor | None = None) -> Batch:
+    def batch(self, split: str, indices: Sequence[int] | torch.Tensor | None = None) -> Examples:
         """Records of a split (all by default) as tokens `[batch, pos]` with read indices.
 
         Raises:

@@ -21,7 +21,7 @@ from circuit.scalars.answers import (
 )
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.family import ScalarFamily
-from circuit.tasks.positions import Batch
+from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -38,7 +38,7 @@ class AnswerScalar:
     def __init__(
         self,
         name: str,
-        batch: Batch,
+        batch: Examples,
         competitors: Int[Tensor, " read"] | None = None,
         *,
         values: range,
@@ -62,13 +62,13 @@ class AnswerScalar:
             raise _kinked()
         if name in OF_THE_TARGET and competitors is None:
             raise CircuitError(f"{name} needs the competitors at the target checkpoint")
-        if competitors is not None and competitors.shape != batch.reads.answer.shape:
+        if competitors is not None and competitors.shape != batch.answer.shape:
             raise CircuitError(
-                f"{list(competitors.shape)} competitors", expected=f"one a read, {len(batch.reads)}"
+                f"{list(competitors.shape)} competitors", expected=f"one a read, {len(batch)}"
             )
         self.name = name
         self.values_range = values
-        self.reads = batch.reads
+        self.reads = batch
         sequences = tuple(
             tuple(row[:length].tolist())
             for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
@@ -83,7 +83,7 @@ class AnswerScalar:
             own = self.reads.answer if self._competitors is None else self._competitors
             return BoundAnswerScalar(self, own, constant=True)
         with torch.no_grad():
-            logits = model(self._tokens)[self.reads.row, self.reads.key_pos]
+            logits = model(self._tokens)[self.reads.row, self.reads.at]
         competitor = read_answers(logits, self.reads.answer, self.values_range).competitor
         return BoundAnswerScalar(self, competitor, constant=False)
 
@@ -102,7 +102,7 @@ class BoundAnswerScalar:
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         """The scalar, one per read."""
         reads = self.scalar.reads
-        logits = cache[LOGITS][reads.row, reads.key_pos]
+        logits = cache[LOGITS][reads.row, reads.at]
         frozen = Competitors(self.competitors, self.competitors)
         return fixed_scalars(logits, reads.answer, frozen)[self.scalar.name]
 
@@ -152,16 +152,14 @@ class AnswerScalars(ScalarFamily, options.PairOptions):
     def build(self, inputs: Inputs) -> list[AnswerScalar]:
         """One scalar a name."""
         batch = inputs.side(inputs.pairs(self), self.record_side)
-        values = inputs.vocabulary.value_ids
+        values = inputs.task.choices
 
         def competitors(step: int | None) -> Tensor | None:
             if step is None:
                 return None
             with torch.no_grad():
-                logits = inputs.point(step).model(batch.tokens)[
-                    batch.reads.row, batch.reads.key_pos
-                ]
-            return read_answers(logits, batch.reads.answer, values).competitor
+                logits = inputs.point(step).model(batch.tokens)[batch.row, batch.at]
+            return read_answers(logits, batch.answer, values).competitor
 
         of_end = {False: competitors(self.source_step), True: competitors(self.target_step)}
         return [

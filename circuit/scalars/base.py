@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from circuit.lazy import torch
 from circuit.model.components import Hook, parse_component
-from circuit.tasks.symbolic_kv import PAD
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -128,7 +127,8 @@ class SharedBatch:
             for scalar in scalars
         ]
         longest = max(map(len, places), default=0)
-        tokens = torch.full((len(places), longest), PAD, device=device)
+        # what stands behind a sequence is never read: any token fills the rows up
+        tokens = torch.zeros((len(places), longest), dtype=torch.int64, device=device)
         for sequence, row in places.items():
             tokens[row, : len(sequence)] = torch.tensor(sequence, device=device)
         hooks: dict[str | None, frozenset[str]] = {None: frozenset()}

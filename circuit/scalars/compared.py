@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.tasks.positions import Batch, role_mask
+from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def compared_positions(
-    batch: Batch, query_role: str, support_role: str, distractor_role: str
+    batch: Examples, query_role: str, support_role: str, distractor_role: str
 ) -> tuple[Int[Tensor, " read"], Bool[Tensor, "read pos"], Bool[Tensor, "read pos"]]:
     """The query's position in every read, and masks of its support and its distractors.
 
@@ -24,13 +24,13 @@ def compared_positions(
         CircuitError: there is no such role, the query role has several positions, a compared
             position lies behind the query, or one is both support and distractor.
     """
-    query = role_mask(batch, query_role)
+    query = batch.role(query_role)
     if (query.sum(1) != 1).any():
         raise CircuitError(
             f"role '{query_role}' has several positions", expected="one query position a read"
         )
     place = query.int().argmax(1)
-    support, distractors = role_mask(batch, support_role), role_mask(batch, distractor_role)
+    support, distractors = batch.role(support_role), batch.role(distractor_role)
     behind = torch.arange(query.shape[1], device=query.device) > place[:, None]
     for role, mask in ((support_role, support), (distractor_role, distractors)):
         if (mask & behind).any():
@@ -42,7 +42,7 @@ def compared_positions(
     if both.any():
         raise CircuitError(
             f"roles '{support_role}' and '{distractor_role}' share positions",
-            where=batch.sample_ids[int(batch.reads.row[both][0])],
+            where=batch.sample_ids[int(batch.row[both][0])],
             expected="a position to be support or distractor",
         )
     return place, support, distractors

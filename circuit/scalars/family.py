@@ -36,6 +36,7 @@ from pydantic import TypeAdapter, ValidationError
 from circuit.errors import CircuitError
 from circuit.options import Options
 from circuit.reading import file_digest
+from circuit.tasks.base import Task
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -194,6 +195,12 @@ class OwnScalars:
         target = self._target()
         if isinstance(target, ScalarFamily):
             target.check_run(run)
+
+    def check_task(self, task: Task) -> None:
+        """As the family's, if it is one."""
+        target = self._target()
+        if isinstance(target, ScalarFamily):
+            target.check_task(task)
 
     def build(self, inputs: Inputs) -> list[Scalar]:
         """Call it.

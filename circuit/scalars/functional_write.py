@@ -31,8 +31,8 @@ from circuit.scalars.answers import (
 from circuit.scalars.base import Cache, Needs, forward_activations
 from circuit.scalars.family import ScalarFamily
 from circuit.schemas import ScalarPairRow, read_typed_rows
+from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import Pair
-from circuit.tasks.positions import Batch, role_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -123,15 +123,14 @@ class WriteReads:
     real: Bool[Tensor, "read slot"]
 
     @classmethod
-    def of(cls, batch: Batch, role: str) -> WriteReads:
+    def of(cls, batch: Examples, role: str) -> WriteReads:
         """The reads of a batch.
 
         Raises:
             CircuitError: there is no such role.
         """
-        positions, real = role_positions(batch, role)
-        reads = batch.reads
-        return cls(batch.sequences(), batch.tokens, reads.row, reads.key_pos, positions, real)
+        positions, real = batch.positions(role)
+        return cls(batch.sequences(), batch.tokens, batch.row, batch.at, positions, real)
 
     def gather(
         self, activations: Float[Tensor, "sequence pos d_model"]
@@ -304,9 +303,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
     ]
     position_role: Annotated[
         str,
-        options.Option(
-            "Role of the positions that are summed over.", choices=options.ROLES, earlier="role"
-        ),
+        options.Option("Role of the positions that are summed over.", kind="role", earlier="role"),
     ] = "prediction"
     scalars: Annotated[
         tuple[str, ...],
@@ -363,7 +360,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
         pairs = inputs.pairs(self)
         batch = inputs.side(pairs, self.record_side)
         reads = WriteReads.of(batch, self.position_role)
-        values = inputs.vocabulary.value_ids
+        values = inputs.task.choices
         output = self.reference_vector == "post_mlp_gradient"
         stage = path.output_stage if output else path.input_stage
         writes = []
@@ -372,7 +369,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
             for name in self.scalars:
                 readout = partial(
                     _answer_scalar,
-                    answer=batch.reads.answer,
+                    answer=batch.answer,
                     competitors=competitors,
                     values=values,
                     name=name,
@@ -392,7 +389,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
     def _competitors(
         self,
         point: Checkpointed,
-        batch: Batch,
+        batch: Examples,
         pairs: Sequence[Pair],
         endpoint: str,
         values: range,
@@ -404,8 +401,8 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
         rows = self.scalar_pair_rows
         if rows is None:
             with torch.no_grad():
-                logits = point.model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
-            own = read_answers(logits, batch.reads.answer, values).competitor
+                logits = point.model(batch.tokens)[batch.row, batch.at]
+            own = read_answers(logits, batch.answer, values).competitor
             return Competitors(own, own)
         intervals = read_interval_at(
             rows, pairs, side=self.record_side, endpoint=endpoint, step=point.step

@@ -39,7 +39,7 @@ from circuit.model.dla import (
 )
 from circuit.model.readout import read_answers
 from circuit.scalars.compared import compared_positions
-from circuit.tasks.positions import Batch, role_positions
+from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -77,7 +77,7 @@ class ScoredReads:
         support, distractors: masks over positions.
     """
 
-    batch: Batch
+    batch: Examples
     query: Int[Tensor, " read"]
     support_pos: Int[Tensor, "read slot"]
     support_real: Bool[Tensor, "read slot"]
@@ -87,7 +87,7 @@ class ScoredReads:
     @classmethod
     def of(
         cls,
-        batch: Batch,
+        batch: Examples,
         *,
         query_role: str = "prediction",
         support_role: str = "support_value",
@@ -99,19 +99,19 @@ class ScoredReads:
             CircuitError: as `compared_positions`, a read has no position of a role, or there is
                 one read only.
         """
-        if len(batch.reads) < 2:
+        if len(batch) < 2:
             raise CircuitError(
-                f"{len(batch.reads)} pairs", expected="at least 2, whose values can be exchanged"
+                f"{len(batch)} pairs", expected="at least 2, whose values can be exchanged"
             )
         query, *compared = compared_positions(batch, query_role, support_role, distractor_role)
         for role, mask in zip((support_role, distractor_role), compared, strict=True):
             wrong = ~mask.any(1)
             if wrong.any():
-                row = int(batch.reads.row[wrong][0])
+                row = int(batch.row[wrong][0])
                 raise CircuitError(
                     f"a read has no position of role '{role}'", where=batch.sample_ids[row]
                 )
-        return cls(batch, query, *role_positions(batch, support_role), *compared)
+        return cls(batch, query, *batch.positions(support_role), *compared)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ def head_progress(
         heads: in the order of the result's head axis.
         values: the value tokens, a contiguous range of ids.
     """
-    index, shape = reads.batch.reads, model.cfg
+    index, shape = reads.batch, model.cfg
     wanted = _hooks(shape.n_layers)
     _, cache = model.run_with_cache(
         reads.batch.tokens, names_filter=lambda name: name in wanted, return_cache_object=False
     )
-    places = (index.row, index.key_pos)
+    places = (index.row, index.at)
     found = _Gathered.of(cache, reads, shape.n_layers, [_number(head, model) for head in heads])
     gradient = margin_gradient(
         model, cache[last_residual_hook(shape.n_layers)][places], index.answer, values
@@ -187,7 +187,7 @@ class _Gathered:
     def of(
         cls, cache: Mapping[str, Tensor], reads: ScoredReads, layers: int, heads: list[int]
     ) -> _Gathered:
-        row, at = reads.batch.reads.row, reads.batch.reads.key_pos
+        row, at = reads.batch.row, reads.batch.at
         support, real = reads.support_pos, reads.support_real[..., None]
 
         def gather(point: str, place: tuple[Tensor | slice, ...], head_axis: int) -> Tensor:

@@ -13,8 +13,8 @@ from circuit.options import PairOptions
 from circuit.scalars.answers import FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.scalars.write_products import Readout
 from circuit.schemas import RowKey, ScalarPairRow, find_checkpoint, read_typed_rows
+from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import Pair
-from circuit.tasks.positions import Batch
 
 if TYPE_CHECKING:
     from circuit.reports.inputs import Checkpointed, Inputs
@@ -149,7 +149,7 @@ class Intervals:
             CircuitError: the probe records do not give a row's pair.
         """
         types = tuple(dict.fromkeys(row.pair_type for row in self.first))
-        most = max(len(inputs.batch.reads), 1)
+        most = max(len(inputs.batch), 1)
         asked = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
         by_id = {pair.pair_id: pair for pair in inputs.pairs(asked)}
         for row in self.first:
@@ -161,7 +161,7 @@ class Intervals:
                 )
         return [by_id[row.pair_id] for row in self.first]
 
-    def check_tokens(self, batch: Batch, values: range) -> None:
+    def check_tokens(self, batch: Examples, values: range) -> None:
         """Refuse rows whose answers or competitors cannot be those of the pairs' reads.
 
         Args:
@@ -171,7 +171,7 @@ class Intervals:
         Raises:
             CircuitError: names the row.
         """
-        answers = batch.reads.answer.tolist()
+        answers = batch.answer.tolist()
         for rows in self.by_steps.values():
             for row, answer in zip(rows, answers, strict=True):
                 odd = [t for t in (row.source_competitor, row.target_competitor) if t not in values]

@@ -9,7 +9,7 @@ from circuit.options import Option
 from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.family import ScalarFamily
-from circuit.tasks.positions import Batch
+from circuit.tasks.examples import UNPREDICTED, Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -25,7 +25,7 @@ class Loss(ScalarFamily):
     """Which tokens of the probe records are predicted."""
 
     scope: Annotated[
-        Scope, Option("full_lm (every next token, as in training) or answer (of every read).")
+        Scope, Option("full_lm (what training predicts) or answer (of every read).")
     ] = "full_lm"
 
     def build(self, inputs: Inputs) -> list[LossScalar]:
@@ -38,7 +38,7 @@ class LossScalar:
 
     constant = True
 
-    def __init__(self, batch: Batch, scope: Scope = "full_lm") -> None:
+    def __init__(self, batch: Examples, scope: Scope = "full_lm") -> None:
         """Describe the scalar.
 
         Args:
@@ -46,14 +46,14 @@ class LossScalar:
         """
         self.name = f"loss.{scope}"
         self.needs = Needs(batch.sequences(), (LOGITS,))
+        self._exact = batch.task.loss_dtype == "float64"  # as in the training loss
         if scope == "answer":
-            self._row, self._at = batch.reads.row, batch.reads.key_pos
-            self._target = batch.reads.answer
+            self._row, self._at = batch.row, batch.at
+            self._target = batch.answer
             return
-        position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        # the token behind each position that has one: the same targets as the training loss
-        self._row, self._at = (position < batch.lengths[:, None] - 1).nonzero(as_tuple=True)
-        self._target = batch.tokens[self._row, self._at + 1]
+        targets = batch.targets()  # those of the training loss
+        self._row, self._at = (targets != UNPREDICTED).nonzero(as_tuple=True)
+        self._target = targets[self._row, self._at]
 
     def bind(self, model: HookedTransformer) -> LossScalar:
         """Nothing depends on the step."""
@@ -62,4 +62,6 @@ class LossScalar:
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         """The loss of each predicted token."""
         logits = cache[LOGITS][self._row, self._at]
+        if self._exact:
+            logits = logits.double()
         return torch.nn.functional.cross_entropy(logits, self._target, reduction="none")

@@ -25,8 +25,7 @@ from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.compared import compared_positions
 from circuit.scalars.family import ScalarFamily
-from circuit.tasks.pairs import PAIR_TYPES
-from circuit.tasks.positions import Batch
+from circuit.tasks.examples import Examples
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class ReadMasks:
     @classmethod
     def of(
         cls,
-        batch: Batch,
+        batch: Examples,
         *,
         query_role: str = "prediction",
         support_role: str = "support_value",
@@ -82,7 +81,7 @@ class ReadMasks:
             raise CircuitError(f"no read has positions of role '{distractor_role}'")
         return cls(
             batch.sequences(),
-            batch.reads.row[chosen],
+            batch.row[chosen],
             query[chosen],
             support[chosen],
             distractors[chosen],
@@ -276,7 +275,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
         options.Option(
             "Pair type that is built; with route_pair_type that one alone.",
             flag="--route-pair-source-type",
-            choices=PAIR_TYPES,
+            kind="pair_type",
         ),
     ] = ("support_value",)
     max_pairs_per_type: Annotated[
@@ -294,7 +293,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
     route_pair_type: Annotated[
         str | None,
         options.Option(
-            "Pair type that is scored.", choices=PAIR_TYPES, unset="all", earlier="scored_type"
+            "Pair type that is scored.", kind="pair_type", unset="all", earlier="scored_type"
         ),
     ] = None
     head_layer: Annotated[
@@ -310,7 +309,9 @@ class QKMatches(ScalarFamily, options.PairOptions):
             kind="basis",
         ),
     ] = ("source",)
-    by_lag: Annotated[bool, options.Option("Also follow the reads of each lag apart.")] = False
+    by_lag: Annotated[
+        bool, options.Option("Also follow the reads of each lag (the task's slice) apart.")
+    ] = False
     context_stage: options.ContextStage = None
     layernorm_mode: options.LayernormMode = "head_ln1"
     score_query_role: options.ScoreQueryRole = "prediction"
@@ -378,9 +379,11 @@ class QKMatches(ScalarFamily, options.PairOptions):
         )
         if not self.by_lag:
             return {"": reads}
-        lags = batch.reads.lag[reads.chosen]
-        by_lag = {f".lag{lag}": reads.where(lags == lag) for lag in sorted(set(lags.tolist()))}
-        return {"": reads, **by_lag}
+        name = inputs.task.slice_name
+        return {
+            "" if value == "all" else f".{name}{value}": reads.where(chosen)
+            for value, chosen in batch.select(reads.chosen).by_slice().items()
+        }
 
     def build(self, inputs: Inputs) -> list[QKMatch]:
         """One scalar a head, rank, basis and group of reads."""

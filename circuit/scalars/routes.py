@@ -14,13 +14,13 @@ from circuit.errors import CircuitError
 from circuit.model.components import Component, parse_component
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import (
-    EMBEDDING_SUBSPACES,
     FULL_RESIDUAL,
     HEAD_SUBSPACES,
-    SUBSPACES,
+    check_name,
     check_rank,
+    check_subspace,
 )
-from circuit.tasks.positions import ROLES
+from circuit.tasks.base import Task
 from circuit.train_config import ModelConfig
 
 _FIELD = "`routes`"
@@ -36,7 +36,7 @@ class Route:
         label: names the route; unique among those of a report.
         stage: of the residual stream.
         position_role: a role of definitions.md section 2.
-        subspace: one of `SUBSPACES`.
+        subspace: one of those of circuit/model/subspaces.py.
         rank: of the subspace; None for the whole residual.
         head: whose subspace it is, where it is a head's.
 
@@ -128,30 +128,35 @@ def check_labels(routes: Sequence[Route], taken: str) -> None:
 def check_routes(
     routes: Sequence[Route],
     model: ModelConfig,
-    *,
-    num_keys: int | None = None,
-    num_values: int | None = None,
+    task: Task | None = None,
 ) -> None:
     """Refuse routes that a model of this shape does not have.
 
     Args:
-        num_keys, num_values: of the vocabulary, where it is known.
+        task: where it is known.
 
     Raises:
-        CircuitError: a stage, head or rank does not exist; the route is named.
+        CircuitError: a stage, head, role, subspace or rank does not exist; the route is named.
     """
-    most = {
-        "embedding_key_identity": min((num_keys or 2**31) - 1, model.d_model),
-        "embedding_value_identity": min((num_values or 2**31) - 1, model.d_model),
-        **dict.fromkeys(HEAD_SUBSPACES, model.d_model // model.heads),
-    }
     for route in routes:
         try:
             stage_hook(route.stage, model.layers)
             if route.head is not None:
                 parse_component(str(route.head), shape=(model.layers, model.heads))
-            if route.rank is not None:
-                check_rank(route.subspace, route.rank, most[route.subspace])
+            if task is not None:
+                task.check_roles(route.position_role)
+                check_subspace(
+                    route.subspace,
+                    route.rank,
+                    route.head,
+                    d_model=model.d_model,
+                    d_head=model.d_model // model.heads,
+                    token_sets=task.token_sets,
+                )
+            elif route.rank is not None:
+                in_head = route.subspace in HEAD_SUBSPACES
+                width = model.d_model // model.heads if in_head else model.d_model
+                check_rank(route.subspace, route.rank, width)
         except CircuitError as error:
             raise CircuitError(
                 error.what,
@@ -188,18 +193,10 @@ def _number(key: str, text: str, spec: str) -> int:
 def _check_shape(route: Route) -> None:
     """Refuse names that do not exist, and a rank or head where there can be none."""
     where = f"route '{route.label}'"
-    if route.subspace not in SUBSPACES:
-        raise CircuitError(
-            f"unknown subspace '{route.subspace}'",
-            where=where,
-            expected=f"one of {', '.join(SUBSPACES)}",
-        )
-    if route.position_role not in ROLES:
-        raise CircuitError(
-            f"unknown role '{route.position_role}'",
-            where=where,
-            expected=f"one of {', '.join(ROLES)}",
-        )
+    try:
+        check_name(route.subspace)
+    except CircuitError as error:
+        raise CircuitError(error.what, where=where, expected=error.expected) from None
     whole = route.subspace == FULL_RESIDUAL
     if whole and route.rank is not None:
         raise CircuitError(
@@ -211,7 +208,7 @@ def _check_shape(route: Route) -> None:
         raise CircuitError(
             f"subspace '{route.subspace}' needs a head", where=where, fix="add head_layer and head"
         )
-    if route.head is not None and (whole or route.subspace in EMBEDDING_SUBSPACES):
+    if route.head is not None and route.subspace not in HEAD_SUBSPACES:
         raise CircuitError(
             f"subspace '{route.subspace}' is of no head",
             where=where,

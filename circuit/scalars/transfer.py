@@ -9,7 +9,7 @@ pairs, and each route restarts the corrupted run at its own stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,9 +18,8 @@ from circuit.lazy import torch
 from circuit.model.stages import read_stages, run_from
 from circuit.model.subspaces import Basis, keep, remove, subspace_basis
 from circuit.scalars.routes import Route
+from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import Pair
-from circuit.tasks.positions import Batch, role_mask
-from circuit.tasks.symbolic_kv import Vocabulary
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,13 +41,13 @@ class PairSides:
         pair_ids: for messages.
     """
 
-    clean: Batch
-    corrupted: Batch
+    clean: Examples
+    corrupted: Examples
     transfer: Int[Tensor, "pair 2"]
     pair_ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], clean: Batch, corrupted: Batch) -> PairSides:
+    def of(cls, pairs: Sequence[Pair], clean: Examples, corrupted: Examples) -> PairSides:
         """The pairs, and their sides as `Study.side` makes them."""
         transfer = torch.tensor([p.transfer_tokens for p in pairs], device=clean.tokens.device)
         return cls(clean, corrupted, transfer, tuple(p.pair_id for p in pairs))
@@ -59,7 +58,7 @@ class PairSides:
         Raises:
             CircuitError: there is no such role, or a pair has unequal counts (it is named).
         """
-        clean, corrupted = role_mask(self.clean, role), role_mask(self.corrupted, role)
+        clean, corrupted = self.clean.role(role), self.corrupted.role(role)
         differing = (clean.sum(1) != corrupted.sum(1)).nonzero()
         if len(differing):
             first = int(differing[0])
@@ -93,20 +92,20 @@ class PairRuns:
         """Run each side once; no gradients."""
         stages = list(dict.fromkeys(route.stage for route in routes))
 
-        def run(batch: Batch) -> tuple[dict[str, Residual], Tensor]:
+        def run(batch: Examples) -> tuple[dict[str, Residual], Tensor]:
             logits, residuals = read_stages(model, batch.tokens, *stages)
-            return residuals, logits[batch.reads.row, batch.reads.key_pos]
+            return residuals, logits[batch.row, batch.at]
 
         with torch.no_grad():
             (clean, clean_logits), (corrupted, corrupted_logits) = map(
                 run, (sides.clean, sides.corrupted)
             )
-        by_pair = {stage: x[sides.corrupted.reads.row] for stage, x in corrupted.items()}
+        by_pair = {stage: x[sides.corrupted.row] for stage, x in corrupted.items()}
         return cls(clean, by_pair, clean_logits, corrupted_logits)
 
 
 def route_bases(
-    model: HookedTransformer, routes: Sequence[Route], vocabulary: Vocabulary
+    model: HookedTransformer, routes: Sequence[Route], token_sets: Mapping[str, range]
 ) -> list[Basis | None]:
     """The basis of each route, from the weights of this checkpoint; None for the whole residual.
 
@@ -119,8 +118,7 @@ def route_bases(
             route.subspace,
             route.rank,
             head=route.head,
-            key_tokens=vocabulary.key_ids,
-            value_tokens=vocabulary.value_ids,
+            token_sets=token_sets,
         )
         for route in routes
     ]
@@ -163,10 +161,10 @@ def _patched_logits(
 ) -> Tensor:
     pair, clean_pos, corrupted_pos = sides.places(route.position_role)
     residual = runs.corrupted[route.stage].clone()
-    clean = runs.clean[route.stage][sides.clean.reads.row[pair], clean_pos]
+    clean = runs.clean[route.stage][sides.clean.row[pair], clean_pos]
     if basis is not None:
         clean = remove(residual[pair, corrupted_pos], basis) + keep(clean, basis)
     residual[pair, corrupted_pos] = clean
     own = torch.arange(len(residual), device=pair.device)
     with torch.no_grad():
-        return run_from(model, route.stage, residual)[own, sides.corrupted.reads.key_pos]
+        return run_from(model, route.stage, residual)[own, sides.corrupted.at]

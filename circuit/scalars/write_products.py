@@ -29,7 +29,7 @@ from circuit.scalars.functional_write import (
     deltas,
     readout_gradients,
 )
-from circuit.tasks.positions import Batch
+from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -103,7 +103,7 @@ class Measured:
 
 def measure(
     model: HookedTransformer,
-    batch: Batch,
+    batch: Examples,
     path: WritePath,
     roles: Sequence[str],
     readouts: Sequence[Readout],
@@ -123,7 +123,7 @@ def measure(
         clean = forward_activations(model, batch.tokens, hooks)
         without = forward_activations(model, batch.tokens, hooks, ablated=source)
     by_role = {role: WriteReads.of(batch, role) for role in roles}
-    scalars = [readout.of(batch.reads.answer) for readout in readouts]
+    scalars = [readout.of(batch.answer) for readout in readouts]
     gradients = readout_gradients(model, by_role[roles[0]], path, without[into], scalars)
     exact_clean, exact_without = _exact(clean), _exact(without)
     delta = deltas(Cache({None: exact_clean, source: exact_without}), path, layers)
@@ -133,7 +133,7 @@ def measure(
         "delta_total": delta["post_mlp_total_delta"],
         "own": exact_clean[own] - exact_without[own],
     }
-    logits = clean[LOGITS][batch.reads.row, batch.reads.key_pos]
+    logits = clean[LOGITS][batch.row, batch.at]
     effects = [
         (scalar(logits).double() - gradient.value.double()).cpu()
         for scalar, gradient in zip(scalars, gradients, strict=True)

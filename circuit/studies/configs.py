@@ -6,10 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
 from circuit.reading import read_json
 from circuit.studies.scales import LONG, PILOTS, SWEEP, Scale
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 
 BENCHMARK = "configs/benchmark/symbolic_kv_base.json"

@@ -8,14 +8,14 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.studies import ablation, cross_seed, reference
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.cross_seed import Seed, comparison_job
-from circuit.studies.jobs import Batch, Job, Words
+from circuit.studies.jobs import Examples, Job, Words
 from circuit.studies.scales import Scale
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 
 TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
@@ -90,7 +90,7 @@ class Study:
         return sorted(path for path in made if not is_part(path))
 
     @cached_property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[Examples]:
         """The rules: one a job, or, where the scale is batched, one a kind and target."""
         groups: dict[str, list[Job]] = {}
         for job in self.jobs:
@@ -98,7 +98,9 @@ class Study:
                 continue  # checkpoints of the workflow, with the seed as wildcard
             name = job.target if self.scale.batched else job.name
             groups.setdefault(_identifier(f"{job.kind}__{name}"), []).append(job)
-        return [Batch(jobs[0].target, jobs[0].kind, n, tuple(jobs)) for n, jobs in groups.items()]
+        return [
+            Examples(jobs[0].target, jobs[0].kind, n, tuple(jobs)) for n, jobs in groups.items()
+        ]
 
     def targets(self, target: str) -> list[str]:
         """Files that a target asks for, as far as they are known from the start."""

@@ -1,63 +1,59 @@
 """A benchmark in memory and on disk: `metadata.json` and one `<split>.jsonl` a split.
 
-`metadata.json` holds the config, vocabulary, held-out pairs, every figure of the checks, and the
-sha256 and record count of each split. Its digest names the benchmark: config, held-out pairs and
-the bytes of every split.
+`metadata.json` holds the config, vocabulary, what the draw decided, every figure that the task
+measured, and the sha256 and record count of each split. Its digest names the benchmark: config, the
+draw's facts and the bytes of every split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.artifacts import OutputFolder
-from circuit.benchmark_config import BenchmarkConfig
-from circuit.config import Sha256
+from circuit.config import Sha256, digest_of, parse_config
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
-from circuit.reading import MissingFileError, checked_path, read_bytes, read_json, validated
-from circuit.sizes import benchmark_disk, benchmark_memory, require_disk, require_memory
-from circuit.tasks.checks import BenchmarkFigures, check_benchmark
-from circuit.tasks.generator import Pair, Progress, draw_splits
-from circuit.tasks.symbolic_kv import Record, Vocabulary, record_from_json, record_to_json
+from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.sizes import require_disk, require_memory
+from circuit.tasks.base import Progress, Record, Stored, Task, TaskConfig, Vocabulary
+from circuit.tasks.records import records_from_jsonl, records_to_jsonl
+from circuit.tasks.registry import find_task, source_digest
 
 SCHEMA_VERSION = 1
-
-_RECORD_OVERHEAD = 10
-"""Bytes of memory for a byte of a split's file: of its text, its lines and its records."""
 
 WriteFile = Callable[[str, str], None]
 """Writes a text under a file name, in a folder that the caller chose."""
 
 
-class _Metadata(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SplitFile(_Metadata):
+class SplitFile(Stored):
     """One split's file: number of records (lines) and sha256 of its bytes."""
 
     records: Annotated[int, Field(ge=1)]
     sha256: Sha256
 
 
-class BenchmarkMetadata(_Metadata):
-    """The content of `metadata.json`."""
+class BenchmarkMetadata(Stored):
+    """The content of `metadata.json`; beside these fields stand the facts of the task's draw."""
+
+    model_config = ConfigDict(extra="allow")
 
     schema_version: int
     name: str
     digest: Sha256
     splits: dict[str, SplitFile]
-    config: BenchmarkConfig
-    figures: BenchmarkFigures
+    config: dict[str, Any]
+    figures: dict[str, Any]
     vocabulary: list[str]
-    heldout_pairs: list[tuple[str, str]]
+    task_sha256: Sha256 | None = None
+    """Of the file of somebody's own task; left out of the file otherwise."""
     overrides: Overrides | None = None
     """Of the config; left out of the file where there are none."""
 
@@ -67,9 +63,8 @@ class Benchmark:
     """A checked benchmark, or the splits of one that were loaded.
 
     Attributes:
-        config: what it was generated from.
-        vocabulary: its tokens.
-        heldout_pairs: the held-out (key token id, value token id).
+        task: with its config; equal where the digest is, which names all that it is made of.
+        facts: of the task's draw.
         splits: records by split name; a loaded benchmark holds the splits that were asked for.
         read: reads and verifies a split of a loaded benchmark.
         figures: everything the checks measured, and their warnings.
@@ -77,14 +72,23 @@ class Benchmark:
         digest: sha256 that names the benchmark.
     """
 
-    config: BenchmarkConfig
-    vocabulary: Vocabulary
-    heldout_pairs: frozenset[Pair]
+    task: Task = field(compare=False)
+    facts: BaseModel
     splits: dict[str, list[Record]]
-    figures: BenchmarkFigures
+    figures: Any
     files: dict[str, SplitFile]
     digest: str
     read: Callable[[str], list[Record]] | None = field(default=None, compare=False)
+
+    @property
+    def config(self) -> Any:
+        """What it was generated from."""
+        return self.task.config
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+        return self.task.vocabulary
 
     def records(self, split: str) -> list[Record]:
         """The records of a split in file order; read when they are first asked for.
@@ -112,16 +116,18 @@ class Benchmark:
             name=self.config.name,
             digest=self.digest,
             splits=self.files,
-            config=self.config,
-            figures=self.figures,
+            config=self.config.model_dump(mode="json"),
+            figures=self.figures.model_dump(mode="json"),
             vocabulary=list(self.vocabulary.tokens),
-            heldout_pairs=_pair_tokens(self.heldout_pairs, self.vocabulary),
         )
-        payload = metadata.model_dump(mode="json", exclude={"overrides"}) | self.config.origin()
+        payload = metadata.model_dump(mode="json", exclude={"overrides", "task_sha256"})
+        source = source_digest(type(self.task))
+        payload |= {} if source is None else {"task_sha256": source}
+        payload |= self.facts.model_dump(mode="json") | self.config.origin()
         write("metadata.json", json.dumps(payload, indent=1) + "\n")
 
 
-def generate_benchmark(config: BenchmarkConfig, progress: Progress | None = None) -> Benchmark:
+def generate_benchmark(config: TaskConfig, progress: Progress | None = None) -> Benchmark:
     """Draw and check a benchmark; the same config gives the same bytes.
 
     Args:
@@ -131,20 +137,20 @@ def generate_benchmark(config: BenchmarkConfig, progress: Progress | None = None
     Raises:
         CircuitError: the settings cannot work, or the benchmark fails one of its checks.
     """
-    require_memory(benchmark_memory(config), where=f"config {config.name}")
-    vocab = Vocabulary(config.num_keys, config.num_values)
-    heldout_pairs, splits = draw_splits(config, progress)
-    figures = check_benchmark(config, vocab, heldout_pairs, splits)
+    require_memory(config.memory(), where=f"config {config.name}")
+    task = find_task(config.benchmark_type)(config)
+    drawn = task.draw(progress or (lambda split, done: None))
     files = {}
-    for split, records in splits.items():
-        data = records_to_jsonl(records, vocab).encode()
+    for split, records in drawn.splits.items():
+        data = records_to_jsonl(records, task.vocabulary).encode()
         files[split] = SplitFile(records=len(records), sha256=hashlib.sha256(data).hexdigest())
-    digest = _digest(config, _pair_tokens(heldout_pairs, vocab), files)
-    return Benchmark(config, vocab, heldout_pairs, splits, figures, files, digest)
+    figures = task.sizes(drawn.splits) if drawn.figures is None else drawn.figures
+    digest = _digest(config, drawn.facts, files, source_digest(type(task)))
+    return Benchmark(task, drawn.facts, drawn.splits, figures, files, digest)
 
 
 def write_benchmark(
-    config: BenchmarkConfig,
+    config: TaskConfig,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -168,12 +174,30 @@ def write_benchmark(
         overwrite=overwrite,
     ) as folder:
         freed = folder.owned_bytes()
-        require_disk(benchmark_disk(config), folder.root, freed=freed, where=config.name)
+        require_disk(config.disk(), folder.root, freed=freed, where=config.name)
         made = generate_benchmark(config, progress=progress)
         folder.clear(planned=[*(f"{split}.jsonl" for split in made.splits), "metadata.json"])
         paths: list[Path] = []
         made.save(lambda name, text: paths.append(folder.write_text(name, text)))
     return made, paths
+
+
+def ensure_benchmark(task: str, folder: Path) -> None:
+    """Draw the benchmark of a task with its settings' defaults into a folder that has none.
+
+    Raises:
+        CircuitError: a setting has no default, or the folder holds the benchmark of another task.
+    """
+    if (folder / "metadata.json").exists():
+        there = load_benchmark(folder, splits=[]).config.benchmark_type
+        if there != task:
+            raise CircuitError(
+                f"holds a benchmark of the task '{there}'", where=folder, expected=f"'{task}'"
+            )
+        return
+    named = {"name": folder.name, "benchmark_type": task, "output_dir": str(folder), "seed": 0}
+    config = parse_config(named, find_task(task).Config, where=f"the settings of {task}")
+    write_benchmark(config)
 
 
 def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> Benchmark:
@@ -186,62 +210,29 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
             a digest or count is not the recorded one; file and line are named.
     """
     folder = checked_path(folder)
-    metadata = _read_metadata(folder)
-    config = metadata.config
-    vocab = Vocabulary(config.num_keys, config.num_values)
-    where = folder / "metadata.json"
-    if len(metadata.vocabulary) != vocab.size:  # before one of that size is made
-        raise _edited(where, f"{len(metadata.vocabulary)} tokens, not {vocab.size} as its config")
+    metadata, task, figures, facts = _read_metadata(folder)
+    vocab, where = task.vocabulary, folder / "metadata.json"
     if metadata.schema_version != SCHEMA_VERSION:
         raise _edited(where, f"schema version {metadata.schema_version}, not {SCHEMA_VERSION}")
-    if metadata.name != config.name:
-        raise _edited(where, f"name {metadata.name!r} is not {config.name!r} of its config")
-    if metadata.digest != _digest(config, metadata.heldout_pairs, metadata.splits):
-        raise _edited(where, "the digest is not that of its config, pairs and splits")
-    if metadata.vocabulary != list(vocab.tokens) or metadata.splits.keys() != config.splits.keys():
+    if metadata.name != task.config.name:
+        raise _edited(where, f"name {metadata.name!r} is not {task.config.name!r} of its config")
+    if metadata.digest != _digest(task.config, facts, metadata.splits, metadata.task_sha256):
+        raise _edited(where, "the digest is not that of its config, facts and splits")
+    if metadata.vocabulary != list(vocab.tokens) or tuple(metadata.splits) != task.split_names:
         raise _edited(where, "vocabulary or splits are not those of its config")
     wanted = list(metadata.splits) if splits is None else list(splits)
     for name in wanted:
         if name not in metadata.splits:
             raise _unknown_split(name, metadata.splits, where=folder)
-    heldout_pairs = frozenset(
-        (key, value)
-        for pair in metadata.heldout_pairs
-        for key, value in [vocab.encode(" ".join(pair))]
-    )
     return Benchmark(
-        config=config,
-        vocabulary=vocab,
-        heldout_pairs=heldout_pairs,
+        task=task,
+        facts=facts,
         splits={name: _read_split(folder, name, metadata, vocab) for name in wanted},
-        figures=metadata.figures,
+        figures=figures,
         files=metadata.splits,
         digest=metadata.digest,
         read=lambda split: _read_split(folder, split, metadata, vocab),
     )
-
-
-def records_to_jsonl(records: Sequence[Record], vocab: Vocabulary) -> str:
-    """The records as JSON Lines, one object a line, each line ended by a newline."""
-    return "".join([record_to_json(record, vocab) + "\n" for record in records])
-
-
-def records_from_jsonl(path: Path, vocab: Vocabulary) -> tuple[list[Record], str]:
-    """The records of a JSONL file, and the sha256 of its bytes.
-
-    Raises:
-        CircuitError: the file is missing or a line is no record; file and line are named.
-    """
-    data = read_bytes(path, overhead=_RECORD_OVERHEAD)
-    records = []
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode()
-        except UnicodeDecodeError:
-            raise CircuitError("not valid UTF-8", where=where) from None
-        records.append(record_from_json(text, vocab, where=where))
-    return records, hashlib.sha256(data).hexdigest()
 
 
 def _read_split(
@@ -262,7 +253,7 @@ def _read_split(
     return records
 
 
-def _read_metadata(folder: Path) -> BenchmarkMetadata:
+def _read_metadata(folder: Path) -> tuple[BenchmarkMetadata, Task, BaseModel, BaseModel]:
     path = folder / "metadata.json"
     try:
         payload = read_json(path, missing="no benchmark in this folder", fix=_REGENERATE)
@@ -274,24 +265,31 @@ def _read_metadata(folder: Path) -> BenchmarkMetadata:
             fix="run `circuit generate-benchmark --config configs/benchmark/<name>.json`; of a run"
             " that was moved away from its data, bring them along, or start where they are",
         ) from None
-    return validated(payload, BenchmarkMetadata, where=path, expected=_AS_WRITTEN, fix=_REGENERATE)
+    said = partial(validated, expected=_AS_WRITTEN, fix=_REGENERATE)
+    metadata = said(payload, BenchmarkMetadata, where=path)
+    kind = find_task(str(metadata.config.get("benchmark_type")), path)
+    if metadata.task_sha256 != source_digest(kind):
+        raise CircuitError(
+            "the task's file is not the one that the benchmark was drawn with",
+            where=metadata.config["benchmark_type"],
+            fix="bring that back, or draw the benchmark again and train anew",
+        )
+    config = said(metadata.config, kind.Config, where=f"{path}, config")
+    require_memory(config.memory(), where=path)
+    figures = said(metadata.figures, kind.Figures, where=f"{path}, figures")
+    facts = said(metadata.model_extra, kind.Facts, where=path)
+    return metadata, kind(config, facts), figures, facts
 
 
 def _digest(
-    config: BenchmarkConfig, heldout_pairs: Sequence[tuple[str, str]], files: dict[str, SplitFile]
+    config: TaskConfig, facts: BaseModel, files: Mapping[str, SplitFile], source: str | None
 ) -> str:
-    """sha256 over the config's canonical JSON, the held-out pairs and the splits' digests."""
-    payload = {
-        "config": config.model_dump(mode="json"),
-        "heldout_pairs": [list(pair) for pair in heldout_pairs],
-        "splits": {name: file.sha256 for name, file in files.items()},
-    }
-    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _pair_tokens(pairs: frozenset[Pair], vocab: Vocabulary) -> list[tuple[str, str]]:
-    return [(vocab.tokens[key], vocab.tokens[value]) for key, value in sorted(pairs)]
+    """sha256 over the config's canonical JSON, the draw's facts and the splits' digests."""
+    splits = {name: file.sha256 for name, file in files.items()}
+    own = facts.model_dump(mode="json")
+    if source is not None:
+        own["task_sha256"] = source
+    return digest_of({"config": config.model_dump(mode="json"), **own, "splits": splits})
 
 
 def _edited(where: Path, what: str) -> CircuitError:

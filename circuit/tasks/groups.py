@@ -1,4 +1,4 @@
-"""Reads by the token that they share, and the fixed halves of a set of reads (definitions.md 6)."""
+"""Examples by the token that they share, and the fixed halves of a set (definitions.md 6)."""
 
 from __future__ import annotations
 
@@ -7,107 +7,78 @@ from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.tasks.positions import Batch, check_roles, role_mask, role_positions
+from circuit.tasks.base import Task
+from circuit.tasks.examples import Examples, check_single
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64
     from torch import Tensor
 
-GROUPS = ("answer_value", "support_value", "query_key", "support_key", "position_token")
-SINGLE_ROLES = ("prediction", "query_key", "support_op", "support_key", "support_value")
-"""The roles that are one position of a read."""
+OF_ANSWER, OF_POSITION = "answer_value", "position_token"
+"""Groupings of every task, beside those by the token at a role of one position."""
 
 
-def group_tokens(batch: Batch, group_by: str, role: str) -> Int64[Tensor, " read"]:
-    """The token id by which each read is grouped; `position_token` is the token at `role`.
-
-    In a valid record the support's value is the answer and its key the query's, so that
-    `answer_value` and `support_value`, and the two keys, group alike.
+def group_tokens(examples: Examples, group_by: str, role: str) -> Int64[Tensor, " example"]:
+    """The token id by which each example is grouped; `position_token` is the token at `role`.
 
     Raises:
         CircuitError: there is no such grouping, or the role has several positions and the token at
             it is asked for.
     """
-    check_group(group_by, role)
-    reads = batch.reads
-    if group_by == "answer_value":
-        return reads.answer
-    if group_by == "query_key":
-        return reads.key
-    at = {
-        "support_value": reads.support_value_pos,
-        "support_key": reads.support_key_pos,
-    }.get(group_by)
-    if at is None:
-        at = single_position(batch, role)
-    return batch.tokens[reads.row, at]
+    check_group(examples.task, group_by, role)
+    if group_by == OF_ANSWER:
+        return examples.answer
+    place = examples.position(role if group_by == OF_POSITION else group_by)
+    return examples.tokens[examples.row, place]
 
 
-def check_group(group_by: str, role: str) -> None:
+def check_group(task: Task | type[Task], group_by: str, role: str) -> None:
     """Refuse a grouping that does not exist, or that a role does not allow.
 
     Raises:
         CircuitError: as `group_tokens`.
     """
-    check_roles(role)
-    if group_by not in GROUPS:
-        raise CircuitError(f"unknown group-by '{group_by}'", expected=f"one of {', '.join(GROUPS)}")
-    if group_by == "position_token":
-        check_single(role)
+    task.check_roles(role)
+    groups = groups_of(task)
+    if group_by not in groups:
+        raise CircuitError(f"unknown group-by '{group_by}'", expected=f"one of {', '.join(groups)}")
+    if group_by == OF_POSITION:
+        check_single(task, role)
 
 
-def check_single(role: str) -> None:
-    """Refuse a role that does not exist, or that has several positions.
-
-    Raises:
-        CircuitError: lists those that have one.
-    """
-    check_roles(role)
-    if role not in SINGLE_ROLES:
-        raise CircuitError(
-            f"role '{role}' has several positions", expected=f"one of {', '.join(SINGLE_ROLES)}"
-        )
+def groups_of(task: Task | type[Task]) -> tuple[str, ...]:
+    """The groupings of a task's examples."""
+    return (OF_ANSWER, *task.single_roles(), OF_POSITION)
 
 
-def single_position(batch: Batch, role: str) -> Int64[Tensor, " read"]:
-    """The position of a role that is one token of each read.
+def nonempty_mask(examples: Examples, role: str) -> Bool[Tensor, "example pos"]:
+    """`Examples.role`, for what needs at least one position of every example.
 
     Raises:
-        CircuitError: there is no such role, or it has several positions.
+        CircuitError: there is no such role, or an example has no position of it.
     """
-    check_single(role)
-    return role_positions(batch, role)[0][:, 0]
-
-
-def nonempty_mask(batch: Batch, role: str) -> Bool[Tensor, "read pos"]:
-    """`role_mask`, for what needs at least one position of every read.
-
-    Raises:
-        CircuitError: there is no such role, or a read has no position of it.
-    """
-    mask = role_mask(batch, role)
+    mask = examples.role(role)
     empty = (~mask.any(1)).nonzero()[:, 0].tolist()
     if empty:
-        sample = batch.sample_ids[int(batch.reads.row[empty[0]])]
+        sample = examples.sample_ids[int(examples.row[empty[0]])]
         raise CircuitError(
             f"{len(empty)} reads have no position of role '{role}'", where=f"the first in {sample}"
         )
     return mask
 
 
-def is_for_fitting(batch: Batch, fraction: float) -> Bool[Tensor, " read"]:
-    """Which reads are for fitting, the others being for evaluation; the same in every run.
+def is_for_fitting(examples: Examples, fraction: float) -> Bool[Tensor, " example"]:
+    """Which examples are for fitting, the others being for evaluation; the same in every run.
 
-    A read is for fitting if the first 8 bytes (big-endian) of sha256("sample_id:read_index"),
-    divided by 2^64, are below `fraction`.
+    One is for fitting if the first 8 bytes (big-endian) of sha256("sample_id:index"), divided by
+    2^64, are below `fraction`.
     """
-    reads = batch.reads
     names = [
-        f"{batch.sample_ids[row]}:{index}"
-        for row, index in zip(reads.row.tolist(), reads.index.tolist(), strict=True)
+        f"{examples.sample_ids[row]}:{index}"
+        for row, index in zip(examples.row.tolist(), examples.index.tolist(), strict=True)
     ]
     drawn = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
     return torch.tensor(
         [int.from_bytes(first, "big") < fraction * 2**64 for first in drawn],
-        device=reads.row.device,
+        device=examples.row.device,
     )

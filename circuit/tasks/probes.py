@@ -9,49 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from circuit.artifacts import OutputFolder
 from circuit.config import Sha256
 from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, checked_path, read_json, validated
-from circuit.sizes import require_memory
-from circuit.tasks.benchmark import (
-    Benchmark,
-    WriteFile,
-    load_benchmark,
-    records_from_jsonl,
-    records_to_jsonl,
-)
-from circuit.tasks.symbolic_kv import Record, Vocabulary
+from circuit.tasks.base import Record, Stored, Task
+from circuit.tasks.benchmark import Benchmark, WriteFile, load_benchmark
+from circuit.tasks.records import records_from_jsonl, records_to_jsonl
 
 DEFAULT_SEED = 17
 _SCHEMA_VERSION = 1
 
 
-class ProbeSetMetadata(BaseModel):
+class ProbeSetMetadata(Stored):
     """The content of `<name>.metadata.json`.
 
     Attributes:
         benchmark, benchmark_digest: name and digest of the benchmark drawn from.
-        num_keys, num_values: size of its vocabulary.
         seed: seed of the draw.
         counts: number of records by split, in the order of the file.
         sha256: of the JSONL's bytes.
+
+    Beside them stands the size of each of the task's token sets, such as `num_keys`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow")
 
     schema_version: int
     benchmark: str
     benchmark_digest: Sha256
-    num_keys: Annotated[int, Field(ge=2)]
-    num_values: Annotated[int, Field(ge=2)]
     seed: int
     counts: dict[str, Annotated[int, Field(ge=1)]]
     sha256: Sha256
@@ -63,11 +57,7 @@ class ProbeSet:
 
     records: list[Record]
     metadata: ProbeSetMetadata
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary of the records."""
-        return Vocabulary(self.metadata.num_keys, self.metadata.num_values)
+    task: Task = field(compare=False)
 
     def save(self, name: str, write: WriteFile) -> None:
         """Write `name` (a file name that ends in `.jsonl`) and its metadata file.
@@ -75,8 +65,10 @@ class ProbeSet:
         Raises:
             CircuitError: the name does not end in `.jsonl`.
         """
-        write(name, records_to_jsonl(self.records, self.vocabulary))
-        payload = json.dumps(self.metadata.model_dump(mode="json"), indent=2)
+        write(name, records_to_jsonl(self.records, self.task.vocabulary))
+        told = self.metadata.model_dump(mode="json")
+        first = ("schema_version", "benchmark", "benchmark_digest", *_sizes(self.task))
+        payload = json.dumps({key: told.pop(key) for key in first} | told, indent=2)
         write(metadata_path(name).name, payload + "\n")
 
 
@@ -123,13 +115,12 @@ def draw_probe_set(
         schema_version=_SCHEMA_VERSION,
         benchmark=benchmark.config.name,
         benchmark_digest=benchmark.digest,
-        num_keys=benchmark.vocabulary.num_keys,
-        num_values=benchmark.vocabulary.num_values,
         seed=seed,
         counts=dict.fromkeys(splits, examples_per_split),
         sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
-    return ProbeSet(records, metadata)
+    metadata = metadata.model_copy(update=_sizes(benchmark.task))
+    return ProbeSet(records, metadata, benchmark.task)
 
 
 def write_probe_set(
@@ -166,34 +157,27 @@ def write_probe_set(
     return made, paths
 
 
-def load_probe_set(path: str | Path, benchmark_digest: str | None = None) -> list[Record]:
-    """The records of a probe set; see `read_probe_set`."""
-    return read_probe_set(path, benchmark_digest).records
-
-
-def read_probe_set(path: str | Path, benchmark_digest: str | None = None) -> ProbeSet:
+def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
     """Read and verify a probe set.
 
     Args:
         path: the JSONL file.
-        benchmark_digest: digest of the benchmark in use; None takes a set of any benchmark.
+        benchmark: that it has to be of.
 
     Raises:
         CircuitError: a file is missing or was edited, or the set is of another benchmark.
     """
     path = checked_path(path)
     metadata = _read_metadata(path)
-    if benchmark_digest is not None and metadata.benchmark_digest != benchmark_digest:
+    if metadata.benchmark_digest != benchmark.digest:
         raise CircuitError(
             f"a probe set of benchmark {metadata.benchmark!r}"
             f" (digest {metadata.benchmark_digest[:12]})",
             where=path,
-            expected=f"one of the benchmark in use (digest {benchmark_digest[:12]})",
+            expected=f"one of the benchmark in use (digest {benchmark.digest[:12]})",
             fix="run `circuit generate-probe-set` on this benchmark",
         )
-    vocab = Vocabulary(metadata.num_keys, metadata.num_values)
-    require_memory({"the vocabulary (num_keys, num_values)": 250 * vocab.size}, where=path)
-    records, sha256 = records_from_jsonl(path, vocab)
+    records, sha256 = records_from_jsonl(path, benchmark.vocabulary)
     if sha256 != metadata.sha256:
         raise CircuitError(
             f"{len(records)} records with sha256 {sha256}",
@@ -202,7 +186,23 @@ def read_probe_set(path: str | Path, benchmark_digest: str | None = None) -> Pro
             f" {metadata_path(path).name} says",
             fix="draw the probe set again with --overwrite",
         )
-    return ProbeSet(records, metadata)
+    told = metadata.model_dump(mode="json")
+    expected = told | _sizes(benchmark.task)
+    expected |= {"schema_version": _SCHEMA_VERSION, "benchmark": benchmark.config.name}
+    expected["counts"] = dict(Counter(record.split for record in records))
+    for name in told.keys() | expected.keys():
+        if told.get(name) != expected.get(name):
+            raise CircuitError(
+                f"field '{name}' is {told.get(name)}",
+                where=metadata_path(path),
+                expected=str(expected.get(name)),
+                fix="draw the probe set again with --overwrite",
+            )
+    return ProbeSet(records, metadata, benchmark.task)
+
+
+def _sizes(task: Task) -> dict[str, int]:
+    return {f"num_{name}s": len(ids) for name, ids in task.token_sets.items()}
 
 
 def _read_metadata(path: Path) -> ProbeSetMetadata:

@@ -6,8 +6,9 @@ is recorded and what is replayed is one piece of code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from circuit.core.digests import tensor_digest
@@ -15,8 +16,7 @@ from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
 from circuit.core.update import Hyper, UpdateTerms
 from circuit.lazy import torch
-from circuit.tasks.positions import answer_mask
-from circuit.tasks.symbolic_kv import PAD
+from circuit.tasks.examples import UNPREDICTED, Examples
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState
 from circuit.training.data_order import Indices
@@ -43,6 +43,8 @@ class TracedStep:
     indices: Indices
     """Examples of the batch, Int64 `[batch]`."""
     tokens: Int[Tensor, "batch pos"]
+    batch: Callable[[], Examples]
+    """The batch again, with what it asks."""
     before: FlatState
     after: FlatState
     gradient: Flat
@@ -74,14 +76,14 @@ class TracedStep:
     @property
     def token_accuracy(self) -> float:
         """Share of the batch's targets that the logits' argmax hits."""
-        targets = self.tokens[:, 1:]
+        targets = self.outcome.targets
         hits = self.outcome.logits.argmax(-1) == targets
-        return float(hits[targets != PAD].cpu().double().mean())
+        return float(hits[targets != UNPREDICTED].cpu().double().mean())
 
     @property
     def answers(self) -> Bool[Tensor, "batch pos"]:
         """Where the answers stand in the batch."""
-        return answer_mask(self.tokens)
+        return self.batch().is_answer()
 
     @cached_property
     def update(self) -> UpdateTerms:
@@ -158,6 +160,7 @@ class Tracer:
             layout=self.layout,
             indices=session.indices(step),
             tokens=outcome.tokens,
+            batch=partial(session.batch, step),
             before=before,
             after=self._state,
             gradient=gradient["raw"],

@@ -26,13 +26,13 @@ def _permutation(seed: int, epoch: int, size: int) -> Indices:
     return order
 
 
-def batch_indices(seed: int, step: int, *, size: int, batch_size: int) -> Indices:
+def batch_indices(seed: int, step: int, *, size: int | None, batch_size: int) -> Indices:
     """The examples of one step.
 
     Args:
         seed: the run's seed.
         step: counted from 1.
-        size: number of examples in the split.
+        size: number of examples in the split; None: it has no end, and every example is new.
         batch_size: examples a step; may exceed `size`.
 
     Returns:
@@ -41,9 +41,11 @@ def batch_indices(seed: int, step: int, *, size: int, batch_size: int) -> Indice
     Raises:
         ValueError: the step is below 1, or a size is below 1.
     """
-    if step < 1 or size < 1 or batch_size < 1:
+    if step < 1 or batch_size < 1 or (size is not None and size < 1):
         raise ValueError(f"step {step}, size {size} and batch_size {batch_size} must be >= 1")
     start, stop = (step - 1) * batch_size, step * batch_size
+    if size is None:
+        return np.arange(start, stop)
     parts = []
     for epoch in range(start // size, (stop - 1) // size + 1):
         first = max(start - epoch * size, 0)

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from circuit.lazy import no_grad, torch
 from circuit.model.readout import read_answers
-from circuit.tasks.positions import Batch, EncodedSplit, role_mask, shortcut_values
-from circuit.tasks.symbolic_kv import Vocabulary
+from circuit.tasks.base import Task
+from circuit.tasks.examples import UNPREDICTED, Examples, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens import HookedTransformer
 
 BATCH = 256
-SHORTCUTS = range(1, 7)
-TOKEN_ROLES = ("op", "write_key", "write_value", "read_key", "answer", "eos")
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,17 @@ class Evaluation:
     answer_accuracy: float
     value_accuracy: float
     """Share whose argmax over the value tokens is the answer."""
-    q: float
-    """Mean over reads of the largest attention over all heads, prediction position to query key."""
+    q: float | None
+    """Mean over reads of the largest attention over all heads, from the prediction position to the
+    task's attended role (lookup: the query key)."""
     r: float
-    """The same to the support value."""
+    """The same to the task's support (the support value)."""
     w: float
     """Mean value margin: logit of the right value minus the best other value's."""
-    shortcut: int
-    """The k whose 'value of the k-th last write' is right most often on this split."""
-    shortcut_accuracy: float
+    shortcut: int | None
+    """Which of the task's shortcuts, from 1, is right most often on this split (lookup: the k of
+    'value of the k-th last write')."""
+    shortcut_accuracy: float | None
     shortcut_agreement: float | None
     by_token_role: dict[str, TokenRole]
     by_slice: dict[str, dict[str, Slice]]
@@ -79,7 +79,7 @@ class Evaluation:
 
 def evaluate(
     model: HookedTransformer,
-    split: EncodedSplit,
+    split: Split,
     name: str,
     *,
     progress: Callable[[str, int, int], None] | None = None,
@@ -94,44 +94,45 @@ def evaluate(
     for start in range(0, len(split), BATCH):
         stop = min(start + BATCH, len(split))
         batch = split.batch(torch.arange(start, stop))
-        parts.append(_measure(model, batch, split.vocabulary))
+        parts.append(_measure(model, batch))
         if progress is not None:
             progress(name, stop, len(split))
-    return _combine(
-        name, len(split), {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    )
+    measured = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return _combine(name, len(split), split.task, measured)
 
 
 @no_grad
-def _measure(model: HookedTransformer, batch: Batch, vocab: Vocabulary) -> dict[str, Tensor]:
+def _measure(model: HookedTransformer, batch: Examples) -> dict[str, Tensor]:
     """Per-target and per-read figures of one batch, on the CPU."""
-    device = model.W_E.device
-    tokens = batch.tokens.to(device)
-    logits, attention = logits_and_attention(model, tokens)
-    targets = tokens[:, 1:]
-    real = targets != vocab.pad
+    device, task = model.W_E.device, batch.task
+    logits, attention = logits_and_attention(model, batch.tokens.to(device))
+    targets = batch.targets().to(device)
+    real = targets != UNPREDICTED
+    exact = logits.double() if task.loss_dtype == "float64" else logits
     # one row a target: of [batch, vocab, pos] CUDA has no deterministic form
     rows = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), reduction="none"
+        exact.flatten(0, 1), targets.flatten(), ignore_index=UNPREDICTED, reduction="none"
     )
     losses = rows.view_as(targets)
-    read = _read_figures(logits, batch, vocab)
-    for name, role in (("q", "query_key"), ("r", "support_value")):
-        mask = role_mask(batch, role).to(device)[:, : attention.shape[-1]]
-        weights = attention[batch.reads.row, :, batch.reads.key_pos]  # [read, head, key_pos]
-        read[name] = torch.einsum("rhp,rp->rh", weights, mask.to(weights.dtype)).amax(1)
-    shortcuts = [shortcut_values(batch, k) for k in SHORTCUTS]
+    at = logits[batch.row, batch.at].cpu().double()  # [example, vocab]
+    answers = read_answers(at, batch.answer.cpu(), task.choices)
+    weights = attention[batch.row, :, batch.at]  # [example, head, key position]
+    attended = {}
+    for name, role in (("q", task.attended), ("r", task.support)):
+        if role is None:
+            continue
+        mask = batch.role(role).to(device)[:, : weights.shape[-1]]
+        attended[name] = torch.einsum("ehp,ep->eh", weights, mask.to(weights.dtype)).amax(1)
     measured = {
-        "loss": losses[real].cpu().double(),
+        "loss": losses[real].double(),
         "correct": (logits.argmax(-1) == targets)[real],
-        "role": _target_roles(batch, vocab)[real.cpu()],
-        "answer": batch.reads.answer,
-        "shortcuts": torch.stack(shortcuts, 1),
-        "lag": batch.reads.lag,
-        "active_keys": batch.reads.active_keys,
-        "writes_before": batch.reads.writes_before,
-        "heldout": batch.reads.is_heldout.long(),
-        **read,
+        "kind": batch.kinds[:, 1:][real.cpu()],
+        "answer": batch.answer,
+        "prediction": answers.prediction,
+        "answer_loss": -answers.log_probability,
+        "margin": answers.margin,
+        **{name: batch.facts[name].long() for name in (*task.shortcuts, *task.slices.values())},
+        **attended,
     }
     return {name: value.cpu() for name, value in measured.items()}
 
@@ -146,38 +147,11 @@ def logits_and_attention(model: HookedTransformer, tokens: Tensor) -> tuple[Tens
     return cast("Tensor", logits), torch.cat(list(cache.values()), dim=1)
 
 
-def _read_figures(logits: Tensor, batch: Batch, vocab: Vocabulary) -> dict[str, Tensor]:
-    at = logits[batch.reads.row, batch.reads.key_pos].cpu().double()  # [read, vocab]
-    found = read_answers(at, batch.reads.answer.cpu(), vocab.value_ids)
-    return {
-        "prediction": found.prediction,
-        "answer_loss": -found.log_probability,
-        "margin": found.margin,
-    }
-
-
-def _target_roles(batch: Batch, vocab: Vocabulary) -> Tensor:
-    """Index into TOKEN_ROLES of every target, Int64 `[batch, pos - 1]` (padding: any)."""
-    tokens = batch.tokens
-    roles = torch.zeros_like(tokens)
-    roles[tokens == vocab.eos] = TOKEN_ROLES.index("eos")
-    for row, position, name in (
-        (batch.writes.row, batch.writes.key_pos, "write_key"),
-        (batch.writes.row, batch.writes.value_pos, "write_value"),
-        (batch.reads.row, batch.reads.key_pos, "read_key"),
-        (batch.reads.row, batch.reads.answer_pos, "answer"),
-    ):
-        roles[row, position] = TOKEN_ROLES.index(name)
-    return roles[:, 1:]
-
-
-def _combine(name: str, records: int, m: dict[str, Tensor]) -> Evaluation:
+def _combine(name: str, records: int, task: Task, m: dict[str, Tensor]) -> Evaluation:
     correct = m["prediction"] == m["answer"]
-    by_shortcut = (m["shortcuts"] == m["answer"][:, None]).double().mean(0)
-    best = int(by_shortcut.argmax())
-    agrees = m["prediction"] == m["shortcuts"][:, best]
-    slices = {"lag": m["lag"], "active_keys": m["active_keys"]}
-    slices |= {"writes_before": m["writes_before"], "heldout": m["heldout"]}
+    by_shortcut = [_mean(m[shortcut] == m["answer"]) for shortcut in task.shortcuts]
+    best = by_shortcut.index(max(by_shortcut)) if by_shortcut else None
+    agrees = None if best is None else m["prediction"] == m[task.shortcuts[best]]
     return Evaluation(
         split=name,
         records=records,
@@ -187,34 +161,35 @@ def _combine(name: str, records: int, m: dict[str, Tensor]) -> Evaluation:
         answer_loss=_mean(m["answer_loss"]),
         answer_accuracy=_mean(correct),
         value_accuracy=_mean(m["margin"] > 0),
-        q=_mean(m["q"]),
+        q=_mean(m["q"]) if "q" in m else None,
         r=_mean(m["r"]),
         w=_mean(m["margin"]),
-        shortcut=SHORTCUTS[best],
-        shortcut_accuracy=float(by_shortcut[best]),
+        shortcut=None if best is None else best + 1,
+        shortcut_accuracy=None if best is None else by_shortcut[best],
         shortcut_agreement=_agreement(correct, agrees),
         by_token_role={
-            role: TokenRole(int(at.sum()), _mean(m["loss"][at]), _mean(m["correct"][at]))
-            for index, role in enumerate(TOKEN_ROLES)
-            if (at := m["role"] == index).any()
+            kind: TokenRole(int(at.sum()), _mean(m["loss"][at]), _mean(m["correct"][at]))
+            for index, kind in enumerate(task.kinds)
+            if (at := m["kind"] == index).any()
         },
         by_slice={
             kind: {
-                str(int(value)): _slice(correct, agrees, values == value)
-                for value in torch.unique(values)
+                str(value): _slice(correct, agrees, m[fact] == value)
+                for value in torch.unique(m[fact]).tolist()
             }
-            for kind, values in slices.items()
+            for kind, fact in task.slices.items()
         },
     )
 
 
-def _slice(correct: Tensor, agrees: Tensor, at: Tensor) -> Slice:
-    return Slice(int(at.sum()), _mean(correct[at]), _agreement(correct[at], agrees[at]))
+def _slice(correct: Tensor, agrees: Tensor | None, at: Tensor) -> Slice:
+    of_slice = None if agrees is None else agrees[at]
+    return Slice(int(at.sum()), _mean(correct[at]), _agreement(correct[at], of_slice))
 
 
-def _agreement(correct: Tensor, agrees: Tensor) -> float | None:
+def _agreement(correct: Tensor, agrees: Tensor | None) -> float | None:
     wrong = ~correct
-    return _mean(agrees[wrong]) if wrong.any() else None
+    return _mean(agrees[wrong]) if agrees is not None and wrong.any() else None
 
 
 def _mean(values: Tensor) -> float:

@@ -29,8 +29,7 @@ from circuit.environment import (
 from circuit.errors import CircuitError
 from circuit.sealed import sealed
 from circuit.sizes import require_disk, training_disk
-from circuit.tasks.positions import EncodedSplit
-from circuit.tasks.symbolic_kv import PAD
+from circuit.tasks.examples import UNPREDICTED, Split
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import DivergedError, checkpoint_name, encode_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate
@@ -168,7 +167,7 @@ def train(
             )
         setup = Setup(config)
         for name in (config.train_split, *config.tracked_splits):
-            setup.benchmark.records(name)  # refused before anything heavy is imported
+            setup.check_split(name)  # refused before anything heavy is imported
         setup.require_training_memory(traced=recorder is not None)
         _require_disk(setup, folder, earlier)
         threads = config.threads
@@ -225,7 +224,7 @@ class _Loop:
         config: TrainConfig,
         folder: OutputFolder,
         session: TrainingSession,
-        tracked: dict[str, EncodedSplit],
+        tracked: dict[str, Split],
         notes: dict[str, Any],
         last: int,
         stop: Callable[[], bool] | None,
@@ -310,9 +309,8 @@ class _Loop:
         self._save(self._checkpoint().relative_to(self.folder.root).as_posix(), log)
 
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
-        targets = outcome.tokens[:, 1:]
-        real = targets != PAD
-        hits = (outcome.logits.argmax(-1) == targets)[real].cpu()
+        real = outcome.targets != UNPREDICTED
+        hits = (outcome.logits.argmax(-1) == outcome.targets)[real].cpu()
         return {
             "kind": "train",
             "step": outcome.step,

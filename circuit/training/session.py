@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
-from circuit.tasks.positions import Batch, EncodedSplit
-from circuit.tasks.symbolic_kv import PAD
+from circuit.tasks.examples import Examples, Split
 from circuit.training.checkpoints import DivergedError, TrainState
 from circuit.training.data_order import Indices, batch_indices
 from circuit.training.optimizers import build_optimizer, read_moments, write_moments
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformer_lens import HookedTransformer
 
     from circuit.training.step import StepOutcome
@@ -44,7 +42,7 @@ class TrainingSession:
         """
         self.config = config = setup.config
         self.benchmark_digest = setup.benchmark.digest
-        self.data: EncodedSplit = setup.split(config.train_split)
+        self.data = setup.training_split()
         self.model: HookedTransformer = setup.initial_model()
         self.step = 0
         if state is not None:
@@ -64,16 +62,11 @@ class TrainingSession:
 
     def indices(self, step: int) -> Indices:
         """Examples of a step, Int64 `[batch]`."""
-        return batch_indices(
-            self.config.seed, step, size=len(self.data), batch_size=self.config.batch_size
-        )
+        size = len(self.data) if isinstance(self.data, Split) else None
+        return batch_indices(self.config.seed, step, size=size, batch_size=self.config.batch_size)
 
-    def tokens(self, step: int) -> Tensor:
-        """Token batch of a step, Int64 `[batch, pos]`, on the model's device."""
-        return self.batch(step).tokens.to(self.config.device)
-
-    def batch(self, step: int) -> Batch:
-        """Batch of a step with its read indices."""
+    def batch(self, step: int) -> Examples:
+        """The records of a step."""
         return self.data.batch(self.indices(step))
 
     def advance(self, *, on_gradient: Callable[[], None] | None = None) -> StepOutcome:
@@ -84,13 +77,15 @@ class TrainingSession:
         """
         from circuit.training.step import training_step
 
+        batch, device = self.batch(self.step + 1), self.config.device
         outcome = training_step(
             self.model,
             self.optimizer,
-            self.tokens(self.step + 1),
+            batch.tokens.to(device),
+            batch.targets().to(device),
             self.config,
             self.step + 1,
-            pad=PAD,
+            loss_dtype=batch.task.loss_dtype,
             on_gradient=on_gradient,
         )
         self.step += 1

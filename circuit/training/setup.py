@@ -16,7 +16,7 @@ from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
 from circuit.sizes import require_memory, training_memory, weights_memory
 from circuit.tasks.benchmark import Benchmark, load_benchmark
-from circuit.tasks.positions import EncodedSplit
+from circuit.tasks.examples import Split, Stream
 from circuit.train_config import RUN_CONFIG, ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
 
@@ -54,7 +54,7 @@ class Setup:
         self.near = Path(near or (config.output_dir if stands else RUN_CONFIG))
         self._digest = benchmark_digest
         # in containers, so that a copy with another config shares also what is built later
-        self._splits: dict[str, EncodedSplit] = {}
+        self._splits: dict[str, Split] = {}
         self._benchmark = [] if benchmark is None else [benchmark]
         self._model: list[HookedTransformer] = []
 
@@ -91,7 +91,7 @@ class Setup:
         self._benchmark.append(benchmark)
         return benchmark
 
-    def split(self, name: str) -> EncodedSplit:
+    def split(self, name: str) -> Split:
         """A split of the benchmark as index tensors.
 
         Raises:
@@ -100,6 +100,28 @@ class Setup:
         if name not in self._splits:
             self._splits[name] = encode_split(self.benchmark, name, self.config.model)
         return self._splits[name]
+
+    def check_split(self, name: str) -> None:
+        """Read a split's records, unless they are drawn at need; nothing here needs torch.
+
+        Raises:
+            CircuitError: there is no such split, or its file is damaged.
+        """
+        if name not in self.benchmark.task.stream_names:
+            self.benchmark.records(name)
+
+    def training_split(self) -> Split | Stream:
+        """What the steps draw from: a split, or one whose records are drawn at need.
+
+        Raises:
+            CircuitError: as `split`; or records are too long for the model.
+        """
+        task, config = self.benchmark.task, self.config
+        if config.train_split not in task.stream_names:
+            return self.split(config.train_split)
+        stream = Stream(task, config.train_split, config.seed)
+        check_length(config.train_split, int(stream.batch([0]).lengths[0]), config.model)
+        return stream
 
     def prepare(self, threads: int | None = None) -> None:
         """Give this process the config's threads (or those given), device and determinism."""
@@ -163,9 +185,7 @@ class Setup:
         )
 
 
-def encode_split(
-    benchmark: Benchmark, split: str, model: ModelConfig | None = None
-) -> EncodedSplit:
+def encode_split(benchmark: Benchmark, split: str, model: ModelConfig | None = None) -> Split:
     """A split of a benchmark as index tensors.
 
     Args:
@@ -176,14 +196,23 @@ def encode_split(
             model's `max_sequence_length`.
     """
     records = benchmark.records(split)
-    longest = max(len(record.tokens) for record in records)
-    if model is not None and longest > model.max_sequence_length:
+    if model is not None:
+        check_length(split, max(len(record.tokens) for record in records), model)
+    return benchmark.task.split(records)
+
+
+def check_length(split: str, longest: int, model: ModelConfig) -> None:
+    """Refuse records that are longer than the model reads; the last token is only predicted.
+
+    Raises:
+        CircuitError: names the split and both lengths.
+    """
+    if longest > model.max_sequence_length:
         raise CircuitError(
             f"a record of split {split!r} has {longest} tokens, more than the model's"
             f" max_sequence_length {model.max_sequence_length}",
             fix=f"set model.max_sequence_length to at least {longest}",
         )
-    return EncodedSplit(records, benchmark.vocabulary, benchmark.heldout_pairs)
 
 
 def check_state(state: StateHeader, config: TrainConfig, benchmark_digest: str) -> None:

@@ -1,14 +1,15 @@
 """ONE optimizer step, used by train, trace and replay alike.
 
-A step is: forward on the batch without its last column, next-token loss, backward, clip, set the
-learning rate, torch's optimizer. Everything that the step depends on is an argument; it keeps no
-state of its own.
+A step is: forward on the batch without its last column, loss of the task's targets, backward, clip,
+set the learning rate, torch's optimizer. Everything that the step depends on is an argument; it
+keeps no state of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens import HookedTransformer
 
+from circuit.tasks.examples import UNPREDICTED
 from circuit.train_config import TrainConfig
 from circuit.training.optimizers import learning_rate
 
@@ -27,8 +29,10 @@ class StepOutcome:
     step: int
     tokens: Int[Tensor, "batch pos"]
     """The batch."""
+    targets: Int[Tensor, "batch pos-1"]
+    """What is predicted behind each token but the last; `UNPREDICTED` where nothing is."""
     loss: Tensor
-    """Mean next-token loss in nats, before the update; scalar."""
+    """Mean loss in nats of the targets, before the update; scalar."""
     grad_norm: Tensor
     """Euclidean norm of the gradient before clipping; scalar."""
     lr: float
@@ -48,33 +52,39 @@ class StepOutcome:
 def next_token_loss(
     logits: Float[Tensor, "batch pos vocab"],
     targets: Int[Tensor, "batch pos"],
-    pad: int,
+    unpredicted: int = UNPREDICTED,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats over the targets that are not padding."""
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad)
+    """Mean cross-entropy in nats over the targets but those that are not to be predicted."""
+    rows = logits.flatten(0, 1)
+    return functional.cross_entropy(rows, targets.flatten(), ignore_index=unpredicted)
 
 
 def training_step(
     model: HookedTransformer,
     optimizer: torch.optim.Optimizer,
     tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, "batch pos-1"],
     config: TrainConfig,
     step: int,
     *,
-    pad: int = 0,
+    loss_dtype: Literal["float32", "float64"] = "float32",
     on_gradient: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """Take `theta_{step-1}` to `theta_step` in place.
 
     Args:
         tokens: the batch, padded on the right, on the model's device.
+        targets: what is predicted behind each token but the last (`Examples.targets`).
         step: counted from 1.
+        loss_dtype: of the logits in the loss; `float64` keeps gradients alive where a small
+            loss would round to 0.
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.enable_grad():  # a notebook may have switched gradients off
         logits = model(tokens[:, :-1])
-        loss = next_token_loss(logits, tokens[:, 1:], pad)
+        exact = logits.double() if loss_dtype == "float64" else logits
+        loss = next_token_loss(exact, targets)
         loss.backward()
     if on_gradient is not None:
         on_gradient()
@@ -87,6 +97,7 @@ def training_step(
     return StepOutcome(
         step=step,
         tokens=tokens,
+        targets=targets,
         loss=loss.detach(),
         grad_norm=grad_norm.detach(),
         lr=lr,

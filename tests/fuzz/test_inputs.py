@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from law import renewed, typed
 
-from circuit.benchmark_config import BenchmarkConfig
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 
 Json = dict[str, Any]

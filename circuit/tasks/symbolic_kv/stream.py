@@ -9,14 +9,11 @@ Keys and values are token ids throughout. This module is pure Python.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 from circuit.errors import CircuitError
-from circuit.strict_json import parse_json
+from circuit.tasks import base
+from circuit.tasks.base import Record
 
 PAD, BOS, EOS, WRITE, READ = range(5)
 """Token ids of `<pad> <bos> <eos> W R`; keys and then values follow."""
@@ -24,26 +21,17 @@ PAD, BOS, EOS, WRITE, READ = range(5)
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "W", "R")
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(base.Vocabulary):
     """The tokens in id order: `<pad> <bos> <eos> W R`, keys `K00..`, values `V000..`.
 
     Numbers are zero-padded to equal width, at least two digits.
     """
 
-    num_keys: int
-    num_values: int
-
-    pad = PAD
-    bos = BOS
-    eos = EOS
-    write = WRITE
-    read = READ
-
-    @property
-    def size(self) -> int:
-        """Number of tokens."""
-        return len(_SPECIAL) + self.num_keys + self.num_values
+    def __init__(self, num_keys: int, num_values: int) -> None:
+        super().__init__(
+            (*_SPECIAL, *_numbered("K", num_keys), *_numbered("V", num_values)), pad=PAD
+        )
+        self.num_keys, self.num_values = num_keys, num_values
 
     @property
     def key_ids(self) -> range:
@@ -62,45 +50,6 @@ class Vocabulary:
     def value_id(self, value: int) -> int:
         """Token id of value number `value`. Raises CircuitError if there is no such value."""
         return _nth(self.value_ids, value, "value")
-
-    @cached_property
-    def tokens(self) -> tuple[str, ...]:
-        """Every token's text, by id."""
-        return (
-            *_SPECIAL,
-            *_numbered("K", self.num_keys),
-            *_numbered("V", self.num_values),
-        )
-
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        return {token: i for i, token in enumerate(self.tokens)}
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a string of tokens separated by spaces.
-
-        Raises:
-            CircuitError: a token is not of this vocabulary.
-        """
-        try:
-            return tuple([self._ids[token] for token in text.split(" ")])
-        except KeyError as error:
-            raise CircuitError(
-                f"unknown token {error.args[0]!r}",
-                expected=f"{self.tokens[0]} .. {self.tokens[-1]}, separated by single spaces",
-            ) from None
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The tokens of `ids` as one string, separated by spaces.
-
-        Raises:
-            CircuitError: an id is not of this vocabulary.
-        """
-        ids = list(ids)
-        if ids and (min(ids) < 0 or max(ids) >= self.size):
-            wrong = next(i for i in ids if not 0 <= i < self.size)
-            raise CircuitError(f"unknown token id {wrong}", expected=f"0 .. {self.size - 1}")
-        return " ".join([self.tokens[i] for i in ids])
 
 
 def _nth(ids: range, number: int, what: str) -> int:
@@ -158,43 +107,18 @@ class Program:
     reads: tuple[Read, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One sequence of a split.
+def program_of(record: Record, vocab: Vocabulary, *, through_read: int | None = None) -> Program:
+    """The writes and reads of a record.
 
-    Attributes:
-        tokens: token ids, `<bos>` to `<eos>`, unpadded.
-        source_id: id of the record that this one is a copy of (counterfactual records, pairs).
-        changed_write: number of the write whose value differs from the source's.
+    Args:
+        record: as said.
+        vocab: the vocabulary of its tokens.
+        through_read: stop after this read; later tokens are not looked at.
+
+    Raises:
+        CircuitError: as `parse`; the record is named.
     """
-
-    sample_id: str
-    split: str
-    tokens: tuple[int, ...]
-    source_id: str | None = None
-    changed_write: int | None = None
-
-    def program(self, vocab: Vocabulary, *, through_read: int | None = None) -> Program:
-        """Parse the writes and reads.
-
-        Args:
-            vocab: the vocabulary of the tokens.
-            through_read: stop after this read; later tokens are not looked at. A corrupted copy
-                of a pair is consistent up to its read's answer only.
-
-        Raises:
-            CircuitError: the tokens are no record, or an answer is not the latest write; the
-                record and the position are named.
-        """
-        return parse(self.tokens, vocab, where=self.sample_id, through_read=through_read)
-
-    def writes(self, vocab: Vocabulary, *, through_read: int | None = None) -> tuple[Write, ...]:
-        """The writes, in order; see `program`."""
-        return self.program(vocab, through_read=through_read).writes
-
-    def reads(self, vocab: Vocabulary, *, through_read: int | None = None) -> tuple[Read, ...]:
-        """The reads, in order; see `program`."""
-        return self.program(vocab, through_read=through_read).reads
+    return parse(record.tokens, vocab, where=record.sample_id, through_read=through_read)
 
 
 def parse(
@@ -260,69 +184,3 @@ def _at(
     else:
         found = f"found unknown token id {tokens[pos]}"
     return CircuitError(found, where=f"record {where}, position {pos}", expected=expected)
-
-
-def record_to_json(record: Record, vocab: Vocabulary) -> str:
-    """One line of a split's JSONL file, without the newline."""
-    payload: dict[str, Any] = {
-        "id": record.sample_id,
-        "split": record.split,
-        "tokens": vocab.decode(record.tokens),
-    }
-    if record.source_id is not None:
-        payload["source"] = record.source_id
-    if record.changed_write is not None:
-        payload["changed_write"] = record.changed_write
-    return json.dumps(payload)
-
-
-_FIELDS: dict[str, tuple[type, bool]] = {
-    "id": (str, True),
-    "split": (str, True),
-    "tokens": (str, True),
-    "source": (str, False),
-    "changed_write": (int, False),
-}
-
-
-def record_from_json(line: str, vocab: Vocabulary, *, where: object) -> Record:
-    """The record that one JSONL line holds.
-
-    Args:
-        line: the line's text.
-        vocab: the vocabulary of its tokens.
-        where: file and line number, for messages.
-
-    Raises:
-        CircuitError: the line is not JSON, a field is missing, unknown or of the wrong type, or
-            a token is unknown.
-    """
-    try:
-        payload = parse_json(line)
-    except ValueError as error:
-        raise CircuitError(
-            f"not valid JSON ({error})",
-            where=where,
-            expected="one complete record",
-        ) from None
-    if not isinstance(payload, dict):
-        raise CircuitError("not a JSON object", where=where, expected="one record")
-    for name in sorted(payload.keys() - _FIELDS.keys()):
-        raise CircuitError(f"unknown field {name!r}", where=where, expected=", ".join(_FIELDS))
-    for name, (kind, required) in _FIELDS.items():
-        if name not in payload and not required:
-            continue
-        if type(payload.get(name)) is not kind:
-            given = f"field {name!r} is {payload[name]!r}" if name in payload else f"no {name!r}"
-            raise CircuitError(given, where=where, expected=f"{name!r} as {kind.__name__}")
-    try:
-        tokens = vocab.encode(payload["tokens"])
-    except CircuitError as error:
-        raise CircuitError(error.what, where=where, expected=error.expected) from None
-    return Record(
-        sample_id=payload["id"],
-        split=payload["split"],
-        tokens=tokens,
-        source_id=payload.get("source"),
-        changed_write=payload.get("changed_write"),
-    )

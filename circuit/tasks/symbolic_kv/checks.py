@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from circuit.benchmark_config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.errors import CircuitError
-from circuit.tasks.generator import Pair, program_key
-from circuit.tasks.symbolic_kv import Program, Record, Vocabulary
+from circuit.tasks.base import Record
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
+from circuit.tasks.symbolic_kv.generator import Pair, program_key
+from circuit.tasks.symbolic_kv.stream import Program, Vocabulary, program_of
 
 POSITIONAL_SHORTCUTS = range(1, 7)
 STRONG_SHORTCUT = 0.5
@@ -69,7 +70,7 @@ def check_benchmark(
     """
     # Parsing re-executes each sequence: an answer that is not the latest write is refused there.
     programs = {
-        name: [record.program(vocab) for record in records] for name, records in splits.items()
+        name: [program_of(record, vocab) for record in records] for name, records in splits.items()
     }
     _refuse_shared(splits, programs)
     figures = {}

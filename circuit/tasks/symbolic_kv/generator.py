@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from circuit.benchmark_config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.errors import CircuitError
-from circuit.tasks.feasibility import refuse_few_values, refuse_impossible
-from circuit.tasks.symbolic_kv import BOS, EOS, READ, WRITE, Program, Record, Vocabulary, parse
+from circuit.tasks.base import Progress, Record
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
+from circuit.tasks.symbolic_kv.feasibility import refuse_few_values, refuse_impossible
+from circuit.tasks.symbolic_kv.stream import (
+    BOS,
+    EOS,
+    READ,
+    WRITE,
+    Program,
+    Vocabulary,
+    parse,
+    program_of,
+)
 
 Pair = tuple[int, int]
 """A (key token id, value token id)."""
 
 ProgramKey = tuple[tuple[Pair, ...], tuple[Pair, ...]]
 """The writes and the reads of a record, each in order, as (key, value)."""
-
-Progress = Callable[[str, int], None]
-"""Called with the split's name and the number of its records drawn so far."""
 
 MAX_REDRAWS = 2000
 """Draws of one record before its settings are refused."""
@@ -238,7 +245,7 @@ def _draw_counterfactuals(
 
 def _draw_changed(draw: Draw, original: Record) -> tuple[tuple[int, ...], int] | None:
     """The tokens with one needed write's value, and the answers, replaced; and that write."""
-    program = original.program(draw.vocab)
+    program = program_of(original, draw.vocab)
     written = {write.value for write in program.writes}
     needed = sorted({read.support.index for read in program.reads})
     draw.rng.shuffle(needed)

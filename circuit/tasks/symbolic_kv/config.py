@@ -1,4 +1,4 @@
-"""The config of a benchmark."""
+"""The config of a latest-write benchmark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from circuit.config import Config, FolderName, NonNegativeInt, PositiveInt
+from circuit.config import Config, NonNegativeInt, PositiveInt
+from circuit.tasks.base import TaskConfig
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -56,19 +57,37 @@ SplitConfig = Annotated[
 ]
 
 
-class BenchmarkConfig(Config):
+class BenchmarkConfig(TaskConfig):
     """A symbolic latest-write key-value benchmark."""
 
-    name: str
     benchmark_type: Literal["symbolic_kv_stream"]
-    output_dir: FolderName
-    seed: NonNegativeInt
     num_keys: Annotated[int, Field(ge=2)]
     num_values: Annotated[int, Field(ge=2)]
     holdout_answer_pair_fraction: Annotated[float, Field(gt=0, lt=1)]
     heuristic_max_accuracy: Annotated[float, Field(gt=0, le=1)]
     lag_sampling: Literal["eligible", "uniform"] = "eligible"
     splits: dict[SplitName, SplitConfig]
+
+    def stored(self) -> dict[str, tuple[int, int]]:
+        """See `TaskConfig.stored`."""
+        return {
+            f"records (splits.{name}.samples)": (split.samples, self._longest(split))
+            for name, split in self.splits.items()
+        }
+
+    def _longest(self, split: SplitConfig) -> int:
+        drawn = (
+            self.splits[split.counterfactual_of]
+            if isinstance(split, CounterfactualSplit)
+            else split
+        )
+        assert isinstance(drawn, GeneratedSplit), "as `_counterfactual_sources` has checked"
+        return 2 + 3 * (drawn.active_keys.max + drawn.overwrite_count.max + drawn.num_queries.max)
+
+    def memory(self) -> dict[str, int]:
+        """See `TaskConfig.memory`."""
+        pairs = self.num_keys * self.num_values
+        return {"pairs of keys and values (num_keys, num_values)": 150 * pairs} | super().memory()
 
     @model_validator(mode="after")
     def _split_names(self) -> BenchmarkConfig:

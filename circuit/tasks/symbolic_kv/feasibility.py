@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from circuit.benchmark_config import BenchmarkConfig, GeneratedSplit
 from circuit.errors import CircuitError
-from circuit.tasks.symbolic_kv import Vocabulary
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig, GeneratedSplit
+from circuit.tasks.symbolic_kv.stream import Vocabulary
 
 
 def refuse_impossible(config: BenchmarkConfig) -> None:
