@@ -131,13 +131,14 @@ class Way:
     Attributes:
         before, after: values at its ends, float64.
         first: gradients at its start, of the model's dtype.
-        path: contributions of the vectors that the step is the sum of.
+        first_order, path: contributions of the vectors that the step is the sum of.
         nodes, agrees: as in `StepAttribution`.
     """
 
     before: Float[Tensor, " scalar"]
     after: Float[Tensor, " scalar"]
     first: Float[Tensor, "scalar parameter"]
+    first_order: Shares
     path: Shares
     nodes: tuple[int, ...]
     agrees: tuple[bool, ...] | None
@@ -207,9 +208,9 @@ class Attributor:
             before=way.before,
             after=way.after,
             constant=tuple(b.constant for b in bound),
-            first_order=self._shares(way.first, vectors),
+            first_order=way.first_order,
             path=way.path,
-            references=self._shares(way.first, torch.stack(list(references.values()))),
+            references=_stacked(self._products(way.first, torch.stack(list(references.values())))),
             atom_list=self.atoms,
             nodes=way.nodes,
             agrees=way.agrees,
@@ -265,7 +266,8 @@ class Attributor:
             if not chosen:
                 break
         agrees = tuple(scalar not in chosen for scalar in range(len(bound))) if finer else None
-        return Way(values[0.0], values[1.0], ends[0.0], path, tuple(nodes), agrees)
+        first_order = _stacked(products[0.0])
+        return Way(values[0.0], values[1.0], ends[0.0], first_order, path, tuple(nodes), agrees)
 
     def _agree(self, coarse: Shares, fine: Shares, actual: Tensor) -> list[bool]:
         """For each scalar, whether two levels are within the tolerance in every term.
@@ -348,9 +350,10 @@ class Attributor:
                 total[..., place].add_(product, alpha=weight)
         return total
 
-    def _shares(self, gradients: Tensor, vectors: Tensor) -> Shares:
-        """`gradient . vector` by scalar, vector and atom."""
-        return torch.stack(self._products(gradients, vectors), -1) + 0.0  # no zero is negative
+
+def _stacked(products: list[Tensor]) -> Shares:
+    """The products of one node by scalar, vector and atom."""
+    return torch.stack(products, -1) + 0.0  # no zero is negative
 
 
 def attribute(
