@@ -128,10 +128,12 @@ def _require(need: Need, limit: int, of: str, variable: str, where: object) -> N
 def count_parameters(model: ModelConfig, vocabulary: int) -> int:
     """Numbers in a model's parameters."""
     d, f = model.d_model, model.d_ff
-    block = 4 * (d * d + d) + 2 * d * f + f + d + 4 * d
-    unembedding = 0 if model.tied_unembedding else vocabulary * (d + 1)
+    biased = int(model.biases)
+    block = 4 * d * d + 2 * d * f + biased * (4 * d + (f + d if f else 0))
+    norms = 1 + model.layers * (2 if f else 1) if model.normalization == "layer_norm" else 0
+    unembedding = 0 if model.tied_unembedding else vocabulary * (d + biased)
     embeddings = (vocabulary + model.max_sequence_length) * d
-    return embeddings + model.layers * block + 2 * d + unembedding
+    return embeddings + model.layers * block + norms * d * (1 + biased) + unembedding
 
 
 def weights_memory(model: ModelConfig, vocabulary: int) -> dict[str, int]:
