@@ -101,7 +101,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
 
     @classmethod
     def usual(cls, place: Place) -> SubspaceOptions:
-        rank = min(4, place.model.d_model, place.values - 1)
+        rank = min(4, place.rank)
         return SubspaceOptions(
             **place.read, stages=(*place.after_mlps, "final_norm"), pca_rank=rank
         )
