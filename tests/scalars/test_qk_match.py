@@ -212,8 +212,7 @@ def test_the_reads_of_each_lag_are_all_reads(
 
 def test_reads_without_a_distractor_are_left_out(tiny: Benchmark, records: list[Record]) -> None:
     vocab = tiny.vocabulary
-    write = (vocab.write, vocab.key_id(0), vocab.value_id(3))
-    alone = (vocab.bos, *write, vocab.read, *write[1:], vocab.eos)
+    alone = vocab.encode("<bos> W K00 V03 R K00 V03 <eos>")
     short = Record("alone", "validation_iid", alone)
     mixed = tiny.task.examples([short, *records[:2]])
     found = ReadMasks.of(mixed)

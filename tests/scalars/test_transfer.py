@@ -130,7 +130,7 @@ def test_scores_of_all_pairs_at_once_are_those_of_each_pair_alone(
     model: HookedTransformer, tiny: Benchmark, pairs: list[Pair]
 ) -> None:
     scores = scores_of(model, tiny, both_sides(tiny, pairs), ROUTES)
-    bases = route_bases(model, ROUTES, tiny.vocabulary)
+    bases = route_bases(model, ROUTES, tiny.task.token_sets)
     with torch.no_grad():
         naive = torch.tensor(
             [
@@ -219,8 +219,9 @@ HEAD = ",head_layer=0,head=1"
         (BASE + ",subspace=head_qk_key,rank=9" + HEAD, "rank 9 .*; expected 1 to 8"),
         (BASE + ",subspace=head_qk_key,rank=2,head_layer=2,head=1", "has no component 'L2H1'"),
         (BASE + HEAD, "'full_residual' is of no head"),
-        (BASE + ",subspace=odd,rank=1", "unknown subspace 'odd'; expected one of embedding_key_"),
-        ("label=a,stage=embedding,position_role=odd", "unknown role 'odd'; expected one of pred"),
+        (BASE + ",subspace=odd,rank=1", "unknown subspace 'odd'; expected one of embedding_TOK"),
+        (BASE + ",subspace=embedding_op_identity,rank=1", "'a': unknown .* of embedding_key_iden"),
+        ("label=a,stage=embedding,position_role=odd", "'a': unknown role 'odd'; expected predi"),
         ("label=a,stage=layer_2_post_mlp,position_role=prediction", "unknown stage 'layer_2_post"),
     ],
 )
