@@ -99,12 +99,16 @@ class Option:
         Raises:
             CircuitError: names it.
         """
-        if self.kind == "stage":
-            stage_hook(value, shape.layers)
-        elif self.kind in ("head", "mlp", "component"):
-            kinds: dict[str, Literal["head", "MLP"]] = {"head": "head", "mlp": "MLP"}
-            shape_of = (shape.layers, shape.heads)
-            parse_component(value, shape=shape_of, kind=kinds.get(self.kind))
+        kinds: dict[str, Literal["head", "MLP"]] = {"head": "head", "mlp": "MLP"}
+        try:
+            if self.kind == "stage":
+                stage_hook(value, shape.layers, attention_only=shape.attention_only)
+            elif self.kind in ("head", "mlp", "component"):
+                parse_component(value, shape=shape, kind=kinds.get(self.kind))
+        except CircuitError as error:
+            raise CircuitError(
+                error.what, where=f"`{field}`", expected=error.expected, fix=error.fix
+            ) from None
 
     def check_task(self, field: str, value: str, task: Task) -> None:
         """Refuse what the run's task does not have.

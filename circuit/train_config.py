@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -42,28 +42,46 @@ class ModelConfig(Config):
     layers: PositiveInt
     heads: PositiveInt
     d_model: PositiveInt
-    d_ff: PositiveInt
+    d_ff: NonNegativeInt
+    """Width of the MLPs; 0 is a model of attention alone, which has none."""
     max_sequence_length: Annotated[int, Field(ge=2)]
     dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
     """Must be 0: a HookedTransformer has none."""
-    initialization: Literal["pytorch_default", "gpt2"] = "pytorch_default"
+    initialization: Literal["pytorch_default", "gpt2", "transformer_lens"] = "pytorch_default"
     embedding_std: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviation of the initial embeddings; null is the scheme's (1, or 0.02 for gpt2)."""
+    """Standard deviation of the initial embeddings; null is the scheme's own."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Of the MLPs; gelu is the exact one."""
+    normalization: Literal["layer_norm", "none"] = "layer_norm"
+    """Before attention, MLP and unembedding."""
+    biases: bool = True
+    """Whether linear maps and LayerNorms have biases; else they are zero and no parameters."""
     tied_unembedding: bool = True
-    """Whether the unembedding is the embedding. False is written, True is not: dumps and digests
-    of configs that know no other are what they were."""
+    """Whether the unembedding is the embedding."""
+
+    unless_usual: ClassVar = ("activation", "normalization", "biases", "tied_unembedding")
+    """Fields that are written only where they are not at their default: configs that know nothing
+    of them have the dumps and digests that they always had."""
+
+    @property
+    def attention_only(self) -> bool:
+        """Whether there is no MLP."""
+        return self.d_ff == 0
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         made: dict[str, Any] = dump(self)
-        if self.tied_unembedding:
-            made.pop("tied_unembedding", None)
+        for name in self.unless_usual:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                made.pop(name, None)
         return made
 
     @model_validator(mode="after")
-    def _head_width(self) -> ModelConfig:
+    def _consistent(self) -> ModelConfig:
         if self.d_model % self.heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        if self.attention_only and self.activation != "gelu":
+            raise ValueError(f"activation {self.activation!r} has no MLP to stand in: d_ff is 0")
         return self
 
 

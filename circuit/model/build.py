@@ -1,8 +1,9 @@
 """The only module that constructs a HookedTransformer.
 
-Pre-LN, learned absolute positions, exact GELU, biases everywhere, and an unembedding tied to the
-embedding: `named_parameters()` holds `embed.W_E` once, while `W_U` and `b_U` answer as
-TransformerLens code expects.
+Learned absolute positions and causal attention; pre-LN or no normalization, an MLP in every block
+or in none, exact GELU or ReLU. What a config leaves out is no parameter, and still answers as
+TransformerLens code expects: of an unembedding that is tied to the embedding `named_parameters()`
+holds `embed.W_E` once, and without biases every `b_*` (of a LayerNorm `b`) is a buffer of zeros.
 
 Initialization draws every parameter from one generator, seeded by the run's seed, on the CPU, in
 the order of `named_parameters()`:
@@ -10,8 +11,11 @@ the order of `named_parameters()`:
 - `pytorch_default`: embeddings N(0, 1) as `torch.nn.Embedding`; weights and biases of linear maps
   U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as `torch.nn.Linear`; LayerNorm weight 1, bias 0.
 - `gpt2`: embeddings and weights N(0, 0.02); biases 0; LayerNorm as above.
+- `transformer_lens`: embeddings and weights N(0, 0.8/sqrt(d_model)); biases 0; LayerNorm as above.
+  It is what a HookedTransformer draws by default (`init_mode` "gpt2", `initializer_range` -1), and
+  so what TransformerLens's demonstration of grokking (Nanda et al. 2023) starts from.
 
-`embedding_std` replaces the standard deviation of the embeddings in either.
+`embedding_std` replaces the standard deviation of the embeddings in any of them.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ from transformer_lens.hook_points import HookPoint
 from circuit.environment import require_device
 from circuit.model.kernels import use_fast_kernels
 from circuit.train_config import Kernels, ModelConfig
+
+NORMALIZATIONS = {"layer_norm": "LN", "none": None}
+"""`model.normalization` -> TransformerLens's `normalization_type`."""
 
 
 class TiedUnembed(Unembed):
@@ -81,11 +88,12 @@ def build_model(
         n_heads=config.heads,
         d_model=config.d_model,
         d_head=config.d_model // config.heads,
-        d_mlp=config.d_ff,
+        d_mlp=config.d_ff or None,
         n_ctx=config.max_sequence_length,
         d_vocab=vocabulary_size,
-        act_fn="gelu",
-        normalization_type="LN",
+        act_fn=None if config.attention_only else config.activation,
+        normalization_type=NORMALIZATIONS[config.normalization],
+        attn_only=config.attention_only,
         attention_dir="causal",
         init_weights=False,
         device=device,
@@ -94,12 +102,28 @@ def build_model(
     model = _construct(cfg)
     if config.tied_unembedding:
         model.unembed = TiedUnembed(model.cfg, model.embed)
+    if not config.biases:
+        _without_biases(model)
     if kernels == "fast":
         use_fast_kernels(model)
     model.to(device, print_details=False)
     model.setup()
     initialize(model, config, seed)
     return model
+
+
+def _without_biases(model: HookedTransformer) -> None:
+    """Every bias becomes a buffer of zeros, where TransformerLens code finds it."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if _is_bias(name):
+                delattr(module, name)
+                module.register_buffer(name, torch.zeros_like(parameter))
+
+
+def _is_bias(leaf: str) -> bool:
+    """Of a linear map (`b_Q`), or of a LayerNorm (`b`)."""
+    return leaf == "b" or leaf.startswith("b_")
 
 
 def build_standard(cfg: HookedTransformerConfig) -> HookedTransformer:
@@ -123,20 +147,22 @@ def initialize(model: HookedTransformer, config: ModelConfig, seed: int) -> None
     """Draw every parameter, in the order of `named_parameters()` (see the module's docstring)."""
     generator = torch.Generator().manual_seed(seed)
     cfg, scheme = model.cfg, config.initialization
-    std = config.embedding_std or (1.0 if scheme == "pytorch_default" else 0.02)
+    # of linear maps' weights; torch's own draws them uniformly
+    std = {"gpt2": 0.02, "transformer_lens": 0.8 / math.sqrt(cfg.d_model)}.get(scheme)
+    embedding_std = config.embedding_std or std or 1.0
     fan_in = {"W_out": cfg.d_mlp, "b_out": cfg.d_mlp, "W_O": cfg.d_model, "b_O": cfg.d_model}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
             drawn = torch.empty(parameter.shape, dtype=torch.float32)
             if leaf in ("W_E", "W_pos"):
-                drawn.normal_(0.0, std, generator=generator)
+                drawn.normal_(0.0, embedding_std, generator=generator)
             elif leaf == "w":
                 drawn.fill_(1.0)
-            elif leaf == "b" or (scheme == "gpt2" and leaf.startswith("b_")):
+            elif leaf == "b" or (std is not None and _is_bias(leaf)):
                 drawn.zero_()
-            elif scheme == "gpt2":
-                drawn.normal_(0.0, 0.02, generator=generator)
+            elif std is not None:
+                drawn.normal_(0.0, std, generator=generator)
             else:
                 bound = 1.0 / math.sqrt(cast(int, fan_in.get(leaf, cfg.d_model)))
                 drawn.uniform_(-bound, bound, generator=generator)

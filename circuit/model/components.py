@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.hook_points import HookPoint
 
+    from circuit.train_config import ModelConfig
+
 _NUMBER = "(0|[1-9][0-9]*)"  # one spelling each, so that no component stands twice
 _ADDRESS = re.compile(f"L{_NUMBER}(?:H{_NUMBER}|(MLP))")
 
@@ -61,19 +63,19 @@ def parse_component(
     address: str,
     model: HookedTransformer | None = None,
     *,
-    shape: tuple[int, int] | None = None,
+    shape: ModelConfig | None = None,
     kind: Literal["head", "MLP"] | None = None,
 ) -> Component:
     """A component from its address.
 
     Args:
         model: if given, the component must exist in it.
-        shape: the same where no model is at hand: its layers and heads.
+        shape: the same where no model is at hand.
         kind: what it has to be; None takes either.
 
     Raises:
-        CircuitError: the address is malformed, of the other kind, or there is no such layer or
-            head.
+        CircuitError: the address is malformed, of the other kind, or there is no such layer, head
+            or MLP.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
@@ -83,13 +85,23 @@ def parse_component(
         such = "L2H1" if kind == "head" else "L0MLP"
         raise CircuitError(f"'{address}' is no {kind}", expected=f"a {kind}, such as {such}")
     if model is not None:
-        shape = model.cfg.n_layers, model.cfg.n_heads
-    if shape is not None and (layer >= shape[0] or (head is not None and head >= shape[1])):
+        cfg = model.cfg
+        _check_exists(address, layer, head, cfg.n_layers, cfg.n_heads, cfg.attn_only)
+    if shape is not None:
+        _check_exists(address, layer, head, shape.layers, shape.heads, shape.attention_only)
+    return Component(layer, head)
+
+
+def _check_exists(
+    address: str, layer: int, head: int | None, layers: int, heads: int, attention_only: bool
+) -> None:
+    if layer >= layers or (head is not None and head >= heads):
         raise CircuitError(
             f"the model has no component '{address}'",
-            expected=f"layers 0-{shape[0] - 1}, heads 0-{shape[1] - 1}",
+            expected=f"layers 0-{layers - 1}, heads 0-{heads - 1}",
         )
-    return Component(layer, head)
+    if head is None and attention_only:
+        raise CircuitError(f"the model has no component '{address}', for it has no MLPs (d_ff 0)")
 
 
 def all_heads(model: HookedTransformer) -> list[Component]:

@@ -1,12 +1,14 @@
 """Direct logit attribution: what each component writes into the logits, past all later layers.
 
 1. The last residual stage is a sum: embedding, positions, and of every layer its heads, the
-   attention's bias `b_O` and the MLP (`residual_parts`).
+   attention's bias `b_O` and the MLP, if there is one (`residual_parts`).
 2. `ln_final` centres, divides by a scale, multiplies by its weight and adds its bias. With the
    scale *frozen* at its value in the run, all but the last is linear, so that every part has its
    own logits (`frozen_logits`).
 3. With `ln_final`'s bias through `W_U`, and `b_U`, these sum to the logits: the law, and
    `LogitAttribution.residual` measures it.
+
+Without normalization there is nothing to freeze: parts go through `W_U` as they are.
 
 The freezing is a choice. `margin_gradient` keeps the scale alive instead: a part's dot product with
 it is the first-order change of the margin if a little of that part is added.
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from circuit.errors import CircuitError
 from circuit.lazy import no_grad, torch
-from circuit.model.readout import read_answers
+from circuit.model.readout import read_answers, unembedded
 from circuit.model.stages import stage_hook
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ class LogitAttribution:
 
     Attributes:
         parts: `embed`, `pos_embed`, then of each layer `L0H0` ..., `L0.b_O`, `L0MLP`; then
-            `ln_final.b` and `b_U`, which are the same everywhere.
+            `ln_final.b` and `b_U`, which are the same everywhere. What a model does not have is
+            left out.
         logits: of each part, with `ln_final`'s scale frozen.
         total: the model's own logits.
     """
@@ -68,15 +71,13 @@ class LogitAttribution:
         return float(gap.abs().max() / self.total.double().abs().max())
 
 
-def dla_hooks(layers: int) -> tuple[str, ...]:
+def dla_hooks(model: HookedTransformer) -> tuple[str, ...]:
     """The hook points that an attribution reads."""
-    blocks = [
-        f"blocks.{layer}.{point}"
-        for layer in range(layers)
-        for point in ("attn.hook_z", "hook_mlp_out")
-    ]
-    ends = ["ln_final.hook_scale", "unembed.hook_out"]
-    return ("hook_embed", "hook_pos_embed", *blocks, *ends)
+    points = ("attn.hook_z",) if model.cfg.attn_only else ("attn.hook_z", "hook_mlp_out")
+    layers = range(model.cfg.n_layers)
+    blocks = [f"blocks.{layer}.{point}" for layer in layers for point in points]
+    scale = ["ln_final.hook_scale"] if _is_normalized(model) else []
+    return ("hook_embed", "hook_pos_embed", *blocks, *scale, "unembed.hook_out")
 
 
 def last_residual_hook(layers: int) -> str:
@@ -104,27 +105,29 @@ def residual_parts(
     names, vectors = ["embed", "pos_embed"], [torch.stack([embed, positions], 1)]
     for layer, block in enumerate(model.blocks):
         heads = head_outputs(cache[f"blocks.{layer}.attn.hook_z"][places], block.attn.W_O)
-        bias = block.attn.b_O.expand(embed.shape)
-        mlp = cache[f"blocks.{layer}.hook_mlp_out"][places]
-        vectors += [heads, torch.stack([bias, mlp], 1)]
-        names += [f"L{layer}H{head}" for head in range(heads.shape[1])]
-        names += [f"L{layer}.b_O", f"L{layer}MLP"]
+        vectors += [heads, block.attn.b_O.expand(embed.shape)[:, None]]
+        names += [*(f"L{layer}H{head}" for head in range(heads.shape[1])), f"L{layer}.b_O"]
+        if not model.cfg.attn_only:
+            vectors.append(cache[f"blocks.{layer}.hook_mlp_out"][places][:, None])
+            names.append(f"L{layer}MLP")
     return tuple(names), torch.cat(vectors, 1)
 
 
 def frozen_logits(
     model: HookedTransformer,
     vectors: Float[Tensor, "*place part d_model"],
-    scale: Float[Tensor, "*place 1"],
+    scale: Float[Tensor, "*place 1"] | None,
 ) -> Float[Tensor, "*place part vocab"]:
     """Centred, over the frozen scale, times `ln_final`'s weight, through `W_U`: linear, no biases.
 
     Args:
-        scale: of `ln_final` at each place (`ln_final.hook_scale`).
+        scale: of `ln_final` at each place (`ln_final.hook_scale`); None without normalization.
     """
+    if scale is None:
+        return vectors @ model.W_U
     centred = vectors - vectors.mean(-1, keepdim=True)
-    weight, _ = _final_norm(model)
-    return (centred / scale[..., None] * weight) @ model.W_U
+    norm: Any = model.ln_final
+    return (centred / scale[..., None] * norm.w) @ model.W_U
 
 
 @no_grad
@@ -137,11 +140,16 @@ def attribute_logits(
         cache: activations at `dla_hooks`, such as `run_with_cache` returns.
     """
     names, vectors = residual_parts(model, cache, places)
-    written = frozen_logits(model, vectors, cache["ln_final.hook_scale"][places])
-    constant = torch.stack([_final_norm(model)[1] @ model.W_U, model.b_U])
+    scale, constants = None, {"b_U": model.b_U}
+    if _is_normalized(model):
+        norm: Any = model.ln_final
+        scale = cache["ln_final.hook_scale"][places]
+        constants = {"ln_final.b": norm.b @ model.W_U, **constants}
+    written = frozen_logits(model, vectors, scale)
+    constant = torch.stack(list(constants.values()))
     logits = torch.cat([written, constant.expand(len(written), *constant.shape)], 1)
     total = cache["unembed.hook_out"][places]
-    return LogitAttribution((*names, "ln_final.b", "b_U"), logits, total)
+    return LogitAttribution((*names, *constants), logits, total)
 
 
 def margin_gradient(
@@ -161,13 +169,11 @@ def margin_gradient(
     """
     with torch.enable_grad():
         x = residual.detach().requires_grad_()
-        logits = model.ln_final(x) @ model.W_U + model.b_U
-        margin = read_answers(logits, answer, values).margin
+        margin = read_answers(unembedded(model, x), answer, values).margin
         (gradient,) = torch.autograd.grad(margin.sum(), x)
     return gradient
 
 
-def _final_norm(model: HookedTransformer) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `ln_final`, `[d_model]`."""
-    norm: Any = model.ln_final
-    return norm.w, norm.b
+def _is_normalized(model: HookedTransformer) -> bool:
+    """Whether `ln_final` is more than the identity."""
+    return model.cfg.normalization_type is not None

@@ -80,5 +80,15 @@ def lens(
     model: HookedTransformer, stage: str, vectors: Float[Tensor, "*place d_model"]
 ) -> Float[Tensor, "*place vocab"]:
     """The stage lens: unembedding of `ln_final(x)`, of `x` itself at `final_norm`."""
-    x = vectors if stage == "final_norm" else model.ln_final(vectors)
-    return x @ model.W_U + model.b_U
+    if stage == "final_norm":
+        return vectors @ model.W_U + model.b_U
+    return unembedded(model, vectors)
+
+
+def unembedded(
+    model: HookedTransformer, residual: Float[Tensor, "*place d_model"]
+) -> Float[Tensor, "*place vocab"]:
+    """Logits of the last residual stage: through `ln_final`, where there is one, and `W_U`."""
+    if model.cfg.normalization_type is not None:
+        residual = model.ln_final(residual)
+    return residual @ model.W_U + model.b_U

@@ -1,7 +1,8 @@
 """Stages of the residual stream, by name: read, patch, run on from one (definitions.md section 3).
 
 In order: `embedding`, then for each layer `layer_l_post_attn` and `layer_l_post_mlp`, then
-`final_norm`, the unembedding's input.
+`final_norm`, the unembedding's input. A model of attention alone has no `layer_l_post_attn`: it
+would be a second name of `layer_l_post_mlp`, the end of the layer.
 """
 
 from __future__ import annotations
@@ -23,21 +24,27 @@ if TYPE_CHECKING:
 _LAYER_STAGE = re.compile(r"layer_(\d+)_post_(attn|mlp)")
 
 
-def stage_names(layers: int) -> list[str]:
+def stage_names(layers: int, *, attention_only: bool = False) -> list[str]:
     """All stages of a model with that many layers, in order."""
-    between = [f"layer_{layer}_post_{part}" for layer in range(layers) for part in ("attn", "mlp")]
+    parts = ("mlp",) if attention_only else ("attn", "mlp")
+    between = [f"layer_{layer}_post_{part}" for layer in range(layers) for part in parts]
     return ["embedding", *between, "final_norm"]
 
 
-def stage_hook(stage: str, layers: int) -> str:
+def stage_hook(stage: str, layers: int, *, attention_only: bool = False) -> str:
     """The hook point of a stage.
 
     Raises:
         CircuitError: there is no such stage (all are listed).
     """
-    if stage not in stage_names(layers):
+    names = stage_names(layers, attention_only=attention_only)
+    if stage not in names:
+        missing = stage in stage_names(layers)
         raise CircuitError(
-            f"unknown stage '{stage}'", expected=f"one of {', '.join(stage_names(layers))}"
+            f"the model has no MLPs, so no stage '{stage}' of its own"
+            if missing
+            else f"unknown stage '{stage}'",
+            expected=f"one of {', '.join(names)}",
         )
     if stage == "embedding":
         return "blocks.0.hook_resid_pre"
@@ -46,6 +53,10 @@ def stage_hook(stage: str, layers: int) -> str:
     match = _LAYER_STAGE.fullmatch(stage)
     assert match is not None
     return f"blocks.{match[1]}.hook_resid_{'mid' if match[2] == 'attn' else 'post'}"
+
+
+def _hook(stage: str, model: HookedTransformer) -> str:
+    return stage_hook(stage, model.cfg.n_layers, attention_only=model.cfg.attn_only)
 
 
 def stage_before(layer: int) -> str:
@@ -61,7 +72,7 @@ def read_stages(
     Raises:
         CircuitError: there is no such stage.
     """
-    hooks = {stage: stage_hook(stage, model.cfg.n_layers) for stage in stages}
+    hooks = {stage: _hook(stage, model) for stage in stages}
     logits, cache = model.run_with_cache(
         tokens, names_filter=list(hooks.values()), return_cache_object=False
     )
@@ -79,7 +90,7 @@ def run_from(
     Raises:
         CircuitError: there is no such stage.
     """
-    hook_name = stage_hook(stage, model.cfg.n_layers)
+    hook_name = _hook(stage, model)
     match = _LAYER_STAGE.fullmatch(stage)
     if stage == "embedding":
         layer = 0
@@ -118,5 +129,5 @@ def patch(
         changed[positions] = change(value[positions])
         return changed
 
-    with model.hooks(fwd_hooks=[(stage_hook(stage, model.cfg.n_layers), replace)]):
+    with model.hooks(fwd_hooks=[(_hook(stage, model), replace)]):
         yield model

@@ -57,7 +57,7 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
 
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
-        reads, hooks = self.batch, dla_hooks(point.model.cfg.n_layers)
+        reads, hooks = self.batch, dla_hooks(point.model)
         _, cache = point.model.run_with_cache(
             self.batch.tokens, names_filter=lambda name: name in hooks, return_cache_object=False
         )

@@ -72,7 +72,7 @@ class SvdOptions(CheckpointOptions):
     def check_model(self, shape: ModelConfig) -> None:
         """Also refuses more than a matrix of the model has."""
         super().check_model(shape)
-        most = min(shape.d_model, shape.d_ff)
+        most = min(shape.d_model, shape.d_ff or shape.d_model)
         for name in ("max_singular_values", "top_vector_ranks"):
             if getattr(self, name) > most:
                 raise CircuitError(
@@ -93,7 +93,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
 
     @classmethod
     def usual(cls, place: Place) -> SvdOptions:
-        most = min(16, place.model.d_model, place.model.d_ff)
+        most = min(16, place.model.d_model, place.model.d_ff or place.model.d_model)
         return SvdOptions(checkpoint_dir=place.given["checkpoint_dir"], max_singular_values=most)
 
     def prepare(self) -> None:
@@ -261,7 +261,7 @@ class Point:
 
 
 def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Spectra]:
-    """The SVDs of all `W_QK`, `W_OV`, `W_in` and `W_out`.
+    """The SVDs of all `W_QK`, `W_OV` and, where there are MLPs, `W_in` and `W_out`.
 
     Args:
         tensors: the parameters by name.
@@ -287,7 +287,7 @@ def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Sp
     for matrix, (left, right) in products.items():
         u, s, v = svd_of_product(left, right)
         found.append(_signed(matrix, heads, u, s, v))
-    for matrix in MLP_MATRICES:
+    for matrix in () if shape.attention_only else MLP_MATRICES:
         u, s, vh = torch.linalg.svd(weights(f"mlp.{matrix}").double(), full_matrices=False)
         found.append(_signed(matrix, mlps, u, s, vh.mT))
     return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from circuit import options
 from circuit.artifacts import Row
+from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.lazy import torch
 from circuit.model.components import Component, all_heads, parse_component
@@ -32,6 +33,7 @@ from circuit.scalars.functional_write import (
     readout_gradient,
 )
 from circuit.tasks.examples import Examples
+from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,6 +57,16 @@ class WritePathOptions(options.ProbeOptions, options.PairOptions):
         options.Option("Positions that are summed over.", kind="role", earlier="role"),
     ] = "prediction"
     record_side: options.RecordSide = "clean"
+
+    def check_model(self, shape: ModelConfig) -> None:
+        """Also refuses a model without MLPs."""
+        super().check_model(shape)
+        if shape.attention_only:
+            raise CircuitError(
+                "no path writes to an MLP, for the model has none",
+                where="`model.d_ff`",
+                expected="more than 0",
+            )
 
 
 class WritePathSelection(Report[WritePathOptions]):

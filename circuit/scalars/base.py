@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.components import Hook, parse_component
 
@@ -172,6 +173,12 @@ def forward_activations(
     def keep(value: Tensor, hook: HookPoint) -> None:  # run_with_cache would detach
         kept[str(hook.name)] = value
 
+    missing = sorted(hooks - model.hook_dict.keys())
+    if missing:
+        raise CircuitError(
+            f"the model has no hook point {missing[0]}",
+            expected="one of its own: without MLPs or normalization there are fewer",
+        )
     layers = [_BLOCK.fullmatch(hook) for hook in hooks]
     last = None if None in layers else max(int(m[1]) for m in layers if m)
     wanted: list[Hook] = [(hook, keep) for hook in sorted(hooks)]

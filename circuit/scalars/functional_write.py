@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from circuit.reports.inputs import Checkpointed, Inputs
     from circuit.trace.replay import ReplayedRun
+    from circuit.train_config import ModelConfig
 
 Target = Literal["post_mlp_total_delta", "mlp_output_delta", "input_delta"]
 Reference = Literal["post_mlp_gradient", "input_gradient"]
@@ -66,7 +67,7 @@ class WritePath:
         mlp: str,
         model: HookedTransformer | None = None,
         *,
-        shape: tuple[int, int] | None = None,
+        shape: ModelConfig | None = None,
     ) -> WritePath:
         """A path from two addresses, such as `L1H3` and `L1MLP`.
 

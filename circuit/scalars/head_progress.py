@@ -140,7 +140,7 @@ def head_progress(
         values: the value tokens, a contiguous range of ids.
     """
     index, shape = reads.batch, model.cfg
-    wanted = _hooks(shape.n_layers)
+    wanted = _hooks(model)
     _, cache = model.run_with_cache(
         reads.batch.tokens, names_filter=lambda name: name in wanted, return_cache_object=False
     )
@@ -229,10 +229,10 @@ class _Gathered:
         }
 
 
-def _hooks(layers: int) -> set[str]:
-    points = ("hook_attn_scores", "hook_pattern", "hook_v", "hook_z")
+def _hooks(model: HookedTransformer) -> set[str]:
+    points, layers = ("hook_attn_scores", "hook_pattern", "hook_v", "hook_z"), model.cfg.n_layers
     of_heads = {f"blocks.{layer}.attn.{point}" for layer in range(layers) for point in points}
-    return of_heads | {last_residual_hook(layers), *dla_hooks(layers)}
+    return of_heads | {last_residual_hook(layers), *dla_hooks(model)}
 
 
 def _number(head: Component, model: HookedTransformer) -> int:

@@ -140,9 +140,9 @@ def check_routes(
     """
     for route in routes:
         try:
-            stage_hook(route.stage, model.layers)
+            stage_hook(route.stage, model.layers, attention_only=model.attention_only)
             if route.head is not None:
-                parse_component(str(route.head), shape=(model.layers, model.heads))
+                parse_component(str(route.head), shape=model)
             if task is not None:
                 task.check_roles(route.position_role)
                 check_subspace(

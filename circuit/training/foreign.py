@@ -1,8 +1,10 @@
 """Weights that another program has saved: a file in, tensors of this study's model out.
 
 A `.safetensors` file, or a `torch.save` of a `state_dict`, of a HookedTransformer, in any order of
-names. Nothing in a file is executed. The shape of the model is read off the tensors; a file that is
-not of pre-LN, learned absolute positions, one causal attention and one MLP a block, with biases, is
+names. Nothing in a file is executed. The shape of the model is read off the tensors, but for the
+activation and the normalization, which they do not tell (tensors without LayerNorms are those of a
+model that has none, and of one whose LayerNorms were folded into other weights). A file that is not
+of learned absolute positions and one causal attention a block, with one MLP a block or none, is
 refused with the name and the shape that say so.
 """
 
@@ -32,7 +34,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out")
 """Kinds that a file may leave out in every block: without a bias is with a bias of zero."""
 
-_KIND = "a HookedTransformer with LayerNorm, learned positions and one MLP a block"
+_KIND = "a HookedTransformer with learned positions, one attention a block, one MLP a block or none"
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
@@ -141,8 +143,13 @@ def _is_state_dict(content: Any) -> bool:
     )
 
 
-def infer_model(tensors: Mapping[str, Tensor], where: Path) -> ModelConfig:
+def infer_model(
+    tensors: Mapping[str, Tensor], where: Path, told: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """The shape of the model, from tensors whose names and shapes tell it.
+
+    Args:
+        told: fields that tensors do not tell, such as `activation`.
 
     Raises:
         CircuitError: one that tells it is missing, or it is no model of this study.
@@ -164,12 +171,15 @@ def infer_model(tensors: Mapping[str, Tensor], where: Path) -> ModelConfig:
             where=where,
             expected=f"heads whose widths add up to d_model {d_model}",
         )
+    blocks = [found for name in tensors if (found := _BLOCK.fullmatch(name))]
+    has_mlps = any(found[2].startswith("mlp.") for found in blocks)
     payload = {
-        "layers": 1 + max(int(found[1]) for n in tensors if (found := _BLOCK.fullmatch(n))),
+        "layers": 1 + max(int(found[1]) for found in blocks),
         "heads": heads,
         "d_model": d_model,
-        "d_ff": shape("blocks.0.mlp.W_in", "d_model d_mlp")[1],
+        "d_ff": shape("blocks.0.mlp.W_in", "d_model d_mlp")[1] if has_mlps else 0,
         "max_sequence_length": shape("pos_embed.W_pos", "n_ctx d_model")[0],
+        **(told or {}),
     }
     return parse_config(payload, ModelConfig, where=where)
 
@@ -195,15 +205,29 @@ def expected_shapes(config: ModelConfig, vocabulary_size: int) -> dict[str, list
     for layer in range(config.layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     shapes |= {"ln_final.w": [d], "ln_final.b": [d]}
-    if not config.tied_unembedding:
-        shapes |= {"unembed.W_U": [d, vocabulary_size], "unembed.b_U": [vocabulary_size]}
-    return shapes
+    shapes |= {"unembed.W_U": [d, vocabulary_size], "unembed.b_U": [vocabulary_size]}
+    return {name: shape for name, shape in shapes.items() if _is_parameter(name, config)}
 
 
-def absent_biases(tensors: Mapping[str, Tensor]) -> list[str]:
+def _is_parameter(name: str, config: ModelConfig) -> bool:
+    """Whether a model of this shape has what the largest one has."""
+    block = _BLOCK.fullmatch(name)
+    part, leaf = (block[2] if block else name).split(".")
+    lacks = {
+        "unembed": config.tied_unembedding,
+        "mlp": config.attention_only,
+        "ln2": config.attention_only,
+    }
+    normless = part.startswith("ln") and config.normalization == "none"
+    biasless = leaf.startswith("b") and not config.biases
+    return not (lacks.get(part, False) or normless or biasless)
+
+
+def absent_biases(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
     """Kinds of biases that no block holds, and that are zero therefore."""
     held = {found[2] for name in tensors if (found := _BLOCK.fullmatch(name))}
-    return [kind for kind in BIASES if kind not in held]
+    kinds = [kind for kind in BIASES if not (config.attention_only and kind.startswith("mlp."))]
+    return [kind for kind in kinds if kind not in held]
 
 
 def is_tied(tensors: Mapping[str, Tensor]) -> bool:
@@ -229,7 +253,7 @@ def fitted(
             float32 form.
     """
     shapes = expected_shapes(config, vocabulary_size)
-    zero = absent_biases(tensors)
+    zero = absent_biases(tensors, config)
     given = dict(tensors)
     _drop_buffers(given, config, where)
     if config.tied_unembedding:
@@ -262,7 +286,16 @@ def _check_names(given: Mapping[str, Tensor], shapes: Mapping[str, Any], where: 
         for what, names in (("holds no", missing), ("holds the unknown", unknown))
         if names
     ]
-    raise CircuitError(" and ".join(parts), where=where, expected=_KIND)
+    norms = missing and all(re.search(r"\bln(?:1|2|_final)\.", name) for name in missing)
+    raise CircuitError(
+        " and ".join(parts),
+        where=where,
+        expected=_KIND,
+        fix="a model without normalization says so in a config.json beside the file:"
+        ' "normalization_type": null, with its "act_fn"'
+        if norms
+        else None,
+    )
 
 
 def _drop_buffers(given: Tensors, config: ModelConfig, where: Path) -> None:

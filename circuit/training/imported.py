@@ -47,6 +47,11 @@ ASSUMED = {
     "positional_embedding_type": "standard",
 }
 """Settings that weights do not tell; a HookedTransformerConfig beside the files does."""
+_FIELDS: dict[str, tuple[str, dict[Any, str]]] = {
+    "act_fn": ("activation", {"gelu": "gelu", "relu": "relu"}),
+    "normalization_type": ("normalization", {"LN": "layer_norm", None: "none"}),
+}
+"""Of these settings, those of which there are several here: field of the model, and its values."""
 
 _STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_ ]?(\d+)", re.IGNORECASE)
 
@@ -188,11 +193,11 @@ def _survey(
     tied, zero = True, None
     for step, path in by_step.items():
         digest, tensors = _read(path)
-        model = model or infer_model(tensors, path)
+        model = model or _model_of(tensors, path, told)
         untied = model.model_copy(update={"tied_unembedding": False})
         made = fitted(tensors, untied, benchmark.vocabulary.size, path)
         tied = tied and is_tied(made)
-        absent = absent_biases(tensors)
+        absent = absent_biases(tensors, model)
         if zero is not None and absent != zero:
             raise CircuitError(
                 "holds other kinds of biases than the files before it",
@@ -212,7 +217,11 @@ def _survey(
         "imported": {
             "files": files,
             "zero": zero,
-            "assumed": {name: value for name, value in ASSUMED.items() if name not in told},
+            "assumed": {
+                name: value
+                for name, value in ASSUMED.items()
+                if name not in told and not (model.attention_only and name == "act_fn")
+            },
         },
     }
     return cast(ImportedConfig, parse_config(known, TrainConfig, where=folder))
@@ -241,11 +250,31 @@ def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
             continue  # none, or of something else
         if not isinstance(payload, dict) or "act_fn" not in payload:
             continue
-        wanted = ASSUMED | {"normalization_type": "LN", "attn_only": False, "gated_mlp": False}
-        for name, value in wanted.items():
-            if name in payload and payload[name] != value:
-                raise CircuitError(
-                    f"{name} is {payload[name]!r}", where=path, expected=f"{value!r}"
-                )
-        told |= {name: payload[name] for name in ASSUMED if name in payload}
+        allowed = {name: [value] for name, value in ASSUMED.items()} | {"gated_mlp": [False]}
+        allowed |= {name: list(values) for name, (_, values) in _FIELDS.items()}
+        if payload.get("attn_only"):
+            del allowed["act_fn"]  # of MLPs that there are not
+        for name, values in allowed.items():
+            if name in payload and payload[name] not in [told.get(name, value) for value in values]:
+                expected = " or ".join(map(repr, values))
+                raise CircuitError(f"{name} is {payload[name]!r}", where=path, expected=expected)
+        known = {**ASSUMED, **_FIELDS, "attn_only": False}
+        told |= {name: payload[name] for name in known if name in payload}
     return told
+
+
+def _model_of(tensors: dict[str, Tensor], path: Path, told: dict[str, Any]) -> ModelConfig:
+    """The shape of a file's model, by its tensors and what is told beside it."""
+    fields = {
+        field: values[told[name]]
+        for name, (field, values) in _FIELDS.items()
+        if name in told and not (told.get("attn_only") and name == "act_fn")
+    }
+    model = infer_model(tensors, path, fields)
+    if told.get("attn_only", model.attention_only) != model.attention_only:
+        held = "no MLP" if model.attention_only else "MLPs"
+        raise CircuitError(
+            f"holds {held}, and attn_only is {told['attn_only']} in the config.json beside it",
+            where=path,
+        )
+    return model

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from new_shapes import NEW_SHAPES
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
@@ -50,28 +54,44 @@ def gelu(x: Tensor) -> Tensor:
 def plain_forward(
     p: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, W_U: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits and the unembedding's input: pre-LN, learned positions, exact GELU, causal."""
+    """Logits and the unembedding's input: learned positions, causal, and what the config says."""
     length = tokens.shape[1]
+
+    def bias(name: str) -> Tensor:
+        return p[name] if config.biases else torch.zeros((), dtype=torch.float64)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        if config.normalization == "none":
+            return x
+        return layer_norm(x, p[f"{name}.w"], bias(f"{name}.b"))
+
+    activation = gelu if config.activation == "gelu" else partial(torch.clamp, min=0)
     x = p["embed.W_E"][tokens] + p["pos_embed.W_pos"][:length]
     future = torch.ones(length, length).triu(1).bool()
     for layer in range(config.layers):
         at = f"blocks.{layer}."
-        normed = layer_norm(x, p[f"{at}ln1.w"], p[f"{at}ln1.b"])
-        written = p[f"{at}attn.b_O"]
+        normed = norm(x, f"{at}ln1")
+        written = bias(f"{at}attn.b_O")
         for head in range(config.heads):
             q, k, v = (
-                normed @ p[f"{at}attn.W_{part}"][head] + p[f"{at}attn.b_{part}"][head]
+                normed @ p[f"{at}attn.W_{part}"][head] + of_head(bias(f"{at}attn.b_{part}"), head)
                 for part in "QKV"
             )
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             weights = scores.masked_fill(future, -math.inf).softmax(-1)
             written = written + weights @ v @ p[f"{at}attn.W_O"][head]
         x = x + written
-        normed = layer_norm(x, p[f"{at}ln2.w"], p[f"{at}ln2.b"])
-        hidden = gelu(normed @ p[f"{at}mlp.W_in"] + p[f"{at}mlp.b_in"])
-        x = x + hidden @ p[f"{at}mlp.W_out"] + p[f"{at}mlp.b_out"]
-    final = layer_norm(x, p["ln_final.w"], p["ln_final.b"])
-    return final @ W_U, final
+        if config.d_ff:
+            normed = norm(x, f"{at}ln2")
+            hidden = activation(normed @ p[f"{at}mlp.W_in"] + bias(f"{at}mlp.b_in"))
+            x = x + hidden @ p[f"{at}mlp.W_out"] + bias(f"{at}mlp.b_out")
+    final = norm(x, "ln_final")
+    b_U = torch.zeros((), dtype=torch.float64) if config.tied_unembedding else bias("unembed.b_U")
+    return final @ W_U + b_U, final
+
+
+def of_head(bias: Tensor, head: int) -> Tensor:
+    return bias[head] if bias.ndim else bias
 
 
 def some_tokens(length: int, rows: int = 3) -> Tensor:
@@ -85,17 +105,19 @@ def some_tokens(length: int, rows: int = 3) -> Tensor:
     width=st.integers(1, 6),
     length=st.integers(1, 12),
     seed=st.integers(0, 99),
+    fields=st.sampled_from([{}, *NEW_SHAPES.values()]),
 )
 def test_the_model_is_the_plain_transformer(
-    layers: int, heads: int, width: int, length: int, seed: int
+    layers: int, heads: int, width: int, length: int, seed: int, fields: dict[str, Any]
 ) -> None:
-    config = shape(layers, heads, width)
+    config = shape(layers, heads, width, **fields)
     model = random_model(config, seed)
     tokens = some_tokens(length)
     parameters = named_tensors(model)
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
-    expected, final = plain_forward(parameters, config, tokens, parameters["embed.W_E"].T)
+    W_U = parameters.get("unembed.W_U", parameters["embed.W_E"].T)
+    expected, final = plain_forward(parameters, config, tokens, W_U)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(cache["unembed.hook_in"], final, rtol=0, atol=1e-10)
 
@@ -169,6 +191,44 @@ def test_the_number_of_parameters_is_that_of_the_architecture() -> None:
         assert sum(p.numel() for p in model.parameters()) == state_sizes(config)
 
 
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_what_a_config_leaves_out_is_no_parameter_and_still_answers(fields: dict[str, Any]) -> None:
+    config = shape(**fields)
+    model = build_model(config, vocabulary_size=VOCABULARY, seed=0)
+    clone = copy.deepcopy(model)
+    for one in (model, clone):
+        names = [name for name, _ in one.named_parameters()]
+        leaves = {name.rsplit(".", 1)[-1] for name in names}
+        assert any(leaf[0] == "b" for leaf in leaves) == config.biases
+        assert any(".mlp." in name or ".ln2." in name for name in names) == (config.d_ff > 0)
+        assert any(".ln1." in name for name in names) == (config.normalization != "none")
+        answers = {"b_Q": (2, 2, 8), "b_O": (2, 16), "b_U": (VOCABULARY,)}
+        answers |= {"b_in": (2, 24), "b_out": (2, 16)} if config.d_ff else {}
+        for name, size in answers.items():
+            assert tuple(getattr(one, name).shape) == size
+            assert config.biases or not getattr(one, name).any()
+    total = (model(some_tokens(9)) ** 2).sum()
+    total.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_field_at_its_default_is_written_nowhere() -> None:
+    usual = shape()
+    for fields in NEW_SHAPES.values():
+        unusual = shape(**fields)
+        dumped = unusual.model_dump(mode="json")
+        assert ModelConfig.model_validate(dumped) == unusual
+        for name in ModelConfig.unless_usual:
+            differs = getattr(unusual, name) != getattr(usual, name)
+            assert (name in dumped) == differs
+    assert set(ModelConfig.unless_usual).isdisjoint(usual.model_dump(mode="json"))
+
+
+def test_an_activation_without_an_mlp_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation 'relu' has no MLP to stand in: d_ff is 0"):
+        shape(d_ff=0, activation="relu")
+
+
 def same_distribution(ours: Tensor, theirs: Tensor) -> bool:
     return bool(ks_2samp(ours.flatten().numpy(), theirs.flatten().numpy()).pvalue > 1e-3)
 
@@ -203,9 +263,23 @@ def test_gpt2_initialization_is_narrow_with_biases_at_zero() -> None:
             assert (tensor == (1.0 if leaf == "w" else 0.0)).all()
 
 
-@pytest.mark.parametrize("scheme", ["pytorch_default", "gpt2"])
+def test_transformer_lens_initialization_is_what_a_hooked_transformer_draws_by_default() -> None:
+    config = shape(2, 4, 16, d_ff=160, initialization="transformer_lens", tied_unembedding=False)
+    ours = build_model(config, vocabulary_size=300, seed=3)
+    torch.manual_seed(0)
+    theirs = named_tensors(HookedTransformer(replace(ours.cfg, init_weights=True)))
+    assert list(named_tensors(ours)) == list(theirs)
+    for name, tensor in named_tensors(ours).items():
+        if ".W_" in name:
+            assert same_distribution(tensor, theirs[name])
+            assert abs(tensor.std() * math.sqrt(64) / 0.8 - 1) < 0.05
+        else:
+            assert torch.equal(tensor, theirs[name])
+
+
+@pytest.mark.parametrize("scheme", ["pytorch_default", "gpt2", "transformer_lens"])
 def test_the_embeddings_scale_with_their_standard_deviation(scheme: str) -> None:
-    own = 1.0 if scheme == "pytorch_default" else 0.02
+    own = {"pytorch_default": 1.0, "gpt2": 0.02, "transformer_lens": 0.8 / 4}[scheme]
     built = [
         named_tensors(
             build_model(

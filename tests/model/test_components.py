@@ -13,11 +13,12 @@ from circuit.model.build import build_model
 from circuit.model.components import ablate, all_heads, parse_component
 from circuit.train_config import ModelConfig
 
+SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+
 
 @pytest.fixture
 def model() -> HookedTransformer:
-    shape = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
-    return build_model(shape, vocabulary_size=20, seed=1)
+    return build_model(SHAPE, vocabulary_size=20, seed=1)
 
 
 @pytest.fixture
@@ -48,6 +49,14 @@ def test_ablating_an_mlp_takes_its_output_away(
     assert not torch.equal(cache["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_mid"])
 
 
+def test_without_mlps_there_is_none_to_name() -> None:
+    shape = ModelConfig.model_validate({**SHAPE.model_dump(), "d_ff": 0})
+    for given in ({"shape": shape}, {"model": build_model(shape, vocabulary_size=20, seed=1)}):
+        assert str(parse_component("L1H0", **given)) == "L1H0"
+        with pytest.raises(CircuitError, match=r"no component 'L1MLP', for it has no MLPs"):
+            parse_component("L1MLP", **given)
+
+
 def test_names_that_do_not_exist_are_refused(model: HookedTransformer) -> None:
     for address in ("H1L2", "L00H0", "L0H00", "L00MLP", "L0H\u0661"):
         with pytest.raises(CircuitError, match=f"component '{address}'; expected such as L2H1"):
@@ -55,4 +64,4 @@ def test_names_that_do_not_exist_are_refused(model: HookedTransformer) -> None:
     with pytest.raises(CircuitError, match=r"no component 'L2H0'; expected layers 0-1, heads 0-1"):
         parse_component("L2H0", model)
     with pytest.raises(CircuitError, match=r"no component 'L0H2'; expected layers 0-1, heads 0-1"):
-        parse_component("L0H2", shape=(2, 2))
+        parse_component("L0H2", shape=SHAPE)

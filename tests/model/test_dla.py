@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from new_shapes import NEW_SHAPES
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
@@ -18,7 +21,7 @@ from circuit.model.dla import (
     margin_gradient,
     residual_parts,
 )
-from circuit.model.readout import read_answers
+from circuit.model.readout import lens, read_answers
 from circuit.train_config import ModelConfig
 
 VALUES = range(7, 17)
@@ -28,9 +31,10 @@ PARTS = (
 )
 
 
-def random_model(dtype: torch.dtype = torch.float64) -> HookedTransformer:
+def random_model(dtype: torch.dtype = torch.float64, **fields: Any) -> HookedTransformer:
     """A model in which every tensor matters: no bias is 0, no LayerNorm weight 1."""
-    config = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+    shape = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 12}
+    config = ModelConfig.model_validate(shape | fields)
     model = build_model(config, vocabulary_size=17, seed=3, dtype=dtype)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -67,6 +71,28 @@ def test_the_parts_sum_to_the_logits(dtype: torch.dtype, bound: float) -> None:
     torch.testing.assert_close(found.logits.sum(1), logits, rtol=0, atol=1e2 * bound)
 
 
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_the_parts_of_every_shape_sum_to_the_logits(fields: dict[str, Any]) -> None:
+    model = random_model(**fields)
+    cache = run(model)
+    few = {name: cache[name] for name in dla_hooks(model)}
+    found = attribute_logits(model, few, PLACES)
+    lacks = (["MLP"] if fields.get("d_ff") == 0 else []) + (
+        ["ln_final"] if fields.get("normalization") == "none" else []
+    )
+    assert found.parts == tuple(p for p in PARTS if not any(word in p for word in lacks))
+    assert found.residual < 1e-12
+    residual, answer = cache[last_residual_hook(2)][PLACES], torch.tensor([7, 9, 11, 16])
+    gradient = margin_gradient(model, residual, answer, VALUES)
+    nudge = 1e-6 * torch.randn(residual.shape, generator=torch.Generator().manual_seed(1)).double()
+    margins = [
+        read_answers(lens(model, "layer_1_post_mlp", x), answer, VALUES).margin.detach()
+        for x in (residual - nudge, residual + nudge)
+    ]
+    expected = 2 * (gradient * nudge).sum(-1)
+    torch.testing.assert_close(margins[1] - margins[0], expected, rtol=1e-6, atol=1e-12)
+
+
 def test_the_residual_says_how_far_the_parts_miss_the_logits(model: HookedTransformer) -> None:
     found = attribute_logits(model, run(model), PLACES)
     found.total[1, 3] += 0.5
@@ -75,7 +101,7 @@ def test_the_residual_says_how_far_the_parts_miss_the_logits(model: HookedTransf
 
 def test_an_attribution_needs_no_more_than_its_hook_points(model: HookedTransformer) -> None:
     everything = run(model)
-    few = {name: everything[name] for name in dla_hooks(2)}
+    few = {name: everything[name] for name in dla_hooks(model)}
     assert torch.equal(
         attribute_logits(model, few, PLACES).logits,
         attribute_logits(model, everything, PLACES).logits,

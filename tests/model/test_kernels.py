@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from new_shapes import NEW_SHAPES
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -54,10 +55,10 @@ def both_of(
 ) -> tuple[HookedTransformer, HookedTransformer]:
     """The same weights with plain and with fast kernels; any of TransformerLens's shapes."""
     cfg = HookedTransformerConfig(
-        **{"n_layers": 2, "n_heads": 2, "d_head": 4, "d_model": 8, "d_mlp": 24, **shape},
+        **{"n_layers": 2, "n_heads": 2, "d_head": 4, "d_model": 8, "d_mlp": 24}
+        | {"act_fn": "gelu", **shape},
         n_ctx=CONTEXT,
         d_vocab=VOCABULARY,
-        act_fn="gelu",
         device="cpu",
         dtype=dtype,
     )
@@ -97,12 +98,20 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     length=st.integers(1, CONTEXT),
     norm=st.sampled_from(["LN", None]),
     attention_only=st.booleans(),
+    act_fn=st.sampled_from(["gelu", "relu"]),
 )
 def test_fast_equals_plain_in_float64(
-    layers: int, heads: int, width: int, length: int, norm: str | None, attention_only: bool
+    layers: int,
+    heads: int,
+    width: int,
+    length: int,
+    norm: str | None,
+    attention_only: bool,
+    act_fn: str,
 ) -> None:
     shape: dict[str, Any] = {"n_layers": layers, "n_heads": heads, "d_head": width}
     shape |= {"d_model": heads * width, "normalization_type": norm, "attn_only": attention_only}
+    shape |= {"act_fn": act_fn}
     plain, fast = both_of(**shape)
     tokens = tokens_of(length)
     assert_close(logits_and_gradients(fast, tokens), logits_and_gradients(plain, tokens))
@@ -122,6 +131,28 @@ def test_every_replaceable_component_of_a_built_model_is_fast() -> None:
     ):
         assert name == other
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_every_shape_that_is_built_is_fast_and_equal(fields: dict[str, Any]) -> None:
+    """Forward, backward, and, for integrals along lines, in forward mode."""
+    shape = {"layers": 2, "heads": 2, "d_model": 8, "d_ff": 24, "max_sequence_length": CONTEXT}
+    plain, fast = (
+        scattered(
+            build_model(
+                ModelConfig.model_validate(shape | fields),
+                vocabulary_size=VOCABULARY,
+                seed=1,
+                dtype=torch.float64,
+                kernels=kind,
+            )
+        )
+        for kind in ("plain", "fast")
+    )
+    assert {type(m).__name__ for m in fast.modules()} & FAST >= {"FastAttention", "FastBlock"}
+    tokens = tokens_of()
+    assert_close(logits_and_gradients(fast, tokens), logits_and_gradients(plain, tokens))
+    assert torch.equal(fast.run_with_cache(tokens)[0], plain.run_with_cache(tokens)[0])
 
 
 def test_with_everything_hooked_it_is_the_plain_model_bit_for_bit() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from new_shapes import NEW_SHAPES
 from transformer_lens import HookedTransformer
 
 from circuit.errors import CircuitError
@@ -20,11 +23,12 @@ from circuit.model.stages import (
 )
 from circuit.train_config import ModelConfig
 
+SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+
 
 @pytest.fixture
 def model() -> HookedTransformer:
-    shape = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
-    return build_model(shape, vocabulary_size=20, seed=1)
+    return build_model(SHAPE, vocabulary_size=20, seed=1)
 
 
 @pytest.fixture
@@ -96,6 +100,40 @@ def test_running_on_sees_what_is_ablated_downstream(
         assert torch.equal(
             run_from(model, "layer_0_post_mlp", cache["layer_0_post_mlp"]), model(tokens)
         )
+
+
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_stages_of_every_shape_are_read_patched_and_run_on_from(
+    tokens: torch.Tensor, fields: dict[str, Any]
+) -> None:
+    shape = ModelConfig.model_validate({**SHAPE.model_dump(), **fields})
+    model = build_model(shape, vocabulary_size=20, seed=1)
+    names = stage_names(2, attention_only=shape.attention_only)
+    logits, found = read_stages(model, tokens, *names)
+    assert torch.equal(logits, model(tokens))
+    last = found["layer_1_post_mlp"]
+    assert torch.equal(found["final_norm"], model.ln_final(last) if shape_has_norm(shape) else last)
+    for stage in names:
+        assert torch.equal(run_from(model, stage, found[stage]), logits)
+        changed = run_from(model, stage, found[stage] * 1.5)
+        with patch(model, stage, at(tokens), lambda x: x * 1.5):
+            assert torch.equal(model(tokens), changed)
+        if stage in ("layer_1_post_mlp", "final_norm"):
+            torch.testing.assert_close(lens(model, stage, found[stage]), logits)
+    if shape.attention_only:
+        assert names == ["embedding", "layer_0_post_mlp", "layer_1_post_mlp", "final_norm"]
+        with pytest.raises(CircuitError, match="no MLPs, so no stage 'layer_0_post_attn'"):
+            read_stages(model, tokens, "layer_0_post_attn")
+
+
+def shape_has_norm(shape: ModelConfig) -> bool:
+    return shape.normalization != "none"
+
+
+def at(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every place."""
+    rows, positions = torch.ones_like(tokens).nonzero(as_tuple=True)
+    return rows, positions
 
 
 def test_a_stage_that_does_not_exist_is_refused_with_the_list(model: HookedTransformer) -> None:

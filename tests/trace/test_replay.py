@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from new_shapes import NEW_SHAPES
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -19,9 +20,10 @@ from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
 from circuit.reports.optimizer_update_trace import summarize
 from circuit.tasks.benchmark import Benchmark
-from circuit.trace.record import RecordResult
+from circuit.trace.record import RecordOptions, RecordResult
 from circuit.trace.replay import Drift, ReplayedRun
 from circuit.trace.states import States
+from circuit.trace.while_training import TraceRecorder
 from circuit.train_config import TrainConfig
 from circuit.training import session as session_module
 from circuit.training import step as step_module
@@ -86,6 +88,24 @@ def test_replay_is_training(
     assert any(step.clip < 1 for step in replayed) == (clip is not None)
     still = [torch.equal(s.before.parameters, s.after.parameters) for s in replayed]
     assert still == [False] * 5 + [schedule != "constant"]
+
+
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_every_shape_of_model_replays(
+    workplace: Path, make_config: MakeConfig, same: Same, fields: dict[str, Any]
+) -> None:
+    """A trace that was recorded while training: what it has not kept is what was trained."""
+    shape = {**make_config().model.model_dump(mode="json"), "layers": 2, **fields}
+    optimizer = {"name": "adamw", "learning_rate": 0.01, "beta2": 0.98, "weight_decay": 1.0}
+    config = make_config(model=shape, optimizer=optimizer)
+    train(config, recorder=TraceRecorder("trace", RecordOptions(end_step=12, anchor_every=4)))
+    verified = ReplayedRun.open("trace").verify()
+    assert verified.equal
+    assert (verified.steps, verified.compared_anchors) == (12, 3)
+    session = TrainingSession(ReplayedRun.open("trace").setup)
+    for step in ReplayedRun.open("trace").replay(0, 3):
+        session.advance()
+        assert same(step.after, session.state())
 
 
 @pytest.fixture

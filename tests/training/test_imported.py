@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Done, type_and_read
+from new_shapes import NEW_SHAPES
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -19,6 +20,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
+from circuit.reports.export import export_checkpoint
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.probes import write_probe_set
@@ -31,6 +33,7 @@ from circuit.training.checkpoints import (
 )
 from circuit.training.foreign import _as_float32, expected_shapes, read_tensors
 from circuit.training.imported import import_checkpoints, steps_of
+from circuit.training.loop import train
 
 Tensors = dict[str, Tensor]
 LAYERS, HEADS, WIDTH, LENGTH = 2, 2, 8, 40
@@ -80,6 +83,40 @@ def logits(model: HookedTransformer, tensors: Tensors, tokens: Tensor) -> Tensor
     with torch.no_grad():
         made: Tensor = model(tokens)
     return made
+
+
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_a_run_of_any_shape_is_exported_and_comes_back(
+    workplace: Path,
+    tiny: Benchmark,
+    make_config: Callable[..., TrainConfig],
+    fields: dict[str, Any],
+) -> None:
+    shape = {**make_config().model.model_dump(mode="json"), "layers": 2, **fields}
+    config = make_config(model=shape, steps=3)
+    train(config)
+    ours = open_run("runs/tiny").model(3)
+    assert list(expected_shapes(config.model, tiny.vocabulary.size)) == [
+        name for name, _ in ours.named_parameters()
+    ]
+    result = export_checkpoint(config, "runs/tiny/checkpoints/step_000003.pt", "w")
+    assert result.gap <= 1e-5 * result.largest
+    back = import_checkpoints(["w/model.safetensors"], "data/tiny", "runs/back", steps=[3]).config
+    for name in ("d_ff", "activation", "normalization", "tied_unembedding"):
+        assert getattr(back.model, name) == getattr(config.model, name)
+    assert {"act_fn", "normalization_type"}.isdisjoint(back.imported.assumed)
+    tokens = tokens_of(tiny.vocabulary.size)
+    with torch.no_grad():
+        torch.testing.assert_close(open_run("runs/back").model(3)(tokens), ours(tokens))
+    told = json.loads(Path("w/config.json").read_text())
+    other = {"attn_only": not told["attn_only"], "act_fn": "gelu"}
+    Path("w/config.json").write_text(json.dumps(told | other))
+    with pytest.raises(CircuitError, match="and attn_only is"):
+        import_checkpoints(["w/model.safetensors"], "data/tiny", "runs/other", steps=[3])
+    Path("w/config.json").unlink()
+    if config.model.normalization == "none":
+        with pytest.raises(CircuitError, match="a model without normalization says so in a config"):
+            import_checkpoints(["w/model.safetensors"], "data/tiny", "runs/other", steps=[3])
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -266,8 +303,9 @@ def test_settings_beside_the_files_are_believed_or_refused(
 ) -> None:
     write(Path("w/step_1.pt"), dict(theirs(tiny.vocabulary.size).state_dict()))
     told = Path("w/config.json")
-    told.write_text(json.dumps({"act_fn": "relu"}))
-    with pytest.raises(CircuitError, match=r"w/config\.json: act_fn is 'relu'; expected 'gelu'"):
+    told.write_text(json.dumps({"act_fn": "silu"}))
+    said = r"w/config\.json: act_fn is 'silu'; expected 'gelu' or 'relu'"
+    with pytest.raises(CircuitError, match=said):
         import_checkpoints(["w"], "data/tiny", "runs/theirs")
     told.write_text(json.dumps({"act_fn": "gelu", "eps": 1e-5}))
     config = import_checkpoints(["w"], "data/tiny", "runs/theirs").config
