@@ -91,7 +91,7 @@ def build_model(
         d_mlp=config.d_ff or None,
         n_ctx=config.max_sequence_length,
         d_vocab=vocabulary_size,
-        act_fn=None if config.attention_only else config.activation,
+        act_fn=config.activation,
         normalization_type=NORMALIZATIONS[config.normalization],
         attn_only=config.attention_only,
         attention_dir="causal",

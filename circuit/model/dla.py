@@ -127,7 +127,8 @@ def frozen_logits(
         return vectors @ model.W_U
     centred = vectors - vectors.mean(-1, keepdim=True)
     norm: Any = model.ln_final
-    return (centred / scale[..., None] * norm.w) @ model.W_U
+    logits: Tensor = (centred / scale[..., None] * norm.w) @ model.W_U
+    return logits
 
 
 @no_grad
