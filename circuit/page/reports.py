@@ -87,6 +87,11 @@ class Reports:
         except CircuitError:
             return None
 
+    def is_of_task(self, kind: type[Report[Any]]) -> bool:
+        """Whether a kind of report is about runs of any task, or of this run's."""
+        task = self.task() if kind.task else None
+        return not kind.task or (task is not None and task.config.benchmark_type == kind.task)
+
     def trace(self) -> str | None:
         """The folder of the longest trace, relative to the run's."""
         traces = self.by_command.get(TRACE, [])
@@ -109,7 +114,7 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
     """The panels of a kind of report; one that asks for it where there is none."""
     name, title, question = kind.stem(), kind.title or kind.command, kind.question
     shown = reports.shown(kind)
-    if not shown and kind.place is None:
+    if not shown and (kind.place is None or not reports.is_of_task(kind)):
         return []
     if not shown:
         try:

@@ -142,13 +142,7 @@ class Inputs:
             CircuitError: a checkpoint is missing, damaged, of another config or benchmark, or of
                 the step of another; or it holds weights that are not finite.
         """
-        model: HookedTransformer | None = None
-        for path, state in states_at(self.setup, self.states, checkpoints, finite=finite):
-            if model is None:
-                model = self.setup.model(state)
-            else:
-                load_tensors(model, state.parameters)
-            yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
+        return models_at(self.setup, self.states, checkpoints, finite=finite)
 
     def point(self, step: int) -> Checkpointed:
         """A step of the trace that is attributed, with a model of its own.
@@ -169,6 +163,19 @@ class Inputs:
             "probe_set_sha256": self.probe.metadata.sha256,
             "slice": self.task.slice_name,
         }
+
+
+def models_at(
+    setup: Setup, states: States, checkpoints: Sequence[Path], *, finite: bool = True
+) -> Iterator[Checkpointed]:
+    """The model at each checkpoint, ascending by step; see `Inputs.models`."""
+    model: HookedTransformer | None = None
+    for path, state in states_at(setup, states, checkpoints, finite=finite):
+        if model is None:
+            model = setup.model(state)
+        else:
+            load_tensors(model, state.parameters)
+        yield Checkpointed(state.step, path, tensors_digest(state.parameters), model)
 
 
 def states_at(

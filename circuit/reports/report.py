@@ -143,6 +143,8 @@ class Report(Generic[O]):
         place: of the panel among others; where there is none, the page shows the report but does
             not ask for it.
         every: whether the page shows every report of the kind, or the most complete one.
+        task: of the runs that it is about, where it is about those of one task alone: the page of
+            another run leaves it out.
     """
 
     command: ClassVar[str]
@@ -156,6 +158,7 @@ class Report(Generic[O]):
     question: ClassVar[str] = ""
     place: ClassVar[int | None] = None
     every: ClassVar[bool] = False
+    task: ClassVar[str] = ""
 
     def __init__(self, options: O, config: TrainConfig | None = None) -> None:
         self.options = options
