@@ -3,18 +3,23 @@
     python notebooks/run.py [NOTEBOOK ...]
 
 They look at the run that `circuit quickstart` makes. Each is executed in a fresh kernel of this
-interpreter, one thread, and keeps outputs only: no clock, no version, no path.
+interpreter, one thread, and keeps outputs only: no clock, no version, no path. And the digest of
+what it says about a much smaller run, so that a test sees cheaply where the program has changed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import hashlib
 import io
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
@@ -24,13 +29,40 @@ from nbformat import NotebookNode
 from PIL import Image
 
 import circuit
+from circuit.benchmark_config import BenchmarkConfig
+from circuit.config import parse_config
 from circuit.core.digests import tensors_digest
+from circuit.quickstart import quickstart, quickstart_configs
+from circuit.train_config import TrainConfig
 
 FOLDER = Path(__file__).parent
 RUN = "../artifacts/runs/quickstart"
 """As the notebooks name it: a kernel starts in its notebook's folder."""
 TIMEOUT = 600
 """Seconds for one cell, and for a kernel to start."""
+SMALL = {"steps": 40, "eval_every": 20, "checkpoint_every": 8, "batch_size": 32}
+"""Fields of a training config of which notebooks can be run, though it forms no circuit."""
+
+
+def small_configs() -> tuple[BenchmarkConfig, TrainConfig]:
+    """The quickstart's two configs with a twelfth of the steps and a fraction of the data."""
+    benchmark, config = quickstart_configs()
+    payload = benchmark.model_dump(mode="json") | {"heuristic_max_accuracy": 1.0}
+    for name, split in payload["splits"].items():
+        split["samples"] = 256 if name == "train" else 64
+    schedule = {"name": "constant", "warmup_steps": 4}
+    return (
+        parse_config(payload, BenchmarkConfig, where="small benchmark"),
+        config.replace(**SMALL, schedule=schedule),
+    )
+
+
+@contextlib.contextmanager
+def small_quickstart() -> Iterator[None]:
+    """Within the block the quickstart is that of the small configs."""
+    configs = small_configs()
+    with mock.patch("circuit.quickstart.quickstart_configs", return_value=configs):
+        yield
 
 
 def notebooks() -> list[Path]:
@@ -104,11 +136,35 @@ def weights(folder: Path) -> str:
     return tensors_digest(run.state("best").parameters)
 
 
+def texts(notebook: NotebookNode) -> list[str]:
+    """All that its outputs say in words, in order."""
+    said: list[str] = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            said += [output.text] if output.output_type == "stream" else []
+            said += [data[kind] for kind in sorted(data) if kind.startswith("text/")]
+    return said
+
+
+def said_of(notebook: NotebookNode) -> dict[str, str]:
+    """The weights that an executed notebook looked at, and the digest of its words about them."""
+    words = hashlib.sha256("\0".join(texts(notebook)).encode()).hexdigest()
+    return {**notebook.metadata.circuit, "words_sha256": words}
+
+
 def main() -> None:
-    """Execute the named notebooks, or all."""
-    for path in [Path(name) for name in sys.argv[1:]] or notebooks():
-        nbformat.write(execute(path, FOLDER), path)
-        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB")
+    """Execute the named notebooks, or all: here, and on the small run."""
+    with tempfile.TemporaryDirectory() as name:
+        with contextlib.chdir(name), small_quickstart():
+            quickstart()
+        small = Path(name, FOLDER.name)
+        small.mkdir()
+        for path in [Path(name) for name in sys.argv[1:]] or notebooks():
+            notebook = execute(path, FOLDER)
+            notebook.metadata.circuit.small = said_of(execute(path, small))
+            nbformat.write(notebook, path)
+            print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB")
 
 
 if __name__ == "__main__":
