@@ -6,19 +6,23 @@ The executed notebooks go to artifacts/notebooks/, and with --write in place. An
 other weights (docs/exactness.md), which would change the committed outputs in their last digits.
 
 They look at the run that `circuit quickstart` makes. Each is executed in a fresh kernel of this
-interpreter, one thread, and keeps outputs only: no clock, no version, no path.
+interpreter, one thread, and keeps outputs only: no clock, no version, no path. And the digest of
+what it says about a much smaller run, so that a test sees cheaply where the program has changed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import hashlib
 import io
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
@@ -28,7 +32,11 @@ from nbformat import NotebookNode
 from PIL import Image
 
 import circuit
+from circuit.config import parse_config
 from circuit.core.digests import tensors_digest
+from circuit.quickstart import quickstart, quickstart_configs
+from circuit.tasks.base import TaskConfig
+from circuit.train_config import TrainConfig
 
 FOLDER = Path(__file__).parent
 ELSEWHERE = FOLDER.parent / "artifacts" / "notebooks"
@@ -36,6 +44,29 @@ RUN = "../artifacts/runs/quickstart"
 """As the notebooks name it: a kernel starts in its notebook's folder."""
 TIMEOUT = 600
 """Seconds for one cell, and for a kernel to start."""
+SMALL = {"steps": 40, "eval_every": 20, "checkpoint_every": 8, "batch_size": 32}
+"""Fields of a training config of which notebooks can be run, though it forms no circuit."""
+
+
+def small_configs() -> tuple[TaskConfig, TrainConfig]:
+    """The quickstart's two configs with a twelfth of the steps and a fraction of the data."""
+    benchmark, config = quickstart_configs()
+    payload = benchmark.model_dump(mode="json") | {"heuristic_max_accuracy": 1.0}
+    for name, split in payload["splits"].items():
+        split["samples"] = 256 if name == "train" else 64
+    schedule = {"name": "constant", "warmup_steps": 4}
+    return (
+        parse_config(payload, type(benchmark), where="small benchmark"),
+        config.replace(**SMALL, schedule=schedule),
+    )
+
+
+@contextlib.contextmanager
+def small_quickstart() -> Iterator[None]:
+    """Within the block the quickstart is that of the small configs."""
+    configs = small_configs()
+    with mock.patch("circuit.quickstart.quickstart_configs", return_value=configs):
+        yield
 
 
 def notebooks() -> list[Path]:
@@ -109,17 +140,41 @@ def weights(folder: Path) -> str:
     return tensors_digest(run.state("best").parameters)
 
 
+def texts(notebook: NotebookNode) -> list[str]:
+    """All that its outputs say in words, in order."""
+    said: list[str] = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            said += [output.text] if output.output_type == "stream" else []
+            said += [data[kind] for kind in sorted(data) if kind.startswith("text/")]
+    return said
+
+
+def said_of(notebook: NotebookNode) -> dict[str, str]:
+    """The weights that an executed notebook looked at, and the digest of its words about them."""
+    words = hashlib.sha256("\0".join(texts(notebook)).encode()).hexdigest()
+    return {**notebook.metadata.circuit, "words_sha256": words}
+
+
 def main(words: Sequence[str]) -> None:
-    """Execute the named notebooks, or all."""
+    """Execute the named notebooks, or all: here, and on the small run."""
     in_place = "--write" in words
-    for path in [Path(word) for word in words if word != "--write"] or notebooks():
-        committed, executed = read(path), execute(path, FOLDER)
-        output = path if in_place else ELSEWHERE / path.name
-        output.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(executed, output)
-        same = executed.metadata.circuit == committed.metadata.get("circuit")
-        weights = "the weights of the committed one" if same else "other weights"
-        print(f"{output}: {output.stat().st_size / 1024:.0f} KB, {weights}")
+    with tempfile.TemporaryDirectory() as name:
+        with contextlib.chdir(name), small_quickstart():
+            quickstart()
+        small = Path(name, FOLDER.name)
+        small.mkdir()
+        for path in [Path(word) for word in words if word != "--write"] or notebooks():
+            committed, executed = read(path), execute(path, FOLDER)
+            weights = "best_weights_sha256"
+            same = executed.metadata.circuit[weights] == committed.metadata.circuit.get(weights)
+            executed.metadata.circuit.small = said_of(execute(path, small))
+            output = path if in_place else ELSEWHERE / path.name
+            output.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(executed, output)
+            of = "the weights of the committed one" if same else "other weights"
+            print(f"{output}: {output.stat().st_size / 1024:.0f} KB, {of}")
 
 
 if __name__ == "__main__":

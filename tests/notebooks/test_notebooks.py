@@ -6,6 +6,7 @@ import ast
 import base64
 import importlib.util
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,6 @@ def code(notebook: Any) -> list[Any]:
 def tree(cell: Any) -> ast.Module:
     """A code cell as Python, without its magics."""
     return ast.parse(re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE))
-
-
-def texts(notebook: Any) -> list[str]:
-    """All that outputs say in words, in order."""
-    found: list[str] = []
-    for cell in code(notebook):
-        for output in cell.outputs:
-            data = output.get("data", {})
-            found += [output.text] if output.output_type == "stream" else []
-            found += [data[kind] for kind in sorted(data) if kind.startswith("text/")]
-    return found
 
 
 def kinds(notebook: Any) -> list[list[Any]]:
@@ -93,7 +83,7 @@ def test_committed_outputs_are_small_clean_and_in_order(path: Path) -> None:
         range(1, len(code(notebook)) + 1)
     )
     assert complaints(notebook) == []
-    assert [found for text in texts(notebook) for found in absolute_paths(text)] == []
+    assert [found for text in tool.texts(notebook) for found in absolute_paths(text)] == []
     pictures = [
         base64.b64decode(output.data["image/png"])
         for cell in code(notebook)
@@ -170,24 +160,45 @@ def test_notebooks_use_public_names_that_exist(path: Path) -> None:
     assert [name for name in reached if name.startswith("_")] == []
 
 
-def test_notebooks_run_on_a_new_quickstart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One test, so that the quickstart (a minute and a half) is made once.
-
-    On the machine that made the committed outputs training gives the same weights, and then every
-    word of the outputs must come out again; elsewhere they must be of the same kinds.
-    """
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
-    made = type_and_read(["quickstart"], capsys)
+def executed(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[Any, Any]]:
+    """Each notebook as committed, and on a new quickstart in that folder."""
+    place = folder / "notebooks"
+    place.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("CIRCUIT_DEVICE", raising=False)
+        made = type_and_read(["quickstart"], capsys)
     assert made.code == 0, made.err
     for path in NOTEBOOKS:
-        committed, found = tool.read(path), tool.execute(path, folder)
+        committed, found = tool.read(path), tool.execute(path, place)
         assert complaints(found) == []
         assert kinds(found) == kinds(committed)
-        if found.metadata.circuit == committed.metadata.circuit:
-            stale = f"outputs are not of this program; run: python notebooks/run.py --write {path}"
-            assert texts(found) == texts(committed), stale
+        yield committed, found
+
+
+STALE = "outputs are not of this program; run: python notebooks/run.py --write"
+
+
+def test_notebooks_run_on_a_new_quickstart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One test, so that the quickstart, of few steps, is made once.
+
+    On the machine that made the committed outputs training gives the same weights, and then the
+    digest of all words must come out again; elsewhere outputs must be of the same kinds.
+    """
+    with tool.small_quickstart():
+        for committed, found in executed(tmp_path, capsys):
+            said, before = tool.said_of(found), committed.metadata.circuit.small
+            if said["best_weights_sha256"] == before["best_weights_sha256"]:
+                assert said == before, STALE
+
+
+@pytest.mark.slow
+def test_every_word_comes_out_again_on_the_whole_quickstart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for committed, found in executed(tmp_path, capsys):
+        weights = "best_weights_sha256"
+        if found.metadata.circuit[weights] == committed.metadata.circuit[weights]:
+            assert tool.texts(found) == tool.texts(committed), STALE
