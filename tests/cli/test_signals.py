@@ -33,7 +33,7 @@ main()
 
 @pytest.mark.parametrize("at", [2, 40, 90, 150, 200, 250, 300])
 def test_a_signal_while_the_program_is_imported(at: int) -> None:
-    """At an import, whatever the machine's speed: the program itself has more than three hundred."""
+    """At an import, whatever the machine's speed: the program has more than three hundred."""
     for number in NUMBERS:
         done = subprocess.run(
             [sys.executable, "-c", AT_IMPORT, f"{int(number)},{at}", "trace", "verify", "nowhere"],
