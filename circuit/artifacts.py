@@ -418,7 +418,9 @@ class OutputFolder:
         told = self._manifest.is_as_written(name, path)
         if told is not None:
             return told
-        if self.resume and name.endswith(".jsonl"):  # who goes on with rows reads them
+        if not name.endswith(".jsonl"):  # claimed, and never written
+            return False
+        if self.resume:  # who goes on with rows reads them
             return True
         try:
             read_jsonl(path, tolerate_torn_tail=True)

@@ -76,8 +76,9 @@ def refusal(mistake: Any) -> CircuitError:
     param: Any = getattr(mistake, "param", None)
     path = "circuit" if context is None else context.command_path
     fix = f"see `{path} --help`"
-    given = None if param is None else context.meta.get(_TYPED, {}).get(param.name)
-    if given is not None and given != ():
+    typed: dict[str, Any] = {} if context is None else context.meta.get(_TYPED, {})
+    given = None if param is None else typed.get(param.name)
+    if param is not None and given not in (None, ()):
         values = given if isinstance(given, list | tuple) else [given]
         wanted = mistake.message.removeprefix("Input should be ").partition(", unable")[0]
         return CircuitError(

@@ -353,7 +353,7 @@ def test_two_writers_on_one_folder_the_second_refuses(tmp_path: Path) -> None:
 def test_files_are_listed_as_ours_before_they_are_written(tmp_path: Path) -> None:
     """So a killed command's files can be replaced by the next one."""
     with OutputFolder(tmp_path, "mine") as folder:
-        folder.claim(["a"])
+        folder.claim({"a": b"what a killed writer left"})
         assert json.loads((tmp_path / "mine.manifest.json").read_text())["files"] == ["a"]
         with pytest.raises(KeyError):
             folder.path("b")
