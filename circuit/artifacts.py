@@ -76,11 +76,16 @@ def find_folder(folder: str | Path, near: Path) -> Path:
     the current folder counts where no folder above `near` has it. Where it is not found, it is
     returned as it was given, so that the reader's error names it.
     """
-    folder = Path(folder)
-    if folder.is_absolute():
-        return folder
-    root = next((root for root in near.resolve().parents if (root / folder).is_dir()), Path.cwd())
-    return folder if root == Path.cwd() else root / folder
+    return find_near(folder, near)
+
+
+def find_near(path: str | Path, near: Path | None) -> Path:
+    """The same of a folder or a file; without `near`, the path as it was given."""
+    path = Path(path)
+    if path.is_absolute() or near is None:
+        return path
+    root = next((root for root in near.resolve().parents if (root / path).exists()), Path.cwd())
+    return path if root == Path.cwd() else root / path
 
 
 def atomic_write_bytes(path: Path, payload: bytes) -> None:

@@ -196,6 +196,13 @@ def component(ctx: typer.Context, incomplete: str) -> list[str]:
     return head(ctx, incomplete) + mlp(ctx, incomplete)
 
 
+def task(incomplete: str) -> list[str]:
+    """Tasks by name."""
+    from circuit.tasks.registry import BUILT_IN
+
+    return _starting(incomplete, BUILT_IN)
+
+
 def _task_named(name: object) -> type[Task] | None:
     """A task of ours; one of somebody's own is not imported to complete a word."""
     from circuit.tasks.registry import BUILT_IN, find_task

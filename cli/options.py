@@ -70,6 +70,15 @@ Checkpoint = Annotated[
     Path, typer.Option(help="Checkpoint file.", autocompletion=complete.checkpoint)
 ]
 
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="Task of the benchmark, or file.py:Class of your own; where benchmark_dir holds none,"
+        " one is drawn with the task's defaults.",
+        autocompletion=complete.task,
+    ),
+]
+
 Trace = Annotated[
     str | None,
     typer.Option(

@@ -58,12 +58,17 @@ def train(
     trace_anchor_every: options.TraceAnchorEvery = None,
     trace_checkpoint_every: options.TraceCheckpointEvery = None,
     trace_top_k_parameters: options.TraceTop = None,
+    task: options.Task = None,
     device: options.Device = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
     settings = load_train_config(config, overrides, device, threads)
+    if task is not None:
+        from circuit.tasks.benchmark import ensure_benchmark
+
+        ensure_benchmark(task, Path(settings.benchmark_dir))
     recorder = trace_recorder(
         trace,
         end_step=trace_end_step,
@@ -353,10 +358,10 @@ def print_evaluations(evaluations: list[Evaluation]) -> None:
             f"{e.loss:.3f}",
             share(e.token_accuracy),
             share(e.answer_accuracy),
-            f"{e.q:.2f}",
+            "-" if e.q is None else f"{e.q:.2f}",
             f"{e.r:.2f}",
             f"{e.w:.2f}",
-            str(e.shortcut),
+            "-" if e.shortcut is None else str(e.shortcut),
             share(e.shortcut_accuracy),
             share(e.shortcut_agreement),
         )

@@ -12,6 +12,7 @@ from circuit.page.panel import Missing, Panel, Source, Table
 from circuit.reports.report import Place, Report, all_reports
 from circuit.reports.written import SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
+from circuit.tasks.base import Task
 from circuit.train_config import RUN_CONFIG, ImportedConfig
 from circuit.training.run_folder import Identity
 
@@ -80,6 +81,13 @@ class Reports:
         measured = self.of(kind)
         return measured[-1].summary["winner"]["head"] if measured else None
 
+    def task(self) -> Task | None:
+        """The run's task; None where its benchmark is not there."""
+        try:
+            return self.run.setup.benchmark.task
+        except CircuitError:
+            return None
+
     def trace(self) -> str | None:
         """The folder of the longest trace, relative to the run's."""
         traces = self.by_command.get(TRACE, [])
@@ -102,9 +110,16 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
     """The panels of a kind of report; one that asks for it where there is none."""
     name, title, question = kind.stem(), kind.title or kind.command, kind.question
     shown = reports.shown(kind)
+    if not shown and kind.place is None:
+        return []
     if not shown:
-        missing = [asked_for(reports, kind)] if kind.place is not None else []
-        return [Panel(name, title, question, missing=missing)] if missing else []
+        try:
+            return [Panel(name, title, question, missing=[asked_for(reports, kind)])]
+        except CircuitError as error:
+            expected = f"; it takes {error.expected}" if error.expected else ""
+            return [
+                Panel(name, title, question, notes=[f"Not of this run: {error.what}{expected}."])
+            ]
     panels = []
     for number, report in enumerate(shown, start=1):
         charts = kind.charts(report.results)
@@ -134,14 +149,21 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
 
 
 def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
-    """The command of a report that does not exist, with its usual options."""
+    """The command of a report that does not exist, with its usual options.
+
+    Raises:
+        CircuitError: the run's task or model does not have what the report is about.
+    """
     folder = Path(reports.run.config.output_dir)
     given = {
         "probe_set": folder / "analysis/probe_set.jsonl",
         "checkpoint_dir": folder / "checkpoints",
         "optimizer_trace_dir": folder / (reports.trace() or TRACE_FOLDER),
     }
-    options = kind.usual(Place(reports.run.config.model, given, reports.head() or LIKELY))
+    task = reports.task()
+    options = kind.usual(Place(reports.run.config.model, given, reports.head() or LIKELY, task))
+    if task is not None:
+        options.check_task(task)
     words = ["circuit", kind.command, "--config", str(folder / RUN_CONFIG), *options.words()]
     words += ["--output-dir", str(folder / "analysis" / kind.stem())]
     return Missing(kind.title or kind.command, shlex.join(words))

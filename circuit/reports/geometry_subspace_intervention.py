@@ -113,7 +113,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         return InterventionOptions(
             **place.read,
             stage=place.after_mlps[-1],
-            subspace="embedding_value_identity",
+            subspace=place.embeddings,
             operation="remove",
             ranks=(place.rank,),
         )

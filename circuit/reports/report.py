@@ -33,6 +33,7 @@ from circuit.options import CheckpointOptions, Options, ProbeOptions
 from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
 from circuit.reports.tables import Table
 from circuit.strict_json import parse_json
+from circuit.tasks.base import Task
 from circuit.train_config import ModelConfig, TrainConfig
 
 O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
@@ -88,11 +89,23 @@ class Place:
         model: its shape.
         given: by name of an option: its probe set, the folder of its checkpoints, its trace.
         head: the one whose match grew most, as far as that is known.
+        task: of the run, where its benchmark is there.
     """
 
     model: ModelConfig
     given: Mapping[str, Path]
     head: str
+    task: Task | None = None
+
+    def has_role(self, role: str) -> bool:
+        """Whether the run's task has a role, as far as that is known."""
+        return self.task is None or role in self.task.roles
+
+    @property
+    def embeddings(self) -> str:
+        """The subspace of the embeddings of the task's last token set."""
+        names = ("value",) if self.task is None else self.task.token_set_names
+        return f"embedding_{names[-1] if names else ''}_identity"
 
     @property
     def read(self) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from circuit.model.subspaces import check_rank
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table, by_step
+from circuit.tasks.base import Task
 from circuit.tasks.groups import (
     group_tokens,
     is_for_fitting,
@@ -74,6 +75,10 @@ DRAWN = SHOWN[:2]
 """Those whose rescue fraction is drawn."""
 MAIN = ("oracle", "true_transfer", "context_only", "source_plus_context")
 """Conditions that are drawn over steps, beside the controls."""
+
+
+CONTROL_ROLES = {"wrong_support_value": "value_distractors", "key_identity": "support_key"}
+"""Roles that controls take their vectors from."""
 
 
 class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
@@ -132,8 +137,7 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
             "source": (self.source_stage, self.source_position_role),
             "target": (self.target_stage, self.target_position_role),
             "context": (self.context_stage or self.source_stage, self.context_position_role),
-            "wrong_support_value": (self.source_stage, "value_distractors"),
-            "key_identity": (self.source_stage, "support_key"),
+            **{name: (self.source_stage, role) for name, role in CONTROL_ROLES.items()},
         }
         return {n: site for n, site in sites.items() if n not in CONTROLS or n in self.controls}
 
@@ -142,6 +146,11 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
         super().check_model(shape)
         for name, rank in self.ranks.items():
             check_rank(f"the {name}", rank, shape.d_model)
+
+    def check_task(self, task: Task) -> None:
+        """Also refuses controls whose role the task does not have."""
+        super().check_task(task)
+        task.check_roles(*(role for _, role in self.sites.values()))
 
 
 class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
@@ -156,8 +165,13 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
     @classmethod
     def usual(cls, place: Place) -> RescueOptions:
         source, target = ["embedding", *place.after_mlps][-2:]
+        needed = {name: CONTROL_ROLES.get(name, "prediction") for name in CONTROLS}
         return RescueOptions(
-            **place.read, source_stage=source, target_stage=target, basis_rank=place.rank
+            **place.read,
+            source_stage=source,
+            target_stage=target,
+            basis_rank=place.rank,
+            controls=tuple(name for name, role in needed.items() if place.has_role(role)),
         )
 
     def prepare(self) -> None:

@@ -17,13 +17,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from circuit.artifacts import OutputFolder
-from circuit.config import digest_of
+from circuit.config import digest_of, parse_config
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.strict_json import parse_json
 from circuit.tasks.base import Progress, Record, Stored, Task, TaskConfig, Vocabulary
 from circuit.tasks.records import records_from_jsonl, records_to_jsonl
-from circuit.tasks.registry import find_task
+from circuit.tasks.registry import find_task, source_digest
 
 SCHEMA_VERSION = 1
 
@@ -54,6 +54,8 @@ class BenchmarkMetadata(Stored):
     config: dict[str, Any]
     figures: dict[str, Any]
     vocabulary: list[str]
+    task_sha256: Sha256 | None = None
+    """Of the file of somebody's own task; left out of the file otherwise."""
     overrides: Overrides | None = None
     """Of the config; left out of the file where there are none."""
 
@@ -120,7 +122,9 @@ class Benchmark:
             figures=self.figures.model_dump(mode="json"),
             vocabulary=list(self.vocabulary.tokens),
         )
-        payload = metadata.model_dump(mode="json", exclude={"overrides"})
+        payload = metadata.model_dump(mode="json", exclude={"overrides", "task_sha256"})
+        source = source_digest(type(self.task))
+        payload |= {} if source is None else {"task_sha256": source}
         payload |= self.facts.model_dump(mode="json") | self.config.origin()
         write("metadata.json", json.dumps(payload, indent=1) + "\n")
 
@@ -142,7 +146,7 @@ def generate_benchmark(config: TaskConfig, progress: Progress | None = None) -> 
         data = records_to_jsonl(records, task.vocabulary).encode()
         files[split] = SplitFile(records=len(records), sha256=hashlib.sha256(data).hexdigest())
     figures = task.sizes(drawn.splits) if drawn.figures is None else drawn.figures
-    digest = _digest(config, drawn.facts, files)
+    digest = _digest(config, drawn.facts, files, source_digest(type(task)))
     return Benchmark(task, drawn.facts, drawn.splits, figures, files, digest)
 
 
@@ -172,6 +176,24 @@ def write_benchmark(
     return made, paths
 
 
+def ensure_benchmark(task: str, folder: Path) -> None:
+    """Draw the benchmark of a task with its settings' defaults into a folder that has none.
+
+    Raises:
+        CircuitError: a setting has no default, or the folder holds the benchmark of another task.
+    """
+    if (folder / "metadata.json").exists():
+        there = load_benchmark(folder, splits=[]).config.benchmark_type
+        if there != task:
+            raise CircuitError(
+                f"holds a benchmark of the task '{there}'", where=folder, expected=f"'{task}'"
+            )
+        return
+    named = {"name": folder.name, "benchmark_type": task, "output_dir": str(folder), "seed": 0}
+    config = parse_config(named, find_task(task).Config, where=f"the settings of {task}")
+    write_benchmark(config)
+
+
 def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> Benchmark:
     """Read a benchmark's metadata and the named splits (all by default), and verify them.
 
@@ -188,7 +210,7 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
         raise _edited(where, f"schema version {metadata.schema_version}, not {SCHEMA_VERSION}")
     if metadata.name != task.config.name:
         raise _edited(where, f"name {metadata.name!r} is not {task.config.name!r} of its config")
-    if metadata.digest != _digest(task.config, facts, metadata.splits):
+    if metadata.digest != _digest(task.config, facts, metadata.splits, metadata.task_sha256):
         raise _edited(where, "the digest is not that of its config, facts and splits")
     if metadata.vocabulary != list(vocab.tokens) or tuple(metadata.splits) != task.split_names:
         raise _edited(where, "vocabulary or splits are not those of its config")
@@ -244,7 +266,13 @@ def _read_metadata(folder: Path) -> tuple[BenchmarkMetadata, Task, BaseModel, Ba
     except ValueError as error:
         raise _edited(path, f"not valid JSON ({error})") from None
     metadata = _validated(BenchmarkMetadata, payload, path)
-    kind = find_task(str(metadata.config.get("benchmark_type")))
+    kind = find_task(str(metadata.config.get("benchmark_type")), path)
+    if metadata.task_sha256 != source_digest(kind):
+        raise CircuitError(
+            "the task's file is not the one that the benchmark was drawn with",
+            where=metadata.config["benchmark_type"],
+            fix="bring that back, or draw the benchmark again and train anew",
+        )
     config = _validated(kind.Config, metadata.config, path, "config.")
     figures = _validated(kind.Figures, metadata.figures, path, "figures.")
     facts = _validated(kind.Facts, metadata.model_extra, path)
@@ -260,10 +288,14 @@ def _validated(kind: type[_Model], payload: Any, path: Path, inside: str = "") -
         raise _edited(path, f"field '{place or '(top level)'}': {first['msg']}") from None
 
 
-def _digest(config: TaskConfig, facts: BaseModel, files: Mapping[str, SplitFile]) -> str:
+def _digest(
+    config: TaskConfig, facts: BaseModel, files: Mapping[str, SplitFile], source: str | None
+) -> str:
     """sha256 over the config's canonical JSON, the draw's facts and the splits' digests."""
     splits = {name: file.sha256 for name, file in files.items()}
     own = facts.model_dump(mode="json")
+    if source is not None:
+        own["task_sha256"] = source
     return digest_of({"config": config.model_dump(mode="json"), **own, "splits": splits})
 
 

@@ -1,15 +1,21 @@
-"""Tasks by name: those of this package, and anybody's as `file.py:Class`."""
+"""Tasks by name: those of this package, installed ones, and anybody's as `file.py:Class`.
+
+A package installs one by an entry point of the group `circuit.tasks`, whose name is the task's.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from circuit.artifacts import find_near
 from circuit.config import load_config, read_json
 from circuit.errors import CircuitError
 from circuit.tasks.base import Task, TaskConfig
@@ -21,6 +27,8 @@ BUILT_IN = {
 }
 """`module:class` by `benchmark_type`."""
 
+GROUP = "circuit.tasks"
+
 
 def load_benchmark_config(path: str | Path, overrides: Sequence[str] = ()) -> TaskConfig:
     """The config of a benchmark, whatever its task.
@@ -30,54 +38,75 @@ def load_benchmark_config(path: str | Path, overrides: Sequence[str] = ()) -> Ta
     """
     payload = read_json(Path(path))
     named = payload.get("benchmark_type") if isinstance(payload, dict) else None
-    kind = find_task(named).Config if isinstance(named, str) else TaskConfig
+    kind = find_task(named, Path(path)).Config if isinstance(named, str) else TaskConfig
     return load_config(path, kind, overrides)
 
 
-def find_task(name: str) -> type[Task]:
+def find_task(name: str, near: Path | None = None) -> type[Task]:
     """The task of a `benchmark_type`.
 
+    Args:
+        near: a file of one's own is looked for above this place, then in the current folder.
+
     Raises:
-        CircuitError: there is no such task, or its file cannot be used.
+        CircuitError: there is no such task, or its module cannot be used.
     """
-    module, colon, attribute = BUILT_IN.get(name, name).rpartition(":")
+    installed = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    known = installed | BUILT_IN
+    module, colon, attribute = known.get(name, name).rpartition(":")
     if not colon:
-        known = ", ".join(BUILT_IN)
         raise CircuitError(
             f"unknown task '{name}'",
             where="field 'benchmark_type'",
-            expected=f"one of {known}, or file.py:Class of your own",
+            expected=f"one of {', '.join(known)}, or file.py:Class of your own",
         )
-    loaded: Any = import_module(module) if name in BUILT_IN else _own_module(Path(module))
+    if name in BUILT_IN:
+        loaded: Any = import_module(module)
+    else:
+        loaded = _imported(module, near, installed=name in installed)
     kind = getattr(loaded, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise CircuitError(
             f"'{attribute}' is no task", where=module, expected="a class of circuit.tasks.base.Task"
         )
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise CircuitError(f"'{attribute}' does not define {missing}", where=module)
     return kind
 
 
-def _own_module(path: Path) -> Any:
-    """A module of one's own, by its file; imported once, under a name that no other has."""
+def source_digest(kind: type[Task]) -> str | None:
+    """sha256 of the file of a task that is not of this package: its code decides the examples."""
+    if kind.__module__.startswith(f"{GROUP}."):
+        return None
+    return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+
+
+def _imported(module: str, near: Path | None, *, installed: bool) -> Any:
+    """Somebody's module: a file is imported once, under a name that no other has."""
     try:
-        source = path.read_bytes()
+        if installed:
+            return import_module(module)
+        path = find_near(module, near)
+        name = f"circuit_task_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        if name not in sys.modules:
+            spec = spec_from_file_location(name, path)
+            if spec is None or spec.loader is None:
+                raise ImportError("it is no Python file")
+            sys.modules[name] = made = module_from_spec(spec)
+            try:
+                spec.loader.exec_module(made)
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
     except OSError as error:
         raise CircuitError(
             f"the task's file cannot be read ({error.strerror})",
-            where=path,
+            where=module,
             expected="file.py:Class, found from the current folder",
         ) from None
-    name = f"circuit_task_{hashlib.sha256(source).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise CircuitError("is no Python file", where=path, expected="file.py:Class")
-        sys.modules[name] = module = module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # it is anybody's code
-            del sys.modules[name]
-            raise CircuitError(
-                f"the task's file cannot be imported ({type(error).__name__}: {error})", where=path
-            ) from error
-    return sys.modules[name]
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        raise CircuitError(
+            f"the task's module cannot be imported ({type(error).__name__}: {error})", where=module
+        ) from error

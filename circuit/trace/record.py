@@ -111,7 +111,7 @@ def record_trace(
     with outputs as folder:
         setup = Setup(config)
         states = States(setup)
-        setup.benchmark.records(config.train_split)  # refused before anything heavy is imported
+        setup.check_split(config.train_split)  # refused before anything heavy is imported
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
         header = None if start is None else states.header(start)

@@ -157,7 +157,7 @@ def train(
             )
         setup = Setup(config)
         for name in (config.train_split, *config.tracked_splits):
-            setup.benchmark.records(name)  # refused before anything heavy is imported
+            setup.check_split(name)  # refused before anything heavy is imported
         threads = config.threads
         if earlier is not None and threads is None:
             threads = earlier.facts.get("threads")

@@ -100,6 +100,15 @@ class Setup:
             self._splits[name] = encode_split(self.benchmark, name, self.config.model)
         return self._splits[name]
 
+    def check_split(self, name: str) -> None:
+        """Read a split's records, unless they are drawn at need; nothing here needs torch.
+
+        Raises:
+            CircuitError: there is no such split, or its file is damaged.
+        """
+        if name not in self.benchmark.task.stream_names:
+            self.benchmark.records(name)
+
     def training_split(self) -> Split | Stream:
         """What the steps draw from: a split, or one whose records are drawn at need.
 

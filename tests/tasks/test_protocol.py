@@ -43,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "counterfactual": {"samples": 10, "counterfactual_of": "train"},
         },
     },
+    "modular_addition": {"modulus": 7, "train_fraction": 0.5},
+    "induction": {"vocabulary_size": 8, "length": 5, "validation_records": 12},
 }
 """A small benchmark of every task, without what all configs hold; a new task needs one here."""
 

@@ -1,0 +1,184 @@
+"""Induction (definitions.md section 8): a random string and the same string again.
+
+At a token of the second half the answer is what followed its first occurrence (Olsson et al. 2022,
+Singh et al. 2024). Training records are drawn as they are needed: record `i` of a run is a function
+of the task's seed, the run's seed and `i`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from circuit.config import PositiveInt
+from circuit.errors import CircuitError
+from circuit.lazy import np
+from circuit.tasks.base import (
+    Change,
+    Drawn,
+    PairRule,
+    Parsed,
+    Progress,
+    Question,
+    Record,
+    RoleMask,
+    SkippedError,
+    Task,
+    TaskConfig,
+    Vocabulary,
+)
+from circuit.tasks.examples import Examples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRAIN, VALIDATION = "train", "validation"
+KINDS = ("first_half", "repeat_start", "second_half")
+
+
+class InductionConfig(TaskConfig):
+    """Strings of `length` distinct tokens out of `vocabulary_size`, each written twice."""
+
+    benchmark_type: Literal["induction"]
+    vocabulary_size: Annotated[int, Field(ge=3)]
+    length: Annotated[int, Field(ge=2)]
+    validation_records: PositiveInt
+
+    @model_validator(mode="after")
+    def _distinct(self) -> InductionConfig:
+        if self.length > self.vocabulary_size:
+            raise ValueError(
+                f"length {self.length} exceeds vocabulary_size {self.vocabulary_size}; the tokens"
+                " of a string are distinct"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Site:
+    """A token of a second half, as pair rules look at it."""
+
+    tokens: tuple[int, ...]
+    at: int
+    vocabulary: Vocabulary
+
+    def other_follower(self) -> Change:
+        """The first occurrence is followed by the first token that the string has not."""
+        length, answer = len(self.tokens) // 2, self.tokens[self.at + 1]
+        for token in range(self.vocabulary.size):
+            if token not in self.tokens:
+                changed = {self.at - length + 1: token, self.at + 1: token}
+                return Change(changed, self.vocabulary.tokens[token], (answer, token))
+        raise SkippedError("the string has every token")
+
+
+def _other_firsts(examples: Examples) -> Tensor:
+    """The positions of the first half without the support's value."""
+    return examples.of_kind("first_half") & ~examples.role("support_value")
+
+
+class Induction(Task):
+    """Repeated random strings; every token of the second half but the last asks for the next."""
+
+    Config = InductionConfig
+    kinds = KINDS
+    roles: ClassVar[Mapping[str, str | RoleMask]] = {
+        "prediction": "at",
+        "previous": "previous_pos",
+        "support_key": "support_key_pos",
+        "support_value": "support_value_pos",
+        "value_distractors": _other_firsts,
+        "causal_prefix": lambda examples: examples.prefix(),
+    }
+    facts: ClassVar[Mapping[str, bool]] = {
+        "previous_pos": False,
+        "support_key_pos": False,
+        "support_value_pos": False,
+        "position": False,
+        "repeated": False,
+        "unseen": False,
+    }
+    slices: ClassVar[Mapping[str, str]] = {"position": "position"}
+    shortcuts = ("repeated", "unseen")
+    pair_types: ClassVar[Mapping[str, PairRule]] = {
+        "support_value": lambda site: site.other_follower(),
+    }
+    token_set_names = ("symbol",)
+    support = "support_value"
+    attended = "support_key"
+
+    config: InductionConfig
+
+    def __init__(self, config: InductionConfig, facts: None = None) -> None:
+        super().__init__(config)
+        size = config.vocabulary_size
+        width = len(str(size - 1))
+        self.vocabulary = Vocabulary(f"T{i:0{width}d}" for i in range(size))
+        self.choices = range(size)
+        self.token_sets = {"symbol": self.choices}
+        self.split_names, self.stream_names = (VALIDATION,), (TRAIN,)
+
+    @property
+    def total(self) -> int:
+        """See `Task.total`."""
+        return self.config.validation_records
+
+    def _record(self, name: str, split: str, *seeds: int) -> Record:
+        drawn = np.random.RandomState(list(seeds)).permutation(self.config.vocabulary_size)
+        string = tuple(drawn[: self.config.length].tolist())
+        return Record(name, split, string + string)
+
+    def draw(self, report: Progress) -> Drawn:
+        """The validation records."""
+        records = []
+        for index in range(self.total):
+            # seeds of three parts are the training records'
+            name = f"{VALIDATION}_{index:06d}"
+            records.append(self._record(name, VALIDATION, self.config.seed, index))
+            report(VALIDATION, index + 1)
+        return Drawn({VALIDATION: records})
+
+    def drawn_record(self, split: str, seed: int, index: int) -> Record:
+        """See `Task.drawn_record`."""
+        return self._record(f"{split}_{index}", split, self.config.seed, seed, index)
+
+    def parse(self, record: Record, through: int | None = None) -> Parsed:
+        """The questions of a record; see `Task.parse`.
+
+        `position` counts the second half from 0; `repeated` is the token asked about, `unseen` the
+        smallest of the string that its second half has not shown yet.
+        """
+        length, tokens = self.config.length, record.tokens
+        where = f"record {record.sample_id}"
+        if len(tokens) != 2 * length or len(set(tokens[:length])) < length:
+            raise CircuitError(
+                f"{len(tokens)} tokens, {len(set(tokens[:length]))} of the first {length} distinct",
+                where=where,
+                expected=f"a string of {length} distinct tokens, twice",
+            )
+        asked = length - 1 if through is None else through + 1
+        questions = []
+        for number in range(asked):
+            at = length + number
+            for position in (at, at + 1):
+                if tokens[position] != tokens[position - length]:
+                    raise CircuitError(
+                        f"found {self.vocabulary.tokens[tokens[position]]}",
+                        where=f"{where}, position {position}",
+                        expected=f"{self.vocabulary.tokens[tokens[position - length]]} again",
+                    )
+            facts = {
+                "previous_pos": at - 1,
+                "support_key_pos": at - length,
+                "support_value_pos": at - length + 1,
+                "position": number,
+                "repeated": tokens[at],
+                "unseen": min(tokens[number + 1 : length]),
+            }
+            site = Site(tokens, at, self.vocabulary)
+            questions.append(Question(number, at, tokens[at + 1], facts, site))
+        kinds = [0] * length + [1] + [2] * (length - 1)
+        return Parsed(questions, kinds)
