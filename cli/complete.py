@@ -299,10 +299,10 @@ def train_field(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def benchmark_field(ctx: typer.Context, incomplete: str) -> list[str]:
-    """`field=` of a benchmark config, or `field=value`."""
+    """`field=` of a benchmark config, or `field=value`; of lookup's where none is named yet."""
     from circuit.tasks.base import TaskConfig
 
-    task = _task_named(_config(ctx).get("benchmark_type"))
+    task = _task_named(_config(ctx).get("benchmark_type", "symbolic_kv_stream"))
     return _field(ctx, incomplete, TaskConfig if task is None else task.Config)
 
 

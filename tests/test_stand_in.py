@@ -60,7 +60,9 @@ def test_a_session_keeps_weights_moments_and_batches_on_its_device(
 ) -> None:
     with stand_in_gpu():
         session = session_after(2, device="cuda")
-        tensors = [*session.model.parameters(), *session.model.buffers(), session.batch(3).tokens]
+        outcome = session.advance()
+        tensors = [*session.model.parameters(), *session.model.buffers()]
+        tensors += [outcome.tokens, outcome.targets]
         for parameter, state in session.optimizer.state.items():
             tensors += [parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
             assert state["step"].device.type == "cpu"  # as torch keeps it

@@ -366,7 +366,8 @@ def test_routes_and_head_progress_are_equal(tiny: Benchmark) -> None:
     values = tiny.vocabulary.value_ids
     made = []
     for model in built(tiny):
-        runs, bases = PairRuns.of(model, sides, routes), route_bases(model, routes, tiny.vocabulary)
+        runs = PairRuns.of(model, sides, routes)
+        bases = route_bases(model, routes, tiny.task.token_sets)
         scores = route_scores(model, sides, runs, routes, bases)
         progress = head_progress(model, ScoredReads.of(clean), all_heads(model), values)
         made.append({"scores": scores.detach(), "logits": progress.logits, **progress.columns})

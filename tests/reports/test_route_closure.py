@@ -136,10 +136,10 @@ def test_the_source_s_basis_is_taken_at_both_ends() -> None:
     expected: dict[int, list[list[float]]] = {}
     for point in inputs.models(options.checkpoints):
         runs = PairRuns.of(point.model, sides, options.routes)
-        frozen = bases or route_bases(point.model, options.routes, inputs.vocabulary)
+        frozen = bases or route_bases(point.model, options.routes, inputs.task.token_sets)
         scores = route_scores(point.model, sides, runs, options.routes, frozen)
         expected[point.step] = scores.T.tolist()
-        bases = route_bases(point.model, options.routes, inputs.vocabulary)
+        bases = route_bases(point.model, options.routes, inputs.task.token_sets)
     rows = read_jsonl(ROUTE_ROWS)
     for i, (row, other) in enumerate(zip(rows, refitted, strict=True)):
         target = list(row["target_route_scores"].values())

@@ -335,7 +335,10 @@ def test_the_context_has_the_sources_stage_and_the_bases_rank() -> None:
         ({"basis_rank": 17}, "rank 17 of the basis; expected 1 to 16"),
         ({"context_rank": 16}, "rank 16 of the context by answer_value ("),
         ({"fit_fraction": 0.9}, "`fit_fraction` 0.9: "),
-        ({"target_position_role": "causal_prefix"}, "`target_position_role`: unknown value"),
+        (
+            {"target_position_role": "causal_prefix"},
+            "`target_position_role`: role 'causal_prefix' has several positions",
+        ),
     ],
 )
 def test_what_the_reads_do_not_allow_is_refused(asked: dict[str, Any], said: str) -> None:

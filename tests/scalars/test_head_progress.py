@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,13 +218,7 @@ def test_a_read_without_a_distractor_and_a_single_read_are_refused(
     whole = tiny.task.examples(records)
     with pytest.raises(CircuitError, match="at least 2, whose values can be exchanged"):
         ScoredReads.of(whole.select(torch.tensor([0])))
-    first = whole.writes.index == -1  # a batch whose writes are gone has no distractors
-    lonely = type(whole)(
-        whole.tokens,
-        whole.lengths,
-        whole.reads,
-        type(whole.writes)(**{n: t[first] for n, t in vars(whole.writes).items()}),
-        whole.sample_ids,
-    )
+    # a batch none of whose tokens is a written value has no distractors
+    lonely = replace(whole, kinds=torch.full_like(whole.kinds, -1))
     with pytest.raises(CircuitError, match="a read has no position of role 'value_distractors'"):
         ScoredReads.of(lonely)
