@@ -35,6 +35,7 @@ from circuit.scalars.answers import FIXED_SOURCE, ScalarNames
 from circuit.scalars.functional_write import WritePath
 from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.scalars.write_products import SIZES, SUMMED, Measured, measure
+from circuit.tasks.base import Task
 from circuit.tasks.groups import check_group, group_tokens
 
 EVERYTHING = "all"
