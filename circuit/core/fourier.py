@@ -28,9 +28,10 @@ def fourier_basis(p: int, device: torch.device | str = "cpu") -> Float[Tensor, "
     # the product modulo p first: the argument keeps all of its digits
     angle = (2 * torch.pi / p) * ((k[:, None] * number) % p).double()
     is_sine = (torch.arange(p, device=device) % 2 == 0)[:, None]  # of row 0 it would be zero
-    waves = torch.where(is_sine, angle.sin(), angle.cos())
+    waves: Tensor = torch.where(is_sine, angle.sin(), angle.cos())
     waves[0] = 1.0
-    return waves / waves.norm(dim=1, keepdim=True)
+    unit: Tensor = waves / waves.norm(dim=1, keepdim=True)
+    return unit
 
 
 def waves_of(

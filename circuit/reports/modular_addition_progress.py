@@ -131,7 +131,7 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
             **self._of_splits(parts),
             RESTRICTED: float(parts.restricted_losses().mean()),
             EXCLUDED: float(parts.excluded_losses(self.of_split[TRAIN]).mean()),
-            KEY_POWER: sum(shares[W_E][k - 1] for k in self.key),
+            KEY_POWER: sum((shares[W_E] or [])[k - 1] for k in self.key),
             SQUARED: float(sum(one.double().square().sum() for one in point.model.parameters())),
             **{f"spread_{name}": of and len(fewest(of)) for name, of in shares.items()},
             **{f"logits_{name}": power / (whole or 1.0) for name, power in powers.items()},
@@ -142,7 +142,8 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
         self.gaps[name] = max(self.gaps[name], abs(one - other) / (scale or 1.0))
 
     def _logits(self, model: HookedTransformer) -> Float[Tensor, "input token"]:
-        batches = self.tokens.split(BATCH)
+        starts = range(0, len(self.tokens), BATCH)
+        batches = (self.tokens[start : start + BATCH] for start in starts)
         return torch.cat([model(batch)[:, EQUALS].double().cpu() for batch in batches])
 
     def _of_splits(self, parts: LogitParts) -> dict[str, float]:

@@ -159,6 +159,7 @@ class _Constant:
 
     constant = True
     name: str
+    needs: Needs
 
     def bind(self, model: HookedTransformer) -> _Constant:
         """Itself."""

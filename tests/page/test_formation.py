@@ -33,11 +33,15 @@ Page = Any
 Circuit = Callable[..., tuple[int, str, str]]
 
 
+PLACED = [kind for kind in all_reports() if kind.place is not None and not kind.task]
+"""Reports that the page of a lookup run asks for."""
+
+
 def key(record: dict[str, Any], columns: Iterable[str]) -> str:
     return json.dumps([record[column] for column in columns])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in all_reports() if kind.place is not None])
+@pytest.mark.parametrize("kind", PLACED)
 def test_a_panel_is_what_the_report_shows(told_once: Path, page: Page, kind: Any) -> None:
     """Charts, tables and notes of a report are those that it makes of its own files."""
     (path,) = (told_once / RUN / "analysis").rglob(f"{kind.stem()}_report.json")
@@ -120,7 +124,7 @@ def test_the_page_holds_everything_that_it_needs(page: Page) -> None:
 
 def test_a_bare_run_shows_the_commands_that_complete_it(bare: Path, told_once: Path) -> None:
     asked = formation_page(bare)
-    placed = {kind.stem() for kind in all_reports() if kind.place is not None}
+    placed = {kind.stem() for kind in PLACED}
     assert {panel.name for panel in asked.panels if panel.missing} == placed
     text = asked.path.read_text(encoding="utf-8")
     for missing in asked.missing:

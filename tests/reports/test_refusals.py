@@ -156,7 +156,9 @@ BAD: dict[str, tuple[str, ...]] = {
 REPORTS = {name: kind for kind in all_reports() for name in kind.names or (kind.command,)}
 
 INCOMPLETE = {"trace merge", "study compare-seeds"}
-"""Commands that read what other commands take long to make; even their good values are refused."""
+INCOMPLETE |= {name for name, kind in REPORTS.items() if kind.task}
+"""Commands that read what other commands take long to make, or a run of another task; even their
+good values are refused."""
 
 RIGHT = {
     ("mlp-input-functional-subspace-report", "end_step", "9999"),

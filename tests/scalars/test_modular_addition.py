@@ -97,7 +97,7 @@ def test_the_projection_is_least_squares_on_waves_and_parts_are_orthogonal(p: in
 
 
 def test_gradients_of_losses_are_differences() -> None:
-    logits = random_logits(5, 6).requires_grad_()
+    logits = random_logits(4, 5).requires_grad_()
     chosen = torch.tensor([0, 7, 13])
     for loss in (
         lambda x: LogitParts.of(x, (1,)).restricted_losses(),
