@@ -16,8 +16,8 @@ class ScalarAttributionOptions(AttributionOptions):
     scalars: Annotated[
         tuple[str, ...],
         Option(
-            "name[,key=value...]: qk_match, functional_write, answer_scalar, loss, or module:name"
-            " of your own.",
+            "name[,key=value...]: qk_match, functional_write, answer_scalar, loss, induction, or"
+            " module:name of your own.",
             flag="--scalar",
             kind="scalar",
         ),
