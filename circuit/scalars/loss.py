@@ -76,6 +76,7 @@ class LossScalar:
         """
         self.name = f"loss.{scope}{suffix}"
         self.needs = Needs(batch.sequences(), (LOGITS,))
+        self._exact = batch.task.loss_dtype == "float64"  # as in the training loss
         if scope == "answer":
             self._row, self._at = batch.row, batch.at
             self._target = batch.answer
@@ -91,4 +92,6 @@ class LossScalar:
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         """The loss of each predicted token."""
         logits = cache[LOGITS][self._row, self._at]
+        if self._exact:
+            logits = logits.double()
         return torch.nn.functional.cross_entropy(logits, self._target, reduction="none")

@@ -108,9 +108,10 @@ def _measure(model: HookedTransformer, batch: Examples) -> dict[str, Tensor]:
     logits, attention = logits_and_attention(model, batch.tokens.to(device))
     targets = batch.targets().to(device)
     real = targets != UNPREDICTED
+    exact = logits.double() if task.loss_dtype == "float64" else logits
     # one row a target: of [batch, vocab, pos] CUDA has no deterministic form
     rows = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=UNPREDICTED, reduction="none"
+        exact.flatten(0, 1), targets.flatten(), ignore_index=UNPREDICTED, reduction="none"
     )
     losses = rows.view_as(targets)
     at = logits[batch.row, batch.at].cpu().double()  # [example, vocab]

@@ -1,4 +1,4 @@
-"""docs/tasks.md end to end: its task is trained, traced, verified, matched, attributed and drawn."""
+"""docs/tasks.md end to end: its task is trained, traced, verified, attributed and drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from circuit.tasks.pairs import build_pairs
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 BLOCKS = dict(re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
 STEPS = 60
-"""Instead of the page's: as many as its attribution looks at."""
+"""Instead of the page's, of small batches: as many as its attribution looks at."""
 RUN = Path("artifacts/runs/sorting")
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the page's two files lie, and where its commands have run."""
     folder = tmp_path_factory.mktemp("sorting")
     (folder / "sorting.py").write_text(BLOCKS["python"], encoding="utf-8")
-    config = json.loads(BLOCKS["json"]) | {"steps": STEPS, "checkpoint_every": 20}
+    config = json.loads(BLOCKS["json"]) | {"steps": STEPS, "checkpoint_every": 20, "batch_size": 8}
     (folder / "sorting.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -44,8 +44,8 @@ def test_the_pages_commands_give_what_they_say(
     trace = open_run(RUN / "analysis/optimizer_update_trace")
     assert [trace.steps[0], trace.steps[-1]] == [0, STEPS]
     report = json.loads(next((RUN / "analysis/attribution").glob("*_report.json")).read_text())
-    (scalar,) = report["summary"]["scalars"]
-    assert scalar["closure_path"] < 1e-3
+    (window,) = report["summary"]["windows"]
+    assert window["closure"]["path"] < 1e-3
     rows = read_jsonl(RUN / "analysis/separation/bilinear_qk_match_separation_rows.jsonl")
     assert {row["place"] for row in rows} == {"all", "0", "1", "2", "3"}
     page = (RUN / "formation.html").read_text(encoding="utf-8")
