@@ -46,7 +46,7 @@ def values(*names: str) -> Callable[[str], list[str]]:
 
 
 basis = values("source", "full", "step:")
-path_rule = values("midpoint", "simpson", "gauss:2", "gauss:3")
+path_rule = values("midpoint", "midpoint:10", "simpson", "gauss:2", "gauss:3", "auto:1e-3")
 
 
 # --- paths ----------------------------------------------------------------------------------------

@@ -2,20 +2,23 @@
 
 For each step: (1) bind every scalar to the model before the step; (2) evaluate all scalars, and
 their gradients with respect to all weights, at the nodes of the path rule, from one shared forward
-pass a node; (3) average the gradients to `G`; (4) take the dot products `G . u_k` with every term,
-by atom of the flat vector, in float64. A group's share is the sum of its atoms', so that every
-partition adds up.
+pass a node; (3) take the dot products of these gradients with every term `u_k`, by atom of the flat
+vector, in float64; (4) average them over the nodes to `G . u_k`. A group's share is the sum of its
+atoms', so that every partition adds up.
+
+An adaptive rule goes on, for each scalar by itself, until two rules agree: the forward passes are
+shared, but which nodes a scalar's row is made of does not depend on who is followed beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.paths import PathRule, path_rule
+from circuit.core.paths import PathRule, Quadrature, path_rule
 from circuit.core.step import Step
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -45,6 +48,8 @@ class StepAttribution:
         first_order, path: contributions by scalar, term and atom, float64.
         references: first-order contributions of the vectors that are not in the sum.
         atom_list: the atoms.
+        nodes: of the path rule, for each scalar.
+        agrees: of an adaptive rule, whether two of its levels agree for each scalar; else None.
     """
 
     step: int
@@ -60,6 +65,8 @@ class StepAttribution:
     path: Shares
     references: Shares
     atom_list: list[Atom]
+    nodes: tuple[int, ...]
+    agrees: tuple[bool, ...] | None
 
     @property
     def actual(self) -> Float[Tensor, " scalar"]:
@@ -72,6 +79,9 @@ class StepAttribution:
 
     def _row(self, index: int, partitions: Sequence[Partition]) -> dict[str, Any]:
         first, path = self.first_order[index], self.path[index]
+        adapted = {}
+        if self.agrees is not None:
+            adapted = {"nodes": self.nodes[index], "agrees": self.agrees[index]}
         return {
             "step": self.step,
             "scalar": self.scalars[index],
@@ -81,6 +91,7 @@ class StepAttribution:
             "before": float(self.before[index]),
             "after": float(self.after[index]),
             "actual": float(self.actual[index]),
+            **adapted,
             "first_order": self._named(first),
             "path": self._named(path),
             "references": {
@@ -120,13 +131,16 @@ class Way:
     Attributes:
         before, after: values at its ends, float64.
         first: gradients at its start, of the model's dtype.
-        nodes: weight and gradients of each node of the path rule.
+        path: contributions of the vectors that the step is the sum of.
+        nodes, agrees: as in `StepAttribution`.
     """
 
     before: Float[Tensor, " scalar"]
     after: Float[Tensor, " scalar"]
     first: Float[Tensor, "scalar parameter"]
-    nodes: list[tuple[float, Float[Tensor, "scalar parameter"]]]
+    path: Shares
+    nodes: tuple[int, ...]
+    agrees: tuple[bool, ...] | None
 
 
 def check_loss_scope(scope: str) -> None:
@@ -155,7 +169,7 @@ class Attributor:
         Args:
             model: a model of the run's shape; its weights are overwritten at every node. In
                 float64 the values are limited by the path rule alone.
-            rule: `midpoint`, `simpson` or `gauss:N`.
+            rule: of `circuit.core.paths.path_rule`.
             loss_scope: `answer` adds the reference `answer_raw_sgd`: what plain SGD on the loss
                 at the answers alone would have done. The terms are always those of the update.
 
@@ -179,9 +193,10 @@ class Attributor:
         theta, end = traced.before.parameters, traced.after.parameters
         bound = self.bind(theta)
         terms, references = traced.update.named(), traced.update.references()
+        vectors = torch.stack(list(terms.values()))
         if self.loss_scope == "answer":
             references["answer_raw_sgd"] = self._answer_gradient(traced).double() * -traced.lr
-        way = self.along(theta, end, bound)
+        way = self.along(theta, end, bound, vectors)
         return StepAttribution(
             step=traced.step,
             lr=traced.lr,
@@ -192,32 +207,78 @@ class Attributor:
             before=way.before,
             after=way.after,
             constant=tuple(b.constant for b in bound),
-            first_order=self._shares([(1.0, way.first)], terms.values()),
-            path=self._shares(way.nodes, terms.values()),
-            references=self._shares([(1.0, way.first)], references.values()),
+            first_order=self._shares(way.first, vectors),
+            path=way.path,
+            references=self._shares(way.first, torch.stack(list(references.values()))),
             atom_list=self.atoms,
+            nodes=way.nodes,
+            agrees=way.agrees,
         )
 
-    def along(self, theta: Flat, end: Flat, bound: Sequence[BoundScalar]) -> Way:
-        """Values at the ends and gradients at the nodes of bound scalars on a straight way."""
+    def along(
+        self,
+        theta: Flat,
+        end: Flat,
+        bound: Sequence[BoundScalar],
+        vectors: Float[Tensor, "term parameter"],
+    ) -> Way:
+        """What vectors contribute to bound scalars on the straight way of their sum.
+
+        Args:
+            vectors: float64; `end` is `theta` and their sum.
+        """
         delta, dtype = end.double() - theta.double(), self.model.W_E.dtype
         values: dict[float, Tensor] = {}
-        gradients: dict[float, Tensor] = {}
+        ends: dict[float, Tensor] = {}  # gradients; of the nodes between, only products are kept
+        products: dict[float, list[Tensor]] = {}
         constant = all(b.constant for b in bound)
         if constant and self._last is not None and torch.equal(self._last[0], theta):
-            _, values[0.0], gradients[0.0] = self._last
-        for node in sorted({0.0, *self.rule.nodes}):
-            if node not in gradients:
+            _, values[0.0], ends[0.0] = self._last
+
+        def take(node: float, chosen: Sequence[int]) -> None:
+            gradients = ends.get(node)
+            if gradients is None:
                 exact = end if node == 1.0 else (theta.double() + node * delta).to(dtype)
-                values[node], gradients[node] = self._evaluate(exact, bound)
+                values[node], gradients = self._evaluate(exact, bound, chosen)
+            if node in (0.0, 1.0):
+                ends[node] = gradients
+            products[node] = self._products(gradients, vectors)
+
+        level, *finer = self.rule.levels
+        chosen = list(range(len(bound)))
+        for node in sorted({0.0, *level.nodes}):
+            take(node, chosen)
         if 1.0 not in values:
             values[1.0] = self.values(end, bound)
-        self._last = (end, values[1.0], gradients[1.0]) if 1.0 in gradients else None
-        nodes = [
-            (weight, gradients[node])
-            for node, weight in zip(self.rule.nodes, self.rule.weights, strict=True)
-        ]
-        return Way(values[0.0], values[1.0], gradients[0.0], nodes)
+        self._last = (end, values[1.0], ends[1.0]) if 1.0 in ends else None
+        path, nodes = self._averaged(level, products), [len(level.nodes)] * len(bound)
+        for level in finer:
+            for node in level.nodes:
+                if node not in products:
+                    take(node, chosen)
+            better = self._averaged(level, products)
+            agree = self._agree(path, better, values[1.0] - values[0.0])
+            path[chosen] = better[chosen]
+            for scalar in chosen:
+                nodes[scalar] = len(level.nodes)
+            chosen = [scalar for scalar in chosen if not agree[scalar]]
+            if not chosen:
+                break
+        agrees = tuple(scalar not in chosen for scalar in range(len(bound))) if finer else None
+        return Way(values[0.0], values[1.0], ends[0.0], path, tuple(nodes), agrees)
+
+    def _agree(self, coarse: Shares, fine: Shares, actual: Tensor) -> list[bool]:
+        """For each scalar, whether two levels are within the tolerance in every term.
+
+        The finer one also has to close to it: where both miss the same kink, that tells.
+        """
+        assert self.rule.tolerance is not None, "a fixed rule has one level"
+        apart = (fine - coarse).sum(2).abs().amax(1)
+        missing = (fine.sum((1, 2)) - actual).abs()
+        within: list[bool] = (
+            torch.maximum(apart, missing) <= self.rule.tolerance * actual.abs()
+        ).tolist()
+        return within
 
     def bind(self, theta: Flat) -> list[BoundScalar]:
         """The scalars, bound to the model with these weights."""
@@ -245,31 +306,51 @@ class Attributor:
         with torch.no_grad():
             return torch.stack(self.batch.means(self.model, bound)).double().cpu()
 
-    def _evaluate(self, theta: Flat, bound: Sequence[BoundScalar]) -> tuple[Tensor, Tensor]:
-        """Values `[scalar]` in float64 and gradients `[scalar, parameter]` at some weights."""
+    def _evaluate(
+        self, theta: Flat, bound: Sequence[BoundScalar], chosen: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Values `[scalar]` in float64 and gradients `[scalar, parameter]` at some weights.
+
+        Args:
+            chosen: scalars whose gradients are taken, all by default; those of others are zero.
+        """
         self._load(theta)
         means = self.batch.means(self.model, bound)
+        asked = range(len(means)) if chosen is None else chosen
         gradients = torch.zeros(len(means), len(theta), dtype=self.model.W_E.dtype)
-        for row, mean in zip(gradients, means, strict=True):
+        for scalar in asked:
             parts = torch.autograd.grad(
-                mean, self._parameters, retain_graph=mean is not means[-1], allow_unused=True
+                means[scalar],
+                self._parameters,
+                retain_graph=scalar != asked[-1],
+                allow_unused=True,
             )
-            for place, part in zip(row.split(self._sizes), parts, strict=True):
+            places = gradients[scalar].split(self._sizes)
+            for place, part in zip(places, parts, strict=True):
                 if part is not None:  # a scalar of an early layer leaves the later ones at zero
                     place.copy_(part.reshape(-1))
         return torch.stack(means).detach().double().cpu(), gradients
 
-    def _shares(self, nodes: Iterable[tuple[float, Tensor]], vectors: Iterable[Tensor]) -> Shares:
-        """`sum of weight * gradient . vector` over the nodes, by scalar, vector and atom."""
-        stacked = torch.stack(list(vectors))
-        total = torch.zeros(len(self.scalars), len(stacked), len(self.atoms), dtype=torch.float64)
-        for weight, gradients in nodes:
-            for place, atom in enumerate(self.atoms):
-                # to float64 atom by atom, in the cache: all at once it is a step's largest tensor
-                gradient = gradients[:, atom.start : atom.stop].double()
-                product = gradient @ stacked[:, atom.start : atom.stop].T
+    def _products(self, gradients: Tensor, vectors: Tensor) -> list[Float[Tensor, "scalar term"]]:
+        """`gradient . vector` by atom."""
+        # to float64 atom by atom, in the cache: all at once it is a step's largest tensor
+        return [
+            gradients[:, atom.start : atom.stop].double() @ vectors[:, atom.start : atom.stop].T
+            for atom in self.atoms
+        ]
+
+    def _averaged(self, level: Quadrature, products: Mapping[float, list[Tensor]]) -> Shares:
+        """The products of a quadrature's nodes, weighted, by scalar, vector and atom."""
+        shape = (*products[level.nodes[0]][0].shape, len(self.atoms))
+        total = torch.zeros(shape, dtype=torch.float64)
+        for node, weight in zip(level.nodes, level.weights, strict=True):
+            for place, product in enumerate(products[node]):
                 total[..., place].add_(product, alpha=weight)
         return total
+
+    def _shares(self, gradients: Tensor, vectors: Tensor) -> Shares:
+        """`gradient . vector` by scalar, vector and atom."""
+        return torch.stack(self._products(gradients, vectors), -1) + 0.0  # no zero is negative
 
 
 def attribute(

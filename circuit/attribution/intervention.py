@@ -55,9 +55,7 @@ def effects(
     scaled = {name: vector * scale for name, vector in terms.items()}
     total = torch.stack(list(scaled.values())).sum(0)
     bound = attributor.bind(start)
-    way = attributor.along(start, start + total, bound)
-
-    averaged = torch.stack([weight * gradient.double() for weight, gradient in way.nodes]).sum(0)
+    way = attributor.along(start, start + total, bound, torch.stack(list(scaled.values())))
 
     def at(step: Tensor) -> Tensor:
         return attributor.values(start + step, bound)
@@ -66,7 +64,7 @@ def effects(
         name: Effect(
             alone=at(vector) - way.before,
             but_one=way.after - at(total - vector),
-            path=averaged @ vector,
+            path=way.path[:, place].sum(-1),
         )
-        for name, vector in scaled.items()
+        for place, (name, vector) in enumerate(scaled.items())
     }

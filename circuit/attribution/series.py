@@ -47,6 +47,8 @@ class Series:
         first_order, path: contributions by term `[step]`.
         references: first-order contributions of what is not in the sum, by name `[step]`.
         groups: partition -> group -> kind -> term -> contributions `[step]`.
+        nodes: of an adaptive path rule `[step]`; None of a fixed one.
+        agrees: whether two of its levels agree `[step]`; None of a fixed one.
     """
 
     scalar: str
@@ -59,6 +61,8 @@ class Series:
     path: dict[str, Values]
     references: dict[str, Values]
     groups: dict[str, dict[str, dict[str, dict[str, Values]]]]
+    nodes: NDArray[np.int64] | None = None
+    agrees: NDArray[np.bool_] | None = None
 
     @classmethod
     def collect(cls, rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
@@ -121,6 +125,8 @@ class Series:
             cut(self.path),
             cut(self.references),
             cut(self.groups),
+            None if self.nodes is None else self.nodes[at],
+            None if self.agrees is None else self.agrees[at],
         )
 
     def closure(self) -> Closure:
@@ -161,6 +167,7 @@ class Series:
             "closure": asdict(self.closure()),
             "sign_matches": {k: self.sign_matches(k) for k in ("first_order", "path")},
             "mean_clip_factor": math.fsum(self.clip) / len(self.clip),
+            **self._adapted(),
             "groups": {
                 partition: {
                     group: {kind: _sums(terms) for kind, terms in kinds.items()}
@@ -169,6 +176,13 @@ class Series:
                 for partition, groups in self.groups.items()
             },
         }
+
+    def _adapted(self) -> dict[str, Any]:
+        """What an adaptive rule needed; nothing of a fixed one, whose nodes its name tells."""
+        if self.nodes is None or self.agrees is None:
+            return {}
+        needed = {"mean": float(self.nodes.mean()), "most": int(self.nodes.max())}
+        return {"nodes": {**needed, "steps_without_agreement": int((~self.agrees).sum())}}
 
 
 def _sums(columns: Mapping[str, Values]) -> dict[str, float]:
@@ -204,6 +218,7 @@ class _Columns:
     scalars: list[tuple[float, ...]] = field(default_factory=list)
     numbers: array[float] = field(default_factory=lambda: array("d"))
     template: Mapping[str, Any] = field(default_factory=dict)
+    adapted: list[tuple[int, bool]] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any]) -> None:
         if self.steps and row["step"] != self.steps[-1] + 1:
@@ -214,6 +229,8 @@ class _Columns:
         self.steps.append(row["step"])
         self.telescopes = row["telescopes"]
         self.scalars.append((row["before"], row["after"], row["clip_factor"]))
+        if "nodes" in row:
+            self.adapted.append((row["nodes"], row["agrees"]))
         self.template = {key: row[key] for key in ("first_order", "path", "references", "groups")}
         self.numbers.extend(_leaves(self.template))
 
@@ -235,6 +252,8 @@ class _Columns:
             after,
             clip,
             **shaped(self.template),
+            nodes=np.array([nodes for nodes, _ in self.adapted]) if self.adapted else None,
+            agrees=np.array([agrees for _, agrees in self.adapted]) if self.adapted else None,
         )
 
 

@@ -121,7 +121,7 @@ def attribute(
     Args:
         run: whose steps can be executed again: a trace, or a run that has one.
         scalars: the step-by-step changes of each are split by the terms of the update.
-        rule: path rule: `midpoint`, `simpson` or `gauss:N`.
+        rule: path rule, of `circuit.core.paths.path_rule`.
         partitions: of the parameters, whose groups are listed.
         dtype: of the model that evaluates scalars and gradients, float32 by default. In float64,
             what is left is the path rule's error alone.

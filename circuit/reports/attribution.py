@@ -20,11 +20,12 @@ from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
 from circuit.attribution.series import Collected, Series, check_windows
 from circuit.attribution.window import Job, Rows, attribute_window
-from circuit.core.paths import path_rule
+from circuit.core.paths import RULES, path_rule
 from circuit.errors import CircuitError
 from circuit.figures.attribution import scalars_chart, series_charts
 from circuit.figures.charts import Chart
 from circuit.options import Option, ProbeOptions
+from circuit.reports.attribution_law import closing_law, path_words, percent
 from circuit.reports.inputs import Inputs, traced_inputs
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
@@ -58,7 +59,7 @@ class AttributionOptions(ProbeOptions):
     path: Annotated[
         str,
         Option(
-            "How gradients are averaged along a step: midpoint, simpson or gauss:N.",
+            f"How gradients are averaged along a step: {RULES}.",
             kind="path_rule",
         ),
     ] = "simpson"
@@ -224,7 +225,7 @@ class Attribution(Report[A]):
         return []
 
     def conclude(self, rows: list[Row]) -> Findings:
-        return self.kept.findings(self.options.windows)
+        return self.kept.findings(self.options.windows, self.options.path)
 
     def provenance(self) -> dict[str, Any]:
         return dict(self.origin)
@@ -288,8 +289,8 @@ class Attribution(Report[A]):
                 "steps": f"{s['start_step']}:{s['end_step']}",
                 "actual": s["actual"],
                 **{f"path.{term}": share for term, share in s["path"].items()},
-                "closure": _percent(s["closure"]["path"]),
-                "closure_first_order": _percent(s["closure"]["first_order"]),
+                "closure": percent(s["closure"]["path"]),
+                "closure_first_order": percent(s["closure"]["first_order"]),
                 "sign_matches": s["sign_matches"]["path"],
             }
             for s in summaries
@@ -333,8 +334,10 @@ class KeptRows:
             self.lines.append(dump_row(row))
             self.collected.add(row)
 
-    def findings(self, windows: Sequence[str], series: dict[str, Series] | None = None) -> Findings:
-        """The rows, and what they add up to."""
+    def findings(
+        self, windows: Sequence[str], path: str, series: dict[str, Series] | None = None
+    ) -> Findings:
+        """The rows, and what they add up to by a path rule."""
         series = self.collected.series() if series is None else series
         lead = _lead(series)
         every = [(lead.start, lead.end), *parse_windows(windows)]
@@ -346,6 +349,7 @@ class KeptRows:
             "windows": summaries,
         }
         law = closing_law(summaries[: len(series)], lead.scalar)
+        law += f"; {path_words(path_rule(path), list(series.values()))}"
         return Findings("\n".join([*self.lines, ""]), summary, law)
 
 
@@ -353,31 +357,6 @@ def _lead(series: Mapping[str, Series]) -> Series:
     """The scalar that changed most; parts of another one (`<name>.lag2`) do not stand for it."""
     whole = [s for n, s in series.items() if not any(n.startswith(f"{m}.") for m in series)]
     return max(whole, key=lambda one: abs(float(one.actual.sum())))
-
-
-def closing_law(summaries: Sequence[Mapping[str, Any]], lead: str) -> str:
-    """How well the contributions add up over the whole window, in one sentence."""
-    of_lead = next(s for s in summaries if s["scalar"] == lead)
-    closure, rounding = of_lead["closure"], of_lead["path"]["rounding"]
-    shown = {name: "-" if v is None else f"{_percent(v):.2g} %" for name, v in closure.items()}
-    law = (
-        f"the contributions to {lead} over steps {of_lead['start_step']}:{of_lead['end_step']}"
-        f" close to {shown['path']} of the actual change {of_lead['actual']:+.4g} (first order:"
-        f" {shown['first_order']}), step by step to {shown['path_absolute']} (first order:"
-        f" {shown['first_order_absolute']}); the rounding residual carries {rounding:+.1g}"
-    )
-    others = [s for s in summaries if s["closure"]["path_absolute"] is not None]
-    if len(summaries) > 1 and others:
-        worst = max(others, key=lambda s: s["closure"]["path_absolute"])
-        law += (
-            f"; the worst of {len(summaries)} scalars, {worst['scalar']}, closes step by step to"
-            f" {_percent(worst['closure']['path_absolute']):.2g} %"
-        )
-    return law
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def _shared_prefix(names: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ def merge_attributions(
                     where=first.report.path.parent,
                     expected=f"{first.start}:{last.end}, as the reports say",
                 )
-        return writer.write(report, kept.findings(windows, series))
+        return writer.write(report, kept.findings(windows, report.options.path, series))
 
 
 @dataclass(frozen=True)

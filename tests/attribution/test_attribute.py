@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import Float
+from new_shapes import NEW_SHAPES
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -20,12 +22,12 @@ from circuit.core.state import FlatState
 from circuit.core.update import UpdateTerms
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
-from circuit.scalars.base import Cache, Needs, SharedBatch
+from circuit.scalars.base import Cache, Needs, SharedBatch, evaluate_scalar
 from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.positions import make_batch
 from circuit.trace.step import TracedStep, Tracer
-from circuit.train_config import TrainConfig
+from circuit.train_config import ModelConfig, TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
@@ -213,6 +215,46 @@ def test_atoms_cover_the_vector_once(model: HookedTransformer) -> None:
     rest = {"embed", "pos_embed", "norms", "L0.b_O", "L1.b_O", "L0.mlp", "L1.mlp"}
     assert groups["component"] == parts | rest
     assert groups["circuit"] == {f"{part}.{kind}" for part in parts for kind in "qkvo"} | rest
+
+
+@pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
+def test_groups_are_of_what_a_shape_has(fields: dict[str, Any]) -> None:
+    shape = ModelConfig.model_validate(SHAPE | fields)
+    layout = ParameterLayout.of_model(build_model(shape, vocabulary_size=7, seed=0))
+    found = atoms(layout)
+    assert sum(atom.stop - atom.start for atom in found) == layout.size
+    groups = {atom.group("component") for atom in found}
+    assert {"embed", "pos_embed", "L0H0", "L1H1"} <= groups
+    for group, there in {
+        "unembed": not shape.tied_unembedding,
+        "norms": shape.normalization != "none",
+        "L0.mlp": not shape.attention_only,
+        "L0.b_O": shape.biases,
+    }.items():
+        assert (group in groups) == there
+
+
+def test_head_ln1_without_normalization_is_the_raw_stream(
+    tiny: Benchmark, reads: ReadMasks
+) -> None:
+    shape = ModelConfig.model_validate(SHAPE | {"normalization": "none"})
+    model = build_model(shape, vocabulary_size=tiny.vocabulary.size, seed=3)
+    values = [
+        evaluate_scalar(QKMatch("L1H0", reads, layers=2, layernorm_mode=mode), model)
+        for mode in ("head_ln1", "none")
+    ]
+    assert torch.equal(*values)
+
+
+def test_a_hook_point_that_a_shape_lacks_is_named(tiny: Benchmark, reads: ReadMasks) -> None:
+    model = build_model(
+        ModelConfig.model_validate(SHAPE | {"d_ff": 0}),
+        vocabulary_size=tiny.vocabulary.size,
+        seed=3,
+    )
+    scalar = QKMatch("L1H0", reads, layers=2, context_stage="layer_0_post_attn")
+    with pytest.raises(CircuitError, match=r"has no hook point blocks\.0\.hook_resid_mid"):
+        evaluate_scalar(scalar, model)
 
 
 def test_a_fixed_basis_telescopes_and_a_moving_one_does_not(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def jobs(trace: Path) -> dict[str, Job]:
     return {
         "source": Job(trace, Matches(), partitions=("layer", "circuit")),
         "fixed": Job(trace, Matches(basis=6)),  # reuses the end of a step as the next one's start
+        "auto": Job(trace, Matches(basis=6), path="auto:1e-4"),
     }
 
 
@@ -113,7 +115,7 @@ CUTS = {
 
 @pytest.mark.parametrize("anew", [True, False], ids=["own workers", "one worker"])
 @pytest.mark.parametrize("windows", CUTS.values(), ids=list(CUTS))
-@pytest.mark.parametrize("kind", ["source", "fixed"])
+@pytest.mark.parametrize("kind", ["source", "fixed", "auto"])
 def test_rows_do_not_depend_on_the_cuts(
     jobs: dict[str, Job],
     whole: dict[str, str],
@@ -137,9 +139,22 @@ def test_one_worker_may_go_backwards(jobs: dict[str, Job], whole: dict[str, str]
     assert "".join(reversed(pieces)) == whole["fixed"]
 
 
-def test_two_processes_make_the_rows_of_one(jobs: dict[str, Job], whole: dict[str, str]) -> None:
-    rows = text(jobs["source"], (2, 12), workers=2)
-    assert rows.splitlines() == whole["source"].splitlines()[2:]
+@pytest.mark.parametrize("kind", ["source", "auto"])
+def test_two_processes_make_the_rows_of_one(
+    jobs: dict[str, Job], whole: dict[str, str], kind: str
+) -> None:
+    rows = text(jobs[kind], (2, 12), workers=2)
+    assert rows.splitlines() == whole[kind].splitlines()[2:]
+
+
+def test_rows_of_an_adaptive_rule_say_what_they_took(whole: dict[str, str]) -> None:
+    rows = {kind: list(map(json.loads, text.splitlines())) for kind, text in whole.items()}
+    for fixed, adaptive in zip(rows["fixed"], rows["auto"], strict=True):
+        assert set(adaptive) - set(fixed) == {"nodes", "agrees"}
+        assert adaptive["nodes"] in (5, 9, 17, 33, 65)
+        assert adaptive["agrees"] or adaptive["nodes"] == 65
+        off = abs(sum(adaptive["path"].values()) - adaptive["actual"])
+        assert not adaptive["agrees"] or off <= 1e-4 * abs(adaptive["actual"])
 
 
 @pytest.mark.parametrize("at_least", [1, 2, 3, 8])

@@ -291,7 +291,7 @@ def test_a_component_that_transformer_lens_changes_runs_as_it_is_and_says_so(
 SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=40)
 
 
-def families(tiny: Benchmark) -> list[Scalar]:
+def families(tiny: Benchmark, shape: ModelConfig = SHAPE) -> list[Scalar]:
     """Members of every family of scalars that attribution can follow."""
     batch = make_batch(tiny.records("validation_iid")[:6], tiny.vocabulary, tiny.heldout_pairs)
     reads, values = ReadMasks.of(batch), tiny.vocabulary.value_ids
@@ -306,21 +306,25 @@ def families(tiny: Benchmark) -> list[Scalar]:
         for name in ANSWER_SCALARS
         if name != MOVING
     ]
+    if shape.attention_only:
+        return found
     writes = WriteReads.of(batch, "prediction")
-    shape = (*writes.positions.shape, SHAPE.d_model)
-    reference = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    size = (*writes.positions.shape, SHAPE.d_model)
+    reference = torch.randn(size, generator=torch.Generator().manual_seed(4))
     path = WritePath.parse("L0H1", "L1MLP")
     return found + [
         FunctionalWrite(path, writes, reference, layers=2, target=target) for target in TARGETS
     ]
 
 
-def built(tiny: Benchmark) -> tuple[HookedTransformer, HookedTransformer]:
+def built(
+    tiny: Benchmark, shape: ModelConfig = SHAPE
+) -> tuple[HookedTransformer, HookedTransformer]:
     """The study's model with plain and with fast kernels, in float64."""
     plain, fast = (
         scattered(
             build_model(
-                SHAPE,
+                shape,
                 vocabulary_size=tiny.vocabulary.size,
                 seed=8,
                 dtype=torch.float64,
@@ -332,9 +336,14 @@ def built(tiny: Benchmark) -> tuple[HookedTransformer, HookedTransformer]:
     return plain, fast
 
 
-def test_every_scalar_family_has_equal_values_and_gradients(tiny: Benchmark) -> None:
-    plain, fast = built(tiny)
-    for scalar in families(tiny):
+@pytest.mark.parametrize("name", [None, "grokking", "attention alone"])
+def test_every_scalar_family_has_equal_values_and_gradients(
+    tiny: Benchmark, name: str | None
+) -> None:
+    fields = NEW_SHAPES[name] if name else {}
+    shape = ModelConfig.model_validate(SHAPE.model_dump() | fields)
+    plain, fast = built(tiny, shape)
+    for scalar in families(tiny, shape):
         made = []
         for model in (plain, fast):
             values = evaluate_scalar(scalar, model)

@@ -252,6 +252,40 @@ def test_merged_shards_are_the_unsharded_report(circuit: Circuit) -> None:
     assert (refused.code, "pass --overwrite" in refused.err) == (2, True)
 
 
+def test_an_adaptive_rule_says_what_it_took_and_its_shards_merge(
+    qk: Attribute, circuit: Circuit
+) -> None:
+    for name, (start, end) in {"one": (0, 5), "two": (5, 12), "whole": (0, 12)}.items():
+        qk(name, start_step=start, end_step=end, bases=("full",), path="auto:1e-3")
+    assert circuit("trace", "merge", "merged", "two", "one").code == 0
+    assert files_of("merged", but=("report.json",)) == files_of("whole", but=("report.json",))
+    assert report_of("merged")["law"] == report_of("whole")["law"]
+    rows = [row for row in rows_of("whole") if row["scalar"] == "qk_match.L1H1.full"]
+    nodes = [row["nodes"] for row in rows]
+    (of_one,) = (
+        s["nodes"]
+        for s in report_of("whole")["summary"]["windows"]
+        if s["scalar"] == "qk_match.L1H1.full"
+    )
+    missed = sum(not row["agrees"] for row in rows)
+    assert of_one == {
+        "mean": sum(nodes) / len(nodes),
+        "most": max(nodes),
+        "steps_without_agreement": missed,
+    }
+    every = rows_of("whole")
+    said = f"path rule auto:1e-3, {sum(r['nodes'] for r in every) / len(every):.1f} nodes a step on"
+    assert (
+        f"{said} average, {max(r['nodes'] for r in every)} at most: in "
+        in report_of("whole")["law"]
+    )
+    # an impossible tolerance ends at the finest level, and that is said
+    result = qk("hard", end_step=2, path="auto:1e-15")
+    assert "65.0 nodes a step on average, 65 at most: in 0 of 2 rows two levels agree" in result.law
+    assert "the others have the finest level, 65 nodes, which was not fine enough" in result.law
+    assert qk("easy", end_step=2, path="simpson").law.endswith("path rule simpson, 3 nodes a step")
+
+
 @pytest.mark.usefixtures("shards")
 def test_shards_of_schema_1_merge_too(circuit: Circuit) -> None:
     """Parameters under their names of then, without a digest."""
