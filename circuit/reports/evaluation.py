@@ -12,6 +12,7 @@ from circuit.core.digests import tensors_digest
 from circuit.environment import environment_facts
 from circuit.reports.inputs import check_finite
 from circuit.strict_json import parse_json
+from circuit.tasks.base import Task
 from circuit.trace.states import States
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
@@ -23,6 +24,8 @@ class EvaluationReport:
     """The evaluations of one checkpoint, and where they were written."""
 
     step: int
+    task: Task
+    """Of the run."""
     evaluations: list[Evaluation]
     path: Path
 
@@ -80,7 +83,7 @@ def evaluate_checkpoint(
             "provenance": environment_facts(config.device),
         }
         folder.write_text(path.name, dump_json(report))
-    return EvaluationReport(state.step, evaluations, path)
+    return EvaluationReport(state.step, setup.benchmark.task, evaluations, path)
 
 
 def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:

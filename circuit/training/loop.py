@@ -27,6 +27,7 @@ from circuit.environment import (
     prepare_process,
 )
 from circuit.errors import CircuitError
+from circuit.tasks.base import Task
 from circuit.tasks.examples import UNPREDICTED, Split
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import checkpoint_name, encode_checkpoint
@@ -93,6 +94,8 @@ class TrainResult:
     """A run that reached its last step, or the step that it was asked to stop at."""
 
     config: TrainConfig
+    task: Task
+    """Of its benchmark."""
     step: int
     first_step: int
     """The step that this call started from (0, or a checkpoint's on resume)."""
@@ -248,6 +251,7 @@ class _Loop:
         seconds = time.perf_counter() - began
         result = TrainResult(
             config,
+            session.data.task,
             session.step,
             first,
             self.evaluations,
