@@ -1,31 +1,34 @@
 """The main job on a small task, in one call: make the data, train, trace, attribute, look.
 
-The two configs ship with the package (`configs/benchmark/quickstart.json`,
-`configs/train/quickstart.json`); docs/quickstart.md says how they were found.
+The configs ship with the package (`configs/benchmark/`, `configs/train/`); docs/quickstart.md says
+how that of lookup was found, docs/decisions.md how the others were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from circuit.artifacts import read_jsonl
 from circuit.config import load_config
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.page import formation_page
 from circuit.reports.bilinear_qk_match_separation import MatchSeparation, SeparationOptions
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
     QKAttribution,
-    QKAttributionOptions,
 )
+from circuit.reports.induction_progress import InductionOptions, InductionProgress
 from circuit.reports.optimizer_update_trace import TraceReport, optimizer_update_trace
 from circuit.reports.report import Progress as ReportProgress
-from circuit.reports.report import ReportResult, run_report
+from circuit.reports.report import Report, ReportResult, run_report
+from circuit.reports.scalar_attribution import ScalarAttribution
 from circuit.runs.checkpointed import open_folder
-from circuit.tasks.base import TaskConfig
+from circuit.scalars.induction import PREFIX
+from circuit.tasks.base import Task, TaskConfig
 from circuit.tasks.benchmark import Benchmark, write_benchmark
 from circuit.tasks.examples import Examples, Split
 from circuit.tasks.probes import write_probe_set
@@ -35,15 +38,55 @@ from circuit.trace.step import TracedStep
 from circuit.train_config import TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate, logits_and_attention
 from circuit.training.loop import Progress, TrainResult, train
+from circuit.training.run_folder import METRICS
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-EXAMPLE_SPLIT = "validation_iid"
-PROBES = 48
-"""Records of the probe set."""
 RANK = 8
 """Of the QK match that is attributed."""
+
+
+@dataclass(frozen=True)
+class Formed:
+    """What has formed in a run, and while it did.
+
+    Attributes:
+        who: the figures of what formed, JSON.
+        words: the same in a sentence.
+        measured: what was attributed, as a sentence about its course begins.
+        start, end: steps between which it went through the middle of its way.
+        kind, options: of its attribution, beside probe set, trace and steps.
+        report: in which it was found; None where the run's own metrics tell.
+    """
+
+    who: Mapping[str, Any]
+    words: str
+    measured: str
+    start: int
+    end: int
+    kind: type[Report[Any]]
+    options: Mapping[str, Any]
+    report: ReportResult | None = None
+
+
+@dataclass(frozen=True)
+class Tour:
+    """What the quickstart of a task shows.
+
+    Attributes:
+        config: name of its two configs.
+        trains: what is trained, in words.
+        split: whose records are probed and shown.
+        probes: records of the probe set.
+        find: what has formed in the run with this config, on this probe set.
+    """
+
+    config: str
+    trains: str
+    split: str
+    probes: int
+    find: Callable[[TrainConfig, Path], Formed]
 
 
 @dataclass(frozen=True)
@@ -70,11 +113,13 @@ class Example:
 class QuickstartResult:
     """What the quickstart made and measured."""
 
+    task: Task
+    tour: Tour
     training: TrainResult
     trace: TraceReport
-    separation: ReportResult
+    formed: Formed
     attribution: ReportResult
-    """Of the QK match of the head whose match grew most, over the steps in which it grew."""
+    """Of what has formed, over the steps in which it did."""
     evaluations: list[Evaluation]
     example: Example
     benchmark_folder: Path
@@ -82,16 +127,34 @@ class QuickstartResult:
     """The formation page: the run's story as one HTML file."""
 
 
-def quickstart_configs() -> tuple[TaskConfig, TrainConfig]:
-    """The two configs that ship with the package."""
-    shipped = Path(str(files("circuit.configs")))
+def quickstart_configs(task: str = "symbolic_kv") -> tuple[TaskConfig, TrainConfig]:
+    """The two configs of a task that ship with the package.
+
+    Raises:
+        CircuitError: there is no quickstart of that name.
+    """
+    shipped, name = Path(str(files("circuit.configs"))), find_tour(task).config
     return (
-        load_benchmark_config(shipped / "benchmark" / "quickstart.json"),
-        load_config(shipped / "train" / "quickstart.json", TrainConfig),
+        load_benchmark_config(shipped / "benchmark" / f"{name}.json"),
+        load_config(shipped / "train" / f"{name}.json", TrainConfig),
     )
 
 
+def find_tour(task: str) -> Tour:
+    """What the quickstart of a task shows.
+
+    Raises:
+        CircuitError: there is none of that name.
+    """
+    if task not in TOURS:
+        raise CircuitError(
+            f"no quickstart of '{task}'", where="task", expected=f"one of {', '.join(TOURS)}"
+        )
+    return TOURS[task]
+
+
 def quickstart(
+    task: str = "symbolic_kv",
     *,
     training_progress: Callable[[Progress], None] | None = None,
     trace_progress: Callable[[TracedStep], None] | None = None,
@@ -99,12 +162,17 @@ def quickstart(
 ) -> QuickstartResult:
     """Generate, train, trace, attribute, evaluate, explain: under `data/` and `artifacts/` here.
 
-    Files of an earlier quickstart are replaced, no others.
+    Files of an earlier quickstart of the task are replaced, no others.
+
+    Args:
+        task: one of `TOURS`.
 
     Raises:
-        CircuitError: the folders hold something else under the same names.
+        CircuitError: there is no such quickstart, or the folders hold something else under the
+            same names.
     """
-    benchmark_config, config = quickstart_configs()
+    tour = find_tour(task)
+    benchmark_config, config = quickstart_configs(task)
     benchmark, _ = write_benchmark(benchmark_config, overwrite=True)
     training = train(config, overwrite=True, progress=training_progress)
     trace = optimizer_update_trace(
@@ -117,12 +185,14 @@ def quickstart(
     run = open_folder(training.folder)
     model, setup = run.model(), run.setup
     evaluations = [evaluate(model, setup.split(name), name) for name in benchmark.files]
-    example = explain_read(model, setup.benchmark, setup.split(EXAMPLE_SPLIT))
-    separation, attribution = _attribute(config, trace, attribution_progress)
+    example = explain_read(model, setup.benchmark, setup.split(tour.split))
+    formed, attribution = _attribute(tour, config, trace, attribution_progress)
     return QuickstartResult(
+        setup.benchmark.task,
+        tour,
         training,
         trace,
-        separation,
+        formed,
         attribution,
         evaluations,
         example,
@@ -132,59 +202,140 @@ def quickstart(
 
 
 def _attribute(
-    config: TrainConfig,
-    trace: TraceReport,
-    progress: ReportProgress | None,
-) -> tuple[ReportResult, ReportResult]:
-    """Find the head whose QK match grew most, and attribute it while it grew."""
+    tour: Tour, config: TrainConfig, trace: TraceReport, progress: ReportProgress | None
+) -> tuple[Formed, ReportResult]:
+    """Find what has formed, and attribute it while it did."""
     analysis = Path(config.output_dir) / "analysis"
     probe_set = analysis / "probe_set.jsonl"
-    write_probe_set(config.benchmark_dir, probe_set, [EXAMPLE_SPLIT], PROBES, overwrite=True)
-    separation = run_report(
-        MatchSeparation,
-        config,
-        SeparationOptions(
-            probe_set=probe_set,
-            checkpoint_dir=Path(config.output_dir) / "checkpoints",
-            ranks=(RANK,),
-        ),
-        analysis / MatchSeparation.stem(),
-        overwrite=True,
+    write_probe_set(config.benchmark_dir, probe_set, [tour.split], tour.probes, overwrite=True)
+    formed = tour.find(config, probe_set)
+    options = formed.kind.Options(
+        probe_set=probe_set,
+        optimizer_trace_dir=trace.record.store.root,
+        start_step=formed.start,
+        end_step=formed.end,
+        **formed.options,
     )
-    head = separation.summary["winner"]["head"]
-    start, end = growth_window(separation.rows[0], head)
-    attribution = run_report(
-        QKAttribution,
-        config,
-        QKAttributionOptions(
-            probe_set=probe_set,
-            optimizer_trace_dir=trace.record.store.root,
-            heads=(head,),
-            ranks=(RANK,),
-            bases=(f"step:{end}",),
-            start_step=start,
-            end_step=end,
-        ),
-        analysis / QKAttribution.stem(),
-        overwrite=True,
-        progress=progress,
+    folder = analysis / formed.kind.stem()
+    made = run_report(formed.kind, config, options, folder, overwrite=True, progress=progress)
+    return formed, made
+
+
+# --- what forms, by task ----------------------------------------------------------------------
+
+
+def _match(config: TrainConfig, probe_set: Path) -> Formed:
+    """Lookup: the head whose QK match grew most."""
+    asked = SeparationOptions(
+        probe_set=probe_set, checkpoint_dir=_checkpoints(config), ranks=(RANK,)
     )
-    return separation, attribution
+    found = _report(MatchSeparation, config, asked)
+    winner = found.summary["winner"]
+    course = {
+        row["step"]: row["separation"]
+        for row in read_jsonl(found.rows[0])
+        if (row["head"], row["lag"], row["score"]) == (winner["head"], "all", f"rank{RANK}")
+    }
+    start, end = growth_window(course)
+    rivals = [head for head in found.summary["heads"] if head["score"] == winner["score"]]
+    highest = max(rivals, key=lambda head: head["separation_at_last"])
+    words = (
+        f"the QK match of {winner['head']} (rank {RANK}: support above distractors) grew most, from"
+        f" {winner['separation_at_first']:.2f} to {winner['separation_at_last']:.2f}; its support"
+        f" beats every distractor in {100 * winner['support_wins_at_last']:.1f} % of the probed"
+        " reads"
+    )
+    if highest["head"] != winner["head"]:
+        words += f" ({highest['head']} ends highest, at {highest['separation_at_last']:.2f})"
+    measured = f"measured in the {RANK} directions that it has at step {end}, it"
+    options = {"heads": (winner["head"],), "ranks": (RANK,), "bases": (f"step:{end}",)}
+    return Formed(winner, words, measured, start, end, QKAttribution, options, found)
 
 
-def growth_window(rows: Path, head: str) -> tuple[int, int]:
-    """The steps between which a head's separation went through the middle of its growth.
+def _prefix_matching(config: TrainConfig, probe_set: Path) -> Formed:
+    """Induction: the head that attends most to the support at the end."""
+    asked = InductionOptions(probe_set=probe_set, checkpoint_dir=_checkpoints(config))
+    found = _report(InductionProgress, config, asked)
+    (best,) = (one for one in found.summary["measures"] if one["measure"] == PREFIX)
+    rows = [row for row in read_jsonl(found.rows[0]) if row["head"] == best["of"]]
+    start, end = growth_window({row["step"]: row[PREFIX] for row in rows})
+    words = (
+        f"{best['of']} becomes the induction head: its attention from a token to what followed the"
+        f" token's first occurrence grew from {best['first']:.2f} to {best['last']:.2f}"
+    )
+    options = {"scalars": (f"induction,measure={PREFIX},head={best['of']}",)}
+    return Formed(best, words, "it", start, end, ScalarAttribution, options, found)
 
-    From the last checkpoint below a fifth of the way from the smallest to the largest separation
-    to the first one above four fifths after it.
+
+def _generalization(config: TrainConfig, probe_set: Path) -> Formed:
+    """Modular addition: the loss of answers that training never shows."""
+    split = config.best.split
+    rows = read_jsonl(Path(config.output_dir) / METRICS)
+    course = {
+        row["step"]: row["answer_loss"]
+        for row in rows
+        if row["kind"] == "evaluation" and row["split"] == split
+    }
+    first, *_, last = course.values()
+    top = max(course, key=lambda step: course[step])
+    fall = {step: -loss for step, loss in course.items() if step >= top}
+    start, end = growth_window(fall)
+    words = (
+        f"the loss of the answers in {split}, which training never shows, rose from {first:.2f} to"
+        f" {course[top]:.2f} at step {top} and fell to {last:.2f}"
+    )
+    who = {"split": split, "first": first, "highest": course[top], "last": last}
+    options = {"scalars": ("loss,scope=answer",)}
+    measured = "over the probed answers it"
+    return Formed(who, words, measured, start, end, ScalarAttribution, options)
+
+
+def _checkpoints(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints"
+
+
+def _report(kind: type[Report[Any]], config: TrainConfig, asked: Any) -> ReportResult:
+    folder = Path(config.output_dir) / "analysis" / kind.stem()
+    return run_report(kind, config, asked, folder, overwrite=True)
+
+
+def growth_window(course: Mapping[int, float]) -> tuple[int, int]:
+    """The steps between which a course went through the middle of its growth.
+
+    From the last step below a fifth of the way from the smallest to the largest value to the first
+    one above four fifths.
     """
-    found = [r for r in read_jsonl(rows) if r["head"] == head and r["lag"] == "all"]
-    course = {r["step"]: r["separation"] for r in found if r["score"] == f"rank{RANK}"}
     low, high = min(course.values()), max(course.values())
     steps = sorted(course)
     peak = next(s for s in steps if course[s] >= low + 0.8 * (high - low))
     below = [s for s in steps if s < peak and course[s] <= low + 0.2 * (high - low)]
     return (below[-1] if below else steps[0]), peak
+
+
+TOURS = {
+    "symbolic_kv": Tour(
+        "quickstart",
+        "a 2-layer transformer to look up the latest write to a key",
+        "validation_iid",
+        48,
+        _match,
+    ),
+    "induction": Tour(
+        "induction",
+        "2 layers of attention to go on with a string that is written a second time",
+        "validation",
+        48,
+        _prefix_matching,
+    ),
+    "modular_addition": Tour(
+        "modular_addition_small",
+        "a 1-layer transformer to add modulo a prime",
+        "test",
+        128,
+        _generalization,
+    ),
+}
+"""By task."""
 
 
 def explain_read(model: HookedTransformer, benchmark: Benchmark, split: Split) -> Example:

@@ -46,6 +46,7 @@ def values(*names: str) -> Callable[[str], list[str]]:
     return lambda incomplete: _starting(incomplete, names)
 
 
+quickstart_task = values("symbolic_kv", "induction", "modular_addition")
 basis = values("source", "full", "step:")
 path_rule = values("midpoint", "midpoint:10", "simpson", "gauss:2", "gauss:3", "auto:1e-3")
 

@@ -27,6 +27,7 @@ from .output import (
 
 if TYPE_CHECKING:
     from circuit.reports.optimizer_update_trace import TraceReport
+    from circuit.tasks.base import Task
     from circuit.trace.while_training import TraceRecorder
     from circuit.train_config import TrainConfig
     from circuit.training.evaluate import Evaluation
@@ -157,7 +158,7 @@ def print_trace(report: TraceReport) -> None:
 
 def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None:
     settings = result.config
-    print_evaluations(list(result.evaluations.values()))
+    print_evaluations(list(result.evaluations.values()), result.task)
     steps = result.step - result.first_step
     if result.first_step:
         stdout.print(f"resumed from the checkpoint of step {result.first_step}")
@@ -254,7 +255,7 @@ def evaluate(
         )
         return
     stdout.print(f"{checkpoint} (step {result.step})", soft_wrap=True)
-    print_evaluations(result.evaluations)
+    print_evaluations(result.evaluations, result.task)
     print_slices(result.evaluations)
     print_written([result.path])
 
@@ -335,48 +336,39 @@ def train_payload(result: TrainResult, report: TraceReport | None) -> dict[str, 
     }
 
 
-def print_evaluations(evaluations: list[Evaluation]) -> None:
-    """One row a split."""
-    columns = ["split", "loss", "token %", "answer %", "q", "r", "w", "k", "k-th %"]
-    made = table(None, [*columns, "agree %"])
+def print_evaluations(evaluations: list[Evaluation], task: Task) -> None:
+    """One row a split, with the columns of figures that the task has."""
+    columns: dict[str, Callable[[Evaluation], str]] = {
+        "split": lambda e: e.split,
+        "loss": lambda e: f"{e.loss:.3f}",
+        "token %": lambda e: share(e.token_accuracy),
+        "answer %": lambda e: share(e.answer_accuracy),
+    }
+    if task.attended is not None:
+        columns["q"] = lambda e: f"{e.q:.2f}"
+    columns |= {"r": lambda e: f"{e.r:.2f}", "w": lambda e: f"{e.w:.2f}"}
+    if task.shortcuts:
+        columns |= {
+            "k": lambda e: str(e.shortcut),
+            "k-th %": lambda e: share(e.shortcut_accuracy),
+            "agree %": lambda e: share(e.shortcut_agreement),
+        }
+    made = table(None, list(columns))
     for e in evaluations:
-        made.add_row(
-            e.split,
-            f"{e.loss:.3f}",
-            share(e.token_accuracy),
-            share(e.answer_accuracy),
-            "-" if e.q is None else f"{e.q:.2f}",
-            f"{e.r:.2f}",
-            f"{e.w:.2f}",
-            "-" if e.shortcut is None else str(e.shortcut),
-            share(e.shortcut_accuracy),
-            share(e.shortcut_agreement),
-        )
+        made.add_row(*(of(e) for of in columns.values()))
     stdout.print(made)
-    stdout.print(_LEGEND, style="dim", soft_wrap=True)
-
-
-_LEGEND = (
-    "q, r: mean over reads of the largest attention from the prediction position to the query key,"
-    " to the support value. w: mean value margin.\n"
-    "k-th %: reads that 'the value of the k-th last write' answers, for the best k."
-    " agree %: wrong answers that equal it."
-)
+    stdout.print(task.legend(), style="dim", soft_wrap=True)
 
 
 def print_slices(evaluations: list[Evaluation]) -> None:
     """Answer accuracy by the task's slice, with the shortcut agreement of the wrong answers."""
-    by = next(iter(evaluations[0].by_slice), None)
+    by = next(iter(evaluations[0].by_slice), None) if evaluations else None
     if by is None:
         return
-    made = table(None, ["split", by, "reads", "answer %", "agree %"])
+    agree = [] if evaluations[0].shortcut is None else ["agree %"]
+    made = table(None, ["split", by, "reads", "answer %", *agree])
     for e in evaluations:
         for value, found in e.by_slice[by].items():
-            made.add_row(
-                e.split,
-                value,
-                str(found.reads),
-                share(found.answer_accuracy),
-                share(found.shortcut_agreement),
-            )
+            cells = [e.split, value, str(found.reads), share(found.answer_accuracy)]
+            made.add_row(*cells, *(share(found.shortcut_agreement) for _ in agree))
     stdout.print(made)

@@ -23,7 +23,7 @@ STEPS = 25
 READS = 4
 """Reads of the sequence, at most."""
 SEARCHED = 64
-"""Records of the split among which the read of the largest lag is looked for."""
+"""Records of the split among which the read of the largest slice (lag) is looked for."""
 _DIGITS = 4
 
 
@@ -63,7 +63,8 @@ def example_panel(
         example=example,
         sources=[Source("checkpoints/", "checkpoints/step_*.pt", train)],
         notes=[
-            f"{batch.sample_ids[0]} of {split}: the record with the largest lag among the first"
+            f"{batch.sample_ids[0]} of {split}: the record with the largest"
+            f" {batch.task.slice_name} among the first"
             f" {SEARCHED}. Attention is rounded to {_DIGITS} decimals; read from the checkpoints"
             " when the page was written."
         ],

@@ -114,7 +114,7 @@ def _panels(
     rows = metrics_of(run)
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
     by, panels = slice_name(rows), [learning_panel(rows, folder)]
-    panels += [slice_panel(rows, folder, by)] if by else []
+    panels += [slice_panel(rows, folder, by, reports.task())] if by else []
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     panels.append(example_panel(run, folder, reports.head(), progress))
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]

@@ -8,6 +8,7 @@ from circuit.artifacts import Row
 from circuit.figures.charts import at_step, chart, colour, exact, lines, named, steps
 from circuit.lazy import alt
 from circuit.page.panel import Missing, Panel, Record, Source, Table, pick, training_command
+from circuit.tasks.base import Task
 
 METRICS = "metrics.jsonl"
 EVALUATED = (
@@ -74,8 +75,12 @@ def learning_panel(rows: Sequence[Row], home: str) -> Panel:
     )
 
 
-def slice_panel(rows: Sequence[Row], home: str, by: str) -> Panel:
-    """Accuracy of the reads of each value of a fact, against what a shortcut reaches."""
+def slice_panel(rows: Sequence[Row], home: str, by: str, task: Task | None) -> Panel:
+    """Accuracy of the reads of each value of a fact, against what a shortcut reaches.
+
+    Args:
+        task: of the run, where its benchmark is there.
+    """
     whole, of_slices = evaluations(rows), sliced(rows, by)
     splits = _unique(whole, "split")
     names = sorted(_unique(of_slices, by), key=int)
@@ -108,19 +113,20 @@ def slice_panel(rows: Sequence[Row], home: str, by: str) -> Panel:
         tables=[_slice_table(by)],
         sources=[_source(home)] if whole else [],
         missing=[] if whole else [_missing(home)],
-        notes=[note for split in splits for note in _ceiling(whole, split)],
+        notes=[note for split in splits for note in _ceiling(whole, split, task)],
     )
 
 
-def _ceiling(whole: Sequence[Record], split: str) -> list[str]:
+def _ceiling(whole: Sequence[Record], split: str, task: Task | None) -> list[str]:
     last = [record for record in whole if record["split"] == split][-1]
     if last["shortcut"] is None:
         return []
     share = f"{100 * last['shortcut_accuracy']:.1f}\u00a0%"
+    words = "" if task is None else task.shortcut_words
+    says = f", '{words}'" if words else ", its k-th"
     return [
-        f"The best shortcut of the task, its number {last['shortcut']} (of lookup: always saying"
-        f" the value of the k-th last write), answers {share} of the reads of {split}: accuracy up"
-        " to that needs no circuit."
+        f"The best shortcut of the task{says} with k = {last['shortcut']}, answers {share} of the"
+        f" reads of {split}: accuracy up to that needs no circuit."
     ]
 
 

@@ -14,6 +14,7 @@ from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, read_json
 from circuit.reports.inputs import check_finite
 from circuit.sealed import sealed, unsealed
+from circuit.tasks.base import Task
 from circuit.trace.states import States
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
@@ -25,6 +26,8 @@ class EvaluationReport:
     """The evaluations of one checkpoint, and where they were written."""
 
     step: int
+    task: Task
+    """Of the run."""
     evaluations: list[Evaluation]
     path: Path
 
@@ -82,7 +85,7 @@ def evaluate_checkpoint(
             "provenance": environment_facts(config.device),
         }
         folder.write_text(path.name, dump_json(sealed(report)))
-    return EvaluationReport(state.step, evaluations, path)
+    return EvaluationReport(state.step, setup.benchmark.task, evaluations, path)
 
 
 def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:

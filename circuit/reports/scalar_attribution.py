@@ -16,7 +16,7 @@ class ScalarAttributionOptions(AttributionOptions):
     scalars: Annotated[
         tuple[str, ...],
         Option(
-            "name[,key=value...]: qk_match, functional_write, answer_scalar, loss,"
+            "name[,key=value...]: qk_match, functional_write, answer_scalar, loss, induction,"
             " modular_addition, or module:name of your own.",
             flag="--scalar",
             kind="scalar",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.options import Option
 from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.family import ScalarFamily
+from circuit.tasks.base import Task
 from circuit.tasks.examples import UNPREDICTED, Examples
 
 if TYPE_CHECKING:
@@ -22,15 +24,42 @@ Scope = Literal["full_lm", "answer"]
 
 
 class Loss(ScalarFamily):
-    """Which tokens of the probe records are predicted."""
+    """Which tokens of the probe records are predicted, and which of them apart."""
 
     scope: Annotated[
         Scope, Option("full_lm (what training predicts) or answer (of every read).")
     ] = "full_lm"
+    by_slice: Annotated[
+        bool,
+        Option(
+            "Also follow the answers of each value of the task's slice (such as lag or position)"
+            " apart; with scope answer."
+        ),
+    ] = False
+
+    def check(self) -> None:
+        """A slice is of answers."""
+        super().check()
+        if self.by_slice and self.scope != "answer":
+            raise CircuitError(
+                "only answers have slices", where="`by_slice`", expected="`scope` answer"
+            )
+
+    def check_task(self, task: Task) -> None:
+        """Also refuses slices of a task that has none."""
+        super().check_task(task)
+        if self.by_slice and not task.slices:
+            raise CircuitError("the run's task has no slices", where="`by_slice`")
 
     def build(self, inputs: Inputs) -> list[LossScalar]:
-        """The one scalar."""
-        return [LossScalar(inputs.batch, self.scope)]
+        """The one scalar, and one a value of the slice."""
+        batch, name = inputs.batch, inputs.task.slice_name
+        groups = batch.by_slice().items() if self.by_slice else ()
+        apart = [(f".{name}{value}", mask) for value, mask in groups if value != "all"]
+        return [
+            LossScalar(batch, self.scope),
+            *(LossScalar(batch.select(mask), self.scope, suffix) for suffix, mask in apart),
+        ]
 
 
 class LossScalar:
@@ -38,13 +67,14 @@ class LossScalar:
 
     constant = True
 
-    def __init__(self, batch: Examples, scope: Scope = "full_lm") -> None:
+    def __init__(self, batch: Examples, scope: Scope = "full_lm", suffix: str = "") -> None:
         """Describe the scalar.
 
         Args:
             batch: its records, or the answers of its reads, are predicted.
+            suffix: of the name, such as `.lag2` for answers of that lag.
         """
-        self.name = f"loss.{scope}"
+        self.name = f"loss.{scope}{suffix}"
         self.needs = Needs(batch.sequences(), (LOGITS,))
         self._exact = batch.task.loss_dtype == "float64"  # as in the training loss
         if scope == "answer":

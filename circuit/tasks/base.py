@@ -245,6 +245,7 @@ class Task(ABC):
         facts: names of the facts of every question; `True` for one that holds or does not.
         slices: the facts by which figures are also given apart, by what figures call them.
         shortcuts: the facts that hold the token that a wrong circuit would answer.
+        shortcut_words: what the k-th of them says, for a reader; "" names the facts.
         pair_types: rules by name (`circuit/tasks/pairs.py`).
         token_set_names: of `token_sets`.
         support: the role, of one position, from which the answer can be read.
@@ -266,6 +267,7 @@ class Task(ABC):
     facts: ClassVar[Mapping[str, bool]] = {}
     slices: ClassVar[Mapping[str, str]] = {}
     shortcuts: ClassVar[tuple[str, ...]] = ()
+    shortcut_words: ClassVar[str] = ""
     pair_types: ClassVar[Mapping[str, PairRule]] = {}
     token_set_names: ClassVar[tuple[str, ...]] = ()
     support: ClassVar[str]
@@ -321,6 +323,24 @@ class Task(ABC):
             for name, of in figures.splits.items()
         ]
         return Told(["split", "records", "questions", "tokens"], rows)
+
+    @classmethod
+    def legend(cls) -> str:
+        """What the figures of an evaluation are, in the task's words."""
+        looks = {"q": cls.attended, "r": cls.support}
+        ends = {name: role.replace("_", " ") for name, role in looks.items() if role is not None}
+        to = ", ".join(f"to the {words}" for words in ends.values())
+        legend = (
+            f"{', '.join(ends)}: mean over reads of the largest attention from the prediction"
+            f" position {to}. w: mean value margin."
+        )
+        if not cls.shortcuts:
+            return legend
+        says = cls.shortcut_words or f"the k-th of {', '.join(cls.shortcuts)}"
+        return (
+            f"{legend}\nk-th %: reads that '{says}' answers, for the best k."
+            " agree %: wrong answers that equal it."
+        )
 
     def sizes(self, splits: Mapping[str, Sequence[Record]]) -> Sizes:
         """The figures of a task that measures nothing else."""

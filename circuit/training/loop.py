@@ -29,6 +29,7 @@ from circuit.environment import (
 from circuit.errors import CircuitError
 from circuit.sealed import sealed
 from circuit.sizes import require_disk, training_disk
+from circuit.tasks.base import Task
 from circuit.tasks.examples import UNPREDICTED, Split
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import DivergedError, checkpoint_name, encode_checkpoint
@@ -98,6 +99,8 @@ class TrainResult:
     """A run that reached its last step, or the step that it was asked to stop at."""
 
     config: TrainConfig
+    task: Task
+    """Of its benchmark."""
     step: int
     first_step: int
     """The step that this call started from (0, or a checkpoint's on resume)."""
@@ -272,6 +275,7 @@ class _Loop:
         seconds = time.perf_counter() - began
         result = TrainResult(
             config,
+            session.data.task,
             session.step,
             first,
             self.evaluations,

@@ -107,6 +107,7 @@ class Induction(Task):
     }
     slices: ClassVar[Mapping[str, str]] = {"position": "position"}
     shortcuts = ("repeated", "unseen")
+    shortcut_words = "the token asked about (k 1), or the smallest one not repeated yet (k 2)"
     pair_types: ClassVar[Mapping[str, PairRule]] = {
         "support_value": lambda site: site.other_follower(),
     }

@@ -101,6 +101,7 @@ class ModularAddition(Task):
     }
     slices: ClassVar[Mapping[str, str]] = {"mirrored": "is_mirrored"}
     shortcuts = ("first", "second")
+    shortcut_words = "the first number (k 1), or the second one (k 2)"
     pair_types: ClassVar[Mapping[str, PairRule]] = {
         "first": lambda site: site.changed("first"),
         "second": lambda site: site.changed("second"),

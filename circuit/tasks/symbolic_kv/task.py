@@ -94,6 +94,7 @@ class SymbolicKV(Task):
         "heldout": "is_heldout",
     }
     shortcuts = LAST_WRITES
+    shortcut_words = "the value of the k-th last write"
     pair_types = PAIR_RULES
     token_set_names = ("key", "value")
     support = "support_value"
