@@ -209,7 +209,8 @@ def _attribute(
     probe_set = analysis / "probe_set.jsonl"
     write_probe_set(config.benchmark_dir, probe_set, [tour.split], tour.probes, overwrite=True)
     formed = tour.find(config, probe_set)
-    options = formed.kind.Options(
+    options_of: Any = formed.kind.Options  # which of them depends on the tour
+    options = options_of(
         probe_set=probe_set,
         optimizer_trace_dir=trace.record.store.root,
         start_step=formed.start,
