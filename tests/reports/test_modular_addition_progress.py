@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,8 +27,11 @@ from circuit.reports.modular_addition_progress import (
 )
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.opening import open_run
+from circuit.scalars.modular_addition import Measure
 from circuit.tasks.benchmark import write_benchmark
 from circuit.tasks.modular_addition.task import ModularAdditionConfig
+from circuit.tasks.probes import write_probe_set
+from circuit.trace.record import RecordOptions, record_trace
 from circuit.train_config import TrainConfig
 from circuit.training.loop import train
 
@@ -79,7 +82,7 @@ def at_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(desk)
     monkeypatch.delenv("CIRCUIT_DEVICE", raising=False)
     yield desk
-    for made in ("out", "again", "runs/sums/analysis"):
+    for made in ("out", "again", "runs/sums/analysis", "trace", "probes"):
         shutil.rmtree(made, ignore_errors=True)
 
 
@@ -178,6 +181,42 @@ def test_other_frequencies_are_refused(at_desk: Path, capsys: pytest.CaptureFixt
     assert done.code == 2
     assert "frequency 3" in done.err
     assert "1 to 2" in done.err
+
+
+def test_every_measure_is_attributed_and_closes(
+    at_desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_trace(open_run(RUN).config, "trace", RecordOptions(end_step=6))
+    write_probe_set("data/sums", "probes/sums.jsonl", ["test"], 4)
+    measures = get_args(Measure)
+    key = ",key_frequency=2," + ",".join(f"measure={name}" for name in measures)
+    words = ["trace", "attribute", "--config", str(RUN), "--probe-set", "probes/sums.jsonl"]
+    words += ["--optimizer-trace-dir", "trace", "--start-step", "3", "--end-step", "6"]
+    done = type_and_read(
+        [
+            *words,
+            "--path",
+            "midpoint:64",
+            "--scalar",
+            f"modular_addition{key}",
+            "--output-dir",
+            "out",
+        ],
+        capsys,
+    )
+    assert (done.code, done.err) == (0, "")
+    progress = {
+        row["step"]: row for row in read_jsonl(report(out="again", key_frequencies=(2,)).rows[0])
+    }
+    course: dict[str, list[Any]] = {name: [] for name in measures}
+    for row in read_jsonl(Path("out/scalar_attribution_rows.jsonl")):
+        course[row["scalar"]].append(row)
+        off = abs(sum(row["path"].values()) - row["actual"])
+        assert off <= 2e-3 * abs(row["actual"]) + 1e-6, row["scalar"]
+    for name, rows in course.items():
+        assert len(rows) == 3
+        whole = progress[6][name] - progress[3][name]  # it telescopes, over other code
+        assert sum(row["actual"] for row in rows) == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
 def test_another_task_is_refused_before_a_model_is_built(
