@@ -269,10 +269,10 @@ def half_step(course: Mapping[int, float | None], sign: int = 1) -> int | None:
         course: values by step, ascending.
         sign: -1 of what should go down.
     """
-    steps, values = list(course), list(course.values())
-    if None in values:
+    steps, values = list(course), [value for value in course.values() if value is not None]
+    if len(values) < len(steps):
         return None
-    way = [sign * (value - (values[0] + values[-1]) / 2) for value in values if value is not None]
+    way = [sign * (value - (values[0] + values[-1]) / 2) for value in values]
     if way[-1] <= 0:
         return None
     short = [place for place, left in enumerate(way) if left < 0]
