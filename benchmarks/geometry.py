@@ -68,13 +68,9 @@ def naive_seconds(folder: str, probes: Path, checkpoint: Path, stage: str, sampl
     """Seconds of one read by itself: hook, whole forward pass, logits at the prediction."""
     study = open_inputs(open_run(folder).config, probes)
     (point,) = study.models([checkpoint])
-    vocabulary, batch = study.vocabulary, study.batch
+    batch = study.batch
     basis = subspace_basis(
-        point.model,
-        "embedding_value_identity",
-        RANK,
-        key_tokens=vocabulary.key_ids,
-        value_tokens=vocabulary.value_ids,
+        point.model, "embedding_value_identity", RANK, token_sets=study.task.token_sets
     )
     reads = batch.select(torch.arange(min(sample, len(batch))))
     began = time.perf_counter()

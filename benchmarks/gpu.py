@@ -29,7 +29,6 @@ import torch
 
 from circuit.attribution.series import Series
 from circuit.attribution.window import attributor_of
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config, parse_config
 from circuit.core.state import FlatState
 from circuit.environment import CUBLAS_WORKSPACE, prepare_process
@@ -37,6 +36,7 @@ from circuit.reports.inputs import traced_inputs
 from circuit.scalars.qk_match import QKMatches
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import write_probe_set
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.trace.record import RecordOptions
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import ROWS

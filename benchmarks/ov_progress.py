@@ -45,7 +45,7 @@ def main() -> None:
         heads = all_heads(point.model)
         began = time.perf_counter()
         for _ in range(10):
-            head_progress(point.model, reads, heads, study.vocabulary.value_ids)
+            head_progress(point.model, reads, heads, study.task.choices)
         measuring = (time.perf_counter() - began) / 10
     print(f"one checkpoint, {len(heads)} heads, {args.pairs} pairs: {1e3 * measuring:.1f} ms")
     with tempfile.TemporaryDirectory() as folder:

@@ -46,7 +46,7 @@ def step_of(
     def step() -> Times:
         optimizer.zero_grad(set_to_none=True)
         at = [time.perf_counter()]
-        loss = next_token_loss(forward(tokens[:, :-1]), tokens[:, 1:], 0)
+        loss = next_token_loss(forward(tokens[:, :-1]), tokens[:, 1:])
         at.append(time.perf_counter())
         loss.backward()
         at.append(time.perf_counter())

@@ -65,7 +65,7 @@ def train(
         def keep(into: list[str] = gradient) -> None:
             into.append(tensor_digest(torch.cat([p.grad.flatten() for p in model.parameters()])))
 
-        outcome = training_step(run, optimizer, batch, config, step, on_gradient=keep)
+        outcome = training_step(run, optimizer, batch, batch[:, 1:], config, step, on_gradient=keep)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         moments = read_moments(model, optimizer, config.optimizer)
         found += [

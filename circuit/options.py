@@ -32,6 +32,9 @@ from circuit.tasks.groups import groups_of
 from circuit.tasks.pairs import SIDES, check_pair_types
 from circuit.train_config import ModelConfig
 
+OF_TASK = ("role", "single_role", "pair_type", "group_by", "subspace")
+"""Kinds of values that the run's task says."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -42,8 +45,8 @@ class Option:
         flag: of the command line, where it is not the field's name.
         choices: values that there are; none where they are not known beforehand.
         kind: what the values name: it is completed, and `head`, `mlp`, `component` and `stage` are
-            held against the model (`Options.check_model`); `role`, `single_role`, `pair_type`,
-            `group_by` and `subspace` against the task (`Options.check_task`).
+            held against the model (`Options.check_model`); those of `OF_TASK` against the task
+            (`Options.check_task`).
         least, most: bounds that belong to the range.
         above, below: bounds that do not.
         unset: what stands for a value that is not given, in words.
@@ -62,6 +65,11 @@ class Option:
     unset: str = ""
     earlier: str = ""
     text: Callable[[Any], str] = str
+
+    @property
+    def of_task(self) -> bool:
+        """Whether the run's task says which values there are."""
+        return self.kind in OF_TASK
 
     def check(self, field: str, value: Any) -> None:
         """Refuse a value that is no choice, out of range (as NaN is), or that no file could hold.

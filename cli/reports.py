@@ -144,6 +144,7 @@ def _annotation(kind: type[Report[Any]], name: str) -> Any:
     several, item = _typed(info.annotation)
     flag = kind.Options.flags()[name]
     said = [option.help.removesuffix("."), *(["repeatable"] if several else [])]
+    said[1:1] = ["one of the run's task"] if option.of_task else []
     default = "" if info.is_required() else _shown(info.default) or option.unset
     said += [f"{default} by default"] if default else []
     declared = typer.Option(

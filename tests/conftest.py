@@ -18,7 +18,7 @@ import typer.main
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook(["circuit.tasks.positions", "circuit.training.step"], "beartype.beartype")
+install_import_hook(["circuit.tasks.examples", "circuit.training.step"], "beartype.beartype")
 
 import beartype  # noqa: E402, F401
 import circuit.cli.program  # noqa: E402
@@ -26,16 +26,16 @@ import numpy.typing  # noqa: E402, F401
 import torch  # noqa: E402
 
 import circuit.lazy  # noqa: E402
-import circuit.tasks.symbolic_kv  # noqa: E402
+import circuit.tasks.base  # noqa: E402
 
 with pytest.MonkeyPatch.context() as patch:  # of this module alone: the hook reads its annotations
     patch.setattr("typing.TYPE_CHECKING", True)
-    import circuit.tasks.positions
+    import circuit.tasks.examples
 
-from circuit.benchmark_config import BenchmarkConfig  # noqa: E402
 from circuit.config import parse_config  # noqa: E402
 from circuit.figures.charts import Chart  # noqa: E402
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig  # noqa: E402
 from circuit.train_config import TrainConfig  # noqa: E402
 from circuit.training.session import TrainingSession  # noqa: E402
 from circuit.training.setup import Setup  # noqa: E402

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config, parse_config
 from circuit.errors import CircuitError
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

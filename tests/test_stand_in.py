@@ -60,7 +60,7 @@ def test_a_session_keeps_weights_moments_and_batches_on_its_device(
 ) -> None:
     with stand_in_gpu():
         session = session_after(2, device="cuda")
-        tensors = [*session.model.parameters(), *session.model.buffers(), session.tokens(3)]
+        tensors = [*session.model.parameters(), *session.model.buffers(), session.batch(3).tokens]
         for parameter, state in session.optimizer.state.items():
             tensors += [parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
             assert state["step"].device.type == "cpu"  # as torch keeps it

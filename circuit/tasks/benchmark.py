@@ -65,7 +65,7 @@ class Benchmark:
     """A checked benchmark, or the splits of one that were loaded.
 
     Attributes:
-        task: with its config.
+        task: with its config; equal where the digest is, which names all that it is made of.
         facts: of the task's draw.
         splits: records by split name; a loaded benchmark holds the splits that were asked for.
         read: reads and verifies a split of a loaded benchmark.
@@ -74,7 +74,7 @@ class Benchmark:
         digest: sha256 that names the benchmark.
     """
 
-    task: Task
+    task: Task = field(compare=False)
     facts: BaseModel
     splits: dict[str, list[Record]]
     figures: Any

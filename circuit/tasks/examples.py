@@ -86,7 +86,7 @@ class Examples:
             for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         )
 
-    def targets(self) -> Int64[Tensor, "row pos-1"]:
+    def targets(self) -> Int64[Tensor, "row but_last"]:
         """What the training loss predicts at each position but the last; see `Task.loss`."""
         targets = torch.full_like(self.tokens[:, 1:], UNPREDICTED)
         if self.task.loss == "answer":

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class ProbeSet:
 
     records: list[Record]
     metadata: ProbeSetMetadata
-    task: Task
+    task: Task = field(compare=False)
 
     def save(self, name: str, write: WriteFile) -> None:
         """Write `name` (a file name that ends in `.jsonl`) and its metadata file.
@@ -64,9 +65,9 @@ class ProbeSet:
             CircuitError: the name does not end in `.jsonl`.
         """
         write(name, records_to_jsonl(self.records, self.task.vocabulary))
-        told = self.metadata.model_dump(mode="json", include=set(ProbeSetMetadata.model_fields))
-        first = {key: told.pop(key) for key in ("schema_version", "benchmark", "benchmark_digest")}
-        payload = json.dumps(first | _sizes(self.task) | told, indent=2)
+        told = self.metadata.model_dump(mode="json")
+        first = ("schema_version", "benchmark", "benchmark_digest", *_sizes(self.task))
+        payload = json.dumps({key: told.pop(key) for key in first} | told, indent=2)
         write(metadata_path(name).name, payload + "\n")
 
 
@@ -117,6 +118,7 @@ def draw_probe_set(
         counts=dict.fromkeys(splits, examples_per_split),
         sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
+    metadata = metadata.model_copy(update=_sizes(benchmark.task))
     return ProbeSet(records, metadata, benchmark.task)
 
 
@@ -174,13 +176,6 @@ def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
             fix="run `circuit generate-probe-set` on this benchmark",
         )
     records, sha256 = records_from_jsonl(path, benchmark.vocabulary)
-    if metadata.model_extra != _sizes(benchmark.task):
-        raise CircuitError(
-            f"sizes of the vocabulary {metadata.model_extra}",
-            where=metadata_path(path),
-            expected=str(_sizes(benchmark.task)),
-            fix="draw the probe set again with --overwrite",
-        )
     if sha256 != metadata.sha256:
         raise CircuitError(
             f"{len(records)} records with sha256 {sha256}",
@@ -189,6 +184,18 @@ def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
             f" {metadata_path(path).name} says",
             fix="draw the probe set again with --overwrite",
         )
+    told = metadata.model_dump(mode="json")
+    expected = told | _sizes(benchmark.task)
+    expected |= {"schema_version": _SCHEMA_VERSION, "benchmark": benchmark.config.name}
+    expected["counts"] = dict(Counter(record.split for record in records))
+    for name in told.keys() | expected.keys():
+        if told.get(name) != expected.get(name):
+            raise CircuitError(
+                f"field '{name}' is {told.get(name)}",
+                where=metadata_path(path),
+                expected=str(expected.get(name)),
+                fix="draw the probe set again with --overwrite",
+            )
     return ProbeSet(records, metadata, benchmark.task)
 
 

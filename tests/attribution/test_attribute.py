@@ -25,7 +25,6 @@ from circuit.model.build import build_model
 from circuit.scalars.base import Cache, Needs, SharedBatch, evaluate_scalar
 from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import make_batch
 from circuit.trace.step import TracedStep, Tracer
 from circuit.train_config import ModelConfig, TrainConfig
 from circuit.training.session import TrainingSession
@@ -67,7 +66,7 @@ def steps(config: TrainConfig, tiny: Benchmark) -> list[TracedStep]:
 @pytest.fixture(scope="module")
 def reads(tiny: Benchmark) -> ReadMasks:
     records = tiny.records("validation_iid")[:10]
-    return ReadMasks.of(make_batch(records, tiny.vocabulary, tiny.heldout_pairs))
+    return ReadMasks.of(tiny.task.examples(records))
 
 
 def model_of(config: TrainConfig, tiny: Benchmark, dtype: torch.dtype) -> HookedTransformer:

@@ -18,7 +18,6 @@ from circuit.model.build import build_model
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.qk_match import QKMatch, ReadMasks
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import make_batch
 from circuit.trace.step import Tracer
 from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
@@ -57,7 +56,7 @@ def model(config: TrainConfig, tiny: Benchmark) -> HookedTransformer:
 @pytest.fixture(scope="module")
 def reads(tiny: Benchmark) -> ReadMasks:
     records = tiny.records("validation_iid")[:6]
-    return ReadMasks.of(make_batch(records, tiny.vocabulary, tiny.heldout_pairs))
+    return ReadMasks.of(tiny.task.examples(records))
 
 
 def start_and_terms(model: HookedTransformer, count: int) -> tuple[Flat, dict[str, Flat]]:

@@ -14,7 +14,7 @@ from circuit.attribution.line import MOST_INTERVALS, TOLERANCE, Line, Values
 from circuit.model.build import build_model
 from circuit.model.weights import load_tensors, named_tensors
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import Batch, make_batch
+from circuit.tasks.examples import Examples
 from circuit.train_config import TrainConfig
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
@@ -26,8 +26,8 @@ def scalars(logits: Tensor) -> Values:
 
 
 @pytest.fixture(scope="module")
-def batch(tiny: Benchmark) -> Batch:
-    return make_batch(tiny.records("validation_iid")[:7], tiny.vocabulary, tiny.heldout_pairs)
+def batch(tiny: Benchmark) -> Examples:
+    return tiny.task.examples(tiny.records("validation_iid")[:7])
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ def ends(model: HookedTransformer) -> tuple[Weights, Weights]:
     return source, {name: value + 0.1 * noise[name] for name, value in source.items()}
 
 
-def between(model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch) -> Line:
-    return Line(model, *ends, batch.tokens, (batch.reads.row, batch.reads.key_pos))
+def between(model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples) -> Line:
+    return Line(model, *ends, batch.tokens, (batch.row, batch.at))
 
 
-def direct(model: HookedTransformer, weights: Weights, batch: Batch) -> Tensor:
+def direct(model: HookedTransformer, weights: Weights, batch: Examples) -> Tensor:
     """Logits at the reads, one record at a time, from a model with these weights."""
     own = named_tensors(model)
     kept = {name: value.clone() for name, value in own.items()}
@@ -60,7 +60,7 @@ def direct(model: HookedTransformer, weights: Weights, batch: Batch) -> Tensor:
     with torch.no_grad():
         found = [
             model(batch.tokens[row : row + 1])[0, pos]
-            for row, pos in zip(batch.reads.row, batch.reads.key_pos, strict=True)
+            for row, pos in zip(batch.row, batch.at, strict=True)
         ]
     load_tensors(model, kept)
     return torch.stack(found)
@@ -70,7 +70,7 @@ def direct(model: HookedTransformer, weights: Weights, batch: Batch) -> Tensor:
 def test_logits_along_the_line_are_the_models_whatever_the_chunks(
     model: HookedTransformer,
     ends: tuple[Weights, Weights],
-    batch: Batch,
+    batch: Examples,
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -81,16 +81,16 @@ def test_logits_along_the_line_are_the_models_whatever_the_chunks(
 
 
 def test_rows_without_an_example_are_not_needed(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples
 ) -> None:
-    some = batch.with_reads(batch.reads.row % 2 == 1)
+    some = batch.select(batch.row % 2 == 1)
     line = between(model, ends, some)
     assert torch.allclose(line.ends[0], direct(model, ends[0], some), atol=1e-12)
 
 
 @pytest.mark.parametrize("s", [0.0, 0.3, 1.0])
 def test_the_derivative_equals_finite_differences(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch, s: float
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples, s: float
 ) -> None:
     line, step = between(model, ends, batch), 1e-5
     near = [
@@ -103,10 +103,10 @@ def test_the_derivative_equals_finite_differences(
 
 
 def test_first_order_is_gradient_times_change(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples
 ) -> None:
     line = between(model, ends, batch)
-    logits = model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+    logits = model(batch.tokens)[batch.row, batch.at]
     for name, value in line.derivatives(scalars, 0.0).items():
         for i in (0, len(value) - 1):
             scalar = scalars(logits)[name][i]
@@ -116,7 +116,7 @@ def test_first_order_is_gradient_times_change(
 
 
 def test_the_integral_closes_and_its_parts_are_the_change(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples
 ) -> None:
     found = between(model, ends, batch).integrate(scalars)
     assert found.closed
@@ -133,7 +133,7 @@ def test_the_integral_closes_and_its_parts_are_the_change(
 def test_nodes_are_doubled_until_it_closes_and_no_further_than_the_limit(
     model: HookedTransformer,
     ends: tuple[Weights, Weights],
-    batch: Batch,
+    batch: Examples,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "TOLERANCE", 1e-9)
@@ -149,7 +149,7 @@ def test_nodes_are_doubled_until_it_closes_and_no_further_than_the_limit(
 def test_a_refined_integral_takes_no_derivative_twice(
     model: HookedTransformer,
     ends: tuple[Weights, Weights],
-    batch: Batch,
+    batch: Examples,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "TOLERANCE", 1e-9)
@@ -165,17 +165,17 @@ def test_a_refined_integral_takes_no_derivative_twice(
 
 
 def test_logits_that_are_known_are_not_computed_again(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples
 ) -> None:
     known = between(model, (ends[1], ends[0]), batch).ends[1]
-    places = (batch.reads.row, batch.reads.key_pos)
+    places = (batch.row, batch.at)
     line = Line(model, *ends, batch.tokens, places, source_logits=known)
     assert line.ends[0] is known
     assert torch.equal(known, between(model, ends, batch).ends[0])
 
 
 def test_nothing_changes_on_a_line_of_no_length(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples
 ) -> None:
     found = between(model, (ends[0], ends[0]), batch).integrate(scalars)
     assert found.closed
@@ -185,7 +185,7 @@ def test_nothing_changes_on_a_line_of_no_length(
 
 
 def test_the_models_own_weights_stay_as_they_are(
-    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Batch
+    model: HookedTransformer, ends: tuple[Weights, Weights], batch: Examples
 ) -> None:
     between(model, (ends[1], ends[0]), batch).integrate(scalars)
     for name, value in named_tensors(model).items():

@@ -51,9 +51,9 @@ def test_the_documented_scalar_is_followed_through_a_trace(
     run = circuit.open_run(config.output_dir)
     batch = run.batch("validation_iid", range(16))
     _, cache = run.model(4).run_with_cache(batch.tokens)
-    pattern, reads = cache["blocks.0.attn.hook_pattern"], batch.reads
+    pattern, reads = cache["blocks.0.attn.hook_pattern"], batch
     by_read = [
-        float(pattern[reads.row[i], 1, reads.key_pos[i], reads.support_value_pos[i]])
+        float(pattern[reads.row[i], 1, reads.at[i], reads.facts["support_value_pos"][i]])
         for i in range(len(reads))
     ]
     assert float(found.before[0]) == pytest.approx(sum(by_read) / len(by_read), rel=1e-5)

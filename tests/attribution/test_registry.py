@@ -259,10 +259,10 @@ def test_the_loss_is_that_of_training(inputs: Inputs) -> None:
     batch, model = inputs.batch, inputs.point(5).model
     with torch.no_grad():
         logits = model(batch.tokens)
-        whole = next_token_loss(logits[:, :-1], batch.tokens[:, 1:], 0)
+        whole = next_token_loss(logits[:, :-1], batch.targets())
     assert mean(parse_scalars("loss"), inputs, 5) == pytest.approx(float(whole), rel=1e-5)
-    at = logits.log_softmax(-1)[batch.reads.row, batch.reads.key_pos]
-    answers = float(-at.gather(1, batch.reads.answer[:, None]).mean())
+    at = logits.log_softmax(-1)[batch.row, batch.at]
+    answers = float(-at.gather(1, batch.answer[:, None]).mean())
     assert mean(parse_scalars("loss,scope=answer"), inputs, 5) == pytest.approx(answers, rel=1e-5)
 
 
@@ -273,11 +273,10 @@ def test_competitors_are_frozen_at_the_step_that_is_named(inputs: Inputs) -> Non
     batch = inputs.side(inputs.pairs(family), "clean")
     with torch.no_grad():
         at = {
-            step: inputs.point(step).model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
-            for step in (3, 6, 9)
+            step: inputs.point(step).model(batch.tokens)[batch.row, batch.at] for step in (3, 6, 9)
         }
     values = inputs.vocabulary.value_ids
     for place, step in enumerate((3, 9)):
-        wrong = read_answers(at[step], batch.reads.answer, values).competitor
-        margin = at[6].gather(1, batch.reads.answer[:, None]) - at[6].gather(1, wrong[:, None])
+        wrong = read_answers(at[step], batch.answer, values).competitor
+        margin = at[6].gather(1, batch.answer[:, None]) - at[6].gather(1, wrong[:, None])
         assert mean(family, inputs, 6, place) == pytest.approx(float(margin.mean()), abs=1e-5)

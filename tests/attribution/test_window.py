@@ -19,7 +19,6 @@ from circuit.core.update import SGDRule
 from circuit.errors import CircuitError
 from circuit.scalars.base import Scalar
 from circuit.scalars.qk_match import ReadMasks, qk_matches
-from circuit.tasks.positions import make_batch
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
@@ -41,7 +40,7 @@ class Matches:
     def scalars(self, inputs: ReplayedRun) -> Sequence[Scalar]:
         benchmark = inputs.setup.benchmark
         records = benchmark.records("train")[:5]
-        reads = ReadMasks.of(make_batch(records, benchmark.vocabulary, benchmark.heldout_pairs))
+        reads = ReadMasks.of(benchmark.task.examples(records))
         model = None
         if self.basis is not None:
             model = inputs.model(self.basis)

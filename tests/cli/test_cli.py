@@ -19,7 +19,8 @@ from circuit.cli.output import print_table
 from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
 from circuit.reports.tables import Table
-from circuit.tasks.probes import load_probe_set
+from circuit.tasks.benchmark import load_benchmark
+from circuit.tasks.probes import read_probe_set
 from circuit.training.checkpoints import load_checkpoint
 
 RUN = Path("runs/tiny")
@@ -74,7 +75,8 @@ def test_the_commands_of_the_contract_work_as_they_are_typed(circuit: Run) -> No
     changed = {name for name, data in first.items() if second.get(name) != data}
     assert first.keys() == second.keys()
     assert changed <= {"runs/tiny/summary.json"}  # it tells the speed
-    assert len(load_probe_set(RUN / "analysis" / "probe_set.jsonl")) == 5
+    benchmark = load_benchmark("data/tiny")
+    assert len(read_probe_set(RUN / "analysis" / "probe_set.jsonl", benchmark).records) == 5
     assert load_checkpoint(RUN / "checkpoints" / "step_000004.pt").step == 4
     report = json.loads((RUN / "evaluation" / "best.json").read_text())
     assert list(report["evaluations"]) == ["heldout_pairs"]

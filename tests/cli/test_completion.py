@@ -29,7 +29,7 @@ from circuit.scalars.qk_match import LayerNormMode
 from circuit.studies.scales import SCALES
 from circuit.studies.study import TARGETS
 from circuit.tasks.pairs import SIDES
-from circuit.tasks.positions import ROLES
+from circuit.tasks.symbolic_kv.task import SymbolicKV
 from circuit.train_config import Device
 
 Run = Callable[..., Any]
@@ -137,7 +137,7 @@ def complete(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> Complete:
         ("circuit trace write --record-side ", SIDES),
         ("circuit trace write --scalar ", ANSWER_SCALARS),
         ("circuit value-code-subspace-report --stage ", tuple(stage_names(3))),
-        ("circuit value-code-subspace-report --position-role ", ROLES),
+        ("circuit value-code-subspace-report --position-role ", tuple(SymbolicKV.roles)),
         ("circuit study configs --scale s", ("short", "smoke")),
         ("circuit reproduce ", TARGETS),
         ("circuit trace qk --head L2", ("L2H0", "L2H1", "L2H2", "L2H3")),

@@ -33,7 +33,6 @@ from circuit.scalars.routes import Route
 from circuit.scalars.transfer import PairRuns, PairSides, route_bases, route_scores
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.pairs import build_pairs, pair_batch
-from circuit.tasks.positions import make_batch
 from circuit.train_config import ModelConfig
 
 VOCABULARY, CONTEXT = 19, 12
@@ -293,14 +292,14 @@ SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=
 
 def families(tiny: Benchmark, shape: ModelConfig = SHAPE) -> list[Scalar]:
     """Members of every family of scalars that attribution can follow."""
-    batch = make_batch(tiny.records("validation_iid")[:6], tiny.vocabulary, tiny.heldout_pairs)
+    batch = tiny.task.examples(tiny.records("validation_iid")[:6])
     reads, values = ReadMasks.of(batch), tiny.vocabulary.value_ids
     found: list[Scalar] = [
         QKMatch("L1H0", reads, layers=2, rank=rank, layernorm_mode=mode, biases=biases)
         for rank, biases in ((4, False), (None, False), (None, True))
         for mode in LAYERNORM_MODES
     ]
-    competitors = torch.full_like(batch.reads.answer, values[0])
+    competitors = torch.full_like(batch.answer, values[0])
     found += [
         AnswerScalar(name, batch, competitors, values=values)
         for name in ANSWER_SCALARS
@@ -357,11 +356,8 @@ def test_every_scalar_family_has_equal_values_and_gradients(
 
 def test_routes_and_head_progress_are_equal(tiny: Benchmark) -> None:
     records = tiny.records("validation_iid")
-    pairs = build_pairs(records, tiny.vocabulary, tiny.heldout_pairs, max_per_type=4).pairs
-    clean, corrupted = (
-        pair_batch(pairs, side, tiny.vocabulary, tiny.heldout_pairs)
-        for side in ("clean", "corrupted")
-    )
+    pairs = build_pairs(tiny.task, records, max_per_type=4).pairs
+    clean, corrupted = (pair_batch(tiny.task, pairs, side) for side in ("clean", "corrupted"))
     sides = PairSides.of(pairs, clean, corrupted)
     routes = (
         Route("all", "final_norm", "prediction"),

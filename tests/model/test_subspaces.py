@@ -14,7 +14,6 @@ from circuit.model.components import Component, all_heads
 from circuit.model.subspaces import (
     FULL_RESIDUAL,
     HEAD_SUBSPACES,
-    SUBSPACES,
     Basis,
     embedding_identity,
     group_means,
@@ -24,12 +23,13 @@ from circuit.model.subspaces import (
     keep,
     remove,
     subspace_basis,
+    subspaces_of,
     svd_of_product,
     vector_basis,
 )
 from circuit.train_config import ModelConfig
 
-KEYS, VALUES = range(5, 9), range(9, 17)
+TOKENS = {"key": range(5, 9), "value": range(9, 17)}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,7 @@ def every_basis(model: HookedTransformer, rank: int) -> list[Basis]:
             for head in all_heads(model)
             for name in HEAD_SUBSPACES
         ),
-        embedding_identity(model, torch.tensor(KEYS), rank),
-        embedding_identity(model, torch.tensor(VALUES), rank),
+        *(embedding_identity(model, torch.tensor(ids), rank) for ids in TOKENS.values()),
         identity_basis(vectors, groups, rank),
         vector_basis(vectors, rank),
     ]
@@ -82,7 +81,7 @@ def test_removing_every_direction_of_an_identity_leaves_none_of_it(
     model: HookedTransformer,
 ) -> None:
     """One rank less than there are tokens is all of it: no logit tells two of the tokens apart."""
-    tokens = torch.tensor(VALUES)
+    tokens = torch.tensor(TOKENS["value"])
     rows = model.W_E.detach()[tokens]
     most, one_less = (embedding_identity(model, tokens, rank) for rank in (7, 6))
     assert torch.allclose(remove(rows - rows.mean(0), most), torch.zeros_like(rows), atol=1e-5)
@@ -124,17 +123,17 @@ def test_group_means_are_means_of_groups() -> None:
     assert torch.equal(torch.tensor([2, 5, 7, 9])[index], groups)
 
 
-@pytest.mark.parametrize("name", SUBSPACES)
+@pytest.mark.parametrize("name", subspaces_of(TOKENS))
 def test_every_name_gives_its_basis(model: HookedTransformer, name: str) -> None:
     head = Component(1, 1) if name in HEAD_SUBSPACES else None
     rank = None if name == FULL_RESIDUAL else 2
-    basis = subspace_basis(model, name, rank, head=head, key_tokens=KEYS, value_tokens=VALUES)
+    basis = subspace_basis(model, name, rank, head=head, token_sets=TOKENS)
     if name == FULL_RESIDUAL:
         assert basis is None
     elif name in HEAD_SUBSPACES:
         assert torch.equal(basis, head_basis(model, Component(1, 1), name, 2))
     else:
-        tokens = KEYS if "key" in name else VALUES
+        tokens = TOKENS["key" if "key" in name else "value"]
         assert torch.equal(basis, embedding_identity(model, torch.tensor(tokens), 2))
 
 
@@ -157,4 +156,4 @@ def test_what_has_no_meaning_is_refused(
     model: HookedTransformer, name: str, rank: int | None, head: Component | None, says: str
 ) -> None:
     with pytest.raises(CircuitError, match=says):
-        subspace_basis(model, name, rank, head=head, key_tokens=KEYS, value_tokens=VALUES)
+        subspace_basis(model, name, rank, head=head, token_sets=TOKENS)

@@ -24,6 +24,7 @@ from circuit.reports.written import read_report
 from circuit.scalars.answers import ANSWER_SCALARS, FIXED_SOURCE, FIXED_TARGET, MOVING
 from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, find_checkpoint, read_typed_rows
 from circuit.tasks.pairs import SIDES
+from circuit.tasks.symbolic_kv.stream import program_of
 from circuit.train_config import TrainConfig
 
 RUN = Path("runs/tiny")
@@ -131,9 +132,9 @@ def test_values_and_checkpoints_are_those_of_the_models(
         (point,) = study.models([path])
         assert (point.step, point.digest) == (row.target_step, row.target_digest)
         record = pairs[row.pair_id].side(row.margin_side)
-        read = record.program(study.vocabulary, through_read=pairs[row.pair_id].read_index).reads[
-            pairs[row.pair_id].read_index
-        ]
+        read = program_of(
+            record, study.vocabulary, through_read=pairs[row.pair_id].read_index
+        ).reads[pairs[row.pair_id].read_index]
         with torch.no_grad():
             logits = point.model(torch.tensor([record.tokens]))[0, read.key_pos].double()
         wrong = {token: float(logits[token]) for token in values if token != read.answer}

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from circuit.options import CheckpointOptions, Option, ProbeOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
+from circuit.tasks.symbolic_kv.task import SymbolicKV
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.train_config import load_run_config
 from circuit.training.loop import train
@@ -252,6 +253,45 @@ def test_bad_options_are_refused_in_one_line_that_names_the_field(command: str) 
         if kind.model_fields[field].is_required():
             with pytest.raises(CircuitError, match=f"`{field}`"):
                 kind(**{name: one for name, one in given.items() if name != field})
+
+
+SINGLE = SymbolicKV.single_roles()
+OF_TASK: dict[str, tuple[str, Sequence[str]]] = {
+    "role": ("nonsense", tuple(SymbolicKV.roles)),
+    "single_role": ("causal_prefix", SINGLE),
+    "pair_type": ("nonsense", tuple(SymbolicKV.pair_types)),
+    "group_by": ("causal_prefix", SINGLE),
+    "subspace": ("embedding_op_identity", ("embedding_key_identity", "full_residual")),
+}
+"""By kind of an option: a value that the run's task does not have, and names that it has."""
+NARROWER = {
+    ("bilinear-qk-rank-adam-state-attribution", "route_pair_type"),  # one of its `pair_types`
+    ("mlp-input-functional-subspace-report", "pair_types"),  # those of its `scalar_pair_rows`
+}
+"""Options that take fewer than the task has, and are held against these first."""
+
+
+@pytest.mark.parametrize("command", [name for name in sorted(KINDS) if KINDS[name].reads_run])
+def test_what_the_task_does_not_have_is_refused_in_one_line_that_lists_what_it_has(
+    written: Written, tmp_path: Path, command: str
+) -> None:
+    written(command)
+    options, kind = options_of(command), KINDS[command]
+    for field, option in kind.Options.declared().items():
+        if not option.of_task:
+            continue
+        wrong, known = OF_TASK[option.kind]
+        several = isinstance(getattr(options, field), tuple)
+        given = {**dict(options), field: (wrong,) if several else wrong}
+        with pytest.raises(CircuitError) as refused:
+            run_report(kind, open_run(RUN), type(options)(**given), tmp_path / "out")
+        said = str(refused.value)
+        assert "\n" not in said
+        assert wrong in said
+        assert "; expected " in said
+        if (command, field) not in NARROWER:
+            assert said.startswith(f"`{field}`: ")
+            assert all(name in said for name in known), said
 
 
 @every_report

@@ -27,9 +27,10 @@ from circuit.reports.geometry_subspace_intervention import (
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
+from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
-from circuit.tasks.symbolic_kv import Record
+from circuit.tasks.examples import Examples
+from circuit.tasks.symbolic_kv.task import SymbolicKV
 
 RUN = Path("runs/tiny")
 ASKED: dict[str, Any] = {
@@ -52,12 +53,12 @@ def model(trained: Path) -> HookedTransformer:
     return open_run(trained).model(12).requires_grad_(False)
 
 
-def batch_of(tiny: Benchmark, records: list[Record]) -> Batch:
-    return EncodedSplit(records, tiny.vocabulary, tiny.heldout_pairs).batch()
+def batch_of(tiny: Benchmark, records: list[Record]) -> Examples:
+    return tiny.task.split(records).batch()
 
 
 @pytest.fixture
-def batch(tiny: Benchmark) -> Batch:
+def batch(tiny: Benchmark) -> Examples:
     return batch_of(tiny, tiny.splits["validation_iid"][:6])
 
 
@@ -69,15 +70,15 @@ def basis(model: HookedTransformer, tiny: Benchmark) -> Basis:
 def naive(
     model: HookedTransformer,
     stage: str,
-    batch: Batch,
+    batch: Examples,
     role: str,
     change: Callable[[torch.Tensor], torch.Tensor],
     mode: QueryMode,
 ) -> torch.Tensor:
     """One whole forward pass a read, on its whole record."""
-    masks, found = role_mask(batch, role), []
-    for read, (row, at) in enumerate(zip(batch.reads.row, batch.reads.key_pos, strict=True)):
-        alike = batch.reads.row == row if mode == "batch_union" else torch.tensor([read])
+    masks, found = batch.role(role), []
+    for read, (row, at) in enumerate(zip(batch.row, batch.at, strict=True)):
+        alike = batch.row == row if mode == "batch_union" else torch.tensor([read])
         places = masks[alike].any(0).nonzero()[:, 0]
         with patch(model, stage, (torch.zeros_like(places), places), change):
             found.append(model(batch.tokens[row][None])[0, at])
@@ -89,7 +90,7 @@ def naive(
 @pytest.mark.parametrize("stage", stage_names(2))
 def test_many_reads_at_once_equal_one_forward_pass_a_read(
     model: HookedTransformer,
-    batch: Batch,
+    batch: Examples,
     basis: Basis,
     stage: str,
     mode: QueryMode,
@@ -103,21 +104,21 @@ def test_many_reads_at_once_equal_one_forward_pass_a_read(
         found = intervene(model, stage, states[stage], batch, role, change, mode)
         expected = naive(model, stage, batch, role, change, mode)
         assert torch.allclose(found, expected, atol=1e-5)
-    clean = logits[batch.reads.row, batch.reads.key_pos]
+    clean = logits[batch.row, batch.at]
     found = intervene(model, stage, states[stage], batch, "prediction", change, mode)
     assert not torch.allclose(found, clean, atol=1e-3)
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", SymbolicKV.roles)
 def test_keeping_everything_changes_nothing(
-    model: HookedTransformer, batch: Batch, role: str
+    model: HookedTransformer, batch: Examples, role: str
 ) -> None:
     logits, states = read_stages(model, batch.tokens, "embedding")
     for mode in ("single_query", "batch_union"):
         found = intervene(
             model, "embedding", states["embedding"], batch, role, partial(keep, basis=None), mode
         )
-        clean = logits[batch.reads.row, batch.reads.key_pos]
+        clean = logits[batch.row, batch.at]
         assert torch.allclose(found, clean, atol=1e-5)
 
 
@@ -126,7 +127,7 @@ def test_batch_union_is_single_query_where_records_have_one_read(
 ) -> None:
     """To float tolerance: the two lay rows out differently, and batch shape moves last bits."""
     records = tiny.splits["validation_iid"]
-    reads = [len(batch_of(tiny, [record]).reads) for record in records]
+    reads = [len(batch_of(tiny, [record])) for record in records]
     single = batch_of(tiny, [r for r, n in zip(records, reads, strict=True) if n == 1])
     several = batch_of(tiny, [r for r, n in zip(records, reads, strict=True) if n > 1])
     stage, change = "layer_0_post_attn", partial(remove, basis=basis)
@@ -149,13 +150,13 @@ def test_rows_and_means_are_those_of_the_reads(model: HookedTransformer, tiny: B
     records = {r.sample_id: r for name in tiny.splits for r in tiny.splits[name]}
     own = rows[(rows["step"] == 12) & (rows["rank"] == 4)]
     batch = batch_of(tiny, [records[name] for name in own["sample_id"].unique()])
-    assert len(batch.reads) == len(own)
+    assert len(batch) == len(own)
     values = tiny.vocabulary.value_ids
     change = partial(remove, basis=embedding_identity(model, torch.tensor(values), 4))
     logits = naive(model, "layer_0_post_mlp", batch, "prediction", change, "single_query")
-    clean = model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
+    clean = model(batch.tokens)[batch.row, batch.at]
     for prefix, at in (("baseline", clean), ("intervened", logits)):
-        answers = read_answers(at, batch.reads.answer, values)
+        answers = read_answers(at, batch.answer, values)
         assert own[f"{prefix}_margin"].tolist() == pytest.approx(answers.margin.tolist(), abs=1e-5)
         assert own[f"{prefix}_answer_correct"].tolist() == answers.is_answer.tolist()
         assert own[f"{prefix}_value_correct"].tolist() == answers.is_value.tolist()

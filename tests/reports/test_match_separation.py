@@ -18,6 +18,7 @@ from circuit.config import load_config
 from circuit.reports.bilinear_qk_match_separation import gap_to_attention, summarize
 from circuit.reports.inputs import open_inputs
 from circuit.scalars.qk_match import ReadMasks
+from circuit.tasks.symbolic_kv.stream import program_of
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import load_checkpoint
 from circuit.training.setup import Setup
@@ -58,7 +59,7 @@ def loop(step: int, layer: int, head: int, rank: int | None, biases: bool) -> di
         x = cache[f"blocks.{layer}.ln1.hook_normalized"][0]
         x = (x * model.blocks[layer].ln1.w + model.blocks[layer].ln1.b).detach().double()
         real = cache[f"blocks.{layer}.attn.hook_attn_scores"][0, head].double()
-        program = record.program(study.vocabulary)
+        program = program_of(record, study.vocabulary)
         for read in program.reads:
             line = real[read.key_pos]
             if not biases:

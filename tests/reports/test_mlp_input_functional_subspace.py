@@ -30,8 +30,9 @@ from circuit.scalars.functional_write import WritePath
 from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.scalars.write_products import PRODUCTS, SIZES, SUMMED, Readout, measure
 from circuit.schemas import RowKey, ScalarPairRow, read_typed_rows
+from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import Pair
-from circuit.tasks.positions import Batch, role_mask
+from circuit.tasks.symbolic_kv.stream import program_of
 from circuit.train_config import TrainConfig
 
 RUN = Path("runs/tiny")
@@ -122,18 +123,22 @@ def reader(row: ScalarPairRow, end: str, scalar: str) -> Callable[[Tensor], Tens
 
 
 def naive(
-    model: HookedTransformer, batch: Batch, index: int, role: str, read: Callable[[Tensor], Tensor]
+    model: HookedTransformer,
+    batch: Examples,
+    index: int,
+    role: str,
+    read: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """One pair: its five vectors `[position of the role, d_model]`, and the effect of ablation."""
-    tokens = batch.tokens[batch.reads.row[index]][None]
-    at = int(batch.reads.key_pos[index])
+    tokens = batch.tokens[batch.row[index]][None]
+    at = int(batch.at[index])
     with torch.no_grad():
         logits, clean = model.run_with_cache(tokens)
         with ablate(model, "L0H1"):
             logits_without, without = model.run_with_cache(tokens)
     gradients = [stage_gradient(model, tokens, h, without[h], read, at) for h in (INTO, OUT)]
     into, total = ((clean[h].double() - without[h].double())[0] for h in (INTO, OUT))
-    mine = role_mask(batch, role)[index][: tokens.shape[1]]
+    mine = batch.role(role)[index][: tokens.shape[1]]
     return {
         "delta_in": into[mine],
         "delta_mlp": (total - into)[mine],
@@ -266,14 +271,14 @@ SAME = ("source_step", "endpoint_role", "position_role", "scalar", "pair_type")
 
 
 def query_key(pair: Pair, study: Inputs) -> str:
-    read = pair.clean.program(study.vocabulary).reads[pair.read_index]
+    read = program_of(pair.clean, study.vocabulary).reads[pair.read_index]
     return study.vocabulary.tokens[read.key]
 
 
 def test_a_source_that_writes_nothing_is_read_as_nothing(study: Inputs, desk: Path) -> None:
     batch = study.side(study.pairs(PairOptions()), "clean")
     (point,) = study.models([RUN / "checkpoints" / "step_000012.pt"])
-    readout = Readout(FIXED_SOURCE, tuple((batch.reads.answer - 1).tolist()))
+    readout = Readout(FIXED_SOURCE, tuple((batch.answer - 1).tolist()))
     path = WritePath.parse("L0H1", "L1MLP")
     roles = ("prediction", "support_write")
     before = measure(point.model, batch, path, roles, [readout], 3)
@@ -286,7 +291,7 @@ def test_a_source_that_writes_nothing_is_read_as_nothing(study: Inputs, desk: Pa
             assert not any(columns[name]), name
         for name in SIZES:
             if name.startswith(("cosine", "overlap")):
-                assert columns[name] == [None] * len(batch.reads), name
+                assert columns[name] == [None] * len(batch), name
         # behind the last layer nothing but the prediction is read
         assert all(columns["norm_g_out"]) == (role == "prediction")
     assert found.gap == found.largest == 0

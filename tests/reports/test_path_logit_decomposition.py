@@ -40,9 +40,9 @@ def test_shares_are_those_of_transformer_lens(rows: pd.DataFrame, trained: Path)
     report.prepare()
     batch, model = report.batch, run.model(STEP)
     logits = model(batch.tokens)
-    reads = batch.reads
-    at = logits[reads.row, reads.key_pos]
-    rival = read_answers(at, reads.answer, report.inputs.vocabulary.value_ids).competitor
+    rival = read_answers(
+        logits[batch.row, batch.at], batch.answer, report.inputs.vocabulary.value_ids
+    ).competitor
     folded = run.model(STEP, untied=True)  # TransformerLens's attribution wants ln_final.w in W_U
     folded.unembed.W_U.data.mul_(folded.ln_final.w[:, None])
     folded.set_use_attn_result(True)
@@ -59,9 +59,9 @@ def test_shares_are_those_of_transformer_lens(rows: pd.DataFrame, trained: Path)
                     :, row, place
                 ]
                 for row, place, answer, other in zip(
-                    reads.row.tolist(),
-                    reads.key_pos.tolist(),
-                    reads.answer.tolist(),
+                    batch.row.tolist(),
+                    batch.at.tolist(),
+                    batch.answer.tolist(),
                     rival.tolist(),
                     strict=True,
                 )
@@ -87,8 +87,6 @@ def test_against_the_mean_the_answer_is_held_against_all_values(trained: Path) -
     report.check()
     report.prepare()
     batch, values = report.batch, report.inputs.vocabulary.value_ids
-    at = open_run(trained).model(STEP)(batch.tokens)[batch.reads.row, batch.reads.key_pos].double()
-    own = at.detach().gather(1, batch.reads.answer[:, None])[:, 0] - at.detach()[
-        :, list(values)
-    ].mean(1)
+    at = open_run(trained).model(STEP)(batch.tokens)[batch.row, batch.at].double()
+    own = at.detach().gather(1, batch.answer[:, None])[:, 0] - at.detach()[:, list(values)].mean(1)
     assert mean == pytest.approx(own.mean().item(), abs=1e-5)

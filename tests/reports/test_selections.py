@@ -167,9 +167,9 @@ def test_scan_equals_one_path_at_a_time(
     assert list(found) == [str(path) for path in paths]
     assert len(paths) == 2 * 1 + 2 * 2  # two heads a layer, two layers
     reads = WriteReads.of(batch, role)
-    logits = point.model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
-    own = read_answers(logits.detach(), batch.reads.answer, values).competitor
-    scalar = partial(_margin, answer=batch.reads.answer, own=own, values=values)
+    logits = point.model(batch.tokens)[batch.row, batch.at]
+    own = read_answers(logits.detach(), batch.answer, values).competitor
+    scalar = partial(_margin, answer=batch.answer, own=own, values=values)
     for path in paths:
         gradient = readout_gradient(point.model, reads, path, path.output_stage, scalar)
         write = FunctionalWrite(path, reads, gradient, layers=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from circuit.reports.value_code_subspace import (
 )
 from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
-from circuit.tasks.groups import GROUPS, group_tokens, nonempty_mask
-from circuit.tasks.positions import ROLES, Batch, EncodedSplit, role_mask
-from circuit.tasks.probes import load_probe_set
-from circuit.tasks.symbolic_kv import Vocabulary
+from circuit.tasks.base import Vocabulary
+from circuit.tasks.examples import Examples
+from circuit.tasks.groups import group_tokens, groups_of, nonempty_mask
+from circuit.tasks.probes import read_probe_set
 
 RUN = Path("runs/tiny")
 ASKED: dict[str, Any] = {
@@ -138,26 +139,25 @@ def test_a_code_is_read_and_noise_is_not() -> None:
         assert low <= float((found == groups).double().mean()) <= high
 
 
-def test_means_of_roles_equal_a_loop(probes: tuple[Batch, Vocabulary]) -> None:
+def test_means_of_roles_equal_a_loop(probes: tuple[Examples, Vocabulary]) -> None:
     batch, _ = probes
     draw = torch.Generator().manual_seed(3)
     activations = torch.randn(*batch.tokens.shape, 5, generator=draw)
-    for role in ROLES:
-        mask = role_mask(batch, role)
-        found = mean_at(activations, batch.reads.row, mask)
-        for i in range(len(batch.reads)):
-            row = activations[batch.reads.row[i]].double()
+    for role in batch.task.roles:
+        mask = batch.role(role)
+        found = mean_at(activations, batch.row, mask)
+        for i in range(len(batch)):
+            row = activations[batch.row[i]].double()
             assert torch.allclose(found[i], row[mask[i]].mean(0), atol=1e-12)
 
 
-def test_groups_are_the_tokens_at_their_positions(probes: tuple[Batch, Vocabulary]) -> None:
+def test_groups_are_the_tokens_at_their_positions(probes: tuple[Examples, Vocabulary]) -> None:
     batch, _ = probes
-    reads = batch.reads
-    at = {"answer_value": reads.answer_pos, "query_key": reads.key_pos}
-    at |= {"support_value": reads.support_value_pos, "support_key": reads.support_key_pos}
-    for name in GROUPS:
-        positions = at.get(name, reads.support_op_pos)
-        want = [int(batch.tokens[r, p]) for r, p in zip(reads.row, positions, strict=True)]
+    at = {name: batch.position(name) for name in batch.task.single_roles()}
+    at |= {"answer_value": batch.at + 1, "position_token": batch.facts["support_op_pos"]}
+    assert groups_of(batch.task) == tuple(dict.fromkeys(["answer_value", *at]))
+    for name, positions in at.items():
+        want = [int(batch.tokens[r, p]) for r, p in zip(batch.row, positions, strict=True)]
         assert group_tokens(batch, name, "support_op").tolist() == want
     assert torch.equal(
         group_tokens(batch, "support_value", "prediction"),
@@ -169,11 +169,9 @@ def test_groups_are_the_tokens_at_their_positions(probes: tuple[Batch, Vocabular
         group_tokens(batch, "position_token", "nowhere")
 
 
-def test_a_read_without_the_role_is_named(probes: tuple[Batch, Vocabulary]) -> None:
+def test_a_read_without_the_role_is_named(probes: tuple[Examples, Vocabulary]) -> None:
     batch, _ = probes
-    nobody = batch.writes.index.new_zeros(0)
-    empty = type(batch.writes)(*[nobody] * 7)
-    bare = Batch(batch.tokens, batch.lengths, batch.reads, empty, batch.sample_ids)
+    bare = replace(batch, kinds=torch.full_like(batch.kinds, -1))
     with pytest.raises(CircuitError, match=f"first in {batch.sample_ids[0]}: .* no position of ro"):
         nonempty_mask(bare, "key_distractors")
 
@@ -186,11 +184,11 @@ def test_readable_means_from_there_on() -> None:
 
 
 @pytest.fixture
-def probes(trained: Path) -> tuple[Batch, Vocabulary]:
+def probes(trained: Path) -> tuple[Examples, Vocabulary]:
     """All probe records of the tiny run."""
     benchmark = open_run(trained).benchmark
-    records = load_probe_set(trained / "analysis" / "probe_set.jsonl")
-    split = EncodedSplit(records, benchmark.vocabulary, benchmark.heldout_pairs)
+    records = read_probe_set(trained / "analysis" / "probe_set.jsonl", benchmark).records
+    split = benchmark.task.split(records)
     return split.batch(), benchmark.vocabulary
 
 
@@ -199,7 +197,7 @@ def top_right(rows: Tensor, rank: int) -> Tensor:
 
 
 def test_every_number_equals_a_loop_over_reads(
-    trained: Path, probes: tuple[Batch, Vocabulary]
+    trained: Path, probes: tuple[Examples, Vocabulary]
 ) -> None:
     result = report("out")
     rows = read_jsonl(result.rows[0])
@@ -213,9 +211,9 @@ def test_every_number_equals_a_loop_over_reads(
         == (12, "layer_0_post_mlp", "value_distractors", "answer_value")
     ]
     batch, vocabulary = probes
-    reads, model = batch.reads, open_run(trained).model(12).requires_grad_(False)
+    reads, model = batch, open_run(trained).model(12).requires_grad_(False)
     logits, cache = model.run_with_cache(batch.tokens)
-    mask = role_mask(batch, "value_distractors")
+    mask = batch.role("value_distractors")
     states = cache[stage_hook("layer_0_post_mlp", 2)].double()
     vectors = torch.stack([states[reads.row[i]][mask[i]].mean(0) for i in range(len(reads))])
     tokens = reads.answer.tolist()
@@ -229,7 +227,7 @@ def test_every_number_equals_a_loop_over_reads(
         cosine = torch.cosine_similarity(vector, vectors.mean(0), dim=0)
         want.setdefault("mean_cosine", []).append(abs(float(cosine)))
         seen = model.unembed(model.ln_final(vector.float()[None, None]))[0, 0]
-        final = logits[reads.row[i], reads.key_pos[i]]
+        final = logits[reads.row[i], reads.at[i]]
         for name, scores in (("lens", seen), ("final", final)):
             others = [float(scores[v]) for v in vocabulary.value_ids if v != answer]
             margin = float(scores[answer]) - max(others)
@@ -238,7 +236,7 @@ def test_every_number_equals_a_loop_over_reads(
         want.setdefault("final_answer_accuracy", []).append(int(final.argmax()) == answer)
     for column, values in want.items():
         assert row[column] == pytest.approx(sum(values) / len(values), abs=1e-5), column
-    keys = reads.key.tolist()
+    keys = reads.facts["key"].tolist()
     means = {k: vectors[[x == k for x in keys]].mean(0) for k in set(keys)}
     without = torch.stack([v - means[k] for v, k in zip(vectors, keys, strict=True)])
     for column, points, units in (
@@ -283,6 +281,6 @@ def test_groupings_that_are_alike_are_drawn_once() -> None:
 @pytest.mark.usefixtures("trained")
 def test_bases_and_groups_that_there_are_not_are_refused() -> None:
     with pytest.raises(CircuitError, match="role 'value_distractors' has several positions"):
-        SubspaceOptions(**ASKED | {"group_by": ("position_token",)})
+        report("out", group_by=("position_token",))
     with pytest.raises(CircuitError, match=r"rank 4 of the identity basis by query_key \(4 tokens"):
         report("out", pca_rank=4)

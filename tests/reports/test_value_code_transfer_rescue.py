@@ -32,8 +32,8 @@ from circuit.reports.report import ReportResult, run_report
 from circuit.reports.value_code_transfer_rescue import RescueOptions, ValueCodeTransferRescue
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
+from circuit.tasks.examples import Examples
 from circuit.tasks.groups import is_for_fitting
-from circuit.tasks.positions import Batch, EncodedSplit
 
 RUN = Path("runs/tiny")
 ASKED: dict[str, Any] = {
@@ -58,27 +58,24 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 @pytest.fixture
-def batch(tiny: Benchmark) -> Batch:
+def batch(tiny: Benchmark) -> Examples:
     records = tiny.splits["validation_iid"]
-    return EncodedSplit(records, tiny.vocabulary, tiny.heldout_pairs).batch()
+    return tiny.task.split(records).batch()
 
 
-def test_the_split_is_the_hash_of_the_definitions(batch: Batch) -> None:
-    reads = batch.reads
+def test_the_split_is_the_hash_of_the_definitions(batch: Examples) -> None:
     for fraction in (0.25, 0.75):
         want = []
-        for row, index in zip(reads.row.tolist(), reads.index.tolist(), strict=True):
+        for row, index in zip(batch.row.tolist(), batch.index.tolist(), strict=True):
             digest = hashlib.sha256(f"{batch.sample_ids[row]}:{index}".encode()).hexdigest()
             want.append(int(digest[:16], 16) / 2**64 < fraction)
         assert is_for_fitting(batch, fraction).tolist() == want
         assert 0 < sum(want) < len(want)
 
 
-def test_the_split_of_a_read_depends_on_nothing_else(batch: Batch) -> None:
-    some = torch.arange(0, len(batch.reads), 3)
-    assert torch.equal(
-        is_for_fitting(batch.with_reads(some), 0.5), is_for_fitting(batch, 0.5)[some]
-    )
+def test_the_split_of_a_read_depends_on_nothing_else(batch: Examples) -> None:
+    some = torch.arange(0, len(batch), 3)
+    assert torch.equal(is_for_fitting(batch.select(some), 0.5), is_for_fitting(batch, 0.5)[some])
     wider = is_for_fitting(batch, 0.8)
     assert bool((wider | ~is_for_fitting(batch, 0.5)).all())
 
@@ -257,16 +254,15 @@ def model(trained: Path) -> HookedTransformer:
 
 @pytest.mark.parametrize("stage", stage_names(2))
 def test_each_row_is_one_read_with_its_own_code(
-    model: HookedTransformer, batch: Batch, stage: str
+    model: HookedTransformer, batch: Examples, stage: str
 ) -> None:
-    batch = batch.with_reads(torch.arange(5))
-    at = batch.reads
-    position = at.support_value_pos
-    logits, states = read_stages(model, batch.tokens, stage)
+    at = batch.select(torch.arange(5))
+    position = at.position("support_value")
+    logits, states = read_stages(model, at.tokens, stage)
     basis, code = random_basis(16, 3, 0), random(1, 5, 3)
-    where = (model, stage, states[stage][at.row], position, at.key_pos, basis)
+    where = (model, stage, states[stage][at.row], position, at.at, basis)
     own = states[stage][at.row, position].double() @ basis
-    clean = logits[at.row, at.key_pos]
+    clean = logits[at.row, at.at]
     for written, want in ((None, clean), (own, clean)):  # the true code undoes its removal
         assert torch.allclose(logits_with_code(*where, written), want, atol=1e-5)
     found = logits_with_code(*where, code)
@@ -274,7 +270,7 @@ def test_each_row_is_one_read_with_its_own_code(
         place = (at.row[i : i + 1], position[i : i + 1])
         change = (code[i : i + 1] @ basis.T).float()
         with patch(model, stage, place, lambda x, c=change: remove(x, basis.float()) + c):
-            naive = model(batch.tokens)[at.row[i], at.key_pos[i]]
+            naive = model(at.tokens)[at.row[i], at.at[i]]
         assert torch.allclose(found[i], naive, atol=1e-5)
     moved = not torch.allclose(found, clean, atol=1e-3)
     read_later = stage not in ("layer_1_post_attn", "layer_1_post_mlp", "final_norm")

@@ -114,7 +114,7 @@ def test_the_parts_of_a_write_add_up(traced: Path, vector: str) -> None:
 
 
 def test_the_reference_vector_is_taken_at_its_end_of_the_mlp(inputs: Inputs) -> None:
-    answer = inputs.side(inputs.pairs(family()), "clean").reads.answer
+    answer = inputs.side(inputs.pairs(family()), "clean").answer
     model = inputs.point(6).model
 
     def scalar(logits: torch.Tensor) -> torch.Tensor:
@@ -140,8 +140,8 @@ def test_the_competitors_are_those_of_the_interval_that_the_endpoint_names(input
 
     def competitors_at(step: int) -> torch.Tensor:
         with torch.no_grad():
-            logits = inputs.point(step).model(batch.tokens)[batch.reads.row, batch.reads.key_pos]
-        return read_answers(logits, batch.reads.answer, values).competitor
+            logits = inputs.point(step).model(batch.tokens)[batch.row, batch.at]
+        return read_answers(logits, batch.answer, values).competitor
 
     at = {step: competitors_at(step) for step in (3, 6, 9)}
     assert all((at[step] != at[6]).any() for step in (3, 9))
@@ -151,7 +151,7 @@ def test_the_competitors_are_those_of_the_interval_that_the_endpoint_names(input
         assert write.name == f"functional_write.L0H1_to_L0MLP.{name}.{end}"
 
         def scalar(logits: torch.Tensor, end: str = end, name: str = name) -> torch.Tensor:
-            return answer_scalars(logits, batch.reads.answer, expected[end], values)[name]
+            return answer_scalars(logits, batch.answer, expected[end], values)[name]
 
         stage = write.path.output_stage
         reference = readout_gradient(model, write.reads, write.path, stage, scalar)

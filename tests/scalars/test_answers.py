@@ -28,7 +28,7 @@ from circuit.scalars.answers import (
 )
 from circuit.scalars.base import evaluate_scalar
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import Batch, make_batch
+from circuit.tasks.examples import Examples
 from circuit.train_config import TrainConfig
 
 VALUES = range(4, 12)
@@ -111,8 +111,8 @@ def test_the_best_wrong_values_are_sorted_and_hold_no_answer(seed: int, count: i
 
 
 @pytest.fixture(scope="module")
-def batch(tiny: Benchmark) -> Batch:
-    return make_batch(tiny.records("validation_iid")[:6], tiny.vocabulary, tiny.heldout_pairs)
+def batch(tiny: Benchmark) -> Examples:
+    return tiny.task.examples(tiny.records("validation_iid")[:6])
 
 
 @pytest.fixture(scope="module")
@@ -123,40 +123,40 @@ def model(tiny: Benchmark, make_config: Callable[..., TrainConfig]) -> HookedTra
     ).requires_grad_(False)
 
 
-def logits_at_reads(model: HookedTransformer, batch: Batch) -> Tensor:
+def logits_at_reads(model: HookedTransformer, batch: Examples) -> Tensor:
     return torch.stack(
         [
             model(batch.tokens[row : row + 1])[0, pos]
-            for row, pos in zip(batch.reads.row, batch.reads.key_pos, strict=True)
+            for row, pos in zip(batch.row, batch.at, strict=True)
         ]
     )
 
 
 @pytest.mark.parametrize("name", [name for name in ANSWER_SCALARS if name != MOVING])
 def test_a_scalar_for_attribution_reads_the_logits_at_the_predictions(
-    name: str, model: HookedTransformer, batch: Batch, tiny: Benchmark
+    name: str, model: HookedTransformer, batch: Examples, tiny: Benchmark
 ) -> None:
     values = tiny.vocabulary.value_ids
-    frozen = torch.where(batch.reads.answer == values[3], values[4], values[3])
+    frozen = torch.where(batch.answer == values[3], values[4], values[3])
     logits = logits_at_reads(model, batch)
-    expected = fixed_scalars(logits, batch.reads.answer, Competitors(frozen, frozen))[name]
+    expected = fixed_scalars(logits, batch.answer, Competitors(frozen, frozen))[name]
     scalar = AnswerScalar(name, batch, frozen, values=values)
     assert torch.allclose(evaluate_scalar(scalar, model), expected, atol=1e-10)
     assert scalar.bind(model).constant
 
 
 def test_source_competitors_are_taken_from_the_model_that_binds(
-    model: HookedTransformer, batch: Batch, tiny: Benchmark
+    model: HookedTransformer, batch: Examples, tiny: Benchmark
 ) -> None:
     values = tiny.vocabulary.value_ids
-    seen = read_answers(logits_at_reads(model, batch), batch.reads.answer, values)
+    seen = read_answers(logits_at_reads(model, batch), batch.answer, values)
     scalar = AnswerScalar(FIXED_SOURCE, batch, values=values)
     assert torch.allclose(evaluate_scalar(scalar, model), seen.margin, atol=1e-10)
     assert torch.equal(scalar.bind(model).competitors, seen.competitor)
     assert not scalar.bind(model).constant
 
 
-def test_what_cannot_be_followed_is_refused(batch: Batch, tiny: Benchmark) -> None:
+def test_what_cannot_be_followed_is_refused(batch: Examples, tiny: Benchmark) -> None:
     values = tiny.vocabulary.value_ids
     for name, message in (
         (MOVING, "kink"),
@@ -166,4 +166,4 @@ def test_what_cannot_be_followed_is_refused(batch: Batch, tiny: Benchmark) -> No
         with pytest.raises(CircuitError, match=message):
             AnswerScalar(name, batch, values=values)
     with pytest.raises(CircuitError, match="expected one a read"):
-        AnswerScalar(FIXED_SOURCE, batch, batch.reads.answer[:2], values=values)
+        AnswerScalar(FIXED_SOURCE, batch, batch.answer[:2], values=values)

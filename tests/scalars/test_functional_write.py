@@ -28,7 +28,7 @@ from circuit.scalars.functional_write import (
     readout_gradient,
 )
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import Batch, make_batch, role_mask
+from circuit.tasks.examples import Examples
 from circuit.trace.step import Tracer
 from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
@@ -70,10 +70,10 @@ def changeable(model: HookedTransformer) -> Iterator[HookedTransformer]:
 
 
 @pytest.fixture(scope="module")
-def batch(tiny: Benchmark) -> Batch:
+def batch(tiny: Benchmark) -> Examples:
     """Several reads of one record among them."""
-    found = make_batch(tiny.records("validation_iid")[:6], tiny.vocabulary, tiny.heldout_pairs)
-    assert len(found.reads) > len(found.tokens)
+    found = tiny.task.examples(tiny.records("validation_iid")[:6])
+    assert len(found) > len(found.tokens)
     return found
 
 
@@ -83,10 +83,10 @@ def logit(logits: Tensor, *, answer: Tensor) -> Tensor:
 
 
 def reference_of(
-    model: HookedTransformer, batch: Batch, path: WritePath, stage: str, role: str
+    model: HookedTransformer, batch: Examples, path: WritePath, stage: str, role: str
 ) -> Tensor:
     reads = WriteReads.of(batch, role)
-    return readout_gradient(model, reads, path, stage, partial(logit, answer=batch.reads.answer))
+    return readout_gradient(model, reads, path, stage, partial(logit, answer=batch.answer))
 
 
 def stages(model: HookedTransformer, tokens: Tensor, path: WritePath) -> tuple[Tensor, Tensor]:
@@ -97,15 +97,15 @@ def stages(model: HookedTransformer, tokens: Tensor, path: WritePath) -> tuple[T
 @pytest.mark.parametrize("addresses", PATHS, ids="-".join)
 @pytest.mark.parametrize("role", ["prediction", "support_write", "value_distractors"])
 def test_the_write_is_the_loops(
-    model: HookedTransformer, batch: Batch, addresses: tuple[str, str], role: str
+    model: HookedTransformer, batch: Examples, addresses: tuple[str, str], role: str
 ) -> None:
     """One pair at a time, one position at a time, from plain runs of the model."""
     path = WritePath.parse(*addresses, model)
-    reads, mask = WriteReads.of(batch, role), role_mask(batch, role)
+    reads, mask = WriteReads.of(batch, role), batch.role(role)
     reference = reference_of(model, batch, path, path.output_stage, role)
     expected: dict[Target, list[float]] = {target: [] for target in TARGETS}
-    for pair in range(len(batch.reads)):
-        tokens = batch.tokens[batch.reads.row[pair]][None]
+    for pair in range(len(batch)):
+        tokens = batch.tokens[batch.row[pair]][None]
         into, out = stages(model, tokens, path)
         with ablate(model, addresses[0]):
             into_without, out_without = stages(model, tokens, path)
@@ -129,7 +129,7 @@ def test_the_write_is_the_loops(
 
 
 @torch.no_grad()
-def test_the_total_is_the_input_and_the_mlps_own(model: HookedTransformer, batch: Batch) -> None:
+def test_the_total_is_the_input_and_the_mlps_own(model: HookedTransformer, batch: Examples) -> None:
     path = WritePath.parse("L0H1", "L1MLP", model)
     reads = WriteReads.of(batch, "causal_prefix")
     scalar = FunctionalWrite(path, reads, torch.ones(1), layers=2)
@@ -149,7 +149,7 @@ def test_the_total_is_the_input_and_the_mlps_own(model: HookedTransformer, batch
 @pytest.mark.parametrize("end", ["input_stage", "output_stage"])
 @pytest.mark.parametrize("addresses", PATHS[:2], ids="-".join)
 def test_the_readout_gradient_is_the_difference_quotient(
-    model: HookedTransformer, batch: Batch, addresses: tuple[str, str], end: str
+    model: HookedTransformer, batch: Examples, addresses: tuple[str, str], end: str
 ) -> None:
     """Of the network that runs on from the stage, held at its value with the source ablated."""
     path = WritePath.parse(*addresses, model)
@@ -159,12 +159,12 @@ def test_the_readout_gradient_is_the_difference_quotient(
     generator = torch.Generator().manual_seed(0)
     with ablate(model, addresses[0]), torch.no_grad():
         held = stages(model, batch.tokens, path)[end == "output_stage"]
-    for pair in range(0, len(batch.reads), 2):
-        alone = held[batch.reads.row[pair]][None]
+    for pair in range(0, len(batch), 2):
+        alone = held[batch.row[pair]][None]
 
         def value(residual: Tensor, pair: int = pair) -> float:
-            logits = run_from(model, stage, residual)[:, batch.reads.key_pos[pair]]
-            return float(logit(logits, answer=batch.reads.answer[pair : pair + 1]))
+            logits = run_from(model, stage, residual)[:, batch.at[pair]]
+            return float(logit(logits, answer=batch.answer[pair : pair + 1]))
 
         for slot, position in enumerate(reads.positions[pair].tolist()):
             way = torch.randn(16, generator=generator, dtype=torch.float64)
@@ -175,16 +175,16 @@ def test_the_readout_gradient_is_the_difference_quotient(
             assert float(found[pair, slot] @ way) == pytest.approx(slope, rel=1e-5, abs=1e-9)
 
 
-def test_reads_of_one_record_do_not_mix(model: HookedTransformer, batch: Batch) -> None:
+def test_reads_of_one_record_do_not_mix(model: HookedTransformer, batch: Examples) -> None:
     path = WritePath.parse("L0H0", "L0MLP", model)
     together = reference_of(model, batch, path, path.output_stage, "prediction")
-    for pair in range(len(batch.reads)):
-        one = batch.with_reads(torch.tensor([pair]))
+    for pair in range(len(batch)):
+        one = batch.select(torch.tensor([pair]))
         alone = reference_of(model, one, path, path.output_stage, "prediction")
         torch.testing.assert_close(alone[0], together[pair])
 
 
-def test_slots_that_are_not_real_count_nothing(model: HookedTransformer, batch: Batch) -> None:
+def test_slots_that_are_not_real_count_nothing(model: HookedTransformer, batch: Examples) -> None:
     reads = WriteReads.of(batch, "value_distractors")
     counts = reads.real.sum(1)
     assert counts.min() < counts.max()
@@ -216,7 +216,7 @@ def silence(model: HookedTransformer, address: str, tensor: str) -> None:
     ("addresses", "tensor"), [(PATHS[0], "W_O"), (PATHS[1], "W_V"), (PATHS[3], "W_out")], ids=str
 )
 def test_a_source_that_writes_nothing_has_no_write(
-    changeable: HookedTransformer, batch: Batch, addresses: tuple[str, str], tensor: str
+    changeable: HookedTransformer, batch: Examples, addresses: tuple[str, str], tensor: str
 ) -> None:
     silence(changeable, addresses[0], tensor)
     path = WritePath.parse(*addresses, changeable)
@@ -229,7 +229,7 @@ def test_a_source_that_writes_nothing_has_no_write(
 
 
 def test_the_attribution_of_a_write_that_stays_zero_is_zero(
-    config: TrainConfig, tiny: Benchmark, batch: Batch
+    config: TrainConfig, tiny: Benchmark, batch: Examples
 ) -> None:
     """Both matrices of the OV circuit at zero: the training step cannot leave that point."""
     session = TrainingSession(Setup(config, benchmark=tiny))
@@ -256,7 +256,7 @@ def test_the_attribution_of_a_write_that_stays_zero_is_zero(
 
 
 def test_a_frozen_reference_telescopes_and_closes(
-    config: TrainConfig, tiny: Benchmark, batch: Batch
+    config: TrainConfig, tiny: Benchmark, batch: Examples
 ) -> None:
     model = scaled(config, tiny, torch.float64)
     path = WritePath.parse("L0H1", "L1MLP", model)
@@ -273,7 +273,7 @@ def test_a_frozen_reference_telescopes_and_closes(
     assert off < 1e-2 * first
 
 
-def test_the_stage_is_held_at_all_positions(model: HookedTransformer, batch: Batch) -> None:
+def test_the_stage_is_held_at_all_positions(model: HookedTransformer, batch: Examples) -> None:
     """The gradient at the output stage does not know what the source would have written."""
     path = WritePath.parse("L1H0", "L1MLP", model)
     seen: list[Tensor] = []
@@ -285,7 +285,7 @@ def test_the_stage_is_held_at_all_positions(model: HookedTransformer, batch: Bat
         reference_of(model, batch, path, path.output_stage, "prediction")
         held = seen[-1]
         with ablate(model, "L1H0"), torch.no_grad():
-            model(batch.tokens[batch.reads.row])
+            model(batch.tokens[batch.row])
     torch.testing.assert_close(held, seen[-1])
 
 
@@ -308,7 +308,7 @@ def test_a_path_that_is_none_is_refused(
         WritePath.parse(source, mlp, model)
 
 
-def test_an_unknown_target_or_role_is_refused(model: HookedTransformer, batch: Batch) -> None:
+def test_an_unknown_target_or_role_is_refused(model: HookedTransformer, batch: Examples) -> None:
     path = WritePath.parse("L0H0", "L0MLP", model)
     reads = WriteReads.of(batch, "prediction")
     with pytest.raises(CircuitError, match="unknown target vector 'delta'; expected post_mlp"):

@@ -22,8 +22,8 @@ from circuit.scalars.head_progress import (
     head_progress,
 )
 from circuit.tasks.benchmark import Benchmark
+from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import build_pairs, pair_batch
-from circuit.tasks.positions import Batch, make_batch, role_mask
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
 ROLES = [
@@ -50,28 +50,24 @@ def model(make_config: Callable[..., object], tiny: Benchmark) -> HookedTransfor
 
 
 @pytest.fixture(scope="module")
-def batch(tiny: Benchmark) -> Batch:
+def batch(tiny: Benchmark) -> Examples:
     pairs = build_pairs(
-        tiny.splits["validation_iid"],
-        tiny.vocabulary,
-        tiny.heldout_pairs,
-        types=["support_value"],
-        max_per_type=7,
+        tiny.task, tiny.splits["validation_iid"], types=["support_value"], max_per_type=7
     )
-    return pair_batch(pairs.pairs, "clean", tiny.vocabulary, tiny.heldout_pairs)
+    return pair_batch(tiny.task, pairs.pairs, "clean")
 
 
 def one_read(
     model: HookedTransformer,
-    batch: Batch,
+    batch: Examples,
     read: int,
     head: Component,
     roles: tuple[str, str, str],
     cache: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The matches of a read, and its value vector at the support (mean over positions)."""
-    query, support, distractors = (role_mask(batch, role)[read].nonzero()[:, 0] for role in roles)
-    row, attention = int(batch.reads.row[read]), model.blocks[head.layer].attn
+    query, support, distractors = (batch.role(role)[read].nonzero()[:, 0] for role in roles)
+    row, attention = int(batch.row[read]), model.blocks[head.layer].attn
     stage = f"blocks.{head.layer}.hook_resid_pre"
     x = model.blocks[head.layer].ln1(cache[stage][row : row + 1])[0]
     q = x @ attention.W_Q[head.head] + attention.b_Q[head.head]
@@ -81,7 +77,7 @@ def one_read(
     def score(one: Tensor, other: Tensor) -> Tensor:
         return q[one] @ k[other] / 8**0.5
 
-    at = int(batch.reads.key_pos[read])
+    at = int(batch.at[read])
     weights = torch.stack([score(torch.tensor(at), p) for p in torch.arange(at + 1)]).softmax(0)
     place = query[0]
     found = {
@@ -99,7 +95,7 @@ def margin_of(logits: Tensor, answer: int, values: range) -> Tensor:
 
 @pytest.mark.parametrize("roles", ROLES)
 def test_every_column_is_what_a_loop_over_reads_and_heads_computes(
-    model: HookedTransformer, batch: Batch, tiny: Benchmark, roles: tuple[str, str, str]
+    model: HookedTransformer, batch: Examples, tiny: Benchmark, roles: tuple[str, str, str]
 ) -> None:
     values = tiny.vocabulary.value_ids
     query_role, support_role, distractor_role = roles
@@ -110,14 +106,14 @@ def test_every_column_is_what_a_loop_over_reads_and_heads_computes(
     assert tuple(found.columns) == COLUMNS
     with torch.no_grad():
         logits, cache = model.run_with_cache(batch.tokens, return_cache_object=False)
-    at = (batch.reads.row, batch.reads.key_pos)
+    at = (batch.row, batch.at)
     torch.testing.assert_close(found.logits, logits[at], rtol=0, atol=1e-12)
     last = cache[last_residual_hook(2)][at]
     for number, head in enumerate(all_heads(model)):
         W_O = model.blocks[head.layer].attn.W_O[head.head]
-        own = [one_read(model, batch, read, head, roles, cache) for read in range(len(batch.reads))]
+        own = [one_read(model, batch, read, head, roles, cache) for read in range(len(batch))]
         for read, (match, v) in enumerate(own):
-            answer, previous = int(batch.reads.answer[read]), own[read - 1][1]
+            answer, previous = int(batch.answer[read]), own[read - 1][1]
             exchanged = match["v"].clone()
             exchanged[match["support"]] = previous
             weights = match["weights"]
@@ -148,16 +144,16 @@ def test_every_column_is_what_a_loop_over_reads_and_heads_computes(
 
 
 def test_exchanged_values_are_what_an_intervention_on_the_value_vectors_gives(
-    model: HookedTransformer, batch: Batch, tiny: Benchmark
+    model: HookedTransformer, batch: Examples, tiny: Benchmark
 ) -> None:
     head, reads, values = Component(1, 1), ScoredReads.of(batch), tiny.vocabulary.value_ids
     found = head_progress(model, reads, [head], values)
     with torch.no_grad():
         _, cache = model.run_with_cache(batch.tokens, return_cache_object=False)
-    v = cache["blocks.1.attn.hook_v"][batch.reads.row, batch.reads.support_value_pos, 1]
-    for read in range(len(batch.reads)):
-        row, at = int(batch.reads.row[read]), int(batch.reads.key_pos[read])
-        place = int(batch.reads.support_value_pos[read])
+    v = cache["blocks.1.attn.hook_v"][batch.row, batch.facts["support_value_pos"], 1]
+    for read in range(len(batch)):
+        row, at = int(batch.row[read]), int(batch.at[read])
+        place = int(batch.facts["support_value_pos"][read])
 
         def exchange(
             value: Tensor, hook: HookPoint, row: int = row, place: int = place, read: int = read
@@ -169,13 +165,13 @@ def test_exchanged_values_are_what_an_intervention_on_the_value_vectors_gives(
         with model.hooks(fwd_hooks=[("blocks.1.attn.hook_v", exchange)]), torch.no_grad():
             _, after = model.run_with_cache(batch.tokens, return_cache_object=False)
         written = after["blocks.1.attn.hook_z"][row, at, 1] @ model.W_O[1, 1]
-        own = read_answers(written @ model.W_U, batch.reads.answer[read], values)
+        own = read_answers(written @ model.W_U, batch.answer[read], values)
         column = found.columns["swapped_value.head_answer_logit_dla"]
         torch.testing.assert_close(column[read, 0], own.correct)
 
 
 def test_weight_one_on_the_support_leaves_the_ov_map_alone(
-    model: HookedTransformer, batch: Batch, tiny: Benchmark
+    model: HookedTransformer, batch: Examples, tiny: Benchmark
 ) -> None:
     found = head_progress(
         model, ScoredReads.of(batch), all_heads(model), tiny.vocabulary.value_ids
@@ -188,7 +184,7 @@ def test_weight_one_on_the_support_leaves_the_ov_map_alone(
 
 
 def test_some_heads_in_any_order_are_columns_of_all(
-    model: HookedTransformer, batch: Batch, tiny: Benchmark
+    model: HookedTransformer, batch: Examples, tiny: Benchmark
 ) -> None:
     reads, values = ScoredReads.of(batch), tiny.vocabulary.value_ids
     everyone = head_progress(model, reads, all_heads(model), values)
@@ -208,19 +204,19 @@ def test_some_heads_in_any_order_are_columns_of_all(
     ],
 )
 def test_roles_that_give_no_score_are_refused(
-    batch: Batch, roles: dict[str, str], message: str
+    batch: Examples, roles: dict[str, str], message: str
 ) -> None:
     with pytest.raises(CircuitError, match=message):
         ScoredReads.of(batch, **roles)
 
 
 def test_a_read_without_a_distractor_and_a_single_read_are_refused(
-    tiny: Benchmark, batch: Batch
+    tiny: Benchmark, batch: Examples
 ) -> None:
     records = tiny.splits["validation_iid"][:2]
-    whole = make_batch(records, tiny.vocabulary, tiny.heldout_pairs)
+    whole = tiny.task.examples(records)
     with pytest.raises(CircuitError, match="at least 2, whose values can be exchanged"):
-        ScoredReads.of(whole.with_reads(torch.tensor([0])))
+        ScoredReads.of(whole.select(torch.tensor([0])))
     first = whole.writes.index == -1  # a batch whose writes are gone has no distractors
     lonely = type(whole)(
         whole.tokens,

@@ -22,9 +22,10 @@ from circuit.model.stages import stage_before
 from circuit.model.subspaces import svd_of_product
 from circuit.scalars.base import Cache, Needs, SharedBatch, evaluate_scalar
 from circuit.scalars.qk_match import QKMatch, ReadMasks, qk_matches
+from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import Batch, make_batch
-from circuit.tasks.symbolic_kv import PAD, Record
+from circuit.tasks.examples import Examples
+from circuit.tasks.symbolic_kv.stream import program_of
 from circuit.train_config import TrainConfig
 
 SHAPE = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 40}
@@ -50,12 +51,12 @@ def records(tiny: Benchmark) -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def batch(tiny: Benchmark, records: list[Record]) -> Batch:
-    return make_batch(records, tiny.vocabulary, tiny.heldout_pairs)
+def batch(tiny: Benchmark, records: list[Record]) -> Examples:
+    return tiny.task.examples(records)
 
 
 @pytest.fixture(scope="module")
-def reads(batch: Batch) -> ReadMasks:
+def reads(batch: Examples) -> ReadMasks:
     return ReadMasks.of(batch)
 
 
@@ -87,7 +88,7 @@ def loop(
         _, cache = model.run_with_cache(torch.tensor([record.tokens]))
         x = cache[hooks[stage or stage_before(at.layer)]][0]
         x = x if raw else layer.ln1(x[None])[0]
-        program = record.program(tiny.vocabulary)
+        program = program_of(record, tiny.vocabulary)
         for read in program.reads:
 
             def score(position: int, query: Tensor = x[read.key_pos], keys: Tensor = x) -> float:
@@ -143,7 +144,7 @@ def test_with_biases_it_is_the_difference_of_the_heads_real_scores(
     for record in records:
         _, cache = model.run_with_cache(torch.tensor([record.tokens]))
         scores = cache[f"blocks.{at.layer}.attn.hook_attn_scores"][0, at.head]
-        program = record.program(tiny.vocabulary)
+        program = program_of(record, tiny.vocabulary)
         for read in program.reads:
             others = [w for w in program.writes[: read.writes_before] if w != read.support]
             far = fmean(float(scores[read.key_pos, w.value_pos]) for w in others)
@@ -193,16 +194,16 @@ def test_a_basis_is_taken_anew_or_once(model: HookedTransformer, reads: ReadMask
 
 
 def test_the_reads_of_each_lag_are_all_reads(
-    model: HookedTransformer, batch: Batch, reads: ReadMasks
+    model: HookedTransformer, batch: Examples, reads: ReadMasks
 ) -> None:
-    lags = batch.reads.lag[reads.chosen]
+    lags = batch.facts["lag"][reads.chosen]
     assert set(lags.tolist()) == {1, 2}
     with torch.no_grad():
         whole = evaluate_scalar(QKMatch("L1H0", reads, layers=2), model)
         for lag in (1, 2):
             some = reads.where(lags == lag)
             assert len(some) == int((lags == lag).sum())
-            assert torch.equal(batch.reads.lag[some.chosen], lags[lags == lag])
+            assert torch.equal(batch.facts["lag"][some.chosen], lags[lags == lag])
             scalar = QKMatch("L1H0", some, layers=2, suffix=f".lag{lag}")
             found = evaluate_scalar(scalar, model)
             torch.testing.assert_close(found, whole[lags == lag], rtol=0, atol=1e-12)
@@ -214,18 +215,18 @@ def test_reads_without_a_distractor_are_left_out(tiny: Benchmark, records: list[
     write = (vocab.write, vocab.key_id(0), vocab.value_id(3))
     alone = (vocab.bos, *write, vocab.read, *write[1:], vocab.eos)
     short = Record("alone", "validation_iid", alone)
-    mixed = make_batch([short, *records[:2]], vocab, tiny.heldout_pairs)
+    mixed = tiny.task.examples([short, *records[:2]])
     found = ReadMasks.of(mixed)
-    assert found.chosen.tolist() == [False] + [True] * (len(mixed.reads) - 1)
-    assert len(found) == len(mixed.reads) - 1
+    assert found.chosen.tolist() == [False] + [True] * (len(mixed) - 1)
+    assert len(found) == len(mixed) - 1
     assert 0 not in found.row.tolist()
     again = found.where(torch.arange(len(found)) > 0)
     assert again.chosen.tolist() == [False, False] + [True] * (len(found) - 1)
     with pytest.raises(CircuitError, match="no read has positions of role 'value_distractors'"):
-        ReadMasks.of(make_batch([short], vocab, tiny.heldout_pairs))
+        ReadMasks.of(tiny.task.examples([short]))
 
 
-def test_a_query_is_one_position(batch: Batch) -> None:
+def test_a_query_is_one_position(batch: Examples) -> None:
     with pytest.raises(CircuitError, match="role 'support_write' has several positions"):
         ReadMasks.of(batch, query_role="support_write")
     with pytest.raises(CircuitError, match="unknown role 'nowhere'"):
@@ -247,7 +248,7 @@ def test_a_query_is_one_position(batch: Batch) -> None:
     ],
 )
 def test_a_query_is_compared_with_what_it_sees_and_nothing_twice(
-    batch: Batch, roles: dict[str, str], message: str
+    batch: Examples, roles: dict[str, str], message: str
 ) -> None:
     with pytest.raises(CircuitError, match=message):
         ReadMasks.of(batch, **roles)
@@ -277,12 +278,12 @@ def test_sharing_changes_no_value(
     assert len(by_length[0].tokens) < len(by_length[-1].tokens)
     scalars = []
     for some in (by_length[:2], by_length[-2:], by_length[1:3] + by_length[-2:-1]):
-        masks = ReadMasks.of(make_batch(some, tiny.vocabulary, tiny.heldout_pairs))
+        masks = ReadMasks.of(tiny.task.examples(some))
         scalars += qk_matches(["L0H1", "L1H1"], masks, layers=2, ranks=[2, None])
     needless = Weights(Needs((), ()))
     together = SharedBatch.merge([*scalars, needless])
     assert together.tokens.shape[0] == 5  # each distinct sequence once
-    lengths = (together.tokens != PAD).sum(1).tolist()
+    lengths = (together.tokens != tiny.vocabulary.pad).sum(1).tolist()
     assert sorted(lengths) == sorted(len(r.tokens) for r in {*by_length[:3], *by_length[-2:]})
     *means, weights = together.means(model, [s.bind(model) for s in [*scalars, needless]])
     for scalar, mean in zip(scalars, means, strict=True):

@@ -22,8 +22,7 @@ from circuit.scalars.transfer import (
     route_scores,
 )
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.pairs import PAIR_TYPES, Pair, build_pairs, pair_batch
-from circuit.tasks.positions import make_batch, role_mask
+from circuit.tasks.pairs import Pair, build_pairs, pair_batch
 from circuit.train_config import ModelConfig
 
 SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=40)
@@ -46,23 +45,20 @@ def model(tiny: Benchmark) -> HookedTransformer:
 @pytest.fixture(scope="module")
 def pairs(tiny: Benchmark) -> list[Pair]:
     records = tiny.records("validation_iid")
-    found = build_pairs(records, tiny.vocabulary, tiny.heldout_pairs, max_per_type=6)
-    assert {pair.type for pair in found.pairs} == set(PAIR_TYPES)
+    found = build_pairs(tiny.task, records, max_per_type=6)
+    assert {pair.type for pair in found.pairs} == tiny.task.pair_types.keys()
     return list(found.pairs)
 
 
 def both_sides(tiny: Benchmark, pairs: Sequence[Pair]) -> PairSides:
-    clean, corrupted = (
-        pair_batch(pairs, side, tiny.vocabulary, tiny.heldout_pairs)
-        for side in ("clean", "corrupted")
-    )
+    clean, corrupted = (pair_batch(tiny.task, pairs, side) for side in ("clean", "corrupted"))
     return PairSides.of(pairs, clean, corrupted)
 
 
 def scores_of(
     model: HookedTransformer, tiny: Benchmark, sides: PairSides, routes: Sequence[Route]
 ) -> torch.Tensor:
-    bases = route_bases(model, routes, tiny.vocabulary)
+    bases = route_bases(model, routes, tiny.task.token_sets)
     return route_scores(model, sides, PairRuns.of(model, sides, routes), routes, bases)
 
 
@@ -102,17 +98,16 @@ def one_by_one(
     model: HookedTransformer, tiny: Benchmark, pair: Pair, route: Route, basis: Basis | None
 ) -> float:
     """The score of one pair by the definition: whole forward passes of single records."""
-    vocabulary, heldout = tiny.vocabulary, tiny.heldout_pairs
-    alone = {side: pair_batch([pair], side, vocabulary, heldout) for side in ("clean", "corrupted")}
+    alone = {side: pair_batch(tiny.task, [pair], side) for side in ("clean", "corrupted")}
     at = {
-        side: role_mask(batch, route.position_role)[0].nonzero()[:, 0].tolist()
+        side: batch.role(route.position_role)[0].nonzero()[:, 0].tolist()
         for side, batch in alone.items()
     }
     a, b = pair.transfer_tokens
     corrupted = torch.tensor([list(pair.corrupted.tokens)])
     _, cache = model.run_with_cache(torch.tensor([list(pair.clean.tokens)]))
     clean = cache[stage_hook(route.stage, 2)][0]
-    key = int(alone["corrupted"].reads.key_pos[0])
+    key = int(alone["corrupted"].at[0])
     before = model(corrupted)[0, key]
 
     def change(vectors: torch.Tensor) -> torch.Tensor:
@@ -178,11 +173,11 @@ def test_unequal_counts_are_refused_and_the_pair_is_named(
     tiny: Benchmark, pairs: list[Pair]
 ) -> None:
     records = tiny.records("validation_iid")
-    clean = make_batch(records[:4], tiny.vocabulary, tiny.heldout_pairs)
-    count = role_mask(clean, "causal_prefix").sum(1)
+    clean = tiny.task.examples(records[:4])
+    count = clean.role("causal_prefix").sum(1)
     order = count.argsort(stable=True)
     assert count[order[0]] < count[order[-1]]
-    clean, corrupted = (clean.with_reads(order[[0, index]]) for index in (0, -1))
+    clean, corrupted = (clean.select(order[[0, index]]) for index in (0, -1))
     sides = PairSides(clean, corrupted, torch.zeros(2, 2, dtype=torch.long), ("first", "second"))
     with pytest.raises(CircuitError, match=r"pair second: \d+ clean and \d+ corrupted positions"):
         sides.places("causal_prefix")
@@ -229,6 +224,6 @@ HEAD = ",head_layer=0,head=1"
         ("label=a,stage=layer_2_post_mlp,position_role=prediction", "unknown stage 'layer_2_post"),
     ],
 )
-def test_a_route_that_cannot_be_is_refused(spec: str, message: str) -> None:
+def test_a_route_that_cannot_be_is_refused(tiny: Benchmark, spec: str, message: str) -> None:
     with pytest.raises(CircuitError, match=message):
-        check_routes([parse_route(spec)], SHAPE, num_keys=4, num_values=32)
+        check_routes([parse_route(spec)], SHAPE, tiny.task)

@@ -15,7 +15,6 @@ import pytest
 from circuit.cli.program import program
 from typer.main import get_command
 
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import load_config
 from circuit.reports.report import find_report
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
@@ -24,6 +23,7 @@ from circuit.studies.jobs import split_commands
 from circuit.studies.reproduce import Request, make_plan, read_dry_run
 from circuit.studies.scales import SCALES
 from circuit.studies.study import PAPER, TARGETS, Study
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 
 PROJECT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
 from circuit.tasks.benchmark import Benchmark, generate_benchmark
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 
 
 def limits(low: int, high: int) -> dict[str, int]:

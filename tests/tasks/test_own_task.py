@@ -94,43 +94,6 @@ def test_an_edited_task_is_refused_by_whoever_reads_the_benchmark(
     assert len(done.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("source", "name", "said"),
-    [
-        (None, "task.py:Mine", "cannot be read"),
-        ("raise SystemExit(3)", "task.py:Mine", "cannot be imported (SystemExit: 3)"),
-        ("import no_such_module", "task.py:Mine", "cannot be imported (ModuleNotFoundError"),
-        ("Mine = 3", "task.py:Mine", "'Mine' is no task"),
-        ("", "task.py:Mine", "'Mine' is no task"),
-        (
-            "from circuit.tasks.base import Task\nclass Mine(Task): pass",
-            "task.py:Mine",
-            "does not define draw, parse, total",
-        ),
-        ("", "nothing", "unknown task 'nothing'"),
-        ("", ":Mine", "cannot be"),
-    ],
-)
-def test_what_is_no_task_is_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    source: str | None,
-    name: str,
-    said: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if source is not None:
-        Path("task.py").write_text(source)
-    config = {"name": "b", "benchmark_type": name, "output_dir": "data/b", "seed": 0}
-    Path("b.json").write_text(json.dumps(config))
-    done = type_and_read(["generate-benchmark", "--config", "b.json"], capsys)
-    assert done.code == 2
-    (line,) = done.err.strip().splitlines()
-    assert said in line
-    assert not Path("data").exists()
-
-
 def test_a_task_option_does_not_take_another_tasks_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, generate_benchmark
-from circuit.tasks.probes import DEFAULT_SEED, draw_probe_set, load_probe_set, read_probe_set
+from circuit.tasks.probes import DEFAULT_SEED, draw_probe_set, read_probe_set
 
 WriteInto = Callable[[Path], Callable[[str, str], None]]
 
@@ -45,8 +45,7 @@ def test_the_draw_depends_on_the_seed(small: Benchmark) -> None:
 
 def test_a_loaded_probe_set_is_the_saved_one(small: Benchmark, probe: Path) -> None:
     drawn = draw_probe_set(small, ["train", "heldout_pairs"], 12, DEFAULT_SEED)
-    assert read_probe_set(probe) == drawn
-    assert load_probe_set(probe, small.digest) == drawn.records
+    assert read_probe_set(probe, small) == drawn
     metadata = json.loads((probe.parent / "probe_set.metadata.json").read_text())
     assert metadata["benchmark"] == "small"
     assert metadata["benchmark_digest"] == small.digest
@@ -60,37 +59,37 @@ def test_a_probe_set_of_another_benchmark_is_refused(small: Benchmark, probe: Pa
         f"digest {small.digest[:12]}.*expected one of the benchmark in use.*{other.digest[:12]}"
     )
     with pytest.raises(CircuitError, match=message):
-        load_probe_set(probe, other.digest)
+        read_probe_set(probe, other)
 
 
-def test_any_flipped_bit_is_found(probe: Path) -> None:
+def test_any_flipped_bit_is_found(small: Benchmark, probe: Path) -> None:
     whole = probe.read_bytes()
     for offset in range(0, len(whole), 499):
         data = bytearray(whole)
         data[offset] ^= 1
         probe.write_bytes(bytes(data))
         with pytest.raises(CircuitError, match=re.escape(str(probe))):
-            load_probe_set(probe)
+            read_probe_set(probe, small)
 
 
-def test_damaged_files_are_named(probe: Path) -> None:
+def test_damaged_files_are_named(small: Benchmark, probe: Path) -> None:
     whole = probe.read_text()
     probe.write_text(whole[:-20])
     with pytest.raises(CircuitError, match=re.escape(f"{probe}:24: not valid JSON")):
-        load_probe_set(probe)
+        read_probe_set(probe, small)
     probe.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     with pytest.raises(CircuitError, match="23 records with sha256"):
-        load_probe_set(probe)
+        read_probe_set(probe, small)
     metadata = probe.parent / "probe_set.metadata.json"
     metadata.write_text(metadata.read_text().replace('"seed"', '"sead"'))
     with pytest.raises(CircuitError, match=r"probe_set.metadata.json: field 'se.d'"):
-        load_probe_set(probe)
+        read_probe_set(probe, small)
     metadata.unlink()
     with pytest.raises(CircuitError, match=r"metadata.json: no such file.*generate-probe-set"):
-        load_probe_set(probe)
+        read_probe_set(probe, small)
     probe.unlink()
     with pytest.raises(CircuitError, match=r"probe_set.jsonl: no such file"):
-        load_probe_set(probe)
+        read_probe_set(probe, small)
 
 
 def test_bad_arguments_are_refused(small: Benchmark) -> None:

@@ -160,8 +160,6 @@ def test_roles_and_pair_types_are_completed(task: str, circuit: Callable[..., Do
 
 
 def test_an_edited_record_is_refused(task: str, circuit: Callable[..., Done]) -> None:
-    task: str, circuit: Callable[..., Done]
-) -> None:
     held = Path("data") / f"{HELD.get(task, 'test')}.jsonl"
     line, *rest = held.read_text().splitlines()
     record = json.loads(line)

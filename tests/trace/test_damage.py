@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from circuit.artifacts import dump_rows, read_jsonl
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.tasks.benchmark import Benchmark, load_benchmark, write_benchmark
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.trace import store
 from circuit.trace.record import RecordResult
 from circuit.trace.replay import ReplayedRun

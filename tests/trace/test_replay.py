@@ -390,9 +390,9 @@ def moved_at(patch: pytest.MonkeyPatch, at: int) -> None:
     real = step_module.training_step
 
     def step_aside(
-        model: Any, optimizer: Any, tokens: Any, config: Any, step: int, **kw: Any
+        model: Any, optimizer: Any, tokens: Any, targets: Any, config: Any, step: int, **kw: Any
     ) -> Any:
-        outcome = real(model, optimizer, tokens, config, step, **kw)
+        outcome = real(model, optimizer, tokens, targets, config, step, **kw)
         if step == at:
             with torch.no_grad():
                 model.ln_final.b[:3] += 1e-3

@@ -244,7 +244,7 @@ def test_rows_hold_the_norms_of_the_terms(
             relative = sizes[entry["name"]] / weights[entry["name"]]
             assert entry["relative"] == pytest.approx(relative, rel=1e-12)
         assert row["batch_indices"] == session.indices(step.step).tolist()
-        assert row["batch_shape"] == list(session.tokens(step.step).shape)
+        assert row["batch_shape"] == list(session.batch(step.step).tokens.shape)
         assert row["clip_factor"] == step.outcome.clip_factor < 1
         assert row["loss"] == float(step.outcome.loss)
         assert row["grad_norm"] == pytest.approx(float(step.gradient.double().norm()), rel=1e-6)

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from circuit.model.build import build_model
+from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.positions import EncodedSplit
-from circuit.tasks.symbolic_kv import Record
+from circuit.tasks.examples import Split
 from circuit.train_config import TrainConfig
 from circuit.training import evaluate as module
 from circuit.training.evaluate import Evaluation, evaluate
@@ -109,7 +109,7 @@ def reads_of(
                 "lag": len(writes) - 1 - support,
                 "active_keys": active,
                 "writes_before": len(writes),
-                "heldout": int(vocab.encode(f"{key} {value}") in benchmark.heldout_pairs),
+                "heldout": int(vocab.encode(f"{key} {value}") in benchmark.task.heldout_pairs),
                 "last": {k: writes[-k][1] for k in range(1, min(len(writes), 6) + 1)},
                 "value": value,
             }
@@ -194,17 +194,14 @@ def test_every_figure_is_that_of_a_loop_over_reads(
         assert found.token_accuracy > 0.2
 
 
-def oracle(benchmark: Benchmark, split: EncodedSplit, guess: str) -> Any:
+def oracle(benchmark: Benchmark, split: Split, guess: str) -> Any:
     """A stand-in for a model, whose logits at each read point at the answer or a shortcut."""
     batch = split.batch()
     logits = torch.zeros(*batch.tokens.shape, benchmark.vocabulary.size)
-    chosen = batch.reads.answer
+    chosen = batch.answer
     if guess == "shortcut":
-        support = batch.writes.value[batch.reads.writes_before - 1]
-        rows = torch.searchsorted(batch.writes.row, batch.reads.row)
-        support = batch.writes.value[rows + batch.reads.writes_before - 2]
-        chosen = support
-    logits[batch.reads.row, batch.reads.key_pos, chosen] = 9.0
+        chosen = batch.facts["last_write_2"]
+    logits[batch.row, batch.at, chosen] = 9.0
     return logits[:, :-1]
 
 

@@ -13,7 +13,6 @@ import pytest
 from killed import calls_of, killed_at
 
 from circuit.artifacts import OutputFolder, read_jsonl
-from circuit.benchmark_config import BenchmarkConfig
 from circuit.config import parse_config
 from circuit.core.digests import tensors_digest
 from circuit.environment import BIT_FACTS
@@ -23,6 +22,7 @@ from circuit.runs.checkpointed import CheckpointedRun
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import load_benchmark, write_benchmark
 from circuit.tasks.probes import draw_probe_set
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import checkpoint_name, list_checkpoints, load_checkpoint
 from circuit.training.loop import Progress, train

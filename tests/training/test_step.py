@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuit.model.weights import named_tensors
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.symbolic_kv import PAD
+from circuit.tasks.examples import UNPREDICTED
 from circuit.train_config import TrainConfig
 from circuit.training.optimizers import learning_rate, read_moments
 from circuit.training.session import TrainingSession
@@ -69,27 +69,25 @@ def test_the_learning_rate_is_the_definitions(
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 2**31))
-def test_the_loss_is_the_mean_over_targets_that_are_not_padding(
-    lengths: list[int], seed: int
-) -> None:
+def test_the_loss_is_the_mean_over_what_is_to_be_predicted(lengths: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
     logits = torch.randn(len(lengths), width, 9, generator=generator, dtype=torch.float64)
     targets = torch.randint(1, 9, (len(lengths), width), generator=generator)
     losses = []
     for row, length in enumerate(lengths):
-        targets[row, length:] = PAD
+        targets[row, length:] = UNPREDICTED
         for position in range(length):
             scores = logits[row, position].tolist()
             total = math.log(math.fsum(math.exp(score) for score in scores))
             losses.append(total - scores[int(targets[row, position])])
     expected = math.fsum(losses) / len(losses)
-    assert float(next_token_loss(logits, targets, PAD)) == pytest.approx(expected, rel=1e-12)
+    assert float(next_token_loss(logits, targets)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_shapes_are_checked_while_tests_run() -> None:
     with pytest.raises(Exception, match="next_token_loss"):
-        next_token_loss(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64), PAD)
+        next_token_loss(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
 
 
 def gradients_of(session: TrainingSession) -> Tensors:
@@ -127,13 +125,13 @@ def test_the_gradient_is_clipped_by_the_factor_of_the_definitions(
 
 def test_the_outcome_is_of_the_batch_before_the_update(session_after: SessionAfter) -> None:
     session = session_after(2)
-    tokens = session.tokens(3)
+    batch = session.batch(3)
     with torch.no_grad():
-        logits = session.model(tokens[:, :-1])
+        logits = session.model(batch.tokens[:, :-1])
     outcome = session.advance()
     assert outcome.step == session.step == 3
     assert torch.equal(outcome.logits, logits)
-    assert torch.equal(outcome.loss, next_token_loss(logits, tokens[:, 1:], PAD))
+    assert torch.equal(outcome.loss, next_token_loss(logits, batch.targets()))
     assert not outcome.logits.requires_grad
     assert not outcome.loss.requires_grad
 
@@ -241,4 +239,4 @@ def test_the_last_token_of_a_batch_is_a_target_only(
         for row, index in enumerate(session.indices(step)):
             length = int(batch.lengths[row])
             assert tuple(batch.tokens[row, :length].tolist()) == records[index].tokens
-            assert (batch.tokens[row, length:] == PAD).all()
+            assert (batch.tokens[row, length:] == batch.task.vocabulary.pad).all()

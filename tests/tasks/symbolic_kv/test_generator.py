@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from circuit.benchmark_config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.config import parse_config
 from circuit.errors import CircuitError
+from circuit.tasks.base import Record, Vocabulary
 from circuit.tasks.benchmark import Benchmark, generate_benchmark
-from circuit.tasks.feasibility import largest_lag
-from circuit.tasks.symbolic_kv import Record, Vocabulary
+from circuit.tasks.symbolic_kv.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
+from circuit.tasks.symbolic_kv.feasibility import largest_lag
+from circuit.tasks.symbolic_kv.stream import program_of
 
 
 @st.composite
@@ -82,7 +83,7 @@ def check_record(record: Record, split: GeneratedSplit, benchmark: Benchmark) ->
     assert len({value for _, value in written}) == len(written)
     for key, value in written:
         pair = vocab.encode(f"{key} {value}")
-        assert (pair in benchmark.heldout_pairs) == (split.answer_pairs == "heldout")
+        assert (pair in benchmark.task.heldout_pairs) == (split.answer_pairs == "heldout")
 
 
 @given(configs())
@@ -91,7 +92,7 @@ def test_every_record_obeys_the_definition(config: BenchmarkConfig) -> None:
     benchmark = generate_benchmark(config)
     total = config.num_keys * config.num_values
     expected = round(config.holdout_answer_pair_fraction * total)
-    assert len(benchmark.heldout_pairs) == expected
+    assert len(benchmark.task.heldout_pairs) == expected
     for name, split in config.splits.items():
         records = benchmark.records(name)
         assert len(records) == split.samples
@@ -121,8 +122,9 @@ def test_a_counterfactual_differs_in_one_needed_value(small: Benchmark) -> None:
         changed = [
             i for i, (a, b) in enumerate(zip(source.tokens, record.tokens, strict=True)) if a != b
         ]
-        write = source.writes(vocab)[record.changed_write or 0]
-        dependent = [r.answer_pos for r in source.reads(vocab) if r.support == write]
+        program = program_of(source, vocab)
+        write = program.writes[record.changed_write or 0]
+        dependent = [r.answer_pos for r in program.reads if r.support == write]
         assert dependent
         assert changed == sorted([write.value_pos, *dependent])
         assert len({record.tokens[i] for i in changed}) == 1

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuit.errors import CircuitError
-from circuit.tasks.symbolic_kv import Record, Vocabulary, record_from_json, record_to_json
+from circuit.tasks.base import Record
+from circuit.tasks.records import record_from_json, record_to_json
+from circuit.tasks.symbolic_kv.stream import Vocabulary, program_of
 
 VOCAB = Vocabulary(8, 128)
 
@@ -55,7 +57,7 @@ def test_unknown_tokens_are_refused(call: object, message: str) -> None:
 
 def test_reads_and_writes_are_parsed_from_the_tokens() -> None:
     text = "<bos> W K00 V001 W K01 V002 W K00 V003 R K01 V002 W K02 V004 R K00 V003 <eos>"
-    program = record(text).program(VOCAB)
+    program = program_of(record(text), VOCAB)
     assert [w.value_pos for w in program.writes] == [3, 6, 9, 15]
     first, second = program.reads
     assert (first.op_pos, first.key_pos, first.answer_pos) == (10, 11, 12)
@@ -82,17 +84,17 @@ def test_reads_and_writes_are_parsed_from_the_tokens() -> None:
 )
 def test_invalid_records_are_named_with_the_position(text: str, message: str) -> None:
     with pytest.raises(CircuitError, match=f"record r, {message}"):
-        record(text).program(VOCAB)
+        program_of(record(text), VOCAB)
 
 
 def test_a_copy_is_validated_up_to_its_answer_only() -> None:
     text = "<bos> W K00 V001 R K00 V001 R K00 V009 <eos>"
     copy = record(text)
-    assert len(copy.reads(VOCAB, through_read=0)) == 1
+    assert len(program_of(copy, VOCAB, through_read=0).reads) == 1
     with pytest.raises(CircuitError, match="position 9"):
-        copy.reads(VOCAB, through_read=1)
+        program_of(copy, VOCAB, through_read=1)
     with pytest.raises(CircuitError, match="no read 3; the record has 1"):
-        record("<bos> W K00 V001 R K00 V001 <eos>").reads(VOCAB, through_read=3)
+        program_of(record("<bos> W K00 V001 R K00 V001 <eos>"), VOCAB, through_read=3)
 
 
 @given(st.text(max_size=8), st.none() | st.tuples(st.text(max_size=5), st.integers(0, 9)))
@@ -123,7 +125,7 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
 
 def test_generating_needs_no_torch() -> None:
     code = (
-        "import sys, circuit.tasks.symbolic_kv, circuit.tasks.benchmark;"
+        "import sys, circuit.tasks.symbolic_kv.task, circuit.tasks.benchmark;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

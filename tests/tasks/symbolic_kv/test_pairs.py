@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from circuit.errors import CircuitError
+from circuit.tasks.base import Record, Vocabulary
 from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.pairs import PAIR_TYPES, Pair, build_pairs, record_of
-from circuit.tasks.symbolic_kv import Record, Vocabulary
+from circuit.tasks.pairs import Pair, build_pairs, record_of
+from circuit.tasks.symbolic_kv.stream import program_of
+from circuit.tasks.symbolic_kv.task import HeldOut, SymbolicKV
 
 Changed = tuple[dict[int, str], str, tuple[str, str]]
 """New words by position, what changed, transfer words."""
@@ -32,7 +34,7 @@ def naive_change(benchmark: Benchmark, kind: str, words: list[str], op: int) -> 
 
     def another(write: int) -> str | None:
         written = {words[w + 2] for w in writes}
-        held = {tuple(vocab.decode(pair).split()) for pair in benchmark.heldout_pairs}
+        held = {tuple(vocab.decode(pair).split()) for pair in benchmark.task.heldout_pairs}
         status = (words[write + 1], words[write + 2]) in held
         for value in vocab.tokens[vocab.value_ids.start :]:
             if value not in written and ((words[write + 1], value) in held) == status:
@@ -89,32 +91,30 @@ def described(pair: Pair, vocab: Vocabulary) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout_pairs"])
-@pytest.mark.parametrize("kind", PAIR_TYPES)
+@pytest.mark.parametrize("kind", SymbolicKV.pair_types)
 def test_pairs_are_those_of_the_table(small: Benchmark, kind: str, split: str) -> None:
     vocab, records = small.vocabulary, small.records(split)
-    found = build_pairs(records, vocab, small.heldout_pairs, types=[kind], max_per_type=10**6)
+    found = build_pairs(small.task, records, types=[kind], max_per_type=10**6)
     expected = naive_pairs(small, kind, records)
     assert [described(pair, vocab) for pair in found.pairs] == expected
-    reads = sum(len(record.reads(vocab)) for record in records)
+    reads = sum(len(program_of(record, vocab).reads) for record in records)
     assert len(found.pairs) + sum(found.skipped[kind].values()) == reads
     assert len(found.pairs) > 10
 
 
 def test_the_id_of_a_pair_names_its_record() -> None:
     assert record_of("recency:a:b:2:14") == record_of("distractor:a:b:0:3:V001") == "a:b"
-    for odd in ("other", "recency:2:14", "distractor:a:0:V001", "odd:a:0:V001"):
+    for odd in ("other", "recency:2:14", "distractor:a:0:V001", "recency:a:x:2"):
         with pytest.raises(CircuitError, match=f"no pair has the id '{odd}'"):
             record_of(odd)
 
 
 def test_a_pair_differs_in_one_variable_before_its_answer(small: Benchmark) -> None:
     vocab = small.vocabulary
-    found = build_pairs(
-        everything(small), vocab, small.heldout_pairs, max_per_type=200, min_per_type=20
-    )
+    found = build_pairs(small.task, everything(small), max_per_type=200, min_per_type=20)
     for pair in found.pairs:
-        clean = pair.clean.program(vocab, through_read=pair.read_index)
-        corrupted = pair.corrupted.program(vocab, through_read=pair.read_index)
+        clean = program_of(pair.clean, vocab, through_read=pair.read_index)
+        corrupted = program_of(pair.corrupted, vocab, through_read=pair.read_index)
         read, other = clean.reads[-1], corrupted.reads[-1]
         assert (
             pair.clean.tokens[read.answer_pos + 1 :] == pair.corrupted.tokens[read.answer_pos + 1 :]
@@ -128,7 +128,7 @@ def test_a_pair_differs_in_one_variable_before_its_answer(small: Benchmark) -> N
         ]
         assert len(changed) == {"query_key": 0, "recency": 2}.get(pair.type, 1)
         for a, b in zip(clean.writes, corrupted.writes, strict=True):
-            status = [(write.key, write.value) in small.heldout_pairs for write in (a, b)]
+            status = [(write.key, write.value) in small.task.heldout_pairs for write in (a, b)]
             assert a.key == b.key
             assert status[0] == status[1]
         assert pair.side("clean") is pair.clean
@@ -141,7 +141,7 @@ def everything(benchmark: Benchmark) -> list[Record]:
 
 
 def test_the_scan_is_in_file_order_and_stops_at_the_maximum(small: Benchmark) -> None:
-    args = (small.records("train"), small.vocabulary, small.heldout_pairs)
+    args = (small.task, small.records("train"))
     every = build_pairs(*args, types=["recency"], max_per_type=10**6).pairs
     order = ["distractor", "recency"]
     some = build_pairs(*args, types=order, max_per_type=5, min_per_type=5)
@@ -154,7 +154,7 @@ def test_too_few_pairs_list_the_reasons(small: Benchmark) -> None:
     text = "<bos> W K00 V01 W K01 V02 R K00 V01 R K00 V01 <eos>"
     record = Record("only", "train", vocab.encode(text))
     with pytest.raises(CircuitError) as caught:
-        build_pairs([record], vocab, small.heldout_pairs, max_per_type=9, min_per_type=2)
+        build_pairs(small.task, [record], max_per_type=9, min_per_type=2)
     assert "1 pairs of type support_value from 1 records" in str(caught.value)
     assert "1 x the support write was read before" in str(caught.value)
     alone = replace(record, tokens=vocab.encode("<bos> W K00 V01 R K00 V01 <eos>"))
@@ -164,15 +164,15 @@ def test_too_few_pairs_list_the_reasons(small: Benchmark) -> None:
         ("distractor", "no earlier write of another key"),
     ):
         with pytest.raises(CircuitError, match=f"0 pairs of type {kind} .*1 x {reason}"):
-            build_pairs([alone], vocab, small.heldout_pairs, types=[kind], max_per_type=9)
+            build_pairs(small.task, [alone], types=[kind], max_per_type=9)
 
 
 def test_no_admissible_value_is_a_reason(small: Benchmark) -> None:
     vocab = small.vocabulary
     record = Record("only", "train", vocab.encode("<bos> W K00 V01 R K00 V01 <eos>"))
-    lonely = frozenset({(vocab.key_id(0), vocab.value_id(1))})
+    lonely = SymbolicKV(small.config, HeldOut(heldout_pairs=[("K00", "V01")]))
     with pytest.raises(CircuitError, match="1 x no other value is admissible"):
-        build_pairs([record], vocab, lonely, types=["support_value"], max_per_type=9)
+        build_pairs(lonely, [record], types=["support_value"], max_per_type=9)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,8 @@ def test_bad_arguments_are_refused(
 ) -> None:
     with pytest.raises(CircuitError, match=message):
         build_pairs(
+            small.task,
             small.records("train"),
-            small.vocabulary,
-            small.heldout_pairs,
             types=types,
             max_per_type=most,
             min_per_type=least,
@@ -200,7 +199,7 @@ def test_bad_arguments_are_refused(
 
 
 def test_an_unknown_side_is_refused(small: Benchmark) -> None:
-    args = (small.records("train"), small.vocabulary, small.heldout_pairs)
+    args = (small.task, small.records("train"))
     pair = build_pairs(*args, types=["query_key"], max_per_type=1).pairs[0]
     with pytest.raises(CircuitError, match="unknown side 'dirty'; expected clean or corrupted"):
         pair.side("dirty")
