@@ -209,14 +209,14 @@ def _attribute(
     probe_set = analysis / "probe_set.jsonl"
     write_probe_set(config.benchmark_dir, probe_set, [tour.split], tour.probes, overwrite=True)
     formed = tour.find(config, probe_set)
-    options_of: Any = formed.kind.Options  # which of them depends on the tour
-    options = options_of(
-        probe_set=probe_set,
-        optimizer_trace_dir=trace.record.store.root,
-        start_step=formed.start,
-        end_step=formed.end,
+    asked: dict[str, Any] = {
+        "probe_set": probe_set,
+        "optimizer_trace_dir": trace.record.store.root,
+        "start_step": formed.start,
+        "end_step": formed.end,
         **formed.options,
-    )
+    }
+    options = formed.kind.Options(**asked)
     folder = analysis / formed.kind.stem()
     made = run_report(formed.kind, config, options, folder, overwrite=True, progress=progress)
     return formed, made
@@ -261,8 +261,8 @@ def _prefix_matching(config: TrainConfig, probe_set: Path) -> Formed:
     rows = [row for row in read_jsonl(found.rows[0]) if row["head"] == best["of"]]
     start, end = growth_window({row["step"]: row[PREFIX] for row in rows})
     words = (
-        f"{best['of']} becomes the induction head: its attention from a token to what followed the"
-        f" token's first occurrence grew from {best['first']:.2f} to {best['last']:.2f}"
+        f"the attention of {best['of']} from a token to what followed the token's first occurrence"
+        f" is the largest of any head at the end: from {best['first']:.2f} to {best['last']:.2f}"
     )
     options = {"scalars": (f"induction,measure={PREFIX},head={best['of']}",)}
     return Formed(best, words, "it", start, end, ScalarAttribution, options, found)

@@ -38,7 +38,6 @@ from circuit.scalars.induction import (
     previous_token_attention,
 )
 from circuit.tasks.examples import UNPREDICTED
-from circuit.training.step import next_token_loss
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -125,6 +124,8 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         )
         real = targets != UNPREDICTED
         counts, sums = real.sum(0), every.sum(0)
+        from circuit.training.step import next_token_loss  # which imports torch
+
         whole = float(next_token_loss(exact, targets))
         self._gap("loss", abs(float(sums.sum() / counts.sum()) - whole))
         self.positions += [

@@ -152,8 +152,8 @@ class KComposition:
         w_q, w_k_t = head_factors(model, self.later, "qk")
         w_v, w_o = head_factors(model, self.earlier, "ov")
         w_qk, w_ov = w_q @ w_k_t, w_v @ w_o
-        share: Tensor = (w_qk @ w_ov.mT).norm() / (w_qk.norm() * w_ov.norm())
-        return share[None]
+        quotient: Tensor = (w_qk @ w_ov.mT).norm() / (w_qk.norm() * w_ov.norm())
+        return quotient[None]
 
 
 def composed_pairs(heads: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """Induction (definitions.md section 8): a random string and the same string again.
 
 At a token of the second half the answer is what followed its first occurrence (Olsson et al. 2022,
-Singh et al. 2024). Training records are drawn as they are needed: record `i` of a run is a function
+Singh et al. 2024). Where all strings have one length, the answer always stands that many positions
+back: two layers then learn to look there, and no head matches anything (docs/decisions.md).
+Training records are drawn as they are needed: record `i` of a run is a function
 of the task's seed, the run's seed and `i`.
 """
 
@@ -40,11 +42,15 @@ KINDS = ("first_half", "repeat_start", "second_half")
 
 
 class InductionConfig(TaskConfig):
-    """Strings of `length` distinct tokens out of `vocabulary_size`, each written twice."""
+    """Strings of `min_length` to `length` distinct tokens out of `vocabulary_size`, written twice.
+
+    Every length is as likely; without `min_length` all strings have `length` tokens.
+    """
 
     benchmark_type: Literal["induction"]
     vocabulary_size: Annotated[int, Field(ge=3)]
     length: Annotated[int, Field(ge=2)]
+    min_length: Annotated[int, Field(ge=2)] | None = None
     validation_records: PositiveInt
 
     def stored(self) -> dict[str, tuple[int, int]]:
@@ -58,7 +64,14 @@ class InductionConfig(TaskConfig):
                 f"length {self.length} exceeds vocabulary_size {self.vocabulary_size}; the tokens"
                 " of a string are distinct"
             )
+        if self.shortest > self.length:
+            raise ValueError(f"min_length {self.min_length} exceeds length {self.length}")
         return self
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest string."""
+        return self.length if self.min_length is None else self.min_length
 
 
 @dataclass(frozen=True)
@@ -127,8 +140,10 @@ class Induction(Task):
         self.split_names, self.stream_names = (VALIDATION,), (TRAIN,)
 
     def _record(self, name: str, split: str, *seeds: int) -> Record:
-        drawn = np.random.RandomState(list(seeds)).permutation(self.config.vocabulary_size)
-        string = tuple(drawn[: self.config.length].tolist())
+        state = np.random.RandomState(list(seeds))
+        drawn = state.permutation(self.config.vocabulary_size)
+        length = state.randint(self.config.shortest, self.config.length + 1)
+        string = tuple(drawn[:length].tolist())
         return Record(name, split, string + string)
 
     def draw(self, report: Progress) -> Drawn:
@@ -151,13 +166,17 @@ class Induction(Task):
         `position` counts the second half from 0; `repeated` is the token asked about, `unseen` the
         smallest of the string that its second half has not shown yet.
         """
-        length, tokens = self.config.length, record.tokens
+        tokens = record.tokens
+        length, least, most = len(tokens) // 2, self.config.shortest, self.config.length
         where = f"record {record.sample_id}"
-        if len(tokens) != 2 * length or len(set(tokens[:length])) < length:
+        distinct = len(set(tokens[:length]))
+        if len(tokens) % 2 or not least <= length <= most or distinct < length:
             raise CircuitError(
-                f"{len(tokens)} tokens, {len(set(tokens[:length]))} of the first {length} distinct",
+                f"{len(tokens)} tokens, {distinct} of the first {length} distinct",
                 where=where,
-                expected=f"a string of {length} distinct tokens, twice",
+                expected=f"a string of {least} to {most} distinct tokens, twice"
+                if least < most
+                else f"a string of {most} distinct tokens, twice",
             )
         asked = length - 1 if through is None else through + 1
         questions = []
