@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,17 @@ from circuit.cli import main
 sys.addaudithook(watch)
 main()
 """
+
+
+@pytest.fixture(autouse=True)
+def _heeded() -> Iterator[None]:
+    """A process that a script has put into the background ignores SIGINT, and so do its children."""
+    ignored = [number for number in NUMBERS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("at", [2, 40, 90, 150, 200, 250, 300])
