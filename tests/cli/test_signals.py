@@ -33,7 +33,7 @@ main()
 
 @pytest.fixture(autouse=True)
 def _heeded() -> Iterator[None]:
-    """A process that a script has put into the background ignores SIGINT, and so do its children."""
+    """What a script has put into the background ignores SIGINT, and so do its children."""
     ignored = [number for number in NUMBERS if signal.getsignal(number) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.SIG_DFL)
