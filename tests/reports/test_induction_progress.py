@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ def made(**options: Any) -> ReportResult:
 
 
 def gaps(law: str) -> list[float]:
-    """The three numbers of the law."""
-    parts = law.split(" to ")[1:]
-    return [float(word) for part in parts if (word := part.split(",")[0].split()[-1])[0].isdigit()]
+    """The three numbers of the law: of attention, loss and composition."""
+    return [float(number) for number in re.findall(r"to ([0-9.e+-]+),", law)]
 
 
 def test_rows_are_those_of_the_models_own_attention_and_loss(trained: Path) -> None:
