@@ -472,7 +472,10 @@ class OutputFolder:
         if not manifest.exists():
             return
         fix = "it says which files may be replaced; move the folder away"
-        claimed = validated(read_json(manifest, fix=fix), Claimed, where=manifest, fix=fix)
+        payload = read_json(manifest, fix=fix)
+        if isinstance(payload, dict):
+            payload = unsealed(payload, where=manifest, fix=fix)
+        claimed = validated(payload, Claimed, where=manifest, fix=fix)
         if claimed.command != self.command:
             raise CircuitError(
                 f"is a manifest of `{claimed.command}`",
@@ -496,4 +499,4 @@ class OutputFolder:
             )
 
     def _write_manifest(self) -> None:
-        atomic_write_text(self.root / self.manifest_name, dump_json(self._manifest.to_json()))
+        atomic_write_text(self.root / self.manifest_name, dump_json(sealed(self._manifest.to_json())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -63,6 +64,11 @@ JOBS = {
 }
 
 
+def _lists(name: str) -> bool:
+    """Whether `files` gives the names that a file lists, as of a manifest."""
+    return name.endswith(".manifest.json")
+
+
 class Cut:
     """A job, what stood there before it, and what it leaves when nothing happens.
 
@@ -102,8 +108,8 @@ class Cut:
             data, old, new = here.get(name), self.old.get(name), self.new.get(name)
             whole = data in (old, new) or (data is None and name in self.own)
             log = data is not None and name.endswith(".jsonl") and (new or b"").startswith(data)
-            said = {*(old or b"").split(b"\n"), *(new or b"").split(b"\n")}
-            manifest = name.endswith(".manifest.json") and {*(data or b"-").split(b"\n")} <= said
+            known = {*json.loads(old or b"[]"), *json.loads(new or b"[]")} if _lists(name) else set()
+            manifest = _lists(name) and data is not None and {*json.loads(data)} <= known
             if not (whole or log or manifest):
                 yield name
 
