@@ -25,6 +25,7 @@ from circuit.errors import CircuitError
 from circuit.manifest import Claimed, Manifest
 from circuit.quoting import csv_cell
 from circuit.reading import checked_path, read_bytes, read_json, read_lines, validated
+from circuit.sealed import sealed, unsealed
 from circuit.strict_json import parse_json
 
 Row = Mapping[str, Any]
@@ -499,4 +500,5 @@ class OutputFolder:
             )
 
     def _write_manifest(self) -> None:
-        atomic_write_text(self.root / self.manifest_name, dump_json(sealed(self._manifest.to_json())))
+        payload = sealed(self._manifest.to_json())
+        atomic_write_text(self.root / self.manifest_name, dump_json(payload))

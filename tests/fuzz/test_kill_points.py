@@ -64,11 +64,6 @@ JOBS = {
 }
 
 
-def _lists(name: str) -> bool:
-    """Whether `files` gives the names that a file lists, as of a manifest."""
-    return name.endswith(".manifest.json")
-
-
 class Cut:
     """A job, what stood there before it, and what it leaves when nothing happens.
 
@@ -108,8 +103,10 @@ class Cut:
             data, old, new = here.get(name), self.old.get(name), self.new.get(name)
             whole = data in (old, new) or (data is None and name in self.own)
             log = data is not None and name.endswith(".jsonl") and (new or b"").startswith(data)
-            known = {*json.loads(old or b"[]"), *json.loads(new or b"[]")} if _lists(name) else set()
-            manifest = _lists(name) and data is not None and {*json.loads(data)} <= known
+            manifest = False
+            if name.endswith(".manifest.json") and data is not None:  # `files` gives its names
+                told = {*json.loads(old or b"[]"), *json.loads(new or b"[]")}
+                manifest = {*json.loads(data)} <= told
             if not (whole or log or manifest):
                 yield name
 

@@ -53,7 +53,14 @@ def pasted(text: str) -> list[list[str]]:
     where = {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "SAID": "said"}
     subprocess.run(["bash", "-c", commands], env=where, check=False, stdin=subprocess.DEVNULL)
     lines = Path("said").read_bytes().decode("utf-8", "replace").split("\1\0")[:-1]
-    return [[word.removeprefix("./") for word in line.split("\0")[:-1]] for line in lines]
+    return [[part for word in line.split("\0")[:-1] for part in _parts(word)] for line in lines]
+
+
+def _parts(word: str) -> list[str]:
+    """A word, or the two of `--option=value`, as a value that begins with a dash is given."""
+    option, sign, value = word.partition("=")
+    joined = sign and re.fullmatch(r"--[a-z-]+", option)
+    return [option, value] if joined else [word.removeprefix("./")]
 
 
 def shapes(name: str) -> dict[str, list[int]]:
