@@ -10,9 +10,9 @@ row's key. Checkpoints are named relative to the run's folder, and by the digest
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -250,3 +250,8 @@ def find_checkpoint(name: str, run: str | Path, rows: str | Path) -> Path:
         where=rows,
         fix="give the config of the run whose checkpoints the rows were made from",
     )
+
+
+def is_over_all(row: Mapping[str, Any]) -> bool:
+    """Whether a row of matches is over all reads; the column that says so is named by the task."""
+    return "all" in row.values()

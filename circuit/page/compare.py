@@ -36,6 +36,7 @@ from circuit.page.reports import MATCH, Reports, asked_for, with_inputs
 from circuit.reports.report import find_report
 from circuit.reports.written import Written
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
+from circuit.schemas import is_over_all
 
 FILE = "comparison.html"
 """Name of the page beside the first run's folder."""
@@ -192,7 +193,7 @@ def _separation(members: Sequence[_Member]) -> Panel:
         rows += [
             pick(row, columns)
             for row in every
-            if (row["head"], row["score"], row["lag"]) == (head, score, "all")
+            if (row["head"], row["score"]) == (head, score) and is_over_all(row)
         ]
         sources.append(_of(member, report))
     shade = colour("run", [member.name for member in members])

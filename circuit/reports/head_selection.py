@@ -19,6 +19,7 @@ from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selectio
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
 from circuit.reports.written import report_of
+from circuit.schemas import is_over_all
 
 RUN = ("config_digest", "recipe_digest", "benchmark_digest", "probe_set_sha256")
 """What tells, in the scan's provenance, whose it is."""
@@ -69,8 +70,8 @@ class HeadSelection(Report[HeadSelectionOptions]):
         chosen = selected("head", table, *found[table[0]["head"]])
         read = [row for pair in ends.values() for row in pair]
         law = (
-            "the separation of every head, at both ends, is the mean of those by lag, weighted by"
-            f" their reads, to {gap_to_lags(self.rows, read):.1g}"
+            "the separation of every head, at both ends, is the mean of those by slice, weighted by"
+            f" their reads, to {gap_to_slices(self.rows, read):.1g}"
         )
         digest = file_digest(asked.separation_rows)
         return Findings(
@@ -124,7 +125,7 @@ def window_ends(
     Raises:
         CircuitError: the rows hold no such score, or a head has no row at an end.
     """
-    of_all = [row for row in rows if row["score"] == score and row["lag"] == "all"]
+    of_all = [row for row in rows if row["score"] == score and is_over_all(row)]
     if not of_all:
         held = sorted({str(row["score"]) for row in rows})
         raise CircuitError(f"no rows of score '{score}'", expected=f"one of {', '.join(held)}")
@@ -151,17 +152,17 @@ def _growth(first: Row, last: Row) -> dict[str, float]:
     }
 
 
-def gap_to_lags(rows: Sequence[Row], of_all: Sequence[Mapping[str, Any]]) -> float:
-    """Largest |separation over all reads - the mean of those by lag, weighted by their reads|."""
+def gap_to_slices(rows: Sequence[Row], of_all: Sequence[Mapping[str, Any]]) -> float:
+    """Largest |separation over all reads - the mean of those by slice, weighted by their reads|."""
     names = ("head", "step", "score")
-    by_lag: dict[tuple[Any, ...], list[Row]] = {}
+    by_slice: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["lag"] != "all":
-            by_lag.setdefault(tuple(row[name] for name in names), []).append(row)
+        if not is_over_all(row):
+            by_slice.setdefault(tuple(row[name] for name in names), []).append(row)
 
     def gaps() -> Iterator[float]:
         for row in of_all:
-            parts = by_lag.get(tuple(row[name] for name in names), [])
+            parts = by_slice.get(tuple(row[name] for name in names), [])
             if not parts:
                 raise CircuitError(f"no rows by lag of {row['head']} at step {row['step']}")
             total = sum(part["separation"] * part["reads"] for part in parts)
