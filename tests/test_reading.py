@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Done, type_and_read
@@ -30,6 +31,9 @@ from circuit.training.checkpoints import load_checkpoint, read_header
 
 __all__ = ["circuit", "trained", "trained_once"]
 
+NO_BENCHMARK: Any = None
+"""What a probe set is held against after its files have been read."""
+
 READERS: dict[str, Callable[[Path], object]] = {
     "bytes": read_bytes,
     "json": read_json,
@@ -42,7 +46,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "header": read_header,
     "report": read_report,
     "benchmark": load_benchmark,
-    "probe set": lambda path: read_probe_set(path.with_suffix(".jsonl")),
+    "probe set": lambda path: read_probe_set(path.with_suffix(".jsonl"), NO_BENCHMARK),
     "trace": TraceStore,
     "run": open_run,
 }
@@ -177,6 +181,6 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
         (tmp_path / "c.manifest.json").write_text(text)
         with (
             pytest.raises(CircuitError, match=r"c\.manifest\.json: .*move the folder away"),
-            OutputFolder(tmp_path, "c"),
+            OutputFolder(tmp_path, "c", writes=["*"]),
         ):
             pass

@@ -119,9 +119,10 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         """Rows of the positions, and of the whole."""
         targets = self.batch.targets()
         exact = logits[:, :-1].double()
-        every = torch.nn.functional.cross_entropy(
-            exact.mT, targets, ignore_index=UNPREDICTED, reduction="none"
+        rows = torch.nn.functional.cross_entropy(  # one a target: CUDA has no other that is exact
+            exact.flatten(0, 1), targets.flatten(), ignore_index=UNPREDICTED, reduction="none"
         )
+        every = rows.view_as(targets)
         real = targets != UNPREDICTED
         counts, sums = real.sum(0), every.sum(0)
         from circuit.training.step import next_token_loss  # which imports torch

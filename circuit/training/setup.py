@@ -163,7 +163,11 @@ class Setup:
             CircuitError: says what it would need, and what there is.
         """
         config = self.config
-        records = self.benchmark.records(config.train_split)
+        task = self.benchmark.task
+        if config.train_split in task.stream_names:
+            records = [task.drawn_record(config.train_split, config.seed, 0)]
+        else:
+            records = self.benchmark.records(config.train_split)
         longest = max(len(record.tokens) for record in records)
         need = training_memory(config, self.benchmark.vocabulary.size, longest, traced=traced)
         require_memory(need, where=f"config {config.name}")

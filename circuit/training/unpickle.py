@@ -36,8 +36,9 @@ def unpickle(payload: bytes, *, where: object, more: str, damaged: str) -> Any:
         size = 0  # the format of torch before 1.6, or damaged, which torch will find
     if size > len(payload):  # torch writes none, reads them, and a byte may hold a thousand
         raise CircuitError("refused: its records are compressed", where=where, fix=damaged)
+    load = torch.load  # imports torch, of which a failure says nothing about the file
     try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (UnpicklingError, AttributeError, TypeError) as error:
         named = _GLOBAL.search(str(error))
         what = f" (it names {named[1]})" if named else ""

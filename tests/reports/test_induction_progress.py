@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from circuit.reports.induction_progress import (
 )
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.opening import open_run
+from circuit.training import step
 
 
 def made(**options: Any) -> ReportResult:
@@ -77,12 +79,15 @@ def test_rows_are_those_of_the_models_own_attention_and_loss(trained: Path) -> N
     assert max(gaps(result.law)) < 1e-5
 
 
-@pytest.mark.parametrize(("broken", "place"), [("next_token_loss", 1), ("composition_by_qr", 2)])
+@pytest.mark.parametrize(
+    ("module", "broken", "place"),
+    [(step, "next_token_loss", 1), (induction_progress, "composition_by_qr", 2)],
+)
 def test_the_law_tells_what_is_broken(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, broken: str, place: int
+    trained: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, broken: str, place: int
 ) -> None:
-    whole = getattr(induction_progress, broken)
-    monkeypatch.setattr(induction_progress, broken, lambda *given: whole(*given) * 1.01)
+    whole = getattr(module, broken)
+    monkeypatch.setattr(module, broken, lambda *given: whole(*given) * 1.01)
     assert [gap > 1e-4 for gap in gaps(made().law)] == [one == place for one in range(3)]
 
 

@@ -145,6 +145,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "step": ("9999",),
     "steps": ("nonsense", "5:3", "0:9999"),
     "storage": ("nonsense",),
+    "task": ("nonsense",),
     "target": ("nonsense",),
     "trace": ("foreign", PROBE),
     "train_split": ("nonsense",),

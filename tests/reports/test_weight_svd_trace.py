@@ -23,8 +23,8 @@ from circuit.train_config import ModelConfig
 WORDS = (
     *("weight-svd-trace", "--config", "runs/tiny/run_config.json"),
     *("--checkpoint-dir", "runs/tiny/checkpoints", "--output-dir", "out"),
-    *("--max-singular-values", "5", "--top-vector-ranks", "3"),
 )
+FEW = ("--max-singular-values", "5", "--top-vector-ranks", "3")
 
 
 def dense(model: HookedTransformer, matrix: str, component: str) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_effective_rank_counts_equal_directions(scale: float) -> None:
 def test_the_rows_are_the_matrices_of_the_checkpoints(
     circuit: Callable[..., Any], trained: Path
 ) -> None:
-    done = circuit(*WORDS, "--json")
+    done = circuit(*WORDS, *FEW, "--json")
     assert done.code == 0, done.err
     assert [path for path in done.payload["paths"] if not Path(path).is_file()] == []
     run = open_run(trained)

@@ -152,7 +152,7 @@ def _without_a_key(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_cut, "is no report of this program"),
+        (_cut, "not valid JSON"),
         (_retouched, "was changed after it was written"),
         (_with_text, "has no answer accuracy .*is no number"),
         (_without_a_key, "has no answer accuracy"),

@@ -111,7 +111,7 @@ def test_a_task_of_ones_own_is_drawn_written_and_read_back() -> None:
             "from circuit.tasks.base import Task",
             "does not define draw, parse",
         ),
-        (":Echo", None, "the task's file cannot be read"),
+        (":Echo", None, "is a folder; expected a file"),
         ("echo", None, "field 'benchmark_type': unknown task 'echo'; expected one of symbolic_kv"),
     ],
 )

