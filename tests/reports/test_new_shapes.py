@@ -16,7 +16,6 @@ from tiny_run import RUN
 from circuit import CircuitError
 from circuit.config import load_config
 from circuit.page.formation import formation_page
-from circuit.page.reports import LIKELY
 from circuit.reports.report import Place
 from circuit.reports.written import read_report
 from circuit.tasks.probes import write_probe_set
@@ -64,7 +63,7 @@ def test_the_page_asks_for_what_the_model_has(shape: ModelConfig) -> None:
     given = {name: Path(name) for name in ("probe_set", "checkpoint_dir", "optimizer_trace_dir")}
     for kind in KINDS.values():
         if kind.place is not None:
-            kind.usual(Place(shape, given, LIKELY)).check_model(shape)
+            kind.usual(Place(shape, given, "L0H0")).check_model(shape)
     assert formation_page(RUN, "page.html").missing
 
 

@@ -392,7 +392,6 @@ def test_a_typed_trace_is_the_one_that_trace_record_makes(
         ("--trace=", ""),
         ("--trace .", "."),
         ("--trace=a --set seed=3", "a"),
-        ("--trace a --trace", ""),
     ],
 )
 def test_a_trace_may_stand_without_a_folder(command: str, words: str, folder: str | None) -> None:

@@ -308,7 +308,7 @@ def test_settings_beside_the_files_are_believed_or_refused(
     with pytest.raises(CircuitError, match=said):
         import_checkpoints(["w"], "data/tiny", "runs/theirs")
     told.write_text('{"act_fn": "relu",}')
-    with pytest.raises(CircuitError, match=r"w/config\.json: cannot be read .* move it away"):
+    with pytest.raises(CircuitError, match=r"w/config\.json:1:19: not valid JSON .* move it away"):
         import_checkpoints(["w"], "data/tiny", "runs/theirs")
     told.write_text(json.dumps({"act_fn": "gelu", "eps": 1e-5}))
     config = import_checkpoints(["w"], "data/tiny", "runs/theirs").config
