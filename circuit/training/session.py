@@ -78,16 +78,26 @@ class TrainingSession:
         from circuit.training.step import training_step
 
         batch, device = self.batch(self.step + 1), self.config.device
-        outcome = training_step(
-            self.model,
-            self.optimizer,
-            batch.tokens.to(device),
-            batch.targets().to(device),
-            self.config,
-            self.step + 1,
-            loss_dtype=batch.task.loss_dtype,
-            on_gradient=on_gradient,
-        )
+        try:
+            outcome = training_step(
+                self.model,
+                self.optimizer,
+                batch.tokens.to(device),
+                batch.targets().to(device),
+                self.config,
+                self.step + 1,
+                loss_dtype=batch.task.loss_dtype,
+                on_gradient=on_gradient,
+            )
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise DivergedError(
+                f"training diverged at step {self.step + 1}: the optimizer's step is not finite in"
+                " float32",
+                where=f"config {self.config.name}",
+                fix="lower the learning rate",
+            ) from None
         self.step += 1
         if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):
             raise DivergedError(
