@@ -138,7 +138,7 @@ def test_one_worker_may_go_backwards(jobs: dict[str, Job], whole: dict[str, str]
     assert "".join(reversed(pieces)) == whole["fixed"]
 
 
-@pytest.mark.parametrize("kind", ["source", "auto"])
+@pytest.mark.parametrize("kind", ["source", pytest.param("auto", marks=pytest.mark.slow)])
 def test_two_processes_make_the_rows_of_one(
     jobs: dict[str, Job], whole: dict[str, str], kind: str
 ) -> None:

@@ -64,7 +64,9 @@ def until(happened: Callable[[], object], process: subprocess.Popen[bytes]) -> N
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in NUMBERS[1:])]
+)
 def test_a_signal_leaves_a_checkpoint_and_one_line(desk: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [*CIRCUIT, "train", "--config", "configs/train/tiny.json", "--set", "steps=100000"],

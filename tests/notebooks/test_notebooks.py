@@ -128,7 +128,7 @@ def test_without_the_run_one_line_says_what_to_type(
             circuit.open_run(opened)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_running_changes_the_committed_notebooks_only_when_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
 ) -> None:

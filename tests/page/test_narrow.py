@@ -14,7 +14,10 @@ from command_line import type_in
 from circuit.page import formation_page
 
 
-@pytest.mark.parametrize(("d_model", "heads", "d_ff"), [(1, 1, 1), (6, 3, 3), (16, 16, 40)])
+@pytest.mark.parametrize(
+    ("d_model", "heads", "d_ff"),
+    [(1, 1, 1), (6, 3, 3), pytest.param(16, 16, 40, marks=pytest.mark.slow)],
+)
 def test_every_command_of_the_page_runs(
     d_model: int,
     heads: int,
