@@ -96,7 +96,7 @@ def told(name: str) -> tuple[dict[str, Any], list[str]]:
     return {"pasted": commands, **pages, **shapes(name)}, [str(p) for p in Path().rglob("executed")]
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.system)])
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.system)])
 def test_a_name_is_a_name_wherever_it_is_printed(count: int, place: Path, world: Path) -> None:
     expected, broken = told(PLAIN)
     assert broken == []
