@@ -89,6 +89,11 @@ class ModelConfig(Config):
     of them have the dumps and digests that they always had."""
 
     @property
+    def head_addresses(self) -> list[str]:
+        """Every head, such as L2H1, layer by layer."""
+        return [f"L{layer}H{head}" for layer in range(self.layers) for head in range(self.heads)]
+
+    @property
     def attention_only(self) -> bool:
         """Whether there is no MLP."""
         return self.d_ff == 0

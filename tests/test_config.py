@@ -344,7 +344,7 @@ def test_shipped_training_configs_load_and_name_their_folder_at_the_top(path: Pa
     benchmarks = {one.output_dir: one for one in map(load_benchmark_config, BENCHMARK_FILES)}
     benchmark = benchmarks[config.benchmark_dir]
     task = find_task(benchmark.benchmark_type)(benchmark)
-    assert {config.train_split, *config.tracked_splits} <= {*task.split_names, *task.stream_names}
+    assert {config.train_split, *config.tracked_splits} <= {*task.split_names, *task.streams}
 
 
 def test_formation_and_generalization_carry_the_contracts_values() -> None:

@@ -14,7 +14,6 @@ from circuit.lazy import torch
 from circuit.page.panel import Missing, Panel, Source, thinned, training_command
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.examples import Examples, Split
-from circuit.train_config import TrainConfig
 from circuit.training.evaluate import logits_and_attention
 from circuit.training.setup import Setup
 
@@ -101,7 +100,7 @@ def _look(
         "slice": batch.task.slice_name,
         "support": batch.task.support,
         "tokens": [text[token] for token in batch.tokens[0, : int(batch.lengths[0])].tolist()],
-        "heads": _heads(setup.config),
+        "heads": setup.config.model.head_addresses,
         "reads": [_read(batch, read, text) for read in reads],
         "steps": thinned(run.steps, STEPS),
         "attention": [],
@@ -133,11 +132,6 @@ def _look(
         if progress is not None:
             progress(done, len(found["steps"]))
     return found
-
-
-def _heads(config: TrainConfig) -> list[str]:
-    layers, heads = range(config.model.layers), range(config.model.heads)
-    return [f"L{layer}H{head}" for layer in layers for head in heads]
 
 
 def _read(batch: Examples, read: int, text: tuple[str, ...]) -> dict[str, Any]:

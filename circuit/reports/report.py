@@ -402,7 +402,7 @@ class open_report:  # noqa: N801  a context manager
 
     def write(self, report: Report[Any], findings: Findings) -> ReportResult:
         """Write every file of the report, the JSON last."""
-        kind = type(report)
+        kind, provenance = type(report), report.provenance()
         row_file, page_file, report_file = _names(kind)
         further = {row_file: findings.rows, **findings.further}
         files = {n: f if isinstance(f, str) else list(f) for n, f in further.items()}
@@ -410,7 +410,7 @@ class open_report:  # noqa: N801  a context manager
             report.options,
             findings.summary,
             lambda name, text: _rows(files[name or row_file], text),
-            report.provenance().get("slice", "lag"),
+            provenance.get("slice", "lag"),
         )
         notes, tables, charts = kind.notes(results), kind.tables(results), kind.charts(results)
         texts = {name: f if isinstance(f, str) else dump_rows(f) for name, f in files.items()}
@@ -426,7 +426,7 @@ class open_report:  # noqa: N801  a context manager
             "paths": list(contents),
             "sha256": {name: hashlib.sha256(contents[name]).hexdigest() for name in files},
             "provenance": {
-                **report.provenance(),
+                **provenance,
                 **findings.provenance,
                 "environment": environment_facts(report.device),
                 "started_unix": self.began,

@@ -69,11 +69,7 @@ class AnswerScalar:
         self.name = name
         self.values_range = values
         self.reads = batch
-        sequences = tuple(
-            tuple(row[:length].tolist())
-            for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
-        )
-        self.needs = Needs(sequences=sequences, hooks=(LOGITS,))
+        self.needs = Needs(batch.sequences(), (LOGITS,))
         self._tokens = batch.tokens
         self._competitors = None if competitors is None else competitors.to(batch.tokens.device)
 

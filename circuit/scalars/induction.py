@@ -187,8 +187,7 @@ class Induction(ScalarFamily):
             )
 
     def _heads(self, shape: ModelConfig) -> Sequence[str]:
-        every = [f"L{n}H{h}" for n in range(shape.layers) for h in range(shape.heads)]
-        return self.heads or every
+        return self.heads or shape.head_addresses
 
     def build(self, inputs: Inputs) -> list[Scalar]:
         """One scalar a measure and head, or pair of heads."""

@@ -388,7 +388,6 @@ class QKMatches(ScalarFamily, options.PairOptions):
     def build(self, inputs: Inputs) -> list[QKMatch]:
         """One scalar a head, rank, basis and group of reads."""
         shape = inputs.config.model
-        every = [f"L{n}H{h}" for n in range(shape.layers) for h in range(shape.heads)]
         scalars: list[QKMatch] = []
         reads_by_suffix = self.reads(inputs)
         for basis in self.bases:
@@ -396,7 +395,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
             model = inputs.point(int(step[1])).model if step else None
             for suffix, reads in reads_by_suffix.items():
                 scalars += qk_matches(
-                    self.heads or every,
+                    self.heads or shape.head_addresses,
                     reads,
                     layers=shape.layers,
                     ranks=[None] if basis == "full" else self.ranks,

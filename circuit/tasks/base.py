@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
@@ -256,7 +257,8 @@ class Task(ABC):
         choices: token ids among which answers compete.
         token_sets: token ids by name, for embeddings' identities.
         split_names: of its config, in order.
-        stream_names: splits without an end, which `drawn_record` gives.
+        streams: splits without an end, which `drawn_record` gives, with the tokens of the longest
+            record of each.
     """
 
     Config: ClassVar[type[TaskConfig]]
@@ -280,7 +282,7 @@ class Task(ABC):
     choices: range
     token_sets: Mapping[str, range]
     split_names: tuple[str, ...]
-    stream_names: tuple[str, ...] = ()
+    streams: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: Any, facts: Any = None) -> None:
         """Put the vocabulary together.
@@ -358,7 +360,7 @@ class Task(ABC):
         return Sizes(splits={name: of(records) for name, records in splits.items()})
 
     def drawn_record(self, split: str, seed: int, index: int) -> Record:
-        """Record `index` of one of `stream_names`, drawn at need: a function of the arguments.
+        """Record `index` of one of `streams`, drawn at need: a function of the arguments.
 
         Args:
             seed: of the run.

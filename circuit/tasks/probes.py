@@ -27,6 +27,7 @@ from circuit.tasks.records import records_from_jsonl, records_to_jsonl
 
 DEFAULT_SEED = 17
 _SCHEMA_VERSION = 1
+_ANEW = "draw the probe set again with --overwrite"
 
 
 class ProbeSetMetadata(Stored):
@@ -184,7 +185,7 @@ def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
             where=path,
             expected=f"{sum(metadata.counts.values())} with {metadata.sha256}, as"
             f" {metadata_path(path).name} says",
-            fix="draw the probe set again with --overwrite",
+            fix=_ANEW,
         )
     told = metadata.model_dump(mode="json")
     expected = told | _sizes(benchmark.task)
@@ -196,7 +197,7 @@ def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
                 f"field '{name}' is {told.get(name)}",
                 where=metadata_path(path),
                 expected=str(expected.get(name)),
-                fix="draw the probe set again with --overwrite",
+                fix=_ANEW,
             )
     return ProbeSet(records, metadata, benchmark.task)
 
@@ -207,9 +208,8 @@ def _sizes(task: Task) -> dict[str, int]:
 
 def _read_metadata(path: Path) -> ProbeSetMetadata:
     where = metadata_path(path)
-    fix = "draw the probe set again with --overwrite"
     try:
-        payload = read_json(where, fix=fix)
+        payload = read_json(where, fix=_ANEW)
     except MissingFileError as error:
         raise CircuitError(
             error.what,
@@ -217,4 +217,4 @@ def _read_metadata(path: Path) -> ProbeSetMetadata:
             expected="a probe set with its metadata beside it",
             fix="run `circuit generate-probe-set --output` with this path",
         ) from None
-    return validated(payload, ProbeSetMetadata, where=where, fix=fix)
+    return validated(payload, ProbeSetMetadata, where=where, fix=_ANEW)

@@ -51,7 +51,8 @@ def find_task(name: str, near: Path | None = None) -> type[Task]:
     Raises:
         CircuitError: there is no such task, or its module cannot be used.
     """
-    installed = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    # every environment's metadata are searched for entry points: only where ours do not answer
+    installed = {} if name in BUILT_IN else {e.name: e.value for e in entry_points(group=GROUP)}
     known = installed | BUILT_IN
     module, colon, attribute = known.get(name, name).rpartition(":")
     if not colon:

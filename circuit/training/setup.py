@@ -7,6 +7,7 @@ one that was built.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
 from circuit.sizes import require_memory, training_memory, weights_memory
+from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.examples import Split, Stream
 from circuit.train_config import RUN_CONFIG, ImportedConfig, ModelConfig, TrainConfig
@@ -107,7 +109,7 @@ class Setup:
         Raises:
             CircuitError: there is no such split, or its file is damaged.
         """
-        if name not in self.benchmark.task.stream_names:
+        if name not in self.benchmark.task.streams:
             self.benchmark.records(name)
 
     def training_split(self) -> Split | Stream:
@@ -117,11 +119,10 @@ class Setup:
             CircuitError: as `split`; or records are too long for the model.
         """
         task, config = self.benchmark.task, self.config
-        if config.train_split not in task.stream_names:
+        if config.train_split not in task.streams:
             return self.split(config.train_split)
-        stream = Stream(task, config.train_split, config.seed)
-        check_length(config.train_split, int(stream.batch([0]).lengths[0]), config.model)
-        return stream
+        check_length(config.train_split, task.streams[config.train_split], config.model)
+        return Stream(task, config.train_split, config.seed)
 
     def prepare(self, threads: int | None = None) -> None:
         """Give this process the config's threads (or those given), device and determinism."""
@@ -162,13 +163,9 @@ class Setup:
         Raises:
             CircuitError: says what it would need, and what there is.
         """
-        config = self.config
-        task = self.benchmark.task
-        if config.train_split in task.stream_names:
-            records = [task.drawn_record(config.train_split, config.seed, 0)]
-        else:
-            records = self.benchmark.records(config.train_split)
-        longest = max(len(record.tokens) for record in records)
+        config, longest = self.config, self.benchmark.task.streams.get(self.config.train_split)
+        if longest is None:
+            longest = longest_of(self.benchmark.records(config.train_split))
         need = training_memory(config, self.benchmark.vocabulary.size, longest, traced=traced)
         require_memory(need, where=f"config {config.name}")
 
@@ -201,8 +198,13 @@ def encode_split(benchmark: Benchmark, split: str, model: ModelConfig | None = N
     """
     records = benchmark.records(split)
     if model is not None:
-        check_length(split, max(len(record.tokens) for record in records), model)
+        check_length(split, longest_of(records), model)
     return benchmark.task.split(records)
+
+
+def longest_of(records: Sequence[Record]) -> int:
+    """Tokens of the longest record."""
+    return max(len(record.tokens) for record in records)
 
 
 def check_length(split: str, longest: int, model: ModelConfig) -> None:

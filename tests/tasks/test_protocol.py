@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_benchmarks import SETTINGS
 
 from circuit.config import parse_config
 from circuit.errors import CircuitError
@@ -24,30 +25,6 @@ from circuit.tasks.probes import draw_probe_set, metadata_path, read_probe_set, 
 from circuit.tasks.registry import BUILT_IN, find_task
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-LOOKUP_SPLIT = {
-    "samples": 20,
-    "active_keys": {"min": 2, "max": 3},
-    "overwrite_count": {"min": 8, "max": 8},
-    "num_queries": {"min": 3, "max": 6},
-    "query_lag": {"min": 1, "max": 2},
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "symbolic_kv_stream": {
-        "num_keys": 4,
-        "num_values": 64,
-        "holdout_answer_pair_fraction": 0.3,
-        "heuristic_max_accuracy": 1.0,
-        "splits": {
-            "train": LOOKUP_SPLIT,
-            "heldout_pairs": {**LOOKUP_SPLIT, "answer_pairs": "heldout"},
-            "counterfactual": {"samples": 10, "counterfactual_of": "train"},
-        },
-    },
-    "modular_addition": {"modulus": 7, "train_fraction": 0.5},
-    "induction": {"vocabulary_size": 8, "length": 5, "validation_records": 12},
-}
-"""A small benchmark of every task, without what all configs hold; a new task needs one here."""
-
 TASKS = [name for name, place in BUILT_IN.items() if find_spec(place.split(".task:")[0])]
 
 
@@ -115,7 +92,7 @@ def test_what_a_task_declares_fits_together(benchmark: Benchmark) -> None:
     assert task.slice_name == (next(iter(task.slices), "slice"))
     assert task.config.benchmark_type == benchmark.config.benchmark_type
     assert tuple(benchmark.splits) == task.split_names
-    assert not set(task.stream_names) & set(task.split_names)
+    assert not set(task.streams) & set(task.split_names)
     assert sum(n for n, _ in task.config.stored().values()) == len(everything(benchmark))
     assert set(groups_of(task)) >= set(task.single_roles())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Done, type_and_read
+from small_benchmarks import HELD, SETTINGS
 
 from circuit.config import parse_config
 from circuit.tasks.benchmark import write_benchmark
@@ -23,31 +24,10 @@ from circuit.training.loop import train
 
 RUN = Path("runs/tiny")
 STEPS = 8
-_SPLIT = {
-    "samples": 24,
-    "active_keys": {"min": 2, "max": 2},
-    "overwrite_count": {"min": 2, "max": 3},
-    "num_queries": {"min": 2, "max": 2},
-    "query_lag": {"min": 0, "max": 3},
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "symbolic_kv_stream": {
-        "num_keys": 4,
-        "num_values": 12,
-        "holdout_answer_pair_fraction": 0.2,
-        "heuristic_max_accuracy": 1.0,
-        "splits": {"train": _SPLIT, "test": _SPLIT},
-    },
-    "modular_addition": {"modulus": 7, "train_fraction": 0.5},
-    "induction": {"vocabulary_size": 8, "length": 5, "validation_records": 12},
-}
-"""A tiny benchmark of each task."""
-HELD = {"induction": "validation"}
-"""The split that is looked at, where it is not `test`."""
 
 
 def test_every_task_has_a_tiny_benchmark_here() -> None:
-    assert SETTINGS.keys() == BUILT_IN.keys()
+    assert SETTINGS.keys() == HELD.keys() == BUILT_IN.keys()
 
 
 @pytest.fixture(params=BUILT_IN)
@@ -62,13 +42,13 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 def config(task: str, **changes: Any) -> TrainConfig:
     """Two layers, eight steps."""
-    held = HELD.get(task, "test")
+    held = HELD[task]
     payload = {
         "name": "tiny",
         "output_dir": str(RUN),
         "benchmark_dir": "data",
         "seed": 5,
-        "model": {"layers": 2, "heads": 2, "d_model": 8, "d_ff": 16, "max_sequence_length": 40},
+        "model": {"layers": 2, "heads": 2, "d_model": 8, "d_ff": 16, "max_sequence_length": 64},
         "steps": STEPS,
         "batch_size": 6,
         "optimizer": {"name": "adamw", "learning_rate": 0.01},
@@ -123,7 +103,7 @@ def test_what_the_task_has_not_is_refused_with_what_it_has(
     task: str, circuit: Callable[..., Done]
 ) -> None:
     train(config(task))
-    held = HELD.get(task, "test")
+    held = HELD[task]
     write_probe_set("data", RUN / "analysis/probe_set.jsonl", [held], 4)
     common = ["--config", str(RUN), "--checkpoint-dir", str(RUN / "checkpoints")]
     common += ["--probe-set", str(RUN / "analysis/probe_set.jsonl"), "--output-dir", "out"]
@@ -160,7 +140,7 @@ def test_roles_and_pair_types_are_completed(task: str, circuit: Callable[..., Do
 
 
 def test_an_edited_record_is_refused(task: str, circuit: Callable[..., Done]) -> None:
-    held = Path("data") / f"{HELD.get(task, 'test')}.jsonl"
+    held = Path("data") / f"{HELD[task]}.jsonl"
     line, *rest = held.read_text().splitlines()
     record = json.loads(line)
     words = record["tokens"].split(" ")

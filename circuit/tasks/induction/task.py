@@ -137,7 +137,7 @@ class Induction(Task):
         self.vocabulary = Vocabulary(f"T{i:0{width}d}" for i in range(size))
         self.choices = range(size)
         self.token_sets = {"symbol": self.choices}
-        self.split_names, self.stream_names = (VALIDATION,), (TRAIN,)
+        self.split_names, self.streams = (VALIDATION,), {TRAIN: 2 * config.length}
 
     def _record(self, name: str, split: str, *seeds: int) -> Record:
         state = np.random.RandomState(list(seeds))
