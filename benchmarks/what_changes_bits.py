@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,23 +21,50 @@ from circuit.config import load_config
 from circuit.core.digests import tensor_digest
 from circuit.environment import prepare_process
 from circuit.model.build import build_model
-from circuit.train_config import AdamWConfig, Kernels, TrainConfig
-from circuit.training.optimizers import build_optimizer, read_moments
-from circuit.training.step import training_step
+from circuit.train_config import Kernels, TrainConfig
+from circuit.training.optimizers import build_optimizer, learning_rate, read_moments
+from circuit.training.recipe import Batch, Recipe
+from circuit.training.step import next_token_loss, training_step
 
 VOCABULARY, POSITIONS = 141, 56
 Stages = list[tuple[int, str, str]]
+Forward = Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]
+"""Of a model, the function that stands in for its forward pass."""
 
 
-class Through(torch.nn.Module):
-    """A model whose forward pass is another function."""
+class Synthetic(Recipe):
+    """The reference recipe on synthetic tokens, through another forward pass or optimizer."""
 
-    def __init__(self, model: torch.nn.Module, function: Callable[[Any], torch.Tensor]) -> None:
-        super().__init__()
-        self.model, self.function = model, function
+    def __init__(self, kernels: Kernels, fused: bool, forward: Forward) -> None:
+        self.config = load_config("configs/train/symbolic_kv_formation.json", TrainConfig)
+        self.kernels, self.fused, self.forward = kernels, fused, forward
+        self.clip = self.config.gradient_clip
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.function(tokens)
+    def module(self) -> torch.nn.Module:
+        return build_model(
+            self.config.model, vocabulary_size=VOCABULARY, seed=7, kernels=self.kernels
+        )
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        size = (self.config.batch_size, POSITIONS)
+        tokens = torch.randint(5, VOCABULARY, size, generator=generator)
+        return Batch(tokens[:, :-1], tokens[:, 1:], np.arange(len(tokens)))
+
+    def outputs(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return self.forward(module)(batch.inputs)
+
+    def losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return next_token_loss(outputs, batch.targets)
+
+    def optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(module, self.config.optimizer)
+        for group in optimizer.param_groups:
+            group["fused"] = self.fused
+        return optimizer
+
+    def rates(self, step: int) -> list[float]:
+        return [learning_rate(self.config, step)]
 
 
 def train(
@@ -45,31 +73,25 @@ def train(
     threads: int = 1,
     kernels: Kernels = "fast",
     fused: bool = False,
-    forward: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] = lambda model: model,
+    forward: Forward = lambda model: model,
 ) -> Stages:
     """Digests by step and stage."""
-    config = load_config("configs/train/symbolic_kv_formation.json", TrainConfig)
-    assert isinstance(config.optimizer, AdamWConfig)
     prepare_process(threads=threads)
-    model = build_model(config.model, vocabulary_size=VOCABULARY, seed=7, kernels=kernels)
-    run: Any = Through(model, forward(model))
-    optimizer = build_optimizer(model, config.optimizer)
-    for group in optimizer.param_groups:
-        group["fused"] = fused
+    recipe = Synthetic(kernels, fused, forward)
+    model = recipe.module()
+    optimizer = recipe.optimizer(model)
     found: Stages = []
     for step in range(1, steps + 1):
-        generator = torch.Generator().manual_seed(step)
-        batch = torch.randint(5, VOCABULARY, (config.batch_size, POSITIONS), generator=generator)
         gradient: list[str] = []
 
         def keep(into: list[str] = gradient) -> None:
             into.append(tensor_digest(torch.cat([p.grad.flatten() for p in model.parameters()])))
 
-        outcome = training_step(run, optimizer, batch, batch[:, 1:], config, step, on_gradient=keep)
+        outcome = training_step(recipe, model, optimizer, step, on_gradient=keep)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        moments = read_moments(model, optimizer, config.optimizer)
+        moments = read_moments(model, optimizer, recipe.config.optimizer)
         found += [
-            (step, "logits", tensor_digest(outcome.logits)),
+            (step, "logits", tensor_digest(outcome.outputs)),
             (step, "loss", tensor_digest(outcome.loss)),
             (step, "gradient", gradient[0]),
             (step, "parameters", tensor_digest(weights)),

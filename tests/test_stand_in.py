@@ -62,7 +62,7 @@ def test_a_session_keeps_weights_moments_and_batches_on_its_device(
         session = session_after(2, device="cuda")
         outcome = session.advance()
         tensors = [*session.model.parameters(), *session.model.buffers()]
-        tensors += [outcome.tokens, outcome.targets]
+        tensors += [outcome.batch.inputs, outcome.batch.targets]
         for parameter, state in session.optimizer.state.items():
             tensors += [parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
             assert state["step"].device.type == "cpu"  # as torch keeps it

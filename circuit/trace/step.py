@@ -16,10 +16,9 @@ from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
 from circuit.core.update import Hyper, UpdateTerms
 from circuit.lazy import torch
-from circuit.tasks.examples import UNPREDICTED, Examples
+from circuit.tasks.examples import Examples
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState
-from circuit.training.data_order import Indices
 from circuit.training.optimizers import read_moments, update_rule
 from circuit.training.session import TrainingSession
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
+    from circuit.training.data_order import Indices
     from circuit.training.step import StepOutcome
 
 STAGES = ("batch", "logits", "loss", "gradient", "grad_norm", "parameters", "m", "v")
@@ -40,11 +40,8 @@ class TracedStep:
     step: int
     config: TrainConfig
     layout: ParameterLayout
-    indices: Indices
-    """Examples of the batch, Int64 `[batch]`."""
-    tokens: Int[Tensor, "batch pos"]
-    batch: Callable[[], Examples]
-    """The batch again, with what it asks."""
+    examples: Callable[[], Examples]
+    """Those of the batch again, with what they ask."""
     before: FlatState
     after: FlatState
     gradient: Flat
@@ -74,16 +71,24 @@ class TracedStep:
         return float(self.outcome.grad_norm)
 
     @property
-    def token_accuracy(self) -> float:
+    def indices(self) -> Indices:
+        """Examples of the batch, Int64 `[batch]`."""
+        return self.outcome.batch.examples
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """The batch."""
+        return self.outcome.batch.inputs
+
+    @property
+    def token_accuracy(self) -> float | None:
         """Share of the batch's targets that the logits' argmax hits."""
-        targets = self.outcome.targets
-        hits = self.outcome.logits.argmax(-1) == targets
-        return float(hits[targets != UNPREDICTED].cpu().double().mean())
+        return self.outcome.accuracy
 
     @property
     def answers(self) -> Bool[Tensor, "batch pos"]:
         """Where the answers stand in the batch."""
-        return self.batch().is_answer()
+        return self.examples().is_answer()
 
     @cached_property
     def update(self) -> UpdateTerms:
@@ -108,7 +113,7 @@ class TracedStep:
             return self.grad_norm
         tensors = {
             "batch": self.tokens,
-            "logits": self.outcome.logits,
+            "logits": self.outcome.outputs,
             "gradient": self.gradient,
         }
         if name in tensors:
@@ -158,9 +163,7 @@ class Tracer:
             step=step,
             config=session.config,
             layout=self.layout,
-            indices=session.indices(step),
-            tokens=outcome.tokens,
-            batch=partial(session.batch, step),
+            examples=partial(session.recipe.examples, step),
             before=before,
             after=self._state,
             gradient=gradient["raw"],

@@ -30,7 +30,7 @@ from circuit.errors import CircuitError
 from circuit.sealed import sealed
 from circuit.sizes import require_disk, training_disk
 from circuit.tasks.base import Task
-from circuit.tasks.examples import UNPREDICTED, Split
+from circuit.tasks.examples import Split
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.checkpoints import DivergedError, checkpoint_name, encode_checkpoint
 from circuit.training.evaluate import Evaluation, evaluate
@@ -275,7 +275,7 @@ class _Loop:
         seconds = time.perf_counter() - began
         result = TrainResult(
             config,
-            session.data.task,
+            session.recipe.split.task,
             session.step,
             first,
             self.evaluations,
@@ -313,13 +313,11 @@ class _Loop:
         self._save(self._checkpoint().relative_to(self.folder.root).as_posix(), log)
 
     def _step_row(self, outcome: StepOutcome) -> dict[str, Any]:
-        real = outcome.targets != UNPREDICTED
-        hits = (outcome.logits.argmax(-1) == outcome.targets)[real].cpu()
         return {
             "kind": "train",
             "step": outcome.step,
             "loss": float(outcome.loss),
-            "token_accuracy": float(hits.double().mean()),
+            "token_accuracy": outcome.accuracy,
             "lr": outcome.lr,
             "grad_norm": float(outcome.grad_norm),
             "clip_factor": outcome.clip_factor,

@@ -6,14 +6,13 @@ Train, trace and replay differ in what they do between steps; the session is wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
-from circuit.tasks.examples import Examples, Split
 from circuit.training.checkpoints import DivergedError, TrainState
-from circuit.training.data_order import Indices, batch_indices
-from circuit.training.optimizers import build_optimizer, read_moments, write_moments
+from circuit.training.optimizers import read_moments, write_moments
+from circuit.training.recipe import TaskRecipe
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
@@ -30,20 +29,22 @@ class TrainingSession:
         setup: Setup,
         *,
         state: TrainState | None = None,
+        recipe: TaskRecipe | None = None,
     ) -> None:
         """Put the session together.
 
         Args:
             setup: of the run.
             state: to go on from; the initial weights by default.
+            recipe: what the steps execute; the config's by default.
 
         Raises:
             CircuitError: the state belongs to another recipe or benchmark, or is unsound.
         """
         self.config = config = setup.config
         self.benchmark_digest = setup.benchmark.digest
-        self.data = setup.training_split()
-        self.model: HookedTransformer = setup.initial_model()
+        self.recipe = recipe or TaskRecipe(setup)
+        self.model: HookedTransformer = cast("HookedTransformer", self.recipe.module())
         self.step = 0
         if state is not None:
             setup.check(state)
@@ -56,18 +57,9 @@ class TrainingSession:
                 )
             load_tensors(self.model, state.parameters)
             self.step = state.step
-        self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer: torch.optim.Optimizer = self.recipe.optimizer(self.model)
         if state is not None:
             write_moments(self.model, self.optimizer, config.optimizer, moments, state.step)
-
-    def indices(self, step: int) -> Indices:
-        """Examples of a step, Int64 `[batch]`."""
-        size = len(self.data) if isinstance(self.data, Split) else None
-        return batch_indices(self.config.seed, step, size=size, batch_size=self.config.batch_size)
-
-    def batch(self, step: int) -> Examples:
-        """The records of a step."""
-        return self.data.batch(self.indices(step))
 
     def advance(self, *, on_gradient: Callable[[], None] | None = None) -> StepOutcome:
         """Take the next step.
@@ -77,28 +69,20 @@ class TrainingSession:
         """
         from circuit.training.step import training_step
 
-        batch, device = self.batch(self.step + 1), self.config.device
+        step = self.step + 1
         try:
             outcome = training_step(
-                self.model,
-                self.optimizer,
-                batch.tokens.to(device),
-                batch.targets().to(device),
-                self.config,
-                self.step + 1,
-                loss_dtype=batch.task.loss_dtype,
-                on_gradient=on_gradient,
+                self.recipe, self.model, self.optimizer, step, on_gradient=on_gradient
             )
         except RuntimeError as error:
             if "without overflow" not in str(error):
                 raise
             raise DivergedError(
-                f"training diverged at step {self.step + 1}: the optimizer's step is not finite in"
-                " float32",
+                f"training diverged at step {step}: the optimizer's step is not finite in float32",
                 where=f"config {self.config.name}",
                 fix="lower the learning rate",
             ) from None
-        self.step += 1
+        self.step = step
         if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):
             raise DivergedError(
                 f"training diverged at step {self.step}: loss {float(outcome.loss)}, gradient norm"

@@ -1,25 +1,21 @@
 """ONE optimizer step, used by train, trace and replay alike.
 
-A step is: forward on the batch without its last column, loss of the task's targets, backward, clip,
-set the learning rate, torch's optimizer. Everything that the step depends on is an argument; it
-keeps no state of its own.
+A step is: forward on the batch, loss, backward, clip, set the learning rate, torch's optimizer.
+Everything that the step depends on is an argument; it keeps no state of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformer_lens import HookedTransformer
 
 from circuit.tasks.examples import UNPREDICTED
-from circuit.train_config import TrainConfig
-from circuit.training.optimizers import learning_rate
+from circuit.training.recipe import Batch, Recipe
 
 
 @dataclass(frozen=True)
@@ -27,26 +23,28 @@ class StepOutcome:
     """What one step measured; tensors stay on the device until they are read."""
 
     step: int
-    tokens: Int[Tensor, "batch pos"]
-    """The batch."""
-    targets: Int[Tensor, "batch pos-1"]
-    """What is predicted behind each token but the last; `UNPREDICTED` where nothing is."""
+    recipe: Recipe
+    batch: Batch
     loss: Tensor
-    """Mean loss in nats of the targets, before the update; scalar."""
+    """What was differentiated, before the update; scalar (of a task: mean loss in nats)."""
     grad_norm: Tensor
     """Euclidean norm of the gradient before clipping; scalar."""
     lr: float
-    clip: float | None
-    """The clipping threshold of the config."""
-    logits: Float[Tensor, "batch pos-1 vocab"]
-    """Detached; position i predicts token i + 1."""
+    """Of the optimizer's first group."""
+    outputs: Tensor
+    """What the loss was computed from (of a task: logits), detached."""
 
     @property
     def clip_factor(self) -> float:
         """`c = min(1, clip / (|g| + 1e-6))`, 1 without clipping."""
-        if self.clip is None:
+        if self.recipe.clip is None:
             return 1.0
-        return min(1.0, float(self.clip / (self.grad_norm + 1e-6)))
+        return min(1.0, float(self.recipe.clip / (self.grad_norm + 1e-6)))
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the batch's targets that the outputs hit."""
+        return self.recipe.accuracy(self.outputs, self.batch)
 
 
 def next_token_loss(
@@ -60,47 +58,41 @@ def next_token_loss(
 
 
 def training_step(
-    model: HookedTransformer,
+    recipe: Recipe,
+    module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, "batch pos-1"],
-    config: TrainConfig,
     step: int,
     *,
-    loss_dtype: Literal["float32", "float64"] = "float32",
     on_gradient: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """Take `theta_{step-1}` to `theta_step` in place.
 
     Args:
-        tokens: the batch, padded on the right, on the model's device.
-        targets: what is predicted behind each token but the last (`Examples.targets`).
+        recipe: gives batch, loss, clipping and rates.
         step: counted from 1.
-        loss_dtype: of the logits in the loss; `float64` keeps gradients alive where a small
-            loss would round to 0.
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
+    batch = recipe.batch(step)
     optimizer.zero_grad(set_to_none=True)
     with torch.enable_grad():  # a notebook may have switched gradients off
-        logits = model(tokens[:, :-1])
-        exact = logits.double() if loss_dtype == "float64" else logits
-        loss = next_token_loss(exact, targets)
+        outputs = recipe.outputs(module, batch)
+        loss = recipe.loss(outputs, batch)
         loss.backward()
     if on_gradient is not None:
         on_gradient()
-    threshold = float("inf") if config.gradient_clip is None else config.gradient_clip
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), threshold, foreach=False)
-    lr = learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    threshold = float("inf") if recipe.clip is None else recipe.clip
+    grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), threshold, foreach=False)
+    rates = recipe.rates(step)
+    if rates is not None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
     optimizer.step()
     return StepOutcome(
         step=step,
-        tokens=tokens,
-        targets=targets,
+        recipe=recipe,
+        batch=batch,
         loss=loss.detach(),
         grad_norm=grad_norm.detach(),
-        lr=lr,
-        clip=config.gradient_clip,
-        logits=logits.detach(),
+        lr=optimizer.param_groups[0]["lr"],
+        outputs=outputs.detach(),
     )

@@ -25,7 +25,7 @@ from circuit.trace.replay import Drift, ReplayedRun
 from circuit.trace.states import States
 from circuit.trace.while_training import TraceRecorder
 from circuit.train_config import TrainConfig
-from circuit.training import session as session_module
+from circuit.training import recipe as recipe_module
 from circuit.training import step as step_module
 from circuit.training.checkpoints import TrainState, save_checkpoint
 from circuit.training.loop import train
@@ -300,9 +300,9 @@ SLIGHTLY = 1 + 1e-6
 
 
 def other_batches(patch: pytest.MonkeyPatch) -> None:
-    real = session_module.batch_indices
+    real = recipe_module.batch_indices
     patch.setattr(
-        session_module, "batch_indices", lambda seed, step, **sizes: real(seed + 1, step, **sizes)
+        recipe_module, "batch_indices", lambda seed, step, **sizes: real(seed + 1, step, **sizes)
     )
 
 
@@ -335,9 +335,9 @@ def other_norm(patch: pytest.MonkeyPatch) -> None:
 
 def optimizer_with(**flags: Any) -> Patch:
     def patch_optimizer(patch: pytest.MonkeyPatch) -> None:
-        real = session_module.build_optimizer
+        real = recipe_module.build_optimizer
         patch.setattr(
-            session_module,
+            recipe_module,
             "build_optimizer",
             lambda model, config: real(model, config.model_copy(update=flags)),
         )
@@ -389,10 +389,8 @@ def moved_at(patch: pytest.MonkeyPatch, at: int) -> None:
     """After one step three elements of one tensor are not what they should be."""
     real = step_module.training_step
 
-    def step_aside(
-        model: Any, optimizer: Any, tokens: Any, targets: Any, config: Any, step: int, **kw: Any
-    ) -> Any:
-        outcome = real(model, optimizer, tokens, targets, config, step, **kw)
+    def step_aside(recipe: Any, model: Any, optimizer: Any, step: int, **kw: Any) -> Any:
+        outcome = real(recipe, model, optimizer, step, **kw)
         if step == at:
             with torch.no_grad():
                 model.ln_final.b[:3] += 1e-3

@@ -243,8 +243,8 @@ def test_rows_hold_the_norms_of_the_terms(
             assert entry["update_norm"] == pytest.approx(sizes[entry["name"]], rel=1e-12)
             relative = sizes[entry["name"]] / weights[entry["name"]]
             assert entry["relative"] == pytest.approx(relative, rel=1e-12)
-        assert row["batch_indices"] == session.indices(step.step).tolist()
-        assert row["batch_shape"] == list(session.batch(step.step).tokens.shape)
+        assert row["batch_indices"] == session.recipe.indices(step.step).tolist()
+        assert row["batch_shape"] == list(session.recipe.examples(step.step).tokens.shape)
         assert row["clip_factor"] == step.outcome.clip_factor < 1
         assert row["loss"] == float(step.outcome.loss)
         assert row["grad_norm"] == pytest.approx(float(step.gradient.double().norm()), rel=1e-6)
@@ -252,7 +252,7 @@ def test_rows_hold_the_norms_of_the_terms(
         hits = [
             int(guess) == int(target)
             for guess, target in zip(
-                step.outcome.logits.argmax(-1).flatten(), targets.flatten(), strict=True
+                step.outcome.outputs.argmax(-1).flatten(), targets.flatten(), strict=True
             )
             if int(target) != 0
         ]

@@ -278,7 +278,7 @@ def test_verify_fails_with_step_stage_tensor_and_count(
         outcome = real(*args, **kw)
         if outcome.step == 8:
             with torch.no_grad():
-                args[0].ln_final.b[:3] += 1e-3
+                args[1].ln_final.b[:3] += 1e-3
         return outcome
 
     monkeypatch.setattr(step_module, "training_step", step_aside)

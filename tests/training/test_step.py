@@ -125,14 +125,14 @@ def test_the_gradient_is_clipped_by_the_factor_of_the_definitions(
 
 def test_the_outcome_is_of_the_batch_before_the_update(session_after: SessionAfter) -> None:
     session = session_after(2)
-    batch = session.batch(3)
+    batch = session.recipe.examples(3)
     with torch.no_grad():
         logits = session.model(batch.tokens[:, :-1])
     outcome = session.advance()
     assert outcome.step == session.step == 3
-    assert torch.equal(outcome.logits, logits)
+    assert torch.equal(outcome.outputs, logits)
     assert torch.equal(outcome.loss, next_token_loss(logits, batch.targets()))
-    assert not outcome.logits.requires_grad
+    assert not outcome.outputs.requires_grad
     assert not outcome.loss.requires_grad
 
 
@@ -234,9 +234,29 @@ def test_the_last_token_of_a_batch_is_a_target_only(
     """A step sees the batch's examples, whole, and nothing of the padding."""
     session = session_after(0)
     for step in (1, 2, 9):
-        batch = session.batch(step)
+        batch = session.recipe.examples(step)
         records = tiny.records("train")
-        for row, index in enumerate(session.indices(step)):
+        for row, index in enumerate(session.recipe.indices(step)):
             length = int(batch.lengths[row])
             assert tuple(batch.tokens[row, :length].tolist()) == records[index].tokens
             assert (batch.tokens[row, length:] == batch.task.vocabulary.pad).all()
+
+
+def test_the_shares_of_the_examples_sum_to_the_loss(session_after: SessionAfter) -> None:
+    """And so do their gradients: what credits examples divides what the step differentiates."""
+    session = session_after(3)
+    recipe, batch = session.recipe, session.recipe.batch(4)
+    gradients = []
+    for of in (recipe.loss, lambda outputs, batch: recipe.losses(outputs, batch).sum()):
+        session.model.zero_grad()
+        loss = of(recipe.outputs(session.model, batch), batch)
+        loss.backward()
+        gradients.append([loss.item(), *(p.grad.clone() for p in session.model.parameters())])
+    (whole, *expected), (summed, *shares) = gradients
+    assert summed == pytest.approx(whole, rel=1e-6)
+    for one, other in zip(expected, shares, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    losses = recipe.losses(recipe.outputs(session.model, batch), batch)
+    assert losses.shape == batch.targets.shape
+    assert (losses[batch.targets == UNPREDICTED] == 0).all()
+    assert (losses[batch.targets != UNPREDICTED] > 0).all()

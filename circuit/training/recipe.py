@@ -1,0 +1,162 @@
+"""What the exact trainer executes: a module, the batch and the losses of a step, an optimizer.
+
+A step is a function of the state before it and of its number alone, so that it can be taken again
+at any time: a recipe keeps nothing between steps, and draws nothing but from (seed, step).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+from circuit.lazy import torch
+from circuit.tasks.examples import UNPREDICTED, Examples, Split, Stream
+from circuit.training.data_order import Indices, batch_indices
+from circuit.training.optimizers import build_optimizer, learning_rate
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+    from circuit.training.setup import Setup
+
+    Losses: TypeAlias = Float[Tensor, "example *where"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step reads, on the module's device.
+
+    Attributes:
+        inputs: of the module; the first axis counts the examples.
+        targets: what the losses compare the outputs with.
+        examples: the number of each example, Int64 `[example]`: who a loss is of.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    examples: Indices
+
+
+class Recipe(ABC):
+    """What decides the weights of every step.
+
+    Attributes:
+        clip: largest norm of the gradient, which is scaled down to it; None: as it is.
+    """
+
+    clip: float | None = None
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The module with its initial weights, on its device; equal bits at every call."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """What step `step` reads, counted from 1."""
+
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+        """What the losses are computed from; a trace records its digest."""
+        outputs: Tensor = module(batch.inputs)
+        return outputs
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, batch: Batch) -> Losses:
+        """The share of each example (and position) in the loss: they sum to it, up to rounding."""
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
+        """What is differentiated."""
+        return self.losses(outputs, batch).sum()
+
+    @abstractmethod
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """A fresh one over the module's parameters."""
+
+    def rates(self, step: int) -> Sequence[float] | None:
+        """The learning rates of a step, of each of the optimizer's groups; None: as they are."""
+        return None
+
+    def accuracy(self, outputs: Tensor, batch: Batch) -> float | None:
+        """Share of the targets that the outputs hit, where that means something."""
+        return None
+
+
+class TaskRecipe(Recipe):
+    """A `HookedTransformer` on a task, as a training config says it."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Read the training split.
+
+        Raises:
+            CircuitError: there is none, or its records are too long for the model.
+        """
+        self.setup, self.config = setup, setup.config
+        self.clip = self.config.gradient_clip
+        self.split: Split | Stream = setup.training_split()
+
+    def module(self) -> nn.Module:
+        """See `Recipe.module`."""
+        return self.setup.initial_model()
+
+    def examples(self, step: int) -> Examples:
+        """The records of a step, with what they ask."""
+        return self.split.batch(self.indices(step))
+
+    def indices(self, step: int) -> Indices:
+        """Their numbers in the training split, Int64 `[batch]`."""
+        size = len(self.split) if isinstance(self.split, Split) else None
+        return batch_indices(self.config.seed, step, size=size, batch_size=self.config.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        """Tokens `[batch, pos]`; what is predicted behind each but the last (`UNPREDICTED`: no)."""
+        examples, device = self.examples(step), self.config.device
+        targets = examples.targets()
+        return Batch(examples.tokens.to(device), targets.to(device), self.indices(step))
+
+    def outputs(self, module: nn.Module, batch: Batch) -> Float[Tensor, "batch pos-1 vocab"]:
+        """Logits; position i predicts token i + 1, so that the last token is not read."""
+        logits: Tensor = module(batch.inputs[:, :-1])
+        return logits
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "batch pos-1"]:
+        """Cross-entropy in nats of each target over the number of targets; 0 where there is none.
+
+        definitions.md section 7: the share `l_{i,e}` of each example and position in the mean.
+        """
+        rows = torch.nn.functional.cross_entropy(
+            self._exact(outputs).flatten(0, 1),
+            batch.targets.flatten(),
+            ignore_index=UNPREDICTED,
+            reduction="none",
+        )
+        return rows.view_as(batch.targets) / (batch.targets != UNPREDICTED).sum()
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
+        """Their mean as torch sums it up, whose bits every trace records."""
+        from circuit.training.step import next_token_loss  # which imports torch
+
+        return next_token_loss(self._exact(outputs), batch.targets)
+
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """See `Recipe.optimizer`."""
+        return build_optimizer(module, self.config.optimizer)
+
+    def rates(self, step: int) -> Sequence[float]:
+        """The schedule's, of the one group."""
+        return [learning_rate(self.config, step)]
+
+    def accuracy(self, outputs: Tensor, batch: Batch) -> float:
+        """Share of the targets that the logits' argmax hits."""
+        hits = outputs.argmax(-1) == batch.targets
+        return float(hits[batch.targets != UNPREDICTED].cpu().double().mean())
+
+    def _exact(self, logits: Tensor) -> Tensor:
+        """A small loss would round to 0, and its gradient with it: some tasks ask for float64."""
+        return logits.double() if self._float64 else logits
+
+    @cached_property
+    def _float64(self) -> bool:
+        return self.setup.benchmark.task.loss_dtype == "float64"
