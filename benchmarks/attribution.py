@@ -17,7 +17,7 @@ from pathlib import Path
 
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.window import Job, attribute_window
-from circuit.reports.attribution import TracedScalars
+from circuit.reports.traced import TracedScalars
 from circuit.scalars.qk_match import QKMatches
 from circuit.trace.replay import ReplayedRun
 from circuit.training.session import TrainingSession

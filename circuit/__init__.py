@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from circuit.errors import CircuitError
 
 if TYPE_CHECKING:
+    from circuit.attribution.counterfactual import counterfactual
+    from circuit.attribution.credit import credit
+    from circuit.attribution.influence import influence
     from circuit.attribution.window import attribute
+    from circuit.core.edit import Edit
     from circuit.runs.base import Run
     from circuit.runs.opening import open_run
     from circuit.runs.rows import read_rows
@@ -20,19 +24,27 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 _HOME = {
+    "Edit": "circuit.core.edit",
     "Run": "circuit.runs.base",
     "attribute": "circuit.attribution.window",
+    "counterfactual": "circuit.attribution.counterfactual",
+    "credit": "circuit.attribution.credit",
     "import_checkpoints": "circuit.training.imported",
+    "influence": "circuit.attribution.influence",
     "open_run": "circuit.runs.opening",
     "read_rows": "circuit.runs.rows",
 }
 
 __all__ = [
     "CircuitError",
+    "Edit",
     "Run",
     "__version__",
     "attribute",
+    "counterfactual",
+    "credit",
     "import_checkpoints",
+    "influence",
     "open_run",
     "read_rows",
 ]

@@ -69,6 +69,8 @@ OWN: dict[str, dict[str, Any]] = {
             )
         )
     },
+    "data-credit": {"scalars": ("loss",)},
+    "data-influence": {"scalars": ("loss",), "check_trainings": 3, "check_share": 0.1},
     "head-selection": {"start_step": 3, "end_step": 12, "score": "rank2"},
     "mlp-input-functional-subspace-report": {"end_step": None},
     "scalar-attribution": {"scalars": ("loss",)},

@@ -50,6 +50,7 @@ class StepAttribution:
         atom_list: the atoms.
         nodes: of the path rule, for each scalar.
         agrees: of an adaptive rule, whether two of its levels agree for each scalar; else None.
+        average: `G`, the gradients averaged along the step, float64, where they were asked for.
     """
 
     step: int
@@ -67,6 +68,7 @@ class StepAttribution:
     atom_list: list[Atom]
     nodes: tuple[int, ...]
     agrees: tuple[bool, ...] | None
+    average: Float[Tensor, "scalar parameter"] | None = None
 
     @property
     def actual(self) -> Float[Tensor, " scalar"]:
@@ -132,7 +134,7 @@ class Way:
         before, after: values at its ends, float64.
         first: gradients at its start, of the model's dtype.
         first_order, path: contributions of the vectors that the step is the sum of.
-        nodes, agrees: as in `StepAttribution`.
+        nodes, agrees, average: as in `StepAttribution`.
     """
 
     before: Float[Tensor, " scalar"]
@@ -142,6 +144,7 @@ class Way:
     path: Shares
     nodes: tuple[int, ...]
     agrees: tuple[bool, ...] | None
+    average: Float[Tensor, "scalar parameter"] | None
 
 
 def check_loss_scope(scope: str) -> None:
@@ -164,6 +167,7 @@ class Attributor:
         *,
         rule: str = "simpson",
         loss_scope: LossScope = "full_lm",
+        averages: bool = False,
     ) -> None:
         """Prepare the shared batch.
 
@@ -173,6 +177,7 @@ class Attributor:
             rule: of `circuit.core.paths.path_rule`.
             loss_scope: `answer` adds the reference `answer_raw_sgd`: what plain SGD on the loss
                 at the answers alone would have done. The terms are always those of the update.
+            averages: give the averaged gradients, too; those of all nodes are held for it.
 
         Raises:
             CircuitError: there is no such rule or scope.
@@ -182,6 +187,7 @@ class Attributor:
         self.scalars = tuple(scalars)
         self.rule: PathRule = path_rule(rule)
         self.loss_scope = loss_scope
+        self.averages = averages
         self.layout = ParameterLayout.of_model(model)
         self.atoms = atoms(self.layout)
         self.batch = SharedBatch.merge(scalars, device=str(model.W_E.device))
@@ -214,6 +220,7 @@ class Attributor:
             atom_list=self.atoms,
             nodes=way.nodes,
             agrees=way.agrees,
+            average=way.average,
         )
 
     def along(
@@ -231,6 +238,7 @@ class Attributor:
         delta, dtype = end.double() - theta.double(), self.model.W_E.dtype
         values: dict[float, Tensor] = {}
         ends: dict[float, Tensor] = {}  # gradients; of the nodes between, only products are kept
+        between: dict[float, Tensor] = {}  # but for their average
         products: dict[float, list[Tensor]] = {}
         constant = all(b.constant for b in bound)
         if constant and self._last is not None and torch.equal(self._last[0], theta):
@@ -240,9 +248,11 @@ class Attributor:
             gradients = ends.get(node)
             if gradients is None:
                 exact = end if node == 1.0 else (theta.double() + node * delta).to(dtype)
-                values[node], gradients = self._evaluate(exact, bound, chosen)
+                values[node], gradients = self.evaluate(exact, bound, chosen)
             if node in (0.0, 1.0):
                 ends[node] = gradients
+            if self.averages:
+                between[node] = gradients
             products[node] = self._products(gradients, vectors)
 
         level, *finer = self.rule.levels
@@ -253,6 +263,7 @@ class Attributor:
             values[1.0] = self.values(end, bound)
         self._last = (end, values[1.0], ends[1.0]) if 1.0 in ends else None
         path, nodes = self._averaged(level, products), [len(level.nodes)] * len(bound)
+        average = _mean(level, between) if self.averages else None
         for level in finer:
             for node in level.nodes:
                 if node not in products:
@@ -260,6 +271,8 @@ class Attributor:
             better = self._averaged(level, products)
             agree = self._agree(path, better, values[1.0] - values[0.0])
             path[chosen] = better[chosen]
+            if average is not None:
+                average[chosen] = _mean(level, between)[chosen]
             for scalar in chosen:
                 nodes[scalar] = len(level.nodes)
             chosen = [scalar for scalar in chosen if not agree[scalar]]
@@ -267,7 +280,9 @@ class Attributor:
                 break
         agrees = tuple(scalar not in chosen for scalar in range(len(bound))) if finer else None
         first_order = _stacked(products[0.0])
-        return Way(values[0.0], values[1.0], ends[0.0], first_order, path, tuple(nodes), agrees)
+        return Way(
+            values[0.0], values[1.0], ends[0.0], first_order, path, tuple(nodes), agrees, average
+        )
 
     def _agree(self, coarse: Shares, fine: Shares, actual: Tensor) -> list[bool]:
         """For each scalar, whether two levels are within the tolerance in every term.
@@ -308,7 +323,7 @@ class Attributor:
         with torch.no_grad():
             return torch.stack(self.batch.means(self.model, bound)).double().cpu()
 
-    def _evaluate(
+    def evaluate(
         self, theta: Flat, bound: Sequence[BoundScalar], chosen: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Values `[scalar]` in float64 and gradients `[scalar, parameter]` at some weights.
@@ -349,6 +364,16 @@ class Attributor:
             for place, product in enumerate(products[node]):
                 total[..., place].add_(product, alpha=weight)
         return total
+
+
+def _mean(
+    level: Quadrature, gradients: Mapping[float, Tensor]
+) -> Float[Tensor, "scalar parameter"]:
+    """The gradients at a quadrature's nodes, weighted, in float64."""
+    total = torch.zeros_like(gradients[level.nodes[0]], dtype=torch.float64)
+    for node, weight in zip(level.nodes, level.weights, strict=True):
+        total.add_(gradients[node], alpha=weight)
+    return total
 
 
 def _stacked(products: list[Tensor]) -> Shares:

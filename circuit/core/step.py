@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
+from circuit.core.flat import Flat
 from circuit.core.state import FlatState
-from circuit.core.update import UpdateTerms
+from circuit.core.update import Hyper, MomentumForm, UpdateRule, UpdateTerms
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+
+class Objective(Protocol):
+    """What a step made smaller; light enough to be held for many steps."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the batch's examples, in their order; one may stand twice."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Tensors `[example, ...]`, of which `losses` takes all rows or some."""
+
+    def losses(
+        self, model: Callable[[Tensor], Tensor], *inputs: Tensor
+    ) -> Float[Tensor, example * where]:
+        """Shares of the batch's loss by example, and by the position that predicts.
+
+        Over all rows of `inputs` they sum to the loss.
+
+        Args:
+            model: tokens to logits.
+        """
+
+    def examples(self) -> Any:
+        """The batch, with what the run's task says of it."""
 
 
 class Step(Protocol):
@@ -36,8 +64,28 @@ class Step(Protocol):
         """Weights and moments after it."""
 
     @property
+    def gradient(self) -> Flat:
+        """`g`, before clipping."""
+
+    @property
+    def objective(self) -> Objective:
+        """Whose gradient `g` is."""
+
+    @property
     def update(self) -> UpdateTerms:
         """The update and its terms."""
+
+    @property
+    def rule(self) -> UpdateRule:
+        """Of the optimizer."""
+
+    @property
+    def hyper(self) -> Hyper:
+        """What the step set for each parameter."""
+
+    @property
+    def momentum(self) -> MomentumForm:
+        """The update as a sum over the gradients so far."""
 
     @property
     def tokens(self) -> Int[Tensor, "batch pos"]:

@@ -9,7 +9,7 @@ the three do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
@@ -18,6 +18,7 @@ from circuit.errors import CircuitError
 from circuit.lazy import torch
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 TermNames: TypeAlias = tuple[str, str, str]
@@ -92,6 +93,39 @@ class UpdateTerms:
         return float((self.rounding.abs() / spacing.double()).max())
 
 
+@dataclass(frozen=True)
+class MomentumForm:
+    """A step as a sum over all gradients so far (definitions.md section 7).
+
+    With `M_t = keep M_{t-1} + c g_t`, to which coupled decay adds `coupled theta_{t-1}`, the update
+    is `- gain M_t`, and besides what decoupled decay takes.
+
+    Attributes:
+        keep: share of `M` that the next step keeps.
+        gain: float64, or a number for all parameters.
+        past: `M_{t-1}`, float64.
+        coupled: decay that enters `M`; 0 where it is decoupled.
+    """
+
+    keep: float
+    gain: float | Flat
+    past: Flat
+    coupled: float | Flat
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Derivatives of numbers with respect to a state, one row a number (definitions.md section 7).
+
+    Attributes:
+        parameters: float64.
+        moments: with respect to each of the optimizer's moments, float64.
+    """
+
+    parameters: Float[Tensor, "scalar parameter"]
+    moments: tuple[Float[Tensor, "scalar parameter"], ...]
+
+
 class UpdateRule(Protocol):
     """How an optimizer makes an update of what it reads; a frozen dataclass of its constants."""
 
@@ -119,6 +153,40 @@ class UpdateRule(Protocol):
             moments_before, moments_after: the optimizer's moments at `t-1` and `t`.
             step: `t`, counted from 1: the optimizer's own count.
             hyper: rate and decay of the step.
+        """
+
+    def momentum_form(
+        self,
+        *,
+        before: Flat,
+        moments_before: Mapping[str, Flat],
+        moments_after: Mapping[str, Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> MomentumForm:
+        """How the update sums the gradients so far; arguments as of `terms`."""
+
+    def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
+        """The adjoint of numbers that look at the parameters alone, by their gradients."""
+
+    def back(
+        self,
+        after: Adjoint,
+        *,
+        clipped: Flat,
+        moments_after: Sequence[Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> tuple[Float[Tensor, "scalar parameter"], Adjoint]:
+        """Take an adjoint back through a step, at a gradient that stays as it is.
+
+        Args:
+            after: of the state after the step.
+            clipped: `c g`.
+            moments_after: in the optimizer's order.
+
+        Returns:
+            The derivative with respect to `c g`, and the adjoint of the state before.
         """
 
 
@@ -158,6 +226,48 @@ class AdamWRule:
         history = _double(moments_before["exp_avg"]).mul_(-scale * self.beta1).div_(denominator)
         return _with_rest(self.names, hyper, before, after, gradient, clipped, current, history)
 
+    def momentum_form(
+        self,
+        *,
+        before: Flat,
+        moments_before: Mapping[str, Flat],
+        moments_after: Mapping[str, Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> MomentumForm:
+        """See `UpdateRule.momentum_form`: `M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`."""
+        kept = 1 - self.beta1
+        denominator = _double(moments_after["exp_avg_sq"]).sqrt_()
+        denominator.div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
+        gain = hyper.rate / (1 - self.beta1**step) * kept / denominator
+        return MomentumForm(self.beta1, gain, _double(moments_before["exp_avg"]).div_(kept), 0.0)
+
+    def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
+        """See `UpdateRule.start`."""
+        return Adjoint(parameters, (torch.zeros_like(parameters), torch.zeros_like(parameters)))
+
+    def back(
+        self,
+        after: Adjoint,
+        *,
+        clipped: Flat,
+        moments_after: Sequence[Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> tuple[Float[Tensor, "scalar parameter"], Adjoint]:
+        """See `UpdateRule.back`; names as in definitions.md section 7."""
+        m, v = map(_double, moments_after)
+        alpha, b = hyper.rate / (1 - self.beta1**step), math.sqrt(1 - self.beta2**step)
+        root = v.sqrt()
+        d = root / b + self.eps
+        moved = after.parameters * alpha / d
+        p = after.moments[0] - moved
+        by_v = torch.where(root > 0, m / (2 * d * root * b), 0.0)  # of a parameter that never moved
+        q = after.moments[1] + moved * by_v
+        by_gradient = (1 - self.beta1) * p + 2 * (1 - self.beta2) * q * _double(clipped)
+        parameters = after.parameters * (1 - hyper.rate * hyper.decay)
+        return by_gradient, Adjoint(parameters, (self.beta1 * p, self.beta2 * q))
+
 
 @dataclass(frozen=True)
 class SGDRule:
@@ -188,6 +298,39 @@ class SGDRule:
             else torch.zeros_like(current)
         )
         return _with_rest(self.names, hyper, before, after, gradient, clipped, current, history)
+
+    def momentum_form(
+        self,
+        *,
+        before: Flat,
+        moments_before: Mapping[str, Flat],
+        moments_after: Mapping[str, Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> MomentumForm:
+        """See `UpdateRule.momentum_form`: `M` is torch's buffer, `gain` the rate."""
+        past = _double(
+            moments_before["momentum_buffer"] if self.momentum else before.new_zeros(before.shape)
+        )
+        return MomentumForm(self.momentum, hyper.rate, past, hyper.decay)
+
+    def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
+        """See `UpdateRule.start`."""
+        return Adjoint(parameters, (torch.zeros_like(parameters),))
+
+    def back(
+        self,
+        after: Adjoint,
+        *,
+        clipped: Flat,
+        moments_after: Sequence[Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> tuple[Float[Tensor, "scalar parameter"], Adjoint]:
+        """See `UpdateRule.back`; decay is part of what enters the buffer."""
+        buffer = after.moments[0] - hyper.rate * after.parameters
+        parameters = after.parameters + hyper.decay * buffer
+        return buffer, Adjoint(parameters, (self.momentum * buffer,))
 
 
 def _with_rest(

@@ -9,9 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import field_validator
 
@@ -20,22 +18,19 @@ from circuit.attribution.attribute import LossScope
 from circuit.attribution.groups import Partition
 from circuit.attribution.series import Collected, Series, check_windows
 from circuit.attribution.window import Job, Rows, attribute_window
-from circuit.core.paths import RULES, path_rule
+from circuit.core.paths import path_rule
 from circuit.errors import CircuitError
 from circuit.figures.attribution import scalars_chart, series_charts
 from circuit.figures.charts import Chart
-from circuit.options import Option, ProbeOptions
+from circuit.options import Option
 from circuit.quoting import markdown_text
 from circuit.reports.attribution_law import closing_law, path_words, percent
-from circuit.reports.inputs import Inputs, traced_inputs
-from circuit.reports.report import Findings, Report, Results
+from circuit.reports.inputs import Inputs
+from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
-from circuit.scalars.family import OwnScalars, ScalarFamily
+from circuit.reports.traced import PathOptions, Scalars, TracedReport
+from circuit.scalars.family import ScalarFamily
 from circuit.trace.replay import ReplayedRun
-from circuit.train_config import TrainConfig
-
-if TYPE_CHECKING:
-    from circuit.scalars.base import Scalar
 
 _WINDOW = re.compile(r"(\d+):(\d+)")
 SHORT_TERMS = {
@@ -48,22 +43,13 @@ SHORT_TERMS = {
 """The terms of an update as headings of narrow columns."""
 
 
-class AttributionOptions(ProbeOptions):
+class AttributionOptions(PathOptions):
     """Which steps of which trace are attributed, and how.
 
     Attributes:
-        start_step, end_step: states that the steps take one to the other; the trace's ends.
         windows: `a:b`, summed up besides the whole.
     """
 
-    optimizer_trace_dir: Annotated[Path, Option("Folder of a trace.", kind="trace")]
-    path: Annotated[
-        str,
-        Option(
-            f"How gradients are averaged along a step: {RULES}.",
-            kind="path_rule",
-        ),
-    ] = "simpson"
     partitions: Annotated[
         tuple[Partition, ...], Option("Parameter groups in the rows.", flag="--partition")
     ] = ("circuit",)
@@ -71,10 +57,6 @@ class AttributionOptions(ProbeOptions):
         LossScope,
         Option("full_lm, or answer: also what SGD on the answers' loss alone would have done."),
     ] = "full_lm"
-    start_step: Annotated[
-        int | None, Option("First state.", least=0, unset="the trace's first")
-    ] = None
-    end_step: Annotated[int | None, Option("Last state.", least=1, unset="the trace's last")] = None
     windows: Annotated[
         tuple[str, ...], Option("Window a:b to sum up besides the whole.", flag="--window")
     ] = ()
@@ -89,20 +71,13 @@ class AttributionOptions(ProbeOptions):
         return [one if isinstance(one, str) else ":".join(map(str, one)) for one in windows]
 
     def check(self) -> None:
-        """The path rule and the windows have a form."""
+        """Also refuses windows without a form."""
         super().check()
-        path_rule(self.path)
         parse_windows(self.windows)
 
     def within(self, trace: ReplayedRun) -> tuple[int, int]:
-        """The steps in a trace; all of it by default.
-
-        Raises:
-            CircuitError: they are not recorded, or a window is not within them.
-        """
-        start = trace.manifest.start_step if self.start_step is None else self.start_step
-        end = trace.store.last_step if self.end_step is None else self.end_step
-        trace.store.check_window(start, end)
+        """Also refuses windows that are not within the steps."""
+        start, end = super().within(trace)
         check_windows(parse_windows(self.windows), start, end)
         return start, end
 
@@ -124,38 +99,10 @@ def parse_windows(texts: Iterable[str]) -> list[tuple[int, int]]:
     return windows
 
 
-Scalars = ScalarFamily | OwnScalars
 A = TypeVar("A", bound=AttributionOptions)
 
 
-@dataclass(frozen=True)
-class TracedScalars:
-    """The scalars of some families on a trace (a `ScalarSource`)."""
-
-    config: TrainConfig
-    probe_set: Path
-    families: tuple[Scalars, ...]
-    splits: tuple[str, ...] = ()
-
-    def inputs(self, run: ReplayedRun) -> Inputs:
-        """What they are made of, after what the trace does not have is refused.
-
-        Raises:
-            CircuitError: names the step; or config or probe set are of another run.
-        """
-        for family in self.families:
-            family.check_run(run)
-        inputs = traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
-        for family in self.families:
-            family.check_task(inputs.task)
-        return inputs
-
-    def scalars(self, inputs: Inputs) -> list[Scalar]:
-        """All of them, family by family."""
-        return [scalar for family in self.families for scalar in family.build(inputs)]
-
-
-class Attribution(Report[A]):
+class Attribution(TracedReport[A]):
     """Attributes scalars over a window of a trace.
 
     Attributes:
@@ -169,7 +116,6 @@ class Attribution(Report[A]):
         " through which parameters?"
     )
     family: ClassVar[type[ScalarFamily]]
-    origin: Mapping[str, Any]
 
     def families(self) -> tuple[Scalars, ...]:
         """What is followed."""
@@ -181,45 +127,18 @@ class Attribution(Report[A]):
         (family,) = self.followed
         return family.provenance(inputs)
 
-    def check(self) -> None:
-        super().check()
-        self.followed = self.families()
-        for family in self.followed:
-            family.check_model(self.config.model)
-
     def prepare(self) -> None:
+        super().prepare()
         asked = self.options
-        self.run = trace = ReplayedRun.open(asked.optimizer_trace_dir)
-        start, end = asked.within(trace)
-        self.options = asked.model_copy(update={"start_step": start, "end_step": end})
-        source = TracedScalars(self.config, asked.probe_set, self.followed, asked.splits)
         folder = asked.optimizer_trace_dir
-        self.job = Job(folder, source, asked.path, asked.partitions, asked.loss_scope)
-        self.inputs = source.inputs(trace)
-        store = trace.store
-        self.origin = {
-            **self.inputs.provenance(),
-            **self.scalar_facts(self.inputs),
-            "trace": {
-                "config_digest": store.manifest.config.digest(),
-                "benchmark_digest": store.manifest.benchmark_digest,
-                "state_at_start": store.state_digests(start),
-                "state_at_end": store.state_digests(end),
-                "environment": store.manifest.environment,
-            },
-        }
+        self.job = Job(folder, self.source, asked.path, asked.partitions, asked.loss_scope)
         self.kept = KeptRows()
 
     def points(self) -> Iterator[Rows]:
-        start, end = self._steps()
+        start, end = self.steps
         self.tell("building the scalars")
         worker = self.job.prepare(self.run, self.inputs)
         yield from attribute_window(worker, start, end, workers=self.options.workers)
-
-    @property
-    def total(self) -> int:
-        start, end = self._steps()
-        return end - start
 
     def measure(self, point: Rows) -> list[Row]:
         self.kept.add(point)
@@ -227,19 +146,6 @@ class Attribution(Report[A]):
 
     def conclude(self, rows: list[Row]) -> Findings:
         return self.kept.findings(self.options.windows, self.options.path)
-
-    def provenance(self) -> dict[str, Any]:
-        return dict(self.origin)
-
-    @property
-    def device(self) -> str:
-        return str(self.origin["trace"]["environment"]["device"])
-
-    def _steps(self) -> tuple[int, int]:
-        start, end = self.options.start_step, self.options.end_step
-        assert start is not None, "prepare() has set it"
-        assert end is not None, "prepare() has set it"
-        return start, end
 
     # --- what is shown ---
 

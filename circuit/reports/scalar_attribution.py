@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from circuit.options import Option
-from circuit.reports.attribution import Attribution, AttributionOptions, Scalars
+from circuit.reports.attribution import Attribution, AttributionOptions
 from circuit.reports.inputs import Inputs
-from circuit.scalars.family import parse_scalars
+from circuit.reports.traced import Scalars, WordOptions, parse_words
 
 
-class ScalarAttributionOptions(AttributionOptions):
-    """Scalars by their words (circuit/scalars/family.py)."""
-
-    scalars: Annotated[
-        tuple[str, ...],
-        Option(
-            "name[,key=value...]: qk_match, functional_write, answer_scalar, loss, induction,"
-            " modular_addition, or module:name of your own.",
-            flag="--scalar",
-            kind="scalar",
-        ),
-    ]
-
-    def check(self) -> None:
-        """Also refuses a word that says nothing."""
-        super().check()
-        for word in self.scalars:
-            parse_scalars(word)
+class ScalarAttributionOptions(WordOptions, AttributionOptions):
+    """Scalars by their words, and every attribution's options."""
 
 
 class ScalarAttribution(Attribution[ScalarAttributionOptions]):
@@ -38,7 +21,7 @@ class ScalarAttribution(Attribution[ScalarAttributionOptions]):
     Options = ScalarAttributionOptions
 
     def families(self) -> tuple[Scalars, ...]:
-        return tuple(map(parse_scalars, self.options.scalars))
+        return parse_words(self.options.scalars)
 
     def scalar_facts(self, inputs: Inputs) -> dict[str, Any]:
         facts = [family.provenance(inputs) for family in self.followed]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from circuit.core.edit import Edit
+from circuit.core.state import FlatState
 from circuit.trace.step import TracedStep
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
@@ -55,9 +57,24 @@ class Run(Protocol):
             CircuitError: as `state`; or the state is of another recipe or benchmark.
         """
 
+    @property
+    def anchors(self) -> list[int]:
+        """The steps from which a replay starts without executing any before, ascending.
+
+        Raises:
+            CircuitError: no step of the run can be executed again.
+        """
+
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         """The steps that take state `start` to state `end`, executed again.
 
         Raises:
             CircuitError: the run cannot, with the reason; or a step differs.
+        """
+
+    def counterfactual(self, edit: Edit, end: int) -> FlatState:
+        """The state `end` of a training that leaves the run's at `edit.start`.
+
+        Raises:
+            CircuitError: as `replay`; or the edit names a term or example that there is not.
         """

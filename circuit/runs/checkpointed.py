@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
+from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
@@ -164,20 +165,36 @@ class CheckpointedRun:
         """
         return self.setup.split(split).batch(indices).to(self.config.device)
 
+    @property
+    def anchors(self) -> list[int]:
+        """The steps from which a replay starts, ascending; raises as `replay`."""
+        return self._replayable("steps").anchors
+
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         """The steps that take state `start` to state `end`, executed again from the run's trace.
 
         Raises:
             CircuitError: there is no trace, the window is not recorded, or a step differs.
         """
+        return self._replayable(f"steps {start} to {end}").replay(start, end)
+
+    def counterfactual(self, edit: Edit, end: int) -> FlatState:
+        """The state `end` of a training that leaves the run's at `edit.start`.
+
+        Raises:
+            CircuitError: as `replay`; or the edit names a term or example that there is not.
+        """
+        return self._replayable(f"steps {edit.start} to {end}").counterfactual(edit, end)
+
+    def _replayable(self, steps: str) -> ReplayedRun:
         if not self._has_trace:
             raise CircuitError(
-                f"steps {start} to {end} cannot be executed again from checkpoints alone",
+                f"{steps} cannot be executed again from checkpoints alone",
                 where=self.path,
                 expected=f"a trace in {DEFAULT_FOLDER}",
                 fix="record one with `circuit trace record`, or open the folder of one",
             )
-        return self.trace.replay(start, end)
+        return self.trace
 
     def metrics(self) -> pd.DataFrame:
         """The rows of `metrics.jsonl`: `kind` is `train` or `evaluation`."""

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from circuit.artifacts import OutputFolder
+from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
+from circuit.trace.counterfactual import train_otherwise
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, FILES, TraceManifest, TraceStore
 from circuit.train_config import TrainConfig
@@ -108,6 +110,7 @@ class ReplayedRun:
         self.drifts: list[Drift] = []
         self._walk: Iterator[_Executed] = iter(())
         self._walked_to: int | None = None
+        self._left: TrainState | None = None  # the state that the last counterfactual started from
 
     @classmethod
     def open(
@@ -148,6 +151,11 @@ class ReplayedRun:
         recorded = range(self.manifest.start_step, self.store.last_step + 1)
         return [step for step in recorded if self.manifest.is_addressable(step)]
 
+    @property
+    def anchors(self) -> list[int]:
+        """The steps from which a replay starts without executing any before, ascending."""
+        return [step for step in self.manifest.anchors() if step <= self.store.last_step]
+
     def header(self, step: int) -> StateHeader:
         """Whose state that of a step is, without making it.
 
@@ -180,6 +188,18 @@ class ReplayedRun:
             self._accept(executed)
             if executed.step.step > start:
                 yield executed.step
+
+    def counterfactual(self, edit: Edit, end: int) -> FlatState:
+        """The state `end` of a training that leaves the run's at `edit.start`.
+
+        Raises:
+            CircuitError: the steps are not recorded, or as `train_otherwise`.
+        """
+        self.store.check_window(edit.start, end)
+        if self._left is None or self._left.step != edit.start:
+            self._left = self.state(edit.start)
+        self.prepare()
+        return train_otherwise(TrainingSession(self.setup, state=self._left), edit, end)
 
     def state(self, step: int, *, cache: bool = False) -> TrainState:
         """The state after a step: an anchor, or replayed from the anchor before it and verified.

@@ -7,14 +7,14 @@ is recorded and what is replayed is one piece of code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
-from circuit.core.update import Hyper, UpdateTerms
+from circuit.core.update import Hyper, MomentumForm, UpdateRule, UpdateTerms
 from circuit.lazy import torch
 from circuit.tasks.examples import Examples
 from circuit.train_config import TrainConfig
@@ -23,14 +23,39 @@ from circuit.training.optimizers import read_moments, update_rule
 from circuit.training.session import TrainingSession
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from circuit.training.data_order import Indices
+    from circuit.training.recipe import Batch, Recipe
     from circuit.training.step import StepOutcome
 
 STAGES = ("batch", "logits", "loss", "gradient", "grad_norm", "parameters", "m", "v")
 """What is compared between two executions of a step, in the order in which it is computed."""
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of one batch (a `circuit.core.step.Objective`)."""
+
+    recipe: Recipe
+    batch: Batch
+    examples: Callable[[], Examples]
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Sample ids of the records."""
+        return self.examples().sample_ids
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Inputs of the module, and targets."""
+        return self.batch.inputs, self.batch.targets
+
+    def losses(self, model: Any, *inputs: Tensor) -> Float[Tensor, example * where]:
+        """Shares of some examples in the batch's loss; see `Recipe.losses`."""
+        part = replace(self.batch, inputs=inputs[0], targets=inputs[1], whole=self.batch)
+        return self.recipe.losses(self.recipe.outputs(model, part), part)
 
 
 @dataclass(frozen=True)
@@ -90,11 +115,20 @@ class TracedStep:
         """Where the answers stand in the batch."""
         return self.examples().is_answer()
 
+    @property
+    def rule(self) -> UpdateRule:
+        """Of the optimizer."""
+        return update_rule(self.config.optimizer)
+
+    @property
+    def hyper(self) -> Hyper:
+        """Rate and decay of the step."""
+        return Hyper(self.lr, self.config.optimizer.weight_decay)
+
     @cached_property
     def update(self) -> UpdateTerms:
         """The update and its terms; computed when first asked for."""
-        optimizer = self.config.optimizer
-        return update_rule(optimizer).terms(
+        return self.rule.terms(
             before=self.before.parameters,
             after=self.after.parameters,
             gradient=self.gradient,
@@ -102,8 +136,24 @@ class TracedStep:
             moments_before=self.before.moments,
             moments_after=self.after.moments,
             step=self.step,
-            hyper=Hyper(self.lr, optimizer.weight_decay),
+            hyper=self.hyper,
         )
+
+    @property
+    def momentum(self) -> MomentumForm:
+        """The update as a sum over the gradients so far."""
+        return self.rule.momentum_form(
+            before=self.before.parameters,
+            moments_before=self.before.moments,
+            moments_after=self.after.moments,
+            step=self.step,
+            hyper=self.hyper,
+        )
+
+    @property
+    def objective(self) -> BatchLoss:
+        """The batch's loss, whose gradient was taken."""
+        return BatchLoss(self.outcome.recipe, self.outcome.batch, self.examples)
 
     def stage(self, name: str) -> str | float | None:
         """The digest (or the exact number) of one of `STAGES`; None if there is none."""
@@ -145,8 +195,12 @@ class Tracer:
         """The present weights and moments."""
         return self._state
 
-    def advance(self) -> TracedStep:
-        """Take the next step and say everything about it."""
+    def advance(self, *, weights: Float[Tensor, " batch"] | None = None) -> TracedStep:
+        """Take the next step and say everything about it.
+
+        Args:
+            weights: of the records' losses, in a step that is not as it was.
+        """
         session, before = self.session, self._state
         gradient: dict[str, Flat] = {}
 
@@ -154,7 +208,7 @@ class Tracer:
             gradient["raw"] = self._flatten_gradient()
 
         step = session.step + 1
-        outcome = session.advance(on_gradient=keep_gradient)
+        outcome = session.advance(weights=weights, on_gradient=keep_gradient)
         self._state = self._read()
         clipped = gradient["raw"]
         if outcome.clip_factor != 1.0:
@@ -170,6 +224,13 @@ class Tracer:
             clipped=clipped,
             outcome=outcome,
         )
+
+    def put(self, parameters: Flat) -> None:
+        """Go on from other weights, with the moments that there are."""
+        with torch.no_grad():
+            for name, part in self.layout.unflatten(parameters).items():
+                self._parameters[name].copy_(part)
+        self._state = self._read()
 
     def train_state(self, notes: dict[str, Any] | None = None) -> TrainState:
         """The present state by name, for a checkpoint."""

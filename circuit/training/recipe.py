@@ -34,11 +34,14 @@ class Batch:
         inputs: of the module; the first axis counts the examples.
         targets: what the losses compare the outputs with.
         examples: the number of each example, Int64 `[example]`: who a loss is of.
+        whole: the batch of which these are some examples, where they are: their losses are shares
+            in its loss.
     """
 
     inputs: Tensor
     targets: Tensor
     examples: Indices
+    whole: Batch | None = None
 
 
 class Recipe(ABC):
@@ -132,7 +135,8 @@ class TaskRecipe(Recipe):
             ignore_index=UNPREDICTED,
             reduction="none",
         )
-        return rows.view_as(batch.targets) / (batch.targets != UNPREDICTED).sum()
+        counted = (batch.whole or batch).targets
+        return rows.view_as(batch.targets) / (counted != UNPREDICTED).sum()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
         """Their mean as torch sums it up, whose bits every trace records."""

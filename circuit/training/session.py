@@ -16,6 +16,8 @@ from circuit.training.recipe import TaskRecipe
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
     from transformer_lens import HookedTransformer
 
     from circuit.training.step import StepOutcome
@@ -61,8 +63,16 @@ class TrainingSession:
         if state is not None:
             write_moments(self.model, self.optimizer, config.optimizer, moments, state.step)
 
-    def advance(self, *, on_gradient: Callable[[], None] | None = None) -> StepOutcome:
+    def advance(
+        self,
+        *,
+        weights: Float[Tensor, " example"] | None = None,
+        on_gradient: Callable[[], None] | None = None,
+    ) -> StepOutcome:
         """Take the next step.
+
+        Args:
+            weights, on_gradient: as of `training_step`.
 
         Raises:
             DivergedError: the training has diverged: loss or gradient are not finite any more.
@@ -72,7 +82,12 @@ class TrainingSession:
         step = self.step + 1
         try:
             outcome = training_step(
-                self.recipe, self.model, self.optimizer, step, on_gradient=on_gradient
+                self.recipe,
+                self.model,
+                self.optimizer,
+                step,
+                weights=None if weights is None else weights.to(self.config.device),
+                on_gradient=on_gradient,
             )
         except RuntimeError as error:
             if "without overflow" not in str(error):

@@ -63,6 +63,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     step: int,
     *,
+    weights: Float[Tensor, " example"] | None = None,
     on_gradient: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """Take `theta_{step-1}` to `theta_step` in place.
@@ -70,13 +71,18 @@ def training_step(
     Args:
         recipe: gives batch, loss, clipping and rates.
         step: counted from 1.
+        weights: of the examples' losses, in a step that is not as it was.
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
     batch = recipe.batch(step)
     optimizer.zero_grad(set_to_none=True)
     with torch.enable_grad():  # a notebook may have switched gradients off
         outputs = recipe.outputs(module, batch)
-        loss = recipe.loss(outputs, batch)
+        if weights is None:
+            loss = recipe.loss(outputs, batch)
+        else:
+            losses = recipe.losses(outputs, batch)
+            loss = (losses.reshape(len(losses), -1).sum(1) * weights).sum()
         loss.backward()
     if on_gradient is not None:
         on_gradient()

@@ -144,7 +144,7 @@ def drawn_lines(model: HookedTransformer) -> list[Line]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts forward and backward passes."""
     counted = {"forward": 0, "backward": 0}
-    evaluate, values, grad = Attributor._evaluate, Attributor.values, torch.autograd.grad
+    evaluate, values, grad = Attributor.evaluate, Attributor.values, torch.autograd.grad
 
     def counting(of: str, call: Callable[..., object]) -> Callable[..., object]:
         def counted_call(*args: object, **kwargs: object) -> object:
@@ -153,7 +153,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return counted_call
 
-    monkeypatch.setattr(Attributor, "_evaluate", counting("forward", evaluate))
+    monkeypatch.setattr(Attributor, "evaluate", counting("forward", evaluate))
     monkeypatch.setattr(Attributor, "values", counting("forward", values))
     monkeypatch.setattr(torch.autograd, "grad", counting("backward", grad))
     return counted

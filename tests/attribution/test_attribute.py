@@ -173,7 +173,7 @@ def test_the_gradient_is_the_difference_quotient(
         layout = ParameterLayout.of_model(model)
         theta = layout.flatten(dict(model.named_parameters()))
         bound = [scalar.bind(model)]
-        _, gradients = attributor._evaluate(theta, bound)
+        _, gradients = attributor.evaluate(theta, bound)
         generator = torch.Generator().manual_seed(0)
         for _ in range(5):
             way = torch.randn(len(theta), generator=generator, dtype=torch.float64)

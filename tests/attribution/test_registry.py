@@ -16,9 +16,9 @@ from circuit.artifacts import read_jsonl
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
-from circuit.reports.attribution import Scalars
 from circuit.reports.inputs import Inputs, traced_inputs
 from circuit.reports.scalar_attribution import ScalarAttributionOptions
+from circuit.reports.traced import Scalars
 from circuit.reports.written import read_report
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.family import family_names, find_family, parse_scalars

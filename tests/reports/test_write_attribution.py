@@ -16,13 +16,13 @@ from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.options import PairOptions
-from circuit.reports.attribution import TracedScalars
 from circuit.reports.inputs import Inputs, traced_inputs
 from circuit.reports.mlp_functional_write_adam_state_attribution import (
     WriteAttribution,
     WriteAttributionOptions,
 )
 from circuit.reports.report import ReportResult, run_report
+from circuit.reports.traced import TracedScalars
 from circuit.scalars.answers import Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import FunctionalWrite, FunctionalWrites, readout_gradient

@@ -1,0 +1,110 @@
+"""What it costs to ask which data moved a scalar, in plain training steps a step.
+
+    python benchmarks/data_attribution.py TRACE PROBE_SET [--steps N] [--start A] [--scalars N]
+
+Alternates a plain training step with each way of asking, step by step, so that ratios hold when the
+speed of the machine drifts: attribution to the terms; credit (which holds that attribution) by
+example and by position, of one scalar and of several; influence. Ratios come last, with the laws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from circuit.attribution.credit import CreditPass
+from circuit.attribution.influence import InfluencePass
+from circuit.attribution.losses import By
+from circuit.attribution.window import attributor_of
+from circuit.reports.traced import TracedScalars
+from circuit.scalars.base import Scalar
+from circuit.scalars.family import parse_scalars
+from circuit.trace.replay import ReplayedRun
+from circuit.training.session import TrainingSession
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("probe_set", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--start", type=int, required=True)
+    parser.add_argument("--scalars", type=int, default=17, help="QK matches beside one another")
+    args = parser.parse_args()
+    trace = ReplayedRun.open(args.trace)
+    shape, start, end = trace.config.model, args.start, args.start + args.steps
+    heads = [f"L{layer}H{head}" for layer in range(shape.layers) for head in range(shape.heads)]
+    ranks = range(1, shape.d_model // shape.heads + 1)
+    words = [f"qk_match,head={h},rank={r}" for r, h in itertools.product(ranks, heads)]
+    several = _scalars(trace, args.probe_set, words[: args.scalars])
+    one = several[:1]
+    ratios = {"attribution, 1 scalar": _ratio(trace, start, _attributed(trace, one, start, end))}
+    count = len(several)
+    ratios[f"attribution, {count} scalars"] = _ratio(
+        trace, start, _attributed(trace, several, start, end)
+    )
+    told = []
+    by: By
+    for by in ("example", "position"):
+        for scalars in (one, several):
+            attributor = attributor_of(trace, scalars, averages=True)
+            passed = CreditPass(trace, attributor, start, end, by)
+            name = f"credit by {by}, {len(scalars)} scalar{'s' * (len(scalars) > 1)}"
+            ratios[name] = _ratio(trace, start, iter(passed))
+            totals = passed.totals
+            told.append(
+                f"{name}: closure {float(totals.closure.max()):.2g}, examples against the batch"
+                f" {float(totals.examples_error.max()):.2g}, {passed.bytes_a_step} bytes a step"
+            )
+    influence = InfluencePass(trace, attributor_of(trace, one), start, end)
+    ratios["influence, 1 scalar"] = _ratio(trace, start, iter(influence))
+    print("\n".join(told))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {peak:.0f} MB, threads {trace.manifest.environment['threads']}")
+    print(f"steps {start}:{end}, plain training steps a step:")
+    for name, ratio in ratios.items():
+        print(f"  {name}: {ratio:.2f}")
+    for by in ("example", "position"):
+        single, many = (ratios[f"credit by {by}, {n}"] for n in ("1 scalar", f"{count} scalars"))
+        beyond = single - ratios["attribution, 1 scalar"]
+        print(f"credit by {by}: {beyond:.2f} beyond attribution; {many / single:.2f} for {count}")
+
+
+def _scalars(trace: ReplayedRun, probe_set: Path, words: Sequence[str]) -> list[Scalar]:
+    source = TracedScalars(trace.config, probe_set, tuple(map(parse_scalars, words)))
+    return source.scalars(source.inputs(trace))
+
+
+def _attributed(
+    trace: ReplayedRun, scalars: Sequence[Scalar], start: int, end: int
+) -> Iterator[Any]:
+    attributor = attributor_of(trace, scalars)
+    return (attributor.step(step).rows(["circuit"]) for step in trace.replay(start, end))
+
+
+def _ratio(trace: ReplayedRun, start: int, asked: Iterator[Any]) -> float:
+    """Time of a whole pass over that of as many plain steps, a few of which follow each of its."""
+    plain = TrainingSession(trace.setup, state=trace.state(start))
+    trace.prepare()
+    plain.advance()
+    passed, steps = 0.0, []
+    while True:
+        began = time.perf_counter()
+        ended = next(asked, None) is None
+        middle = time.perf_counter()
+        passed += middle - began
+        if ended:
+            return passed / len(steps) / statistics.median(steps)
+        plain.advance()
+        steps.append(time.perf_counter() - middle)
+
+
+if __name__ == "__main__":
+    main()

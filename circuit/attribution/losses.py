@@ -1,0 +1,159 @@
+"""The losses of a batch as a function of the weights, and their derivatives in some directions.
+
+`H . g_e` of all examples `e` costs about one training step in either form:
+
+- *by position*, forward mode: one pass a direction gives the derivative of every loss of the batch;
+- *by example*, reverse mode: gradients of a few examples at a time, whose products with any number
+  of directions are taken at once. No gradient outlives its few examples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.step import Objective
+from circuit.errors import CircuitError
+from circuit.lazy import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+ByGradient: TypeAlias = "Callable[[Flat], Float[Tensor, 'scalar parameter']]"
+By = Literal["example", "position"]
+DIRECTIONS = 4
+"""Of one pass in forward mode."""
+NUMBERS = 2**23
+"""In the gradients that are held at once."""
+
+
+def check_by(by: str) -> None:
+    """Refuse a division that does not exist.
+
+    Raises:
+        CircuitError: lists those that do.
+    """
+    if by not in get_args(By):
+        raise CircuitError(f"by '{by}'", expected=" or ".join(get_args(By)))
+
+
+class Losses:
+    """The losses of batches as functions of the weights alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Describe the function.
+
+        Args:
+            model: gives it; its own weights play no part and stay as they are.
+        """
+        self.model = model
+        self.layout = ParameterLayout.of_model(model)
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+
+    def parameters(self, vector: Flat) -> dict[str, Tensor]:
+        """A flat vector by name, on the model's device and in its dtype."""
+        return self.layout.unflatten(vector.to(self.device, self.dtype))
+
+    def __call__(
+        self, parameters: dict[str, Tensor], objective: Objective, *inputs: Tensor
+    ) -> Float[Tensor, "example pos"]:
+        """See `Objective.losses`."""
+        losses = objective.losses(
+            lambda tokens: torch.func.functional_call(self.model, parameters, (tokens,)), *inputs
+        )
+        return losses.reshape(len(losses), -1)
+
+    def derivatives(
+        self,
+        objective: Objective,
+        theta: Flat,
+        directions: Float[Tensor, "direction parameter"],
+        by: By,
+    ) -> Float[Tensor, "direction example pos"]:
+        """Derivatives of all losses in some directions; float64 on the CPU.
+
+        Args:
+            theta: the weights at which they are taken.
+            by: `example` has one position, with the sum over all.
+        """
+        with warnings.catch_warnings():  # the first dual number makes torch script its rules
+            warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
+            taken = self._by_position if by == "position" else self._by_example
+            return taken(objective, self.parameters(theta), directions)
+
+    def back(
+        self, objective: Objective, theta: Flat, by_gradient: ByGradient
+    ) -> tuple[Float[Tensor, "scalar parameter"], Float[Tensor, "scalar example pos"]]:
+        """Take derivatives with respect to the batch's gradient `g` back to what made it.
+
+        Args:
+            theta: the weights at which it was taken.
+            by_gradient: gives the derivatives `h`, one row a scalar, for `g`; float64 on the CPU.
+
+        Returns:
+            `grad (g . h)` with respect to the weights, and `h . g_e` of every loss: the derivative
+            with respect to a weight of its own. Float64 on the CPU.
+        """
+        leaves = {
+            name: part.clone().requires_grad_() for name, part in self.parameters(theta).items()
+        }
+        with torch.enable_grad():
+            losses = self(leaves, objective, *objective.inputs)
+            weights = torch.ones_like(losses, requires_grad=True)
+            parts = torch.autograd.grad(
+                (losses * weights).sum(), list(leaves.values()), create_graph=True
+            )
+        rows = by_gradient(self._flat(parts)).to(self.device, self.dtype)
+        curved, shares = [], []
+        for at, row in enumerate(rows):
+            named = self.layout.unflatten(row)
+            # d (g . h) / d (theta, w) by a second pass backwards through the gradient
+            *of_leaves, of_weights = torch.autograd.grad(
+                parts,
+                [*leaves.values(), weights],
+                grad_outputs=list(named.values()),
+                retain_graph=at + 1 < len(rows),
+                materialize_grads=True,
+            )
+            curved.append(self._flat(of_leaves))
+            shares.append(of_weights.double().cpu())
+        return torch.stack(curved), torch.stack(shares)
+
+    def _flat(self, parts: Sequence[Tensor]) -> Flat:
+        return torch.cat([part.detach().reshape(-1) for part in parts]).double().cpu()
+
+    def _by_position(
+        self, objective: Objective, weights: dict[str, Tensor], directions: Tensor
+    ) -> Tensor:
+        def losses(parameters: dict[str, Tensor]) -> Tensor:
+            return self(parameters, objective, *objective.inputs)
+
+        def along(direction: Tensor) -> Tensor:
+            tangent = self.layout.unflatten(direction)
+            return torch.func.jvp(losses, (weights,), (tangent,))[1]  # type: ignore[no-any-return]
+
+        moved = directions.to(self.device, self.dtype)
+        derivatives: Tensor = torch.vmap(along, chunk_size=DIRECTIONS)(moved)
+        return derivatives.double().cpu()
+
+    def _by_example(
+        self, objective: Objective, weights: dict[str, Tensor], directions: Tensor
+    ) -> Tensor:
+        def loss(parameters: dict[str, Tensor], *one: Tensor) -> Tensor:
+            return self(parameters, objective, *(row[None] for row in one)).sum()
+
+        gradient = torch.func.grad(loss)
+        inputs = objective.inputs
+        each = torch.vmap(gradient, in_dims=(None, *(0 for _ in inputs)))
+        across = directions.T.to(self.device)  # [parameter, direction], float64
+        chunk = max(1, NUMBERS // self.layout.size)
+        parts = []
+        for rows in zip(*(tensor.split(chunk) for tensor in inputs), strict=True):
+            by_name = each(weights, *rows)  # [example, *shape] by name
+            flat = torch.cat([by_name[name].flatten(1) for name in self.layout.names], 1)
+            parts.append(flat.double() @ across)
+        return torch.cat(parts).T[..., None].cpu()

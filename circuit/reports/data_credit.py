@@ -1,0 +1,186 @@
+"""data-credit: which training examples wrote what happened to a scalar.
+
+data_credit_rows.jsonl       a row a step, scalar and example
+data_credit_steps.jsonl      a row a step and scalar: sums of the batch, by fact
+data_credit_examples.jsonl   a row a scalar and example: its sum over all steps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+from circuit.artifacts import Row, dump_row, in_row
+from circuit.attribution.credit import CreditPass, StepCredit
+from circuit.attribution.losses import By
+from circuit.attribution.window import attributor_of
+from circuit.figures.charts import Chart
+from circuit.figures.data import facts_chart, shares_chart, top_chart
+from circuit.options import Option
+from circuit.quoting import markdown_text
+from circuit.reports.attribution_law import percent
+from circuit.reports.data_facts import SHOWN, Sums, example_lines, lead_of, numbers
+from circuit.reports.report import Findings, Results
+from circuit.reports.tables import Table
+from circuit.reports.traced import PathOptions, Scalars, TracedReport, WordOptions, parse_words
+from circuit.sizes import shown
+
+ROWS, STEPS, EXAMPLES = (f"data_credit_{what}.jsonl" for what in ("rows", "steps", "examples"))
+
+
+class DataCreditOptions(WordOptions, PathOptions):
+    """A window, scalars, and how finely an example's credit is divided."""
+
+    by: Annotated[
+        By,
+        Option(
+            "example (costs the same for any number of scalars), or position: also each predicted"
+            " token apart, so that facts are those of single answers."
+        ),
+    ] = "example"
+
+
+class DataCredit(TracedReport[DataCreditOptions]):
+    """Which training examples moved a number of the weights: credit that adds up."""
+
+    command = "data-credit"
+    names = ("trace data",)
+    Options = DataCreditOptions
+    panel = "Attribution"
+    title = "Credit of the training examples"
+    question = (
+        "Which training examples wrote what happened to a number of the weights, through momentum"
+        " and all?"
+    )
+
+    def families(self) -> tuple[Scalars, ...]:
+        return parse_words(self.options.scalars)
+
+    def points(self) -> Iterator[StepCredit]:
+        start, end = self.steps
+        self.tell("building the scalars")
+        scalars = self.source.scalars(self.inputs)
+        attributor = attributor_of(self.run, scalars, rule=self.options.path, averages=True)
+        self.passed = CreditPass(self.run, attributor, start, end, self.options.by)
+        self.sums = Sums(tuple(scalar.name for scalar in scalars))
+        self.lines: dict[str, list[str]] = {ROWS: [], STEPS: []}  # from the last step to the first
+        yield from self.passed
+
+    def measure(self, point: StepCredit) -> list[Row]:
+        batch = point.objective.examples()
+        facts = self.sums.add(point.credit, batch)
+        for at, name in reversed(list(enumerate(self.sums.names))):
+            credit = point.credit[at]
+            shares = credit.sum(1).tolist()
+            lines = example_lines(point.step, name, "credit", credit, batch)
+            self.lines[ROWS] += reversed(lines)
+            line = {"step": point.step, "scalar": name, "batch": float(point.batch[at])}
+            line["positive"] = math.fsum(share for share in shares if share > 0)
+            line["negative"] = math.fsum(share for share in shares if share < 0)
+            line["facts"] = {fact: numbers(values, at) for fact, values in facts.items()}
+            self.lines[STEPS].append(dump_row(line))
+        return []
+
+    def conclude(self, rows: list[Row]) -> Findings:
+        totals, (start, end) = self.passed.totals, self.steps
+        ranked = [self.sums.ranked(at) for at in range(len(self.sums.names))]
+        scalars: list[dict[str, Any]] = []
+        for at, name in enumerate(self.sums.names):
+            closure, apart = float(totals.closure[at]), float(totals.examples_error[at])
+            parts = ("actual", "credit", "inherited", "decay", "rounding")
+            scalars.append(
+                {
+                    "scalar": name,
+                    **{part: float(getattr(totals, part)[at]) for part in parts},
+                    "closure": closure if math.isfinite(closure) else None,
+                    "examples_error": apart if math.isfinite(apart) else None,
+                    "examples": len(ranked[at]),
+                    **self.sums.ends(ranked[at], SHOWN),
+                    "facts": self.sums.of_scalar(at),
+                }
+            )
+        lead = max(scalars, key=lambda one: abs(one["actual"]))
+        summary = {"lead": lead["scalar"], "start_step": start, "end_step": end, "scalars": scalars}
+        texts = {name: "\n".join([*lines[::-1], ""]) for name, lines in self.lines.items()}
+        examples = [row for one in ranked for row in one]
+        further: dict[str, Iterable[Row] | str] = {STEPS: texts[STEPS], EXAMPLES: examples}
+        return Findings(texts[ROWS], summary, self._law(scalars, lead), further)
+
+    def _law(self, scalars: list[dict[str, Any]], lead: dict[str, Any]) -> str:
+        start, end = self.steps
+
+        def ratio(key: str) -> str:
+            known = [one[key] for one in scalars if one[key] is not None]
+            return f"{max(known):.2g}" if known else "-"
+
+        closure = percent(lead["closure"])
+        law = (
+            f"over steps {start}:{end} the credit of {lead['examples']} examples"
+            f" {lead['credit']:+.4g}, momentum inherited from before {lead['inherited']:+.4g},"
+            f" decay {lead['decay']:+.4g} and rounding {lead['rounding']:+.1g} close to"
+            f" {'-' if closure is None else f'{closure:.2g}'} % of the actual change"
+            f" {lead['actual']:+.4g} of {lead['scalar']}"
+        )
+        if len(scalars) > 1:
+            law += f" (the worst of {len(scalars)} scalars to {ratio('closure')} of its change)"
+        return (
+            f"{law}; examples sum to the gradients that were taken to {ratio('examples_error')};"
+            f" path rule {self.options.path}; {shown(self.passed.bytes_a_step)} a step waited on"
+            " disk"
+        )
+
+    # --- what is shown ---
+
+    @classmethod
+    def size(cls, results: Results[DataCreditOptions]) -> tuple[float, ...]:
+        return (results.summary["end_step"] - results.summary["start_step"],)
+
+    @classmethod
+    def notes(cls, results: Results[DataCreditOptions]) -> list[str]:
+        lead = lead_of(results)
+        return [
+            "Credit divides what happened among the examples that were there, with learning rates,"
+            " clip factors and denominators as they were; what momentum carried on counts where its"
+            " gradient was taken. It does not say what would have happened without an example.",
+            f"Charts and rankings are of {markdown_text(lead['scalar'])}, the scalar that changed"
+            " most. "
+            + (
+                "Facts are those of single answers; `predicted` is the kind of every token that was"
+                " predicted."
+                if results.options.by == "position"
+                else "A record counts under a fact that all of its questions share, else under"
+                " `several`."
+            ),
+        ]
+
+    @classmethod
+    def tables(cls, results: Results[DataCreditOptions]) -> list[Table]:
+        lead = lead_of(results)
+        parts = ("actual", "credit", "inherited", "decay")
+        columns = {
+            "scalar": "scalar",
+            **{part: (part, "+.4g") for part in parts},
+            "rounding": ("rounding", "+.1g"),
+            "closure": ("closure %", ".2g"),
+            "examples_error": ("examples", ".1g"),
+        }
+        rows = [{**one, "closure": percent(one["closure"])} for one in results.summary["scalars"]]
+        ranking = {"share": ("credit", "+.4g"), "example": "example", "times": "times"}
+        ranking["text"] = "tokens"
+        return [
+            Table("What adds up", columns, rows, console=32),
+            Table("Examples with the largest credit", ranking, lead["top"], console=4),
+            Table("Examples with the smallest credit", ranking, lead["bottom"], console=4),
+        ]
+
+    @classmethod
+    def charts(cls, results: Results[DataCreditOptions]) -> list[Chart]:
+        lead = lead_of(results)
+        rows = results.rows(STEPS, holding=in_row("scalar", lead["scalar"]))
+        steps = [row for row in rows if row["scalar"] == lead["scalar"]]
+        return [
+            shares_chart(lead["scalar"], steps),
+            *facts_chart(lead["scalar"], lead["facts"]),
+            top_chart(lead["scalar"], [*lead["top"], *lead["bottom"][::-1]]),
+        ]

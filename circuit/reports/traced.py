@@ -1,0 +1,192 @@
+"""What every report on the steps of a trace is: scalars of families, over a window of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from circuit.core.paths import RULES, path_rule
+from circuit.options import Option, ProbeOptions
+from circuit.reports.inputs import Inputs, traced_inputs
+from circuit.reports.report import Report
+from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
+from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from circuit.scalars.base import Scalar
+
+Scalars = ScalarFamily | OwnScalars
+ScalarWords = Annotated[
+    tuple[str, ...],
+    Option(
+        "name[,key=value...]: qk_match, functional_write, answer_scalar, loss, induction,"
+        " modular_addition, or module:name of your own.",
+        flag="--scalar",
+        kind="scalar",
+    ),
+]
+"""Scalars by their words (circuit/scalars/family.py)."""
+
+
+class TracedOptions(ProbeOptions):
+    """Which steps of which trace.
+
+    Attributes:
+        start_step, end_step: states that the steps take one to the other; the trace's ends.
+    """
+
+    optimizer_trace_dir: Annotated[Path, Option("Folder of a trace.", kind="trace")]
+    start_step: Annotated[
+        int | None, Option("First state.", least=0, unset="the trace's first")
+    ] = None
+    end_step: Annotated[int | None, Option("Last state.", least=1, unset="the trace's last")] = None
+
+    def within(self, trace: ReplayedRun) -> tuple[int, int]:
+        """The steps in a trace; all of it by default.
+
+        Raises:
+            CircuitError: they are not recorded.
+        """
+        start = trace.manifest.start_step if self.start_step is None else self.start_step
+        end = trace.store.last_step if self.end_step is None else self.end_step
+        trace.store.check_window(start, end)
+        return start, end
+
+
+class PathOptions(TracedOptions):
+    """How gradients are averaged along the steps."""
+
+    path: Annotated[
+        str,
+        Option(
+            f"How gradients are averaged along a step: {RULES}.",
+            kind="path_rule",
+        ),
+    ] = "simpson"
+
+    def check(self) -> None:
+        """The path rule has a form."""
+        super().check()
+        path_rule(self.path)
+
+
+@dataclass(frozen=True)
+class TracedScalars:
+    """The scalars of some families on a trace (a `ScalarSource`)."""
+
+    config: TrainConfig
+    probe_set: Path
+    families: tuple[Scalars, ...]
+    splits: tuple[str, ...] = ()
+
+    def inputs(self, run: ReplayedRun) -> Inputs:
+        """What they are made of, after what the trace does not have is refused.
+
+        Raises:
+            CircuitError: names the step; or config or probe set are of another run.
+        """
+        for family in self.families:
+            family.check_run(run)
+        inputs = traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
+        for family in self.families:
+            family.check_task(inputs.task)
+        return inputs
+
+    def scalars(self, inputs: Inputs) -> list[Scalar]:
+        """All of them, family by family."""
+        return [scalar for family in self.families for scalar in family.build(inputs)]
+
+
+T = TypeVar("T", bound=TracedOptions)
+
+
+class TracedReport(Report[T]):
+    """Follows scalars over a window of a trace.
+
+    Attributes:
+        run: the trace.
+        source: of the scalars, which are made of `inputs`.
+        origin: provenance.
+    """
+
+    run: ReplayedRun
+    source: TracedScalars
+    inputs: Inputs
+    origin: Mapping[str, Any]
+
+    def families(self) -> Sequence[Scalars]:
+        """What is followed."""
+        raise NotImplementedError
+
+    def scalar_facts(self, inputs: Inputs) -> dict[str, Any]:
+        """What the families say of what they read."""
+        return {"scalars": [family.provenance(inputs) for family in self.followed]}
+
+    def check(self) -> None:
+        super().check()
+        self.followed = tuple(self.families())
+        for family in self.followed:
+            family.check_model(self.config.model)
+
+    def prepare(self) -> None:
+        asked = self.options
+        self.run = trace = ReplayedRun.open(asked.optimizer_trace_dir)
+        start, end = asked.within(trace)
+        self.options = asked.model_copy(update={"start_step": start, "end_step": end})
+        self.source = TracedScalars(self.config, asked.probe_set, self.followed, asked.splits)
+        self.inputs = self.source.inputs(trace)
+        store = trace.store
+        self.origin = {
+            **self.inputs.provenance(),
+            **self.scalar_facts(self.inputs),
+            "trace": {
+                "config_digest": store.manifest.config.digest(),
+                "benchmark_digest": store.manifest.benchmark_digest,
+                "state_at_start": store.state_digests(start),
+                "state_at_end": store.state_digests(end),
+                "environment": store.manifest.environment,
+            },
+        }
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The states at the ends of the window, as `prepare` has set them."""
+        start, end = self.options.start_step, self.options.end_step
+        assert start is not None, "prepare() has set it"
+        assert end is not None, "prepare() has set it"
+        return start, end
+
+    @property
+    def total(self) -> int:
+        start, end = self.steps
+        return end - start
+
+    def provenance(self) -> dict[str, Any]:
+        return dict(self.origin)
+
+    @property
+    def device(self) -> str:
+        return str(self.origin["trace"]["environment"]["device"])
+
+
+class WordOptions(TracedOptions):
+    """A window of a trace, and scalars by their words."""
+
+    scalars: ScalarWords
+
+    def check(self) -> None:
+        """Also refuses a word that says nothing."""
+        super().check()
+        parse_words(self.scalars)
+
+
+def parse_words(words: Sequence[str]) -> tuple[Scalars, ...]:
+    """What the words of `--scalar` say.
+
+    Raises:
+        CircuitError: one says nothing.
+    """
+    return tuple(map(parse_scalars, words))
