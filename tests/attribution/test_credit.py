@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sgd alone": {"optimizer": {**SGD, "momentum": 0.0}},
     "examples twice in a batch": {"optimizer": ADAMW, "batch_size": 64},
 }
+WITH_MOMENTUM = pytest.mark.parametrize("run", list(RECIPES)[:2], indirect=True)
 STEPS = 4
 
 
@@ -148,6 +149,7 @@ def direct(run: Any, scalar: LossScalar, start: int, end: int) -> dict[int, Tens
     return found
 
 
+@WITH_MOMENTUM
 def test_it_is_what_buffers_of_single_examples_give(run: Any, scalars: list[LossScalar]) -> None:
     expected = direct(run, scalars[1], 1, STEPS)
     _, steps = passed(run, scalars, 1, STEPS)
@@ -156,6 +158,7 @@ def test_it_is_what_buffers_of_single_examples_give(run: Any, scalars: list[Loss
         torch.testing.assert_close(steps[step].credit[1, :, 0], shares, rtol=1e-6, atol=1e-12)
 
 
+@WITH_MOMENTUM
 def test_windows_join(run: Any, scalars: list[LossScalar]) -> None:
     """The later part of a window is as it is alone; what it inherits the earlier part explains."""
     (whole, steps), (early, _), (late, alone) = (

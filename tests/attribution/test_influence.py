@@ -95,6 +95,7 @@ def values_at(attributor: Attributor, theta: Tensor) -> Tensor:
     return attributor.values(theta, attributor.bind(theta))
 
 
+@pytest.mark.parametrize("run", list(RECIPES)[:2], indirect=True)
 def test_a_later_window_is_the_later_part(run: Any, scalars: list[LossScalar]) -> None:
     """Where a pass begins decides nothing of the steps that it shares with another."""
     passes = [
