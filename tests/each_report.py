@@ -69,6 +69,10 @@ OWN: dict[str, dict[str, Any]] = {
             )
         )
     },
+    "counterfactual-training": {
+        "scalars": ("loss",),
+        "edits": ("no decay,scale=weight_decay*0,steps=1:2",),
+    },
     "data-credit": {"scalars": ("loss",)},
     "data-influence": {"scalars": ("loss",), "check_trainings": 3, "check_share": 0.1},
     "head-selection": {"start_step": 3, "end_step": 12, "score": "rank2"},

@@ -24,7 +24,7 @@ from circuit.lazy import alt
 SIGNS = {"positive": "examples that raised it", "negative": "examples that lowered it"}
 VALUES = 12
 """Bars of a fact."""
-TEXT = 90
+TEXT = 60
 """Letters of an example."""
 
 
@@ -69,8 +69,12 @@ def shares_chart(scalar: str, rows: Sequence[Record]) -> Chart:
 def facts_chart(
     scalar: str, facts: Mapping[str, Mapping[str, float]], what: str = "credit"
 ) -> list[Chart]:
-    """A bar for each value of each fact; of facts with many values, those that are largest."""
+    """A bar for each value of each fact; of facts with many values, those that are largest.
+
+    A fact with one value divides nothing, and is left out.
+    """
     records = []
+    facts = {fact: values for fact, values in facts.items() if len(values) > 1}
     for fact, values in facts.items():
         largest = sorted(values, key=lambda value: -abs(values[value]))[:VALUES]
         records += [
@@ -129,11 +133,11 @@ def _bars(
 ) -> Chart:
     names = [row["of"] for row in records]
     encoded = named(name).encode(
-        y=alt.Y("of:N").title(None).sort(names).axis(labelLimit=520),
+        y=alt.Y("of:N").title(None).sort(names).axis(labelLimit=360),
         x=alt.X(f"{what}:Q").title(what).axis(tickCount=TICKS),
         tooltip=exact(*records[0]),
     )
-    bars = encoded.mark_bar() if shade is None else encoded.mark_bar().encode(color=shade)
+    bars = encoded.mark_bar().encode(color=alt.value("var(--c1)") if shade is None else shade)
     return chart(name, title, {name: records}, bars, height=20 * len(names))
 
 
