@@ -126,6 +126,21 @@ class AdamWConfig(Config):
     """If it were 0 in float32, a parameter whose gradient is 0 would become 0 / 0."""
     weight_decay: Annotated[Float32, Field(ge=0)] = 0.01
 
+    @model_validator(mode="after")
+    def _of_float32(self) -> AdamWConfig:
+        """What weights and moments are multiplied with, at the most: torch refuses larger ones."""
+        rate, first = self.learning_rate, 1 - self.beta1
+        factors = {
+            "learning_rate / (1 - beta1)": rate / first,
+            "learning_rate * weight_decay": rate * self.weight_decay,
+        }
+        for name, factor in factors.items():
+            if factor > _FLOAT32_MAX:
+                raise ValueError(
+                    f"{name} is {factor:.2g}; float32 holds numbers up to {_FLOAT32_MAX:.2g}"
+                )
+        return self
+
 
 class SGDConfig(Config):
     """SGD with torch's coupled weight decay; `momentum` 0 is plain SGD."""

@@ -172,6 +172,8 @@ def train(
         for name in (config.train_split, *config.tracked_splits):
             setup.check_split(name)  # refused before anything heavy is imported
         setup.require_training_memory(traced=recorder is not None)
+        for name in config.tracked_splits:
+            setup.require_evaluation_memory(name)
         _require_disk(setup, folder, earlier)
         threads = config.threads
         if earlier is not None and threads is None:
@@ -267,9 +269,8 @@ class _Loop:
                 if self.stop():
                     self.last = session.step
                 self._after_step(outcome, log)
-            if self.evaluated_at != session.step:
+            if self.evaluated_at != session.step:  # it was at its end when it began
                 self._measure()
-                self._refuse_not_finite()
         finally:
             log.close()
         seconds = time.perf_counter() - began
@@ -299,6 +300,8 @@ class _Loop:
             self._write(log, self._step_row(outcome))
         if step % config.eval_every == 0 or end:
             self._evaluate(log)
+        elif step == self.last:
+            self._measure()  # of where it stops; refused before it is saved
         if self._checkpoint_due():
             self._save_checkpoint(log)
 
@@ -324,13 +327,19 @@ class _Loop:
         }
 
     def _measure(self) -> None:
+        """Evaluate the splits; refuse a run that has diverged."""
         self.evaluated_at = self.session.step
         for name, split in self.tracked.items():
-            self.evaluations[name] = evaluate(self.session.model, split, name)
+            evaluation = self.evaluations[name] = evaluate(self.session.model, split, name)
+            if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
+                raise DivergedError(
+                    f"training diverged: {name} loss {evaluation.loss} at step {self.session.step}",
+                    where=f"config {self.config.name}",
+                    fix="lower the learning rate or clip the gradient",
+                )
 
     def _evaluate(self, log: RowLog) -> None:
         self._measure()
-        self._refuse_not_finite()
         step = self.session.step
         for evaluation in self.evaluations.values():
             self._write(log, {"kind": "evaluation", "step": step, **evaluation.to_row()})
@@ -345,16 +354,6 @@ class _Loop:
                 "value": value,
             }
             self._save(BEST, log)
-
-    def _refuse_not_finite(self) -> None:
-        for evaluation in self.evaluations.values():
-            if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
-                raise DivergedError(
-                    f"training diverged: {evaluation.split} loss {evaluation.loss} at step"
-                    f" {self.session.step}",
-                    where=f"config {self.config.name}",
-                    fix="lower the learning rate or clip the gradient",
-                )
 
     def _save(self, name: str, log: RowLog) -> None:
         """A state to go on from: what was recorded up to it is on the disk before it is."""

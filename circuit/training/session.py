@@ -80,23 +80,14 @@ class TrainingSession:
         from circuit.training.step import training_step
 
         step = self.step + 1
-        try:
-            outcome = training_step(
-                self.recipe,
-                self.model,
-                self.optimizer,
-                step,
-                weights=None if weights is None else weights.to(self.config.device),
-                on_gradient=on_gradient,
-            )
-        except RuntimeError as error:
-            if "without overflow" not in str(error):
-                raise
-            raise DivergedError(
-                f"training diverged at step {step}: the optimizer's step is not finite in float32",
-                where=f"config {self.config.name}",
-                fix="lower the learning rate",
-            ) from None
+        outcome = training_step(
+            self.recipe,
+            self.model,
+            self.optimizer,
+            step,
+            weights=None if weights is None else weights.to(self.config.device),
+            on_gradient=on_gradient,
+        )
         self.step = step
         if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):
             raise DivergedError(

@@ -474,19 +474,25 @@ def test_a_second_writer_of_a_run_is_refused(workplace: Path, make_config: MakeC
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "stop_at"),
+    ("optimizer", "stop_at", "eval_every"),
     [
-        ({"name": "adamw", "learning_rate": 1e38}, 1),
-        ({"name": "sgd", "learning_rate": 1e38}, 1),
-        ({"name": "sgd", "learning_rate": 1e38}, 4),
+        ({"name": "adamw", "learning_rate": 3e37}, 1, 1),
+        ({"name": "sgd", "learning_rate": 1e38}, 1, 1),
+        ({"name": "sgd", "learning_rate": 1e38}, 1, 4),
+        ({"name": "sgd", "learning_rate": 1e38}, 4, 1),
     ],
 )
 def test_a_state_that_is_not_finite_is_never_saved(
-    workplace: Path, make_config: MakeConfig, optimizer: dict[str, Any], stop_at: int
+    workplace: Path,
+    make_config: MakeConfig,
+    optimizer: dict[str, Any],
+    stop_at: int,
+    eval_every: int,
 ) -> None:
-    config = make_config(optimizer=optimizer, gradient_clip=None, eval_every=1, checkpoint_every=1)
+    config = make_config(
+        optimizer=optimizer, gradient_clip=None, eval_every=eval_every, checkpoint_every=1
+    )
     with pytest.raises(CircuitError, match="diverged") as refused:
         train(config, stop_at=stop_at)
-    assert "not finite" in str(refused.value) or "nan" in str(refused.value)
-    for state in map(load_checkpoint, (RUN / "checkpoints").glob("*.pt")):
-        assert state.not_finite is None
+    assert "nan" in str(refused.value)
+    assert list((RUN / "checkpoints").glob("*.pt")) == []  # step 1 is finite, and its loss is not

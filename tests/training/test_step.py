@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from circuit.config import parse_config
+from circuit.errors import CircuitError
 from circuit.model.weights import named_tensors
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.examples import UNPREDICTED
 from circuit.train_config import TrainConfig
-from circuit.training.optimizers import learning_rate, read_moments
+from circuit.training.optimizers import build_optimizer, learning_rate, read_moments
 from circuit.training.session import TrainingSession
 from circuit.training.step import next_token_loss
 
@@ -260,3 +262,36 @@ def test_the_shares_of_the_examples_sum_to_the_loss(session_after: SessionAfter)
     assert losses.shape == batch.targets.shape
     assert (losses[batch.targets == UNPREDICTED] == 0).all()
     assert (losses[batch.targets != UNPREDICTED] > 0).all()
+
+
+extremes = st.sampled_from([0.0, 1e-38, 1e-8, 0.01, 1.0, 1e19, 3e37, 3e38])
+
+
+@given(
+    name=st.sampled_from(["adamw", "sgd"]),
+    rate=extremes,
+    decay=extremes,
+    beta=st.sampled_from([0.0, 0.5, 0.9, 1 - 2**-53]),
+    warmup=st.integers(0, 3),
+)
+def test_torch_takes_the_step_of_every_optimizer_that_a_config_may_name(
+    train_payload: Callable[..., dict[str, Any]],
+    name: str,
+    rate: float,
+    decay: float,
+    beta: float,
+    warmup: int,
+) -> None:
+    optimizer = {"name": name, "learning_rate": rate, "weight_decay": decay}
+    optimizer["beta1" if name == "adamw" else "momentum"] = beta
+    payload = train_payload(optimizer=optimizer, schedule={"warmup_steps": warmup})
+    try:
+        config = parse_config(payload, TrainConfig, where="test")
+    except CircuitError:
+        return
+    model = torch.nn.Linear(1, 1)
+    taken = build_optimizer(model, config.optimizer)
+    for step in (1, 2):
+        taken.param_groups[0]["lr"] = learning_rate(config, step)
+        model(torch.ones(1)).sum().backward()
+        taken.step()  # raises where a factor is beyond float32
