@@ -3,7 +3,7 @@
 The estimates count the bytes of what grows with a setting: weights, gradients, moments, the states
 that are copied to be saved, activations of one batch, records, and the files of a run or trace.
 They leave out the interpreter and its libraries (about 0.6 GB with TransformerLens), what the
-allocator keeps, and what a report makes of its cached activations. Nothing is refused because it
+allocator keeps, and what a report makes of the activations of a pass. Nothing is refused because it
 takes long.
 
 What there is: the machine's memory, or less where a container or `ulimit -v` says so (whatever else
@@ -172,6 +172,28 @@ def activation_bytes(config: TrainConfig, vocabulary: int, length: int) -> int:
     block = 8 * model.d_model + 2 * model.d_ff + model.heads * length
     kernels = 1 if config.kernels == "fast" else 2
     return _FLOAT * tokens * (kernels * model.layers * block + 4 * vocabulary + 2 * model.d_model)
+
+
+def reading_memory(
+    model: ModelConfig, vocabulary: int, length: int, rows: int, *, kept: int = 0
+) -> dict[str, int]:
+    """A model that reads some records at once and learns nothing, at the least.
+
+    Of every token the patterns that are kept and, at the widest place, what is in one block
+    (the residual stream, its normal form, and queries, keys, values or the MLP's) or logits and
+    their log-probabilities.
+
+    Args:
+        vocabulary: number of tokens.
+        length: positions that the model reads.
+        rows: records at once.
+        kept: layers whose attention patterns are kept.
+    """
+    heads = model.heads * length
+    block = 2 * model.d_model + max(3 * model.d_model + heads, 2 * model.d_ff)
+    token = kept * heads + max(block, 3 * vocabulary)
+    reading = f"{rows} records (model.layers, heads, d_ff, d_model, or fewer or shorter records)"
+    return {**weights_memory(model, vocabulary), reading: _FLOAT * rows * length * token}
 
 
 def training_memory(

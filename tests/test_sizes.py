@@ -23,6 +23,7 @@ from circuit.sizes import DISK, MEMORY
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState, encode_checkpoint
+from circuit.training.evaluate import logits_and_attention
 from circuit.training.optimizers import build_optimizer, read_moments
 from circuit.training.recipe import Batch, Recipe
 from circuit.training.step import next_token_loss, training_step
@@ -89,6 +90,29 @@ def test_memory_of_a_step_is_estimated_within_a_factor_of_two(name: str, kernels
     estimated = alone["checkpoints (steps, checkpoint_every)"] // 3
     print(f"{name}: a checkpoint has {saved:,} bytes, estimated {estimated:,}")
     assert 0.5 < estimated / saved < 2
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_memory_of_an_evaluation_is_estimated_within_a_factor_of_two(name: str) -> None:
+    """Counted: weights, their copy, and the most that tensors of a batch take at once."""
+    vocabulary, length = REAL[name]
+    config, rows = real(name), 64
+    model = build_model(config.model, vocabulary_size=vocabulary, seed=0)
+    tokens = torch.randint(5, vocabulary, (rows, length + 1))
+    with torch.profiler.profile(profile_memory=True) as taken, torch.no_grad():
+        read = logits_and_attention(model, tokens)
+        torch.nn.functional.cross_entropy(read[0].double().flatten(0, 1), tokens[:, 1:].flatten())
+    allocated = [e for e in taken.profiler.kineto_results.events() if e.name() == "[memory]"]
+    here, most = 0, 0
+    for event in sorted(allocated, key=lambda event: event.start_ns()):
+        here += event.nbytes()
+        most = max(most, here)
+    counted = most + 2 * sum(p.nbytes for p in model.parameters())
+    kept = config.model.layers
+    need = sizes.reading_memory(config.model, vocabulary, length, rows, kept=kept)
+    estimated = sum(need.values())
+    print(f"{name}: an evaluation takes {counted:,} bytes, estimated {estimated:,}")
+    assert 0.5 < estimated / counted < 2
 
 
 @pytest.mark.parametrize("untied", [True, False])

@@ -60,7 +60,7 @@ def evaluate_checkpoint(
     header = states.header(checkpoint)
     names = list(dict.fromkeys(splits or config.tracked_splits))
     for name in names:
-        setup.benchmark.records(name)  # refused before anything heavy is imported
+        setup.require_evaluation_memory(name)  # refused before anything heavy is imported
     setup.check(header)
     state = states.state(checkpoint)
     check_finite(state, checkpoint)

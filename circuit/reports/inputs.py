@@ -275,6 +275,7 @@ def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = 
                 expected=f"one of {', '.join(held)}",
             )
     records = [r for r in probe.records if splits is None or r.split in splits]
+    setup.require_reading_memory(records, where=probe_set)
     return Inputs(setup, States(setup), probe, records, None if splits is None else tuple(splits))
 
 

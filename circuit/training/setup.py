@@ -15,12 +15,13 @@ from circuit.artifacts import find_folder
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
-from circuit.sizes import require_memory, training_memory, weights_memory
+from circuit.sizes import reading_memory, require_memory, training_memory, weights_memory
 from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.examples import Split, Stream
 from circuit.train_config import RUN_CONFIG, ImportedConfig, ModelConfig, TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
+from circuit.training.evaluate import BATCH
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -168,6 +169,34 @@ class Setup:
             longest = longest_of(self.benchmark.records(config.train_split))
         need = training_memory(config, self.benchmark.vocabulary.size, longest, traced=traced)
         require_memory(need, where=f"config {config.name}")
+
+    def require_reading_memory(
+        self, records: Sequence[Record], *, where: object, rows: int | None = None, kept: int = 0
+    ) -> None:
+        """Refuse records that the memory cannot hold while the model reads them.
+
+        Args:
+            where: they stand.
+            rows: that are read at once; all by default.
+            kept: layers whose attention patterns are kept.
+
+        Raises:
+            CircuitError: as `require_training_memory`.
+        """
+        size, length = self.benchmark.vocabulary.size, longest_of(records)
+        rows = min(rows or len(records), len(records))
+        need = reading_memory(self.config.model, size, length, rows, kept=kept)
+        require_memory(need, where=where)
+
+    def require_evaluation_memory(self, split: str) -> None:
+        """Refuse a split that cannot be evaluated in the memory.
+
+        Raises:
+            CircuitError: as `require_training_memory`; or there is no such split.
+        """
+        records, where = self.benchmark.records(split), f"split {split} of {self.config.name}"
+        kept = self.config.model.layers
+        self.require_reading_memory(records, where=where, rows=BATCH, kept=kept)
 
     def _build(self) -> HookedTransformer:
         config = self.config
