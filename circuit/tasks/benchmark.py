@@ -51,6 +51,8 @@ class BenchmarkMetadata(Stored):
     splits: dict[str, SplitFile]
     config: dict[str, Any]
     figures: dict[str, Any]
+    figures_sha256: Sha256 | None = None
+    """Digest of the figures, which that of the benchmark leaves out; none in version 0.1."""
     vocabulary: list[str]
     task_sha256: Sha256 | None = None
     """Of the file of somebody's own task; left out of the file otherwise."""
@@ -111,13 +113,15 @@ class Benchmark:
         """
         for split in self.files:
             write(f"{split}.jsonl", records_to_jsonl(self.records(split), self.vocabulary))
+        figures = self.figures.model_dump(mode="json")
         metadata = BenchmarkMetadata(
             schema_version=SCHEMA_VERSION,
             name=self.config.name,
             digest=self.digest,
             splits=self.files,
             config=self.config.model_dump(mode="json"),
-            figures=self.figures.model_dump(mode="json"),
+            figures=figures,
+            figures_sha256=digest_of(figures),
             vocabulary=list(self.vocabulary.tokens),
         )
         payload = metadata.model_dump(mode="json", exclude={"overrides", "task_sha256"})
@@ -218,6 +222,8 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
         raise _edited(where, f"name {metadata.name!r} is not {task.config.name!r} of its config")
     if metadata.digest != _digest(task.config, facts, metadata.splits, metadata.task_sha256):
         raise _edited(where, "the digest is not that of its config, facts and splits")
+    if metadata.figures_sha256 not in (None, digest_of(metadata.figures)):
+        raise _edited(where, "the digest of its figures is another")
     if metadata.vocabulary != list(vocab.tokens) or tuple(metadata.splits) != task.split_names:
         raise _edited(where, "vocabulary or splits are not those of its config")
     wanted = list(metadata.splits) if splits is None else list(splits)

@@ -7,7 +7,6 @@ that it was drawn from; a probe set of another benchmark is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -17,10 +16,11 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from circuit.artifacts import OutputFolder
+from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import Sha256
 from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.sealed import sealed, unsealed
 from circuit.tasks.base import Record, Stored, Task
 from circuit.tasks.benchmark import Benchmark, WriteFile, load_benchmark
 from circuit.tasks.records import records_from_jsonl, records_to_jsonl
@@ -39,7 +39,8 @@ class ProbeSetMetadata(Stored):
         counts: number of records by split, in the order of the file.
         sha256: of the JSONL's bytes.
 
-    Beside them stands the size of each of the task's token sets, such as `num_keys`.
+    Beside them stand the size of each of the task's token sets, such as `num_keys`, and a digest of
+    all that the file says.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -69,8 +70,8 @@ class ProbeSet:
         write(name, records_to_jsonl(self.records, self.task.vocabulary))
         told = self.metadata.model_dump(mode="json")
         first = ("schema_version", "benchmark", "benchmark_digest", *_sizes(self.task))
-        payload = json.dumps({key: told.pop(key) for key in first} | told, indent=2)
-        write(metadata_path(name).name, payload + "\n")
+        payload = sealed({key: told.pop(key) for key in first} | told)
+        write(metadata_path(name).name, dump_json(payload))
 
 
 def metadata_path(path: str | Path) -> Path:
@@ -217,4 +218,6 @@ def _read_metadata(path: Path) -> ProbeSetMetadata:
             expected="a probe set with its metadata beside it",
             fix="run `circuit generate-probe-set --output` with this path",
         ) from None
+    if isinstance(payload, dict):
+        payload = unsealed(payload, where=where, fix=_ANEW)
     return validated(payload, ProbeSetMetadata, where=where, fix=_ANEW)

@@ -119,9 +119,22 @@ def edit_name(payload: Any) -> None:
     payload["name"] = "other"
 
 
+def edit_figure(payload: Any) -> None:
+    payload["figures"]["splits"]["train"]["writes"] += 1
+
+
 @pytest.mark.parametrize(
     "edit",
-    [edit_seed, edit_pair, edit_sha, edit_vocabulary, edit_extra, edit_version, edit_name],
+    [
+        edit_seed,
+        edit_pair,
+        edit_sha,
+        edit_vocabulary,
+        edit_extra,
+        edit_version,
+        edit_name,
+        edit_figure,
+    ],
 )
 def test_edited_metadata_is_refused(saved: Path, edit: Callable[[Any], None]) -> None:
     path = saved / "metadata.json"
