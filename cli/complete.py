@@ -161,8 +161,9 @@ def split(ctx: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, found if isinstance(found, dict) else DEFAULT_SPLITS)
 
 
-def _model_shape(ctx: typer.Context) -> tuple[int, int]:
-    """Layers and heads of the config that the line names so far, else the reference's."""
+def _model_shape(ctx: typer.Context) -> tuple[int, int, bool]:
+    """Layers and heads of the config that the line names so far, and whether it has no MLPs; else
+    of the reference."""
     model = _config(ctx).get("model")
     if isinstance(model, dict):
         layers, heads = model.get("layers"), model.get("heads")
@@ -171,26 +172,29 @@ def _model_shape(ctx: typer.Context) -> tuple[int, int]:
             and isinstance(heads, int)
             and max(layers, heads) <= MOST_OFFERED
         ):
-            return layers, heads
-    return 3, 4
+            return layers, heads, model.get("d_ff") == 0
+    return 3, 4, False
 
 
 def stage(ctx: typer.Context, incomplete: str) -> list[str]:
     """Stages of the residual stream."""
-    layers = range(_model_shape(ctx)[0])
-    between = [f"layer_{layer}_post_{part}" for layer in layers for part in ("attn", "mlp")]
-    return _starting(incomplete, ["embedding", *between, "final_norm"])
+    from circuit.model.stages import stage_names
+
+    layers, _, attention_only = _model_shape(ctx)
+    return _starting(incomplete, stage_names(layers, attention_only=attention_only))
 
 
 def head(ctx: typer.Context, incomplete: str) -> list[str]:
     """Heads by address, such as L2H1."""
-    layers, heads = _model_shape(ctx)
+    layers, heads, _ = _model_shape(ctx)
     return _starting(incomplete, [f"L{x}H{y}" for x in range(layers) for y in range(heads)])
 
 
 def mlp(ctx: typer.Context, incomplete: str) -> list[str]:
     """MLPs by address, such as L1MLP."""
-    return _starting(incomplete, [f"L{layer}MLP" for layer in range(_model_shape(ctx)[0])])
+    layers, _, attention_only = _model_shape(ctx)
+    every = [] if attention_only else [f"L{layer}MLP" for layer in range(layers)]
+    return _starting(incomplete, every)
 
 
 def component(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -373,3 +373,14 @@ def test_help_and_completion_import_nothing_but_what_draws_them(
     )
     assert set(done.stderr.split()) <= TERMINAL
     assert said in done.stdout
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_model_without_mlps_is_offered_none(complete: Complete) -> None:
+    config = Path("configs/train/tiny.json")
+    payload = json.loads(config.read_text())
+    config.write_text(json.dumps({**payload, "model": {**payload["model"], "d_ff": 0}}))
+    given = f"--config {config}"
+    assert complete(f"circuit trace write {given} --component L0M") == []
+    offered = complete(f"circuit value-code-subspace-report {given} --stage layer")
+    assert offered == ["layer_0_post_mlp"]
