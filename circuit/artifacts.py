@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 from circuit.errors import CircuitError
 from circuit.manifest import Claimed, Manifest
 from circuit.quoting import csv_cell
-from circuit.reading import checked_path, read_bytes, read_json, read_lines, validated
+from circuit.reading import checked_path, read_bytes, read_json, read_lines, validated, values_of
 from circuit.sealed import sealed, unsealed
 from circuit.strict_json import parse_json
 
@@ -108,7 +108,7 @@ def atomic_write_bytes(path: Path, payload: bytes) -> None:
     temporary = path.with_name(f".{path.name}{_TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
+        with _new_file(temporary) as handle:
             handle.write(payload)
             handle.flush()
             os.fsync(handle.fileno())
@@ -122,6 +122,24 @@ def atomic_write_bytes(path: Path, payload: bytes) -> None:
             where=path,
             fix="the previous file, if any, is intact; free space or choose another folder",
         ) from error
+
+
+def _new_file(path: Path) -> IO[bytes]:
+    """A file that nobody else has by another name, or waits for: what is left there goes.
+
+    It may be of a killed writer, or a link or a pipe of somebody.
+    """
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        path.unlink()
+        return path.open("xb")
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A file to hold a lock on: through no link, and waiting for no pipe's other end."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "a")
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -204,7 +222,8 @@ class RowLog:
         kept: list[dict[str, Any]] = []
         if last_step is not None and path.exists():
             rows = read_jsonl(path, tolerate_torn_tail=True)
-            kept = [row for row in rows if row["step"] <= last_step]
+            with values_of(path, fix="make it again"):
+                kept = [row for row in rows if row["step"] <= last_step]
         atomic_write_text(path, dump_rows(kept))
         self._handle: IO[str] = path.open("a", encoding="utf-8")
 
@@ -290,7 +309,7 @@ class OutputFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._made = missing
-            self._lock = (self.root / f".{self.command}.lock").open("a")
+            self._lock = open_lock(self.root / f".{self.command}.lock")
         except OSError as error:
             raise CircuitError(
                 f"cannot be used as output folder ({error.strerror})", where=self.root

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,7 +102,7 @@ def read_bytes(path: str | Path, *, missing: str = "no such file", overhead: int
         size = os.fstat(handle.fileno()).st_size
         require_memory({"reading the file": overhead * size}, where=path)
         try:
-            return handle.read()
+            return handle.read(size) or b""  # no more, if somebody writes on
         except OSError as error:
             raise CircuitError(f"cannot be read ({error.strerror})", where=path) from None
 
@@ -150,6 +151,28 @@ def read_json(path: str | Path, *, missing: str = "no such file", fix: str | Non
         raise CircuitError(f"not valid JSON ({error.msg})", where=where, fix=fix) from None
     except ValueError as error:
         raise CircuitError(f"not valid JSON ({error})", where=path, fix=fix) from None
+
+
+@contextmanager
+def values_of(path: str | Path, *, fix: str) -> Iterator[None]:
+    """A block that takes values out of a document of this program that has no schema.
+
+    Its digest proves that it is as somebody wrote it, and not that its values are such as this
+    program writes: what cannot be done with them is said of the file.
+
+    Raises:
+        CircuitError: a value is of another type, missing or out of range.
+    """
+    try:
+        yield
+    except CircuitError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CircuitError(
+            f"holds other values than this program writes ({type(error).__name__}: {error})",
+            where=path,
+            fix=fix,
+        ) from error
 
 
 def validated(

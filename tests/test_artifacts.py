@@ -481,6 +481,27 @@ def test_orphaned_temporary_files_are_ignored(tmp_path: Path) -> None:
     assert files_of(tmp_path) == {"step_000001.pt": b"new", ".elsewhere.tmp": b"foreign"}
 
 
+@pytest.mark.parametrize("place", [".a.circuit-tmp", ".mine.lock", "a"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
+def test_nothing_is_written_through_what_stands_in_a_files_place(
+    tmp_path: Path, place: str, kind: str
+) -> None:
+    """Neither is anything else lost, nor does anybody wait."""
+    root, precious = tmp_path / "root", tmp_path / "precious"
+    root.mkdir()
+    precious.write_bytes(b"mine")
+    there = root / place
+    {
+        "link": lambda: there.symlink_to(precious),
+        "hard link": lambda: there.hardlink_to(precious),
+        "pipe": lambda: os.mkfifo(there),
+        "folder": there.mkdir,
+    }[kind]()
+    with contextlib.suppress(CircuitError), OutputFolder(root, "mine", overwrite=True) as folder:
+        folder.write_bytes("a", b"new")
+    assert precious.read_bytes() == b"mine"
+
+
 row_lists = st.lists(
     st.fixed_dictionaries(
         {"step": st.integers(0, 6), "kind": st.text(max_size=4)},

@@ -21,6 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Literal
 
+from circuit.artifacts import open_lock
 from circuit.errors import CircuitError
 from circuit.studies.costs import Cost, cost_of
 from circuit.studies.jobs import Job
@@ -276,7 +277,8 @@ def run(request: Request, heard: Callable[[Event], None]) -> Outcome:
             request.words(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # whatever a job prints
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             process_group=0,
         ) as process:
@@ -330,7 +332,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one reproduction at a time; a killed one leaves none behind."""
     place = folder / ".snakemake"
     place.mkdir(parents=True, exist_ok=True)
-    with (place / "circuit.lock").open("a") as lock:
+    with open_lock(place / "circuit.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
