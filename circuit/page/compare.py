@@ -19,7 +19,12 @@ from circuit.figures.charts import (
     named,
 )
 from circuit.lazy import alt
-from circuit.page.formation import PageResult, left_out_fact, metrics_of, page_folder
+from circuit.page.formation import (
+    PageResult,
+    left_out_fact,
+    metrics_of,
+    page_folder,
+)
 from circuit.page.html import render
 from circuit.page.learning import EVALUATED, METRICS, evaluations
 from circuit.page.panel import (
@@ -33,8 +38,9 @@ from circuit.page.panel import (
     training_command,
 )
 from circuit.page.reports import MATCH, Reports, asked_for, with_inputs
+from circuit.reading import values_of
 from circuit.reports.report import find_report
-from circuit.reports.written import Written
+from circuit.reports.written import ANEW, Written
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.schemas import is_over_all
 
@@ -79,12 +85,14 @@ def comparison_page(
         names = _names(opened)
         members = [_Member(n, r, Reports(r)) for n, r in zip(names, opened, strict=True)]
         panels = [_settings(members), _learning(members), _separation(members), _shares(members)]
+        with values_of(path.parent, fix="make the reports of these runs again"):
+            steps = slider_steps(panels, [])
         left_out = [f"{m.name}: {file}" for m in members for file in m.reports.left_out]
         text = render(
             title=f"{len(members)} runs compared",
             facts=[*names, *left_out_fact(left_out)],
             panels=panels,
-            steps=slider_steps(panels, []),
+            steps=steps,
             further=[],
         )
         folder.write_text(path.name, text)
@@ -188,13 +196,14 @@ def _separation(members: Sequence[_Member]) -> Panel:
         report = _best(member, MATCH, missing)
         if report is None:
             continue
-        head, score = (report.summary["winner"][name] for name in ("head", "score"))
-        every = ({"run": member.name, **row} for row in report.results.rows())
-        rows += [
-            pick(row, columns)
-            for row in every
-            if (row["head"], row["score"]) == (head, score) and is_over_all(row)
-        ]
+        with values_of(report.path, fix=ANEW):
+            head, score = (report.summary["winner"][name] for name in ("head", "score"))
+            every = ({"run": member.name, **row} for row in report.results.rows())
+            rows += [
+                pick(row, columns)
+                for row in every
+                if (row["head"], row["score"]) == (head, score) and is_over_all(row)
+            ]
         sources.append(_of(member, report))
     shade = colour("run", [member.name for member in members])
     charts = [
@@ -228,7 +237,8 @@ def _shares(members: Sequence[_Member]) -> Panel:
     for member in members:
         report = _best(member, ATTRIBUTION, missing)
         if report is not None:
-            rows += share_rows(member.name, report.summary["windows"][0])
+            with values_of(report.path, fix=ANEW):
+                rows += share_rows(member.name, report.summary["windows"][0])
             sources.append(_of(member, report))
     terms = list(dict.fromkeys(row["term"] for row in rows))
     bars = (

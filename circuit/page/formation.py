@@ -12,6 +12,7 @@ from circuit.page.html import render
 from circuit.page.learning import METRICS, learning_panel, slice_name, slice_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
 from circuit.page.reports import Reports, report_panels, with_inputs
+from circuit.reading import values_of
 from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.train_config import ImportedConfig, TrainConfig
@@ -19,6 +20,7 @@ from circuit.train_config import ImportedConfig, TrainConfig
 COMMAND = "page"
 FILE = "formation.html"
 """Name of the page in the run's folder."""
+TRAINED_ANEW = "train the run again"
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def _panels(
     folder = run.config.output_dir
     rows = metrics_of(run)
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
-    by, panels = slice_name(rows), [learning_panel(rows, folder)]
-    panels += [slice_panel(rows, folder, by, reports.task())] if by else []
+    with values_of(run.path / METRICS, fix=TRAINED_ANEW):
+        by, panels = slice_name(rows), [learning_panel(rows, folder)]
+        panels += [slice_panel(rows, folder, by, reports.task())] if by else []
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     panels.append(example_panel(run, folder, reports.head(), progress))
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
@@ -125,4 +128,6 @@ def _panels(
         for one in others
         if reports.relative(one.path) not in drawn
     ]
-    return panels, sorted(further, key=lambda source: source.file), slider_steps(panels, run.steps)
+    with values_of(run.path, fix="make its reports again"):
+        steps = slider_steps(panels, run.steps)
+    return panels, sorted(further, key=lambda source: source.file), steps

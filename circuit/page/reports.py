@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
 from circuit.page.panel import Missing, Panel, Source, Table
 from circuit.quoting import plain_text, shell_line
+from circuit.reading import values_of
 from circuit.reports.report import Place, Report, all_reports
-from circuit.reports.written import SUFFIX, Written, read_report
+from circuit.reports.written import ANEW, SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.base import Task
 from circuit.train_config import RUN_CONFIG, ImportedConfig
@@ -55,8 +57,14 @@ class Reports:
 
     def of(self, kind: type[Report[Any]]) -> list[Written]:
         """Those of a kind that this version can read, the most complete and newest last."""
+
+        def completeness(report: Written) -> Any:
+            with values_of(report.path, fix=ANEW):
+                return kind.size(report.results), report.written
+
         readable = [one for one in self.by_command.get(kind.command, []) if _is_readable(one)]
-        return sorted(readable, key=lambda one: (kind.size(one.results), one.written))
+        with values_of(self.run.path / "analysis", fix=ANEW):  # sizes that do not compare
+            return sorted(readable, key=completeness)
 
     def shown(self, kind: type[Report[Any]]) -> list[Written]:
         """Those that the page shows: the most complete one, or every one, the newest of equals."""
@@ -78,7 +86,10 @@ class Reports:
         """The head whose match grew most, if that was measured."""
         (kind,) = (kind for kind in all_reports() if kind.command == MATCH)
         measured = self.of(kind)
-        return measured[-1].summary["winner"]["head"] if measured else None
+        if not measured:
+            return None
+        with values_of(measured[-1].path, fix=ANEW):
+            return str(measured[-1].summary["winner"]["head"])
 
     def task(self) -> Task | None:
         """The run's task; None where its benchmark is not there."""
@@ -94,12 +105,14 @@ class Reports:
 
     def trace(self) -> str | None:
         """The folder of the longest trace, relative to the run's."""
-        traces = self.by_command.get(TRACE, [])
-        longest = max(
-            traces,
-            key=lambda one: (one.summary["end_step"] - one.summary["start_step"], one.written),
-            default=None,
-        )
+
+        def length(report: Written) -> tuple[int, float]:
+            with values_of(report.path, fix=ANEW):
+                return int(
+                    report.summary["end_step"] - report.summary["start_step"]
+                ), report.written
+
+        longest = max(self.by_command.get(TRACE, []), key=length, default=None)
         return None if longest is None else self.relative(longest.path.parent)
 
 
@@ -126,28 +139,34 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
             ]
     panels = []
     for number, report in enumerate(shown, start=1):
-        charts = kind.charts(report.results)
-        declared = kind.tables(report.results)
-        data = {key: list(rows) for drawn in charts for key, rows in drawn.data.items()}
-        tables = []
-        for place, table in enumerate(declared):
-            keys = [*(["step"] if any("step" in row for row in table.rows) else []), *table.columns]
-            data[f"table_{place}"] = [{key: row.get(key) for key in keys} for row in table.rows]
-            columns = dict(zip(table.columns, table.headings, strict=True))
-            tables.append(Table(table.title or title, f"table_{place}", columns))
-        panels.append(
-            Panel(
-                name if number == 1 else f"{name}_{number}",
-                title,
-                question,
-                charts=charts,
-                tables=tables,
-                data=data,
-                sources=[reports.source(report)],
-                notes=[plain_text(note) for note in kind.notes(report.results)],
-            )
-        )
+        with values_of(report.path, fix=ANEW):
+            panel = _panel(reports, kind, report)
+        panels.append(replace(panel, name=name if number == 1 else f"{name}_{number}"))
     return panels
+
+
+def _panel(reports: Reports, kind: type[Report[Any]], report: Written) -> Panel:
+    """What a report shows."""
+    title = kind.title or kind.command
+    charts = kind.charts(report.results)
+    declared = kind.tables(report.results)
+    data = {key: list(rows) for drawn in charts for key, rows in drawn.data.items()}
+    tables = []
+    for place, table in enumerate(declared):
+        keys = [*(["step"] if any("step" in row for row in table.rows) else []), *table.columns]
+        data[f"table_{place}"] = [{key: row.get(key) for key in keys} for row in table.rows]
+        columns = dict(zip(table.columns, table.headings, strict=True))
+        tables.append(Table(table.title or title, f"table_{place}", columns))
+    return Panel(
+        kind.stem(),
+        title,
+        kind.question,
+        charts=charts,
+        tables=tables,
+        data=data,
+        sources=[reports.source(report)],
+        notes=[plain_text(note) for note in kind.notes(report.results)],
+    )
 
 
 def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:

@@ -27,7 +27,7 @@ from circuit.figures.charts import (
 )
 from circuit.lazy import alt
 from circuit.options import Option, Options
-from circuit.reading import file_digest
+from circuit.reading import file_digest, values_of
 from circuit.reports.ranking import ROLES
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
@@ -80,12 +80,17 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
         self.reports, self.manifest = read_reports(self.options.reports)
 
     def conclude(self, rows: list[Row]) -> Findings:
-        rows = [seed_row(seed, kinds) for seed, kinds in self.reports.items()]
+        rows = []
+        for seed, kinds in self.reports.items():
+            with values_of(f"the reports of seed {seed}", fix="make them again"):
+                rows.append(seed_row(seed, kinds))
+        with values_of("`reports`", fix="make them again"):
+            summary, law = summarize(rows), law_of(self.reports)
         winners = [{column: row[column] for column in _WINNER} for row in rows]
         return Findings(
             rows,
-            summarize(rows),
-            law_of(self.reports),
+            summary,
+            law,
             {
                 "winners.json": dump_json(winners),
                 "winners.csv": dump_csv(winners),

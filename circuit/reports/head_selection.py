@@ -14,11 +14,11 @@ from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.options import Option, Options
-from circuit.reading import file_digest
+from circuit.reading import file_digest, values_of
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
-from circuit.reports.written import report_of
+from circuit.reports.written import ANEW, report_of
 from circuit.schemas import is_over_all
 
 RUN = ("config_digest", "recipe_digest", "benchmark_digest", "probe_set_sha256")
@@ -63,15 +63,16 @@ class HeadSelection(Report[HeadSelectionOptions]):
 
     def conclude(self, rows: list[Row]) -> Findings:
         asked = self.options
-        ends = window_ends(self.rows, asked.score, asked.start_step, asked.end_step)
-        found = {head: _growth(*of_head) for head, of_head in ends.items()}
-        scores = {head: of_head["growth"] for head, of_head in found.items()}
-        table = ranked_rows("head", scores, found)
-        chosen = selected("head", table, *found[table[0]["head"]])
-        read = [row for pair in ends.values() for row in pair]
+        with values_of(asked.separation_rows, fix=ANEW):
+            ends = window_ends(self.rows, asked.score, asked.start_step, asked.end_step)
+            found = {head: _growth(*of_head) for head, of_head in ends.items()}
+            scores = {head: of_head["growth"] for head, of_head in found.items()}
+            table = ranked_rows("head", scores, found)
+            chosen = selected("head", table, *found[table[0]["head"]])
+            gap = gap_to_slices(self.rows, [row for pair in ends.values() for row in pair])
         law = (
             "the separation of every head, at both ends, is the mean of those by slice, weighted by"
-            f" their reads, to {gap_to_slices(self.rows, read):.1g}"
+            f" their reads, to {gap:.1g}"
         )
         digest = file_digest(asked.separation_rows)
         return Findings(

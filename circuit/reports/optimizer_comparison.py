@@ -13,9 +13,10 @@ from circuit.figures.charts import INK, Chart, at_step, chart, colour, legend, l
 from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.quoting import markdown_text
+from circuit.reading import values_of
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
-from circuit.reports.written import SUFFIX, read_document, read_report
+from circuit.reports.written import ANEW, SUFFIX, read_document, read_report
 from circuit.train_config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
 from circuit.training.run_folder import METRICS, SUMMARY
 
@@ -27,6 +28,8 @@ LEARNED = 0.9
 """Answer accuracy from which a run counts as having learned the task."""
 COURSES = "optimizer_comparison_courses.jsonl"
 _AUDIT = "ov_write_progress"
+_TRAIN_ANEW = "train it again"
+_AUDITED = ("qk_separation", "attention_support", "head_answer_logit_dla")
 _DRAWN = {
     "answer_accuracy": "answer accuracy",
     "qk_separation": "QK separation, largest head",
@@ -186,18 +189,25 @@ class ComparedRun:
             diverged = read_document(outcome).get("diverged", False)
             if not isinstance(diverged, str | None):
                 said = "is damaged: 'diverged' is neither a text nor null"
-                raise CircuitError(said, where=outcome, fix="train it again")
+                raise CircuitError(said, where=outcome, fix=_TRAIN_ANEW)
         if diverged is None and not (folder / SUMMARY).is_file():
             raise CircuitError(f"holds no {SUMMARY}", where=folder, fix="finish the run first")
         config = load_run_config(folder / RUN_CONFIG)
         rows = read_jsonl(folder / METRICS, tolerate_torn_tail=diverged is not None)
-        shown = [r for r in rows if r["kind"] == "evaluation" and r["split"] == SPLIT]
+        with values_of(folder / METRICS, fix=_TRAIN_ANEW):
+            shown = [
+                _course_row(row, ("answer_accuracy", "loss"))
+                for row in rows
+                if row["kind"] == "evaluation" and row["split"] == SPLIT
+            ]
         ended = None if diverged is not None else read_document(folder / SUMMARY)
         audit: list[dict[str, Any]] = []
         for report in sorted(folder.glob(f"analysis/{_AUDIT}/*/{_AUDIT}{SUFFIX}"))[:1]:
             written = read_report(report)
             written.refuse_another_runs()
-            audit = read_jsonl(written.file(f"{_AUDIT}_means.jsonl"))
+            with values_of(report, fix=ANEW):
+                means = read_jsonl(written.file(f"{_AUDIT}_means.jsonl"))
+                audit = [{"head": str(m["head"]), **_course_row(m, _AUDITED)} for m in means]
         return cls(config.name, config, diverged, ended, shown, audit)
 
     @property
@@ -273,18 +283,23 @@ class ComparedRun:
             damaged = f"{METRICS} of run {self.name} is damaged: no evaluation of {SPLIT}"
         except (KeyError, TypeError) as error:
             damaged = f"{SUMMARY} of run {self.name} is damaged: no {error}"
-        raise CircuitError(damaged, fix="train it again")
+        raise CircuitError(damaged, fix=_TRAIN_ANEW)
 
     def course_rows(self) -> list[dict[str, Any]]:
         """Everything over steps: one row a step and quantity."""
         named = {"answer_accuracy": self.accuracy()}
-        for column in ("qk_separation", "attention_support", "head_answer_logit_dla"):
+        for column in _AUDITED:
             named[column] = self.largest(column) if self.audit else []
         return [
             {"run": self.name, "quantity": name, "step": step, "value": value}
             for name, course in named.items()
             for step, value in course
         ]
+
+
+def _course_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    """The step of a row, and some of its numbers."""
+    return {"step": int(row["step"]), **{name: float(row[name]) for name in columns}}
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart, at_step, chart, colour, lines
 from circuit.options import Option, Options
+from circuit.reading import values_of
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table, cell
 from circuit.reports.written import read_document
@@ -28,7 +29,8 @@ _MEASURES = {
     "r": ".2f",
     "w": ".2f",
 }
-"""Numbers of an evaluation that are compared, and their formats."""
+"""Numbers of an evaluation that are compared, and their formats; a task need not have a `q`."""
+_ANEW = "train it again"
 
 
 class SeedSpreadOptions(Options):
@@ -61,15 +63,17 @@ class SeedSpread(Report[SeedSpreadOptions]):
         rows = [row for folder, config in runs for row in evaluations(folder, config)]
         if not rows:
             raise CircuitError("hold no evaluation", where="`runs`", expected="tracked splits")
-        last = _last(rows)
-        reported = [
-            (row[name], ended["evaluations"][row["split"]][name])
-            for config, ended in zip(self.configs, self.ended, strict=True)
-            for row in last
-            if row["seed"] == config.seed
-            for name in _MEASURES
-        ]
-        gap = max(abs(a - b) for a, b in reported)
+        last, gap = _last(rows), 0.0
+        for folder, config, ended in zip(self.options.runs, self.configs, self.ended, strict=True):
+            with values_of(folder / SUMMARY, fix=_ANEW):
+                reported = [
+                    (row[name], ended["evaluations"][row["split"]][name])
+                    for row in last
+                    if row["seed"] == config.seed
+                    for name in _MEASURES
+                    if row[name] is not None
+                ]
+                gap = max(gap, *(abs(a - b) for a, b in reported))
         law = (
             f"the last evaluations of {len(self.configs)} runs are those that the runs reported"
             f" when they ended, to {gap:.1g}"
@@ -153,11 +157,13 @@ def _summary(folder: Path) -> Mapping[str, Any]:
 def evaluations(folder: Path, config: TrainConfig) -> list[dict[str, Any]]:
     """What a run logged of its tracked splits, step by step."""
     known = {"run": config.name, "seed": config.seed}
-    return [
-        {**known, **{name: row[name] for name in ("step", "split", *_MEASURES)}}
-        for row in read_jsonl(folder / METRICS)
-        if row["kind"] == "evaluation"
-    ]
+    with values_of(folder / METRICS, fix=_ANEW):
+        return [
+            {**known, "step": int(row["step"]), "split": str(row["split"])}
+            | {name: row[name] and float(row[name]) for name in _MEASURES}
+            for row in read_jsonl(folder / METRICS)
+            if row["kind"] == "evaluation"
+        ]
 
 
 def _last(rows: Sequence[Row]) -> list[Row]:
@@ -180,11 +186,12 @@ def summarize(last: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Of some values; one alone has no standard deviation."""
+def spread(measured: Sequence[float | None]) -> dict[str, float | None]:
+    """Of some values, those that there are; one alone has no standard deviation."""
+    values = [value for value in measured if value is not None]
     return {
-        "mean": fmean(values),
+        "mean": fmean(values) if values else None,
         "sd": stdev(values) if len(values) > 1 else None,
-        "least": min(values),
-        "most": max(values),
+        "least": min(values, default=None),
+        "most": max(values, default=None),
     }

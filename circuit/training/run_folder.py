@@ -10,6 +10,7 @@ from typing import Any
 from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.environment import changed_facts, recorded_facts
 from circuit.errors import CircuitError
+from circuit.reading import values_of
 from circuit.train_config import RUN_CONFIG, Bookkeeping, TrainConfig, load_run_config
 from circuit.training.checkpoints import (
     TrainState,
@@ -24,6 +25,7 @@ ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.js
 BEST = "checkpoints/best.pt"
 METRICS_ROWS = "metrics_rows"
 """Note of a state: rows that `metrics.jsonl` held when it was saved."""
+_ANEW = "start anew with --overwrite"
 
 
 def saved_states(run: Path) -> dict[int, Path]:
@@ -197,8 +199,9 @@ class EarlierRun:
         Raises:
             CircuitError: not as many as when the state was saved (version 0.1.0 did not count).
         """
-        rows = read_jsonl(self.root / METRICS, tolerate_torn_tail=True)
-        found = sum(row["step"] <= state.step for row in rows)
+        with values_of(self.root / METRICS, fix=_ANEW):
+            rows = read_jsonl(self.root / METRICS, tolerate_torn_tail=True)
+            found = sum(row["step"] <= state.step for row in rows)
         expected = int(state.notes.get(METRICS_ROWS, found))
         if found != expected:
             raise CircuitError(
@@ -250,4 +253,5 @@ class EarlierRun:
             return True
         metrics = self.root / METRICS
         rows = read_jsonl(metrics, tolerate_torn_tail=True) if metrics.exists() else []
-        return any(row["step"] > self.config.checkpoint_every for row in rows)
+        with values_of(metrics, fix=_ANEW):
+            return any(row["step"] > self.config.checkpoint_every for row in rows)
