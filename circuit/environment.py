@@ -65,8 +65,15 @@ def prepare_process(*, threads: int | None = None, device: str = "cpu") -> int:
         The number of threads in use.
 
     Raises:
-        CircuitError: as `require_device`.
+        CircuitError: as `require_device`; or Python has no docstrings.
     """
+    if sys.flags.optimize > 1:
+        raise CircuitError(
+            "Python runs without docstrings (-OO), of which TransformerLens's libraries make code",
+            where="PYTHONOPTIMIZE",
+            expected="0 or 1",
+            fix="unset it, or leave -OO out",
+        )
     import torch
 
     require_device(device)

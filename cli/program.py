@@ -6,10 +6,12 @@ the commands that its words can mean, for each takes time to build.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import Annotated
 
@@ -118,6 +120,9 @@ def _answer() -> int:
     return parsing.run(program(typed or words), words)
 
 
+OUT_OF_MEMORY = (os.strerror(errno.ENOMEM), "out of memory", "failed to map segment")
+"""What torch's allocators and the loader of libraries say, which have no exception of their own."""
+
 BUG = 70
 """Exit code of a mistake in this program; 1 says that a difference was found, and nothing else."""
 
@@ -125,10 +130,9 @@ BUG = 70
 def exit_code_of(work: Callable[[], int]) -> int:
     """The exit code of some work, and whatever there is to say of its end."""
     try:
-        try:
-            return work()
-        finally:
-            sys.stdout.flush()
+        code = work()
+        streams.finish()
+        return code
     except CircuitError as error:
         print_error(error)
         return 2
@@ -139,5 +143,14 @@ def exit_code_of(work: Callable[[], int]) -> int:
             # of a path that was only looked at: no permission, a loop of links
             print_error(CircuitError(str(error.strerror), where=os.fsdecode(error.filename)))
             return 2
+        if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
+            fix = (
+                "free some, or raise the limit (`ulimit -v`); what was not finished is not written"
+            )
+            print_error(CircuitError("the memory ran out", fix=fix))
+            return 2
         traceback.print_exc()
         return BUG
+    finally:
+        with suppress(CircuitError):  # what there is to say has been said
+            sys.stdout.flush()

@@ -36,6 +36,7 @@ class Stream:
 
     def __init__(self, inner: TextIO, name: str) -> None:
         self._inner, self._name = inner, name
+        self.refusal: CircuitError | None = None
         reconfigure = getattr(inner, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors=_LACKING)
@@ -65,11 +66,24 @@ class Stream:
         os.close(nowhere)
         full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
         if full and self._name == "output":
-            raise CircuitError(
+            self.refusal = CircuitError(
                 f"cannot be written ({getattr(error, 'strerror', error)})",
                 where="standard output",
                 fix="what the command has made is on the disk",
-            ) from None
+            )
+            raise self.refusal from None
+
+
+def finish() -> None:
+    """Flush the output, behind a command.
+
+    Raises:
+        CircuitError: it is full, also where the one who wrote has caught that.
+    """
+    sys.stdout.flush()
+    refusal = getattr(sys.stdout, "refusal", None)
+    if refusal is not None:
+        raise refusal
 
 
 def take_over() -> None:

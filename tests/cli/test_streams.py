@@ -106,6 +106,8 @@ def test_no_command_trips_over_its_outputs(words: tuple[str, ...]) -> None:
 def test_nobody_has_to_listen(words: tuple[str, ...]) -> None:
     for out in ("closed", "shut"):
         assert forked(*words, out=out) == Said(0, b"", b""), out
+    full = forked(*words, out="full")
+    assert (full.code, full.err.count(b"\n")) == (2, 1), full
     for err in ("closed", "shut"):
         assert forked(*words, "--nowhere", err=err).err == b"", err
 
