@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import KILLED, PAGE, counting, fault, small_disk
@@ -127,9 +128,12 @@ class Cut:
         return said + "".join(f" {name} differs at last;" for name in differing(files(), self.new))
 
 
-@pytest.mark.parametrize(
-    ("names", "step"), [(("train", "report anew"), 17), pytest.param(tuple(JOBS), 1, marks=SYSTEM)]
-)
+def each(names: Iterable[str], step: int) -> list[Any]:
+    """Jobs one by one."""
+    return [pytest.param((name,), step, marks=SYSTEM, id=name) for name in names]
+
+
+@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 17), *each(JOBS, 1)])
 def test_cut_off_at_any_call_it_ends_as_if_nothing_had_happened(
     names: Words, step: int, place: Path, world: Path
 ) -> None:
@@ -176,9 +180,7 @@ def pages_of(contents: dict[str, bytes]) -> int:
     return sum(-(-len(data) // PAGE) for name, data in contents.items() if name[:4] == "out/")
 
 
-@pytest.mark.parametrize(
-    ("names", "step"), [(("train on",), 24), pytest.param(tuple(JOBS)[:5], 5, marks=SYSTEM)]
-)
+@pytest.mark.parametrize(("names", "step"), [(("train on",), 24), *each(tuple(JOBS)[:5], 3)])
 def test_a_small_disk_is_a_refusal_and_no_loss(
     names: Words, step: int, place: Path, world: Path
 ) -> None:

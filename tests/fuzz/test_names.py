@@ -8,14 +8,31 @@ import os
 import random
 import re
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
+from circuit.cli.program import program
 from law import renewed, typed
+from test_command_lines import GIVEN as SMALL
+from test_command_lines import Words, leaves
+from test_flips import MATCH
 
 PLAIN = "plain"
+GIVEN = {**SMALL, "separation_rows": f"{MATCH}_rows.jsonl", "output": "new", "config": "runs/tiny"}
+GIVEN |= {"scalars": "loss", "from_initialization": True, "split": "train", "step": 3}
+GIVEN |= {
+    "anchor_every": 12,
+    "start_step": 3,
+    "end_step": 12,
+    "examples_per_split": 3,
+    "score": "rank2",
+}
+PLACES = {"runs/tiny": "", "new": "new/", "trace": "t"}
+"""What stands before the name."""
 PARTS = [" ", "'", '"', "$(touch executed)", "`touch executed`", ";touch executed;", "\n", "\t"]
 PARTS += ["|", "<script>executed</script>", "</script>", "-x", "=1+1", "@", "&amp;", "\u00e9", "*"]
 PARTS += ["\u65e5\u672c", "?", "\\", "#", "!", "~", "$HOME", "{{7}}", "%s", "[red]", ",", "[a](b)"]
@@ -25,10 +42,10 @@ STUB = '#!/bin/sh\nprintf "%s\\0" "$@" >> "$SAID"; printf "\\1\\0" >> "$SAID"\n'
 
 
 def names(count: int) -> list[str]:
-    """Each part alone, then several together; no folder's name has a slash."""
+    """All parts in one, each alone, then several together; no folder's name has a slash."""
     rng = random.Random(0)
     drawn = ["".join(rng.sample(PARTS, rng.randint(2, 4))) for _ in range(count)]
-    whole = [name.replace("/", "") for name in [*PARTS, *drawn]]
+    whole = [name.replace("/", "") for name in ["".join(PARTS[:-1]), *PARTS, *drawn]]
     return [name for name in whole if name.strip()][:count]
 
 
@@ -64,25 +81,63 @@ def _parts(word: str) -> list[str]:
     return [option, value] if joined else [word.removeprefix("./")]
 
 
-def shapes(name: str) -> dict[str, list[int]]:
-    """Cells of every line of the tables, in Markdown and CSV, of the run and of `out`."""
+def shapes(*folders: str) -> dict[str, list[int]]:
+    """Cells of every line of the tables, in Markdown and CSV, in some folders."""
     made = {}
-    for path in [*Path("out").rglob("*.md"), *Path(name).rglob("*.md")]:
-        lines = [line for line in path.read_text().split("\n") if line.startswith("|")]
-        made[path.name] = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
-    for path in Path(name).rglob("*.csv"):
-        with path.open(newline="") as file:
-            made[path.name] = [len(row) for row in csv.reader(file)]
+    for path in (path for folder in folders for path in Path(folder).rglob("*.*")):
+        if path.suffix == ".md":
+            lines = [line for line in path.read_text().split("\n") if line.startswith("|")]
+            made[path.name] = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                made[path.name] = [len(row) for row in csv.reader(file)]
     return made
 
 
-def told(name: str) -> tuple[dict[str, Any], list[str]]:
-    """What commands make of a run of that name and label, and what they broke of the law."""
+def named(name: str) -> None:
+    """Give the run that name as its folder and its label, and the trace."""
     Path("runs/tiny").rename(name)
+    Path("trace").rename(PLACES["trace"] + name)
     config = Path(name, "run_config.json")
     text = json.dumps(json.loads(config.read_text()) | {"name": name})
     config.unlink()
     config.write_text(text)
+
+
+def every(name: str) -> list[Words]:
+    """Every command with what it needs, of a run and a trace of that name, into such a folder."""
+    lines = []
+    for words, command in leaves(typer.main.get_command(program())):
+        options, arguments = list(words), ["--"]
+        for parameter in command.params:
+            good = GIVEN.get(parameter.name, "new" if parameter.required else ())
+            if words == ("generate-benchmark",):
+                good = {"config": "benchmark.json", "overrides": "output_dir=new"}.get(
+                    parameter.name, ()
+                )
+            for value in good if isinstance(good, tuple) else (good,):
+                text = re.sub("^trace$|runs/tiny|new", lambda at: PLACES[at[0]] + name, str(value))
+                is_option = parameter.param_type_name == "option"
+                flag = getattr(parameter, "is_flag", False)
+                options += [parameter.opts[0] + ("" if flag else f"={text}")] if is_option else []
+                arguments += [] if is_option else [text]
+        lines.append((*options, *(arguments if arguments[1:] else ())))
+    return lines
+
+
+def outcome(name: str, line: int, place: Path, world: Path) -> tuple[int, Any]:
+    """How one of these commands ends, and the shapes of its tables; or how it broke the law."""
+    renewed(world, place)
+    named(name)
+    done = typed(every(name)[line])
+    if done.breach or any(Path().rglob("executed")):
+        return 99, f"{done.breach} {list(Path().rglob('executed'))}"
+    return done.code, shapes("new")
+
+
+def told(name: str) -> tuple[dict[str, Any], list[str]]:
+    """What commands make of a run of that name and label, and what they broke of the law."""
+    named(name)
     page = ["page", "--output", "page.html"]
     done = [typed([*page, "--", name])]
     commands = pasted(done[0].out) if done[0].code == 0 else []
@@ -94,15 +149,17 @@ def told(name: str) -> tuple[dict[str, Any], list[str]]:
     if broken:
         return {}, broken
     pages = {path: Skeleton(path).tags for path in ("page.html", "c.html")}
-    return {"pasted": commands, **pages, **shapes(name)}, [str(p) for p in Path().rglob("executed")]
+    return {"pasted": commands, **pages, **shapes("out", name)}, [
+        str(p) for p in Path().rglob("executed")
+    ]
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.system)])
+@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.system)])
 def test_a_name_is_a_name_wherever_it_is_printed(count: int, place: Path, world: Path) -> None:
     expected, broken = told(PLAIN)
     assert broken == []
     wrong = []
-    for name in names(100)[:: 100 // count]:
+    for name in names(count):
         renewed(world, place)
         said, broken = told(name)
         meant = [[word.replace(PLAIN, name) for word in line] for line in expected["pasted"]]
@@ -111,3 +168,25 @@ def test_a_name_is_a_name_wherever_it_is_printed(count: int, place: Path, world:
             wrong.append(f"{name!r}: {broken} {differing} {str(said.get('pasted'))[:200]}")
     print(f"names: {count}; pasted, drawn or tabled wrong, or executed: {len(wrong)}")
     assert wrong == [], "\n".join(wrong)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.system)])
+def test_a_name_changes_nothing_of_what_a_command_does(
+    count: int, place: Path, world: Path
+) -> None:
+    renewed(world, place)
+    total, wrong, codes = len(every(PLAIN)), [], Counter[int]()
+    plain: dict[int, tuple[int, Any]] = {}
+    for number, name in enumerate(names(count)):
+        for line in range(number % 9, total, 9):
+            if line not in plain:
+                plain[line] = outcome(PLAIN, line, place, world)
+            ended = outcome(name, line, place, world)
+            codes[ended[0]] += 1
+            if ended != plain[line] or ended[0] == 99:
+                wrong.append(f"{name!r}: {every(name)[line]} {ended} {plain[line]}")
+    print(
+        f"names: {count} through {len(plain)} of {total} commands, {codes[0]} done, {codes[2]}"
+        f" refused; otherwise than with a plain name: {len(wrong)}"
+    )
+    assert wrong == [], "\n".join(wrong[:20])
