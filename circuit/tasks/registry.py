@@ -28,6 +28,7 @@ BUILT_IN = {
 """`module:class` by `benchmark_type`."""
 
 GROUP = "circuit.tasks"
+_NO_FILE = "the task's file cannot be read: there is none"
 
 
 def load_benchmark_config(path: str | Path, overrides: Sequence[str] = ()) -> TaskConfig:
@@ -76,6 +77,18 @@ def find_task(name: str, near: Path | None = None) -> type[Task]:
     return kind
 
 
+def file_digest_of(name: str, near: Path) -> str | None:
+    """sha256 of the file that a `benchmark_type` names, which is not imported; None without one.
+
+    Raises:
+        CircuitError: there is no such file.
+    """
+    module, colon, _ = name.rpartition(":")
+    if not colon or not module.endswith(".py"):
+        return None
+    return file_digest(checked_path(find_near(module, near)), missing=_NO_FILE)
+
+
 def source_digest(kind: type[Task]) -> str | None:
     """sha256 of the file of a task that is not of this package: its code decides the examples."""
     if kind.__module__.startswith(f"{GROUP}."):
@@ -89,7 +102,7 @@ def _imported(module: str, near: Path | None, *, installed: bool) -> Any:
         if installed:
             return import_module(module)
         path = checked_path(find_near(module, near))
-        digest = file_digest(path, missing="the task's file cannot be read: there is none")
+        digest = file_digest(path, missing=_NO_FILE)
         name = f"circuit_task_{digest[:16]}"
         if name not in sys.modules:
             spec = spec_from_file_location(name, path)

@@ -82,7 +82,7 @@ def test_an_edited_task_is_refused_by_whoever_reads_the_benchmark(
     source = Path("sorting.py")
     kept = source.read_text()
     try:
-        source.write_text(kept + "\n# edited\n")
+        source.write_text(kept + "\nimport pathlib\n\npathlib.Path('executed').touch()\n")
         done = type_and_read(
             ["evaluate", "--config", str(RUN), "--checkpoint", str(RUN / "checkpoints/best.pt")],
             capsys,
@@ -91,6 +91,7 @@ def test_an_edited_task_is_refused_by_whoever_reads_the_benchmark(
         source.write_text(kept)
     assert done.code == 2
     assert "the task's file is not the one that the benchmark was drawn with" in done.err
+    assert not Path("executed").exists()  # no other code than the one that it was drawn with
     assert len(done.err.strip().splitlines()) == 1
 
 
