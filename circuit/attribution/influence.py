@@ -4,7 +4,7 @@ Example `e`'s loss is multiplied by `w_e` where it occurs in the window, and `dC
 taken at `w = 1` through everything: gradients, clipping, moments, decay (definitions.md section 7;
 MAGIC, Ilyas and Engstrom 2025). One pass backwards over the steps, at the states that they had:
 
-    u  = dC / d(c g)                                       `UpdateRule.back`
+    u  = dC / d(c g)                                       `DifferentiableRule.back`
     h  = c u - [c < 1] c (u . g) g / (n (n + 1e-6))        through clipping, n = |g|
     dC / dw_e  +=  h . g_{t,e}
     a          +=  grad (g . h)                            through the gradient, to the weights
@@ -25,7 +25,7 @@ from circuit.attribution.losses import Losses
 from circuit.attribution.window import attributor_of
 from circuit.core.flat import Flat
 from circuit.core.step import Objective, Step
-from circuit.core.update import Adjoint, Hyper, UpdateRule
+from circuit.core.update import Adjoint, DifferentiableRule, Hyper
 from circuit.lazy import torch
 from circuit.runs.base import Run
 from circuit.scalars.base import Scalar
@@ -61,7 +61,7 @@ class _Noted:
 
     step: int
     clip: float
-    rule: UpdateRule
+    rule: DifferentiableRule
     hyper: Hyper
     objective: Objective
     end: Flat | None

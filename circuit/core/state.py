@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from circuit.core.digests import tensor_digest
@@ -67,11 +68,16 @@ class State:
 
 @dataclass(frozen=True)
 class FlatState:
-    """Weights and moments after a step; float32 vectors of `[parameter]`."""
+    """Weights and moments after a step; vectors of `[parameter]`, of the parameters' dtype.
+
+    Attributes:
+        buffers: of the module, by name, where it has some that training changes.
+    """
 
     step: int
     parameters: Flat
     moments: dict[str, Flat]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, state: State) -> FlatState:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from circuit.core.flat import Flat
 from circuit.core.state import FlatState
-from circuit.core.update import Hyper, MomentumForm, UpdateRule, UpdateTerms
+from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, UpdateTerms
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -76,7 +76,7 @@ class Step(Protocol):
         """The update and its terms."""
 
     @property
-    def rule(self) -> UpdateRule:
+    def rule(self) -> DifferentiableRule:
         """Of the optimizer."""
 
     @property

@@ -9,7 +9,7 @@ the three do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
@@ -56,37 +56,36 @@ class Hyper:
 
 @dataclass(frozen=True)
 class UpdateTerms:
-    """One update and its terms; float64 vectors of `[parameter]`."""
+    """One update and its terms; float64 vectors of `[parameter]`.
 
-    names: TermNames
-    """Of the three terms."""
+    Attributes:
+        total: `theta_t - theta_{t-1}`, of float32 parameters exact in float64.
+        terms: what is in the sum, by column name.
+        rounding: `total` minus the terms.
+        plain_sgd: what is not in the sum, by column name: what plain SGD would have done.
+        largest: the largest magnitude that entered each sum, of the parameters' dtype: to its last
+            place `rounding` is held.
+    """
+
     total: Flat
-    """`theta_t - theta_{t-1}`, of float32 parameters exact in float64."""
-    weight_decay: Flat
-    current: Flat
-    history: Flat
+    terms: Mapping[str, Flat]
     rounding: Flat
-    """`total` minus the three terms."""
-    raw_sgd: Flat
-    clipped_sgd: Flat
+    plain_sgd: Mapping[str, Flat]
     largest: Flat
-    """The largest magnitude that entered each sum, of the parameters' dtype: to its last place
-    `rounding` is held."""
 
     def named(self) -> dict[str, Flat]:
-        """The three terms under their column names, then `rounding`; they sum to `total`."""
-        terms = (self.weight_decay, self.current, self.history)
-        return dict(zip(self.names, terms, strict=True)) | {"rounding": self.rounding}
+        """The terms under their column names, then `rounding`; they sum to `total`."""
+        return {**self.terms, "rounding": self.rounding}
 
     def references(self) -> dict[str, Flat]:
-        """The vectors that are not in the sum (what plain SGD would have done), by column name."""
-        return {"raw_sgd": self.raw_sgd, "clipped_sgd": self.clipped_sgd}
+        """The vectors that are not in the sum, by column name."""
+        return dict(self.plain_sgd)
 
     def rounding_ulps(self) -> float:
         """The largest residual, in units in the last place of the largest number in its sum.
 
-        That is the largest of the old parameter, the new one, the current-gradient term and the
-        history term: where the last two cancel, their rounding outlives their sum.
+        That is the largest of the old parameter, the new one and the terms that may cancel: their
+        rounding outlives their sum.
         """
         infinity = torch.tensor(torch.inf, dtype=self.largest.dtype)
         spacing = torch.nextafter(self.largest, infinity) - self.largest
@@ -126,19 +125,53 @@ class Adjoint:
     moments: tuple[Float[Tensor, "scalar parameter"], ...]
 
 
+def joined(size: int, parts: Sequence[tuple[Tensor, UpdateTerms]]) -> UpdateTerms:
+    """The terms of one update of which parts follow rules of their own.
+
+    Args:
+        size: of the flat vector.
+        parts: index `[own]` of each part's parameters in it, and its terms. Parameters of no part
+            did not move, and every term that a part does not have is zero in it.
+    """
+    if len(parts) == 1 and parts[0][1].total.numel() == size:
+        return parts[0][1]
+
+    def spread(vectors: Sequence[Flat | None], dtype: torch.dtype = torch.float64) -> Flat:
+        whole = torch.zeros(size, dtype=dtype)
+        for (index, _), vector in zip(parts, vectors, strict=True):
+            if vector is not None:
+                whole[index] = vector
+        return whole
+
+    def columns(of: Callable[[UpdateTerms], Mapping[str, Flat]]) -> dict[str, Flat]:
+        names = dict.fromkeys(name for _, terms in parts for name in of(terms))
+        return {name: spread([of(terms).get(name) for _, terms in parts]) for name in names}
+
+    return UpdateTerms(
+        total=spread([terms.total for _, terms in parts]),
+        terms=columns(lambda terms: terms.terms),
+        rounding=spread([terms.rounding for _, terms in parts]),
+        plain_sgd=columns(lambda terms: terms.plain_sgd),
+        largest=spread(
+            [terms.largest for _, terms in parts],
+            parts[0][1].largest.dtype if parts else torch.float32,
+        ),
+    )
+
+
 class UpdateRule(Protocol):
     """How an optimizer makes an update of what it reads; a frozen dataclass of its constants."""
 
     @property
-    def names(self) -> TermNames:
-        """Column names of the three terms."""
+    def names(self) -> tuple[str, ...]:
+        """Column names of the terms."""
 
     def terms(
         self,
         *,
         before: Flat,
         after: Flat,
-        gradient: Flat,
+        gradient: Flat | None,
         clipped: Flat,
         moments_before: Mapping[str, Flat],
         moments_after: Mapping[str, Flat],
@@ -149,11 +182,15 @@ class UpdateRule(Protocol):
 
         Args:
             before, after: `theta_{t-1}` and `theta_t`.
-            gradient, clipped: `g` and `c g`.
+            gradient, clipped: `g` and `c g`, which the optimizer reads; `g` may not be known.
             moments_before, moments_after: the optimizer's moments at `t-1` and `t`.
             step: `t`, counted from 1: the optimizer's own count.
             hyper: rate and decay of the step.
         """
+
+
+class DifferentiableRule(UpdateRule, Protocol):
+    """A rule whose steps can be summed over gradients and differentiated (definitions.md 7)."""
 
     def momentum_form(
         self,
@@ -192,11 +229,21 @@ class UpdateRule(Protocol):
 
 @dataclass(frozen=True)
 class AdamWRule:
-    """AdamW: decoupled decay, bias-corrected moments `exp_avg` and `exp_avg_sq`."""
+    """torch's Adam and AdamW: bias-corrected moments `exp_avg` and `exp_avg_sq`.
+
+    Attributes:
+        amsgrad: the denominator is made of `max_exp_avg_sq`.
+        maximize: the gradient is read with the other sign.
+        coupled_decay: of Adam: decay is added to the gradient, so that its term goes through the
+            denominator, and the moments hold past decay too.
+    """
 
     beta1: float
     beta2: float
     eps: float
+    amsgrad: bool = False
+    maximize: bool = False
+    coupled_decay: bool = False
 
     names: ClassVar[TermNames] = (
         "weight_decay",
@@ -209,7 +256,7 @@ class AdamWRule:
         *,
         before: Flat,
         after: Flat,
-        gradient: Flat,
+        gradient: Flat | None,
         clipped: Flat,
         moments_before: Mapping[str, Flat],
         moments_after: Mapping[str, Flat],
@@ -220,11 +267,17 @@ class AdamWRule:
         # theta_t = (1 - lr lambda) theta_{t-1} - lr m_hat / (sqrt(v_hat) + eps), and m_t is linear
         # in the present gradient and in m_{t-1}: two terms over one denominator (definitions.md, 4)
         scale = hyper.rate / (1 - self.beta1**step)
-        denominator = _double(moments_after["exp_avg_sq"]).sqrt_()
-        denominator.div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
-        current = _double(clipped).mul_(-scale * (1 - self.beta1)).div_(denominator)
-        history = _double(moments_before["exp_avg"]).mul_(-scale * self.beta1).div_(denominator)
-        return _with_rest(self.names, hyper, before, after, gradient, clipped, current, history)
+        fresh = -scale * (1 - self.beta1)
+        denominator = _double(moments_after["max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"])
+        denominator.sqrt_().div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
+        current = _double(clipped).mul_(-fresh if self.maximize else fresh).div_(denominator)
+        mean = moments_before.get("exp_avg", torch.zeros_like(clipped))  # where there is no past
+        history = _double(mean).mul_(-scale * self.beta1).div_(denominator)
+        decay = None
+        if self.coupled_decay:  # read as lambda theta beside the gradient
+            decay = _double(before).mul_(fresh * hyper.decay).div_(denominator)
+        terms = _Terms(self.names, decay, current, history)
+        return _with_rest(terms, hyper, before, after, gradient, clipped)
 
     def momentum_form(
         self,
@@ -235,7 +288,8 @@ class AdamWRule:
         step: int,
         hyper: Hyper,
     ) -> MomentumForm:
-        """See `UpdateRule.momentum_form`: `M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`."""
+        """See `DifferentiableRule.momentum_form`: `M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`."""
+        _refuse_flags(self, "amsgrad", "maximize", "coupled_decay")
         kept = 1 - self.beta1
         denominator = _double(moments_after["exp_avg_sq"]).sqrt_()
         denominator.div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
@@ -243,7 +297,8 @@ class AdamWRule:
         return MomentumForm(self.beta1, gain, _double(moments_before["exp_avg"]).div_(kept), 0.0)
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
-        """See `UpdateRule.start`."""
+        """See `DifferentiableRule.start`."""
+        _refuse_flags(self, "amsgrad", "maximize", "coupled_decay")
         return Adjoint(parameters, (torch.zeros_like(parameters), torch.zeros_like(parameters)))
 
     def back(
@@ -255,7 +310,7 @@ class AdamWRule:
         step: int,
         hyper: Hyper,
     ) -> tuple[Float[Tensor, "scalar parameter"], Adjoint]:
-        """See `UpdateRule.back`; names as in definitions.md section 7."""
+        """See `DifferentiableRule.back`; names as in definitions.md section 7."""
         m, v = map(_double, moments_after)
         alpha, b = hyper.rate / (1 - self.beta1**step), math.sqrt(1 - self.beta2**step)
         root = v.sqrt()
@@ -271,9 +326,18 @@ class AdamWRule:
 
 @dataclass(frozen=True)
 class SGDRule:
-    """torch's SGD: coupled decay, so that `momentum_buffer` holds past decay too."""
+    """torch's SGD: coupled decay, so that `momentum_buffer` holds past decay too.
+
+    Attributes:
+        nesterov: the buffer is looked at ahead, times the momentum once more.
+        dampening: what the buffer leaves out of all gradients but the first.
+        maximize: the gradient is read with the other sign.
+    """
 
     momentum: float
+    nesterov: bool = False
+    dampening: float = 0.0
+    maximize: bool = False
 
     names: ClassVar[TermNames] = ("weight_decay", "current_gradient", "historical_momentum")
 
@@ -282,22 +346,34 @@ class SGDRule:
         *,
         before: Flat,
         after: Flat,
-        gradient: Flat,
+        gradient: Flat | None,
         clipped: Flat,
         moments_before: Mapping[str, Flat],
         moments_after: Mapping[str, Flat],
         step: int,
         hyper: Hyper,
     ) -> UpdateTerms:
-        """See `UpdateRule.terms`; without momentum no moment is looked at."""
-        # the buffer is momentum * buffer + gradient + decay * weights, all of it times the rate
-        current = _double(clipped).mul_(-hyper.rate)
+        """See `UpdateRule.terms`; without momentum no moment is looked at.
+
+        Without a `momentum_buffer` before the step, the gradient becomes it, undampened.
+        """
+        # buf_t = mu buf_{t-1} + (1 - dampening) (g + lambda theta), and the step is the rate times
+        # buf_t, or with Nesterov times g + lambda theta + mu buf_t (torch.optim.SGD)
+        buffer = moments_before.get("momentum_buffer") if self.momentum else None
+        entering = 1.0 if buffer is None else 1 - self.dampening
+        fresh = 1 + self.momentum * entering if self.nesterov else entering
+        past = self.momentum**2 if self.nesterov else self.momentum
+        current = _double(clipped).mul_(hyper.rate * (fresh if self.maximize else -fresh))
         history = (
-            _double(moments_before["momentum_buffer"]).mul_(-hyper.rate * self.momentum)
-            if self.momentum
-            else torch.zeros_like(current)
+            torch.zeros_like(current)
+            if buffer is None
+            else _double(buffer).mul_(-hyper.rate * past)
         )
-        return _with_rest(self.names, hyper, before, after, gradient, clipped, current, history)
+        decay = None
+        if fresh != 1:
+            decay = _double(before).mul_(-hyper.rate * hyper.decay * fresh)
+        terms = _Terms(self.names, decay, current, history)
+        return _with_rest(terms, hyper, before, after, gradient, clipped)
 
     def momentum_form(
         self,
@@ -308,14 +384,16 @@ class SGDRule:
         step: int,
         hyper: Hyper,
     ) -> MomentumForm:
-        """See `UpdateRule.momentum_form`: `M` is torch's buffer, `gain` the rate."""
+        """See `DifferentiableRule.momentum_form`: `M` is torch's buffer, `gain` the rate."""
+        _refuse_flags(self, "nesterov", "dampening", "maximize")
         past = _double(
             moments_before["momentum_buffer"] if self.momentum else before.new_zeros(before.shape)
         )
         return MomentumForm(self.momentum, hyper.rate, past, hyper.decay)
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
-        """See `UpdateRule.start`."""
+        """See `DifferentiableRule.start`."""
+        _refuse_flags(self, "nesterov", "dampening", "maximize")
         return Adjoint(parameters, (torch.zeros_like(parameters),))
 
     def back(
@@ -327,38 +405,106 @@ class SGDRule:
         step: int,
         hyper: Hyper,
     ) -> tuple[Float[Tensor, "scalar parameter"], Adjoint]:
-        """See `UpdateRule.back`; decay is part of what enters the buffer."""
+        """See `DifferentiableRule.back`; decay is part of what enters the buffer."""
         buffer = after.moments[0] - hyper.rate * after.parameters
         parameters = after.parameters + hyper.decay * buffer
         return buffer, Adjoint(parameters, (self.momentum * buffer,))
 
 
+@dataclass(frozen=True)
+class AnyRule:
+    """Any other optimizer: its decoupled decay, if it has one, and the rest, which is not split.
+
+    Attributes:
+        decoupled_decay: weights are multiplied by `1 - lr * weight_decay` beside the update.
+    """
+
+    decoupled_decay: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Column names of the terms."""
+        return ("decoupled_decay", "rest") if self.decoupled_decay else ("rest",)
+
+    def terms(
+        self,
+        *,
+        before: Flat,
+        after: Flat,
+        gradient: Flat | None,
+        clipped: Flat,
+        moments_before: Mapping[str, Flat],
+        moments_after: Mapping[str, Flat],
+        step: int,
+        hyper: Hyper,
+    ) -> UpdateTerms:
+        """See `UpdateRule.terms`; no moment is looked at, and nothing is left to rounding."""
+        old = before.double()
+        total = after.double() - old
+        decay = old * (-hyper.rate * hyper.decay)
+        rest = total - decay if self.decoupled_decay else total
+        return UpdateTerms(
+            total=total,
+            terms=dict(zip(self.names, (decay, rest)[-len(self.names) :], strict=True)),
+            rounding=torch.zeros_like(total),
+            plain_sgd=_plain_sgd(hyper, gradient, clipped),
+            largest=torch.maximum(before.abs(), after.abs()),
+        )
+
+
+def _refuse_flags(rule: AdamWRule | SGDRule, *flags: str) -> None:
+    """Refuse what the formulas of definitions.md section 7 leave out.
+
+    Raises:
+        CircuitError: a flag of the rule is set.
+    """
+    for flag in flags:
+        if getattr(rule, flag):
+            raise CircuitError(
+                f"data cannot be credited through an optimizer with {flag}",
+                expected=f"one without {', '.join(flags)}",
+            )
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The terms of a rule; without a decay of its own it is `-lr lambda theta`."""
+
+    names: TermNames
+    decay: Flat | None
+    current: Flat
+    history: Flat
+
+
 def _with_rest(
-    names: TermNames,
+    terms: _Terms,
     hyper: Hyper,
     before: Flat,
     after: Flat,
-    gradient: Flat,
+    gradient: Flat | None,
     clipped: Flat,
-    current: Flat,
-    history: Flat,
 ) -> UpdateTerms:
     """Adds to the terms of a rule those that all rules share."""
     old = before.double()
     total = after.double() - old
-    decay = old * (-hyper.rate * hyper.decay)
-    entered = (before, after, current.to(before.dtype), history.to(before.dtype))
+    plain = old * (-hyper.rate * hyper.decay)
+    decay = plain if terms.decay is None else terms.decay
+    entered = [before, after, terms.current.to(before.dtype), terms.history.to(before.dtype)]
+    if terms.decay is not None:
+        entered.append(terms.decay.to(before.dtype))
     return UpdateTerms(
-        names=names,
         total=total,
-        weight_decay=decay,
-        current=current,
-        history=history,
-        rounding=(total - decay).sub_(current).sub_(history),
-        raw_sgd=gradient.double() * -hyper.rate,
-        clipped_sgd=clipped.double() * -hyper.rate,
+        terms=dict(zip(terms.names, (decay, terms.current, terms.history), strict=True)),
+        rounding=(total - decay).sub_(terms.current).sub_(terms.history),
+        plain_sgd=_plain_sgd(hyper, gradient, clipped),
         largest=torch.stack([vector.abs() for vector in entered]).amax(0),
     )
+
+
+def _plain_sgd(hyper: Hyper, gradient: Flat | None, clipped: Flat) -> dict[str, Flat]:
+    """What plain SGD would have done with the gradient, and with what the optimizer read."""
+    raw = {} if gradient is None else {"raw_sgd": gradient.double() * -hyper.rate}
+    return raw | {"clipped_sgd": clipped.double() * -hyper.rate}
 
 
 def _double(vector: Tensor) -> Tensor:

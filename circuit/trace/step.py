@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
-from circuit.core.update import Hyper, MomentumForm, UpdateRule, UpdateTerms
+from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, UpdateTerms
 from circuit.lazy import torch
 from circuit.tasks.examples import Examples
 from circuit.train_config import TrainConfig
@@ -116,7 +116,7 @@ class TracedStep:
         return self.examples().is_answer()
 
     @property
-    def rule(self) -> UpdateRule:
+    def rule(self) -> DifferentiableRule:
         """Of the optimizer."""
         return update_rule(self.config.optimizer)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from circuit.core.state import Moments
-from circuit.core.update import AdamWRule, SGDRule, UpdateRule
+from circuit.core.update import AdamWRule, DifferentiableRule, SGDRule
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.train_config import AdamWConfig, SGDConfig, TrainConfig
@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | SGDConfig) -> torch.
     )
 
 
-def update_rule(config: AdamWConfig | SGDConfig) -> UpdateRule:
+def update_rule(config: AdamWConfig | SGDConfig) -> DifferentiableRule:
     """What splits an update of this optimizer into its terms."""
     if isinstance(config, AdamWConfig):
         return AdamWRule(config.beta1, config.beta2, config.eps)

@@ -142,7 +142,7 @@ def test_the_terms_sum_to_the_update(
 
 
 def assert_float32_explains(update: UpdateTerms, before: Tensor, after: Tensor) -> None:
-    inner = update.weight_decay.abs() + update.current.abs() + update.history.abs()
+    inner = torch.stack([term.abs() for term in update.terms.values()]).sum(0)
     parameter = torch.maximum(before.abs(), after.abs()).double()
     roundings = PARAMETER_ROUNDINGS * parameter + INNER_ROUNDINGS * inner
     assert (update.rounding.abs() <= EPS32 * roundings).all()
@@ -151,19 +151,22 @@ def assert_float32_explains(update: UpdateTerms, before: Tensor, after: Tensor) 
 def test_the_terms_of_special_recipes_vanish(session_after: SessionAfter) -> None:
     for optimizer in (OPTIMIZERS["adamw beta1=0"], SGD):
         for step in traced(session_after(0, optimizer=optimizer), 3):
-            assert not step.update.history.any()
-            assert step.update.current.any()
+            _, current, history = step.update.terms.values()
+            assert not history.any()
+            assert current.any()
     for step in traced(session_after(0, optimizer={**ADAMW, "weight_decay": 0.0}), 3):
-        assert not step.update.weight_decay.any()
+        assert not step.update.terms["weight_decay"].any()
     for step in traced(session_after(0), 3):
-        assert step.update.history.any() == (step.step > 1)
+        _, _, history = step.update.terms.values()
+        assert history.any() == (step.step > 1)
 
 
 def test_plain_sgd_without_clipping_is_its_own_reference(session_after: SessionAfter) -> None:
     session = session_after(0, optimizer=SGD, gradient_clip=None)
     for step in traced(session, 3):
-        assert torch.equal(step.update.raw_sgd, step.update.clipped_sgd)
-        assert torch.equal(step.update.raw_sgd, step.update.current)
+        references = step.update.references()
+        assert torch.equal(references["raw_sgd"], references["clipped_sgd"])
+        assert torch.equal(references["raw_sgd"], step.update.terms["current_gradient"])
         assert torch.equal(step.gradient, step.clipped)
 
 

@@ -1,0 +1,251 @@
+"""What one call of an optimizer's `step` reads and writes, by parameter name, and its terms.
+
+Everything is read from torch's own objects: groups with their settings, the state of every
+parameter, the gradients that the call finds. Groups may differ in any setting, parameters may be
+frozen or have no gradient, and counts of steps may differ: each part of the parameters that shares
+settings and count follows a rule of its own (`circuit.core.update`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from circuit.core.flat import ParameterLayout
+from circuit.core.update import (
+    AdamWRule,
+    AnyRule,
+    Hyper,
+    SGDRule,
+    UpdateRule,
+    UpdateTerms,
+    joined,
+)
+from circuit.errors import CircuitError
+from circuit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Past: TypeAlias = "dict[str, dict[str, Any]]"
+"""What an optimizer remembers: parameter name -> key -> tensor, number or None."""
+
+_ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
+_SGD = "torch.optim.sgd.SGD"
+_DECOUPLED = ("torch.optim.Muon", "torch.optim.Adafactor")
+"""torch's other optimizers that multiply the weights by `1 - lr * weight_decay`, unasked."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter group: names of its parameters, and its settings as a step reads them."""
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """What one call of `step` read and wrote.
+
+    Attributes:
+        kind: the optimizer's class, `torch.optim.adamw.AdamW`.
+        decoupled: whether the weight decay of an optimizer that is not torch's is decoupled.
+        groups: with the settings of the call.
+        before, after: all parameters of the module.
+        gradient: as the optimizer read it, of the parameters that had one.
+        past, memory: what the optimizer remembered before and after.
+        outside: parameters as they were left by the step before, where something other than an
+            optimizer has changed them since.
+    """
+
+    kind: str
+    decoupled: bool
+    groups: tuple[Group, ...]
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+    past: Past
+    memory: Past
+    outside: Mapping[str, Tensor]
+
+    def terms(self, layout: ParameterLayout, columns: Sequence[str] = ()) -> UpdateTerms:
+        """The update and its terms; they sum to what has changed since the step before.
+
+        Args:
+            layout: of the flat vectors.
+            columns: terms that are told, zero if need be, beside those that there are.
+
+        Raises:
+            CircuitError: a flag of a group is one with which the update cannot be split.
+        """
+        parts = [part for group in self.groups for part in self._parts(layout, group)]
+        update = joined(layout.size, parts)
+        change = torch.zeros(layout.size, dtype=torch.float64)
+        for name, value in self.outside.items():
+            start, stop = layout.range(name)
+            change[start:stop] = (self.before[name].double() - value.double()).reshape(-1).cpu()
+        terms = {**update.terms, **({OUTSIDE: change} if self.outside else {})}
+        absent = {name: torch.zeros_like(change) for name in columns if name not in terms}
+        return replace(update, total=update.total + change, terms={**terms, **absent})
+
+    def _parts(self, layout: ParameterLayout, group: Group) -> Iterator[tuple[Tensor, UpdateTerms]]:
+        """Of a group: parameters with a gradient, apart by their count and whether it begins."""
+        alike: dict[tuple[int, bool], list[str]] = {}
+        for name in group.names:
+            if name in self.gradient:
+                count = int(self.memory.get(name, {}).get("step", 1))
+                fresh = not any(isinstance(x, torch.Tensor) for x in self.past[name].values())
+                alike.setdefault((count, fresh), []).append(name)
+        rule, hyper = rule_of(self.kind, group.settings, self.decoupled), hyper_of(group.settings)
+        for (count, fresh), names in alike.items():
+            part = ParameterLayout.of_shapes({name: self.before[name].shape for name in names})
+            gradient = part.flatten(self.gradient)
+            yield (
+                torch.cat([torch.arange(*layout.range(name)) for name in names]),
+                rule.terms(
+                    before=part.flatten(self.before),
+                    after=part.flatten(self.after),
+                    gradient=None,
+                    clipped=gradient,
+                    moments_before={} if fresh else moments_of(self.past, part),
+                    moments_after=moments_of(self.memory, part),
+                    step=count,
+                    hyper=hyper,
+                ),
+            )
+
+
+def moments_of(past: Past, layout: ParameterLayout) -> dict[str, Tensor]:
+    """The tensors of the parameters' shapes that are remembered of any of them, as flat vectors.
+
+    A parameter of which nothing is remembered yet has zeros, as torch starts from.
+    """
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    keys = dict.fromkeys(
+        key
+        for name, shape in shapes.items()
+        for key, value in past.get(name, {}).items()
+        if isinstance(value, torch.Tensor) and tuple(value.shape) == shape and shape != ()
+    )
+
+    def vector(name: str, key: str) -> Tensor:
+        value = past.get(name, {}).get(key)
+        if not isinstance(value, torch.Tensor):
+            return torch.zeros(shapes[name]).reshape(-1)
+        return value.detach().reshape(-1).cpu()
+
+    return {key: torch.cat([vector(name, key) for name in layout.names]) for key in keys}
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """The class of an optimizer, as a name from which it can be imported."""
+    return class_name(type(optimizer))
+
+
+def class_name(of: type) -> str:
+    """Module and name of a class."""
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def groups_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tuple[Group, ...]:
+    """The groups of an optimizer as they are now.
+
+    Args:
+        names: of the module's parameters, by `id`.
+
+    Raises:
+        CircuitError: it holds a parameter that is none of the module's.
+    """
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        own = [names.get(id(parameter)) for parameter in group["params"]]
+        if None in own:
+            place = own.index(None)
+            raise CircuitError(
+                f"parameter {place} {list(group['params'][place].shape)} of group {number} of"
+                f" {type(optimizer).__name__} is none of the module's",
+                expected="an optimizer of the parameters of the module that is watched",
+                fix="pass the module that holds them all",
+            )
+        settings = {key: value for key, value in group.items() if key not in ("params", *_NAMES)}
+        groups.append(Group(tuple(str(name) for name in own), settings))
+    return tuple(groups)
+
+
+OUTSIDE = "outside_the_optimizer"
+"""Column of what has changed the parameters between two steps."""
+
+_NAMES = ("param_names",)
+"""Entries of a group that say what stands in `params`."""
+
+
+def past_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Past:
+    """A copy of what an optimizer remembers of each of its parameters."""
+
+    def copied(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+    return {
+        names[id(parameter)]: {
+            key: copied(value) for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def rule_of(kind: str, settings: Mapping[str, Any], decoupled: bool = False) -> UpdateRule:
+    """What splits the update of a group.
+
+    Args:
+        kind: the optimizer's class.
+        settings: of the group.
+        decoupled: whether the weight decay of an optimizer that is not torch's is decoupled.
+
+    Raises:
+        CircuitError: with one of its flags the update cannot be split.
+    """
+    for flag in ("capturable", "differentiable"):
+        if settings.get(flag):  # the step is a tensor: its corrections are rounded to float32
+            raise CircuitError(
+                f"{kind.rpartition('.')[2]} has {flag}=True, with which its update is not split",
+                expected=f"{flag}=False",
+                fix=f"build the optimizer without {flag}, or keep states alone",
+            )
+    if kind in _ADAM:
+        beta1, beta2 = settings["betas"]
+        return AdamWRule(
+            float(beta1),
+            float(beta2),
+            float(settings["eps"]),
+            amsgrad=bool(settings["amsgrad"]),
+            maximize=bool(settings["maximize"]),
+            coupled_decay=bool(settings["weight_decay"])
+            and not settings.get("decoupled_weight_decay", kind == _ADAM[1]),
+        )
+    if kind == _SGD:
+        return SGDRule(
+            float(settings["momentum"]),
+            nesterov=bool(settings["nesterov"]),
+            dampening=float(settings["dampening"]),
+            maximize=bool(settings["maximize"]),
+        )
+    told = kind in _DECOUPLED or bool(settings.get("decoupled_weight_decay"))
+    return AnyRule(told or (decoupled and not kind.startswith("torch.optim.")))
+
+
+def hyper_of(settings: Mapping[str, Any]) -> Hyper:
+    """Rate and decay of a group; an optimizer that has none counts as 0."""
+    return Hyper(float(settings.get("lr", 0.0)), float(settings.get("weight_decay", 0.0)))
+
+
+def shared_rate(groups: tuple[Group, ...]) -> float:
+    """The rate of the first group, which is all groups' where they share one."""
+    return hyper_of(groups[0].settings).rate
+
+
+def names_by_id(module: nn.Module) -> dict[int, str]:
+    """The names of a module's parameters, tied ones once, by `id`."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
