@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from circuit.attribution.counterfactual import counterfactual
     from circuit.attribution.credit import credit
     from circuit.attribution.influence import influence
+    from circuit.attribution.live import watch
     from circuit.attribution.window import attribute
     from circuit.core.edit import Edit
     from circuit.runs.base import Run
@@ -33,6 +34,7 @@ _HOME = {
     "influence": "circuit.attribution.influence",
     "open_run": "circuit.runs.opening",
     "read_rows": "circuit.runs.rows",
+    "watch": "circuit.attribution.live",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "influence",
     "open_run",
     "read_rows",
+    "watch",
 ]
 
 

@@ -16,7 +16,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
@@ -169,7 +170,7 @@ def read_jsonl(path: Path, *, tolerate_torn_tail: bool = False) -> list[dict[str
     tail = lines.pop()
     if tail and not tolerate_torn_tail:
         lines.append(tail)
-    return [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def iter_jsonl(path: Path, *, holding: str = "") -> Iterator[dict[str, Any]]:
@@ -184,10 +185,15 @@ def iter_jsonl(path: Path, *, holding: str = "") -> Iterator[dict[str, Any]]:
     text = holding.encode()
     for number, line in enumerate(read_lines(path), start=1):
         if text in line:
-            yield _parse_row(line.rstrip(b"\n"), f"{path}:{number}")
+            yield parse_row(line.rstrip(b"\n"), f"{path}:{number}")
 
 
-def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A row from its line without the newline.
+
+    Raises:
+        CircuitError: it is no row, or not the row that was written.
+    """
     fix = "the file is damaged or was edited; make it again"
     try:
         row = parse_json(line)
@@ -266,6 +272,7 @@ class OutputFolder:
         overwrite: bool = False,
         resume: bool = False,
         resumable: bool = False,
+        appended: Mapping[str, Callable[[Path], object]] | None = None,
     ) -> None:
         """Describe the share; entering it does the rest.
 
@@ -277,12 +284,15 @@ class OutputFolder:
             overwrite: earlier outputs may be replaced.
             resume: earlier outputs may be continued.
             resumable: the command has a --resume, for the message to name.
+            appended: by suffix, what reads the whole of a file that is appended to, and raises if
+                it is not as it was written; rows are known.
         """
         self.root = checked_path(path)
         self.resumable = resumable
         self.command = command
         self.overwrite = overwrite
         self.resume = resume
+        self.appended = {".jsonl": partial(read_jsonl, tolerate_torn_tail=True), **(appended or {})}
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
         self._manifest = Manifest(command, writes)
@@ -438,12 +448,13 @@ class OutputFolder:
         told = self._manifest.is_as_written(name, path)
         if told is not None:
             return told
-        if not name.endswith(".jsonl"):  # claimed, and never written
+        read = self.appended.get(path.suffix)
+        if read is None:  # claimed, and never written
             return False
         if self.resume:  # who goes on with rows reads them
             return True
         try:
-            read_jsonl(path, tolerate_torn_tail=True)
+            read(path)
         except CircuitError:
             return False
         return True

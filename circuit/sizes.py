@@ -259,3 +259,25 @@ def trace_disk(
         "rows (steps, batch_size, top_k_parameters)": steps
         * (1400 + 7 * config.batch_size + 120 * tensors),
     }
+
+
+def recording_disk(
+    keep: str, size: int, moments: int, *, steps: int, every: int, anchor_every: int
+) -> dict[str, int]:
+    """The files of a recording (`circuit.watch`).
+
+    Args:
+        keep: what is stored of the steps: gradients, states, or rows alone.
+        size: bytes of the parameters.
+        moments: bytes of what the optimizers remember of them.
+        steps: recorded.
+        every, anchor_every: steps between stored states, where states alone are stored; where
+            gradients are.
+    """
+    gradients = keep == "gradients"
+    states = 0 if keep == "rows" else 1 + steps // (anchor_every if gradients else every)
+    return {
+        "gradients (keep)": (size + 1500) * steps if gradients else 0,
+        "states (keep, every, anchor_every)": (size + moments) * states,
+        "rows (every)": 2000 * (steps // every),
+    }

@@ -85,8 +85,9 @@ def benchmark(incomplete: str) -> list[str]:
 
 
 def trace(incomplete: str) -> list[str]:
-    """Folders of traces under artifacts/."""
-    return _paths(incomplete, [path.parent for path in Path("artifacts").rglob("trace.json")])
+    """Folders of traces and of recordings under artifacts/."""
+    manifests = (Path("artifacts").rglob(name) for name in ("trace.json", "recording.json"))
+    return _paths(incomplete, [path.parent for paths in manifests for path in paths])
 
 
 def probe_set(incomplete: str) -> list[str]:

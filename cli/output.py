@@ -99,6 +99,16 @@ def print_table(declared: Declared) -> None:
     stdout.print(shown)
 
 
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """What there is to say of something: one line a fact."""
+    made = table(title, ["", ""])
+    made.show_header = False
+    made.columns[1].justify = "left"
+    for name, value in facts.items():
+        made.add_row(name, value)
+    stdout.print(made)
+
+
 def percent(value: float | None) -> str:
     """A share for a table: `97.3 %`, or a dash where there is none."""
     return "-" if value is None else f"{100 * value:.1f} %"

@@ -11,9 +11,10 @@ from rich.progress import Progress as Bar
 
 from circuit import CircuitError
 
-from . import complete, options
+from . import complete, options, recordings
 from .output import (
     interrupted_says,
+    print_facts,
     print_json,
     print_table,
     print_written,
@@ -21,7 +22,6 @@ from .output import (
     sparkline,
     stderr,
     stdout,
-    table,
 )
 from .parsing import Commands
 from .reports import ReportBar, flags_for_fields, print_result
@@ -48,7 +48,9 @@ def register(app: typer.Typer) -> None:
 
 TraceFolder = Annotated[
     Path,
-    typer.Argument(help="Folder of a trace.", autocompletion=complete.trace),
+    typer.Argument(
+        help="Folder of a trace, or of what circuit.watch recorded.", autocompletion=complete.trace
+    ),
 ]
 
 
@@ -159,6 +161,9 @@ def record(
 
 def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     """What is in a trace: steps, anchors, sizes, environment, the course of the loss."""
+    if recordings.is_recording(folder):
+        recordings.show(folder, as_json)
+        return
     from circuit.reports.optimizer_update_trace import trace_bytes
     from circuit.trace.store import TraceStore
 
@@ -191,17 +196,10 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
             | {"losses": losses}
         )
         return
-    made = table(str(store.root), ["", ""])
-    made.show_header = False
-    made.columns[1].justify = "left"
-    for name, value in facts.items():
-        made.add_row(name, value)
     if losses:
-        made.add_row(
-            "loss (log)",
-            f"{losses[0]:.3f} {sparkline([math.log(x) for x in losses])} {losses[-1]:.3f}",
-        )
-    stdout.print(made)
+        course = sparkline([math.log(x) for x in losses])
+        facts["loss (log)"] = f"{losses[0]:.3f} {course} {losses[-1]:.3f}"
+    print_facts(str(store.root), facts)
 
 
 def verify(
@@ -212,10 +210,13 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
+    start, end = parse_window(steps) if steps else (None, None)
+    if recordings.is_recording(folder):
+        recordings.verify(folder, start, end, as_json)
+        return
     from circuit.trace.replay import ReplayedRun
 
     trace = ReplayedRun.open(folder)
-    start, end = parse_window(steps) if steps else (None, None)
     with progress_bar(not as_json) as bar:
         last = trace.store.last_step if end is None else end
         found = trace.verify(start, end, progress=StepBar(bar, "replaying", last))
@@ -257,6 +258,9 @@ def checkout(
     as_json: options.Json = False,
 ) -> None:
     """Write the state after any step as a checkpoint file, replayed and verified."""
+    if recordings.is_recording(folder):
+        recordings.checkout(folder, step, output, overwrite, as_json)
+        return
     from circuit.artifacts import OutputFolder
     from circuit.trace.replay import ReplayedRun
     from circuit.training.checkpoints import encode_checkpoint

@@ -22,12 +22,11 @@ from circuit.core.paths import PathRule, Quadrature, path_rule
 from circuit.core.step import Step
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.scalars.base import BoundScalar, Scalar, SharedBatch
+from circuit.scalars.base import BoundScalar, Measure, Scalar, SharedBatch, measured
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
-    from transformer_lens import HookedTransformer
+    from torch import Tensor, nn
 
 LossScope = Literal["full_lm", "answer"]
 LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
@@ -162,8 +161,8 @@ class Attributor:
 
     def __init__(
         self,
-        model: HookedTransformer,
-        scalars: Sequence[Scalar],
+        model: nn.Module,
+        scalars: Sequence[Scalar | Measure],
         *,
         rule: str = "simpson",
         loss_scope: LossScope = "full_lm",
@@ -172,8 +171,10 @@ class Attributor:
         """Prepare the shared batch.
 
         Args:
-            model: a model of the run's shape; its weights are overwritten at every node. In
-                float64 the values are limited by the path rule alone.
+            model: a module of the run's shape, all of whose parameters have gradients; its
+                weights are overwritten at every node. In float64 the values are limited by the
+                path rule alone.
+            scalars: plain functions of the module count, too (`circuit.scalars.base.measured`).
             rule: of `circuit.core.paths.path_rule`.
             loss_scope: `answer` adds the reference `answer_raw_sgd`: what plain SGD on the loss
                 at the answers alone would have done. The terms are always those of the update.
@@ -184,20 +185,22 @@ class Attributor:
         """
         check_loss_scope(loss_scope)
         self.model = model
-        self.scalars = tuple(scalars)
+        self.scalars = tuple(measured(scalar) for scalar in scalars)
         self.rule: PathRule = path_rule(rule)
         self.loss_scope = loss_scope
         self.averages = averages
         self.layout = ParameterLayout.of_model(model)
         self.atoms = atoms(self.layout)
-        self.batch = SharedBatch.merge(scalars, device=str(model.W_E.device))
         self._parameters = list(model.parameters())
+        self._device, self._dtype = self._parameters[0].device, self._parameters[0].dtype
+        self.batch = SharedBatch.merge(self.scalars, device=str(self._device))
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._last: tuple[Flat, Tensor, Tensor] | None = None
 
     def step(self, traced: Step) -> StepAttribution:
         """Attribute one step."""
         theta, end = traced.before.parameters, traced.after.parameters
+        self._load_buffers(traced.before.buffers)
         bound = self.bind(theta)
         terms, references = traced.update.named(), traced.update.references()
         vectors = torch.stack(list(terms.values()))
@@ -235,7 +238,7 @@ class Attributor:
         Args:
             vectors: float64; `end` is `theta` and their sum.
         """
-        delta, dtype = end.double() - theta.double(), self.model.W_E.dtype
+        delta, dtype = end.double() - theta.double(), self._dtype
         values: dict[float, Tensor] = {}
         ends: dict[float, Tensor] = {}  # gradients; of the nodes between, only products are kept
         between: dict[float, Tensor] = {}  # but for their average
@@ -304,7 +307,7 @@ class Attributor:
 
     def _answer_gradient(self, traced: Step) -> Flat:
         """Gradient of the mean loss at the answers of the step's batch, at the loaded weights."""
-        tokens = traced.tokens.to(self.model.W_E.device)
+        tokens = traced.tokens.to(self._device)
         logits = self.model(tokens[:, :-1])
         at = traced.answers[:, 1:].to(tokens.device)
         loss = torch.nn.functional.cross_entropy(logits[at], tokens[:, 1:][at])
@@ -316,6 +319,16 @@ class Attributor:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(named[name])
+
+    def _load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """A step's change is that of its parameters, at the buffers that it found."""
+        if buffers:
+            named = dict(self.model.named_buffers())
+            with torch.no_grad():
+                for name, value in buffers.items():
+                    if not torch.equal(named[name].cpu(), value.to(named[name].dtype).cpu()):
+                        named[name].copy_(value)
+                        self._last = None
 
     def values(self, theta: Flat, bound: Sequence[BoundScalar]) -> Float[Tensor, " scalar"]:
         """Values of bound scalars at some weights, in float64."""
@@ -334,8 +347,9 @@ class Attributor:
         self._load(theta)
         means = self.batch.means(self.model, bound)
         asked = range(len(means)) if chosen is None else chosen
-        gradients = torch.zeros(len(means), len(theta), dtype=self.model.W_E.dtype)
+        gradients = torch.zeros(len(means), len(theta), dtype=self._dtype)
         for scalar in asked:
+            self._refuse_constant(scalar, means[scalar])
             parts = torch.autograd.grad(
                 means[scalar],
                 self._parameters,
@@ -347,6 +361,15 @@ class Attributor:
                 if part is not None:  # a scalar of an early layer leaves the later ones at zero
                     place.copy_(part.reshape(-1))
         return torch.stack(means).detach().double().cpu(), gradients
+
+    def _refuse_constant(self, scalar: int, mean: Tensor) -> None:
+        """Refuse a scalar that tells nothing of how it depends on the weights."""
+        if not mean.requires_grad:
+            raise CircuitError(
+                f"scalar {self.scalars[scalar].name} gives a number that has no gradient",
+                expected="a tensor that was computed from the module's parameters",
+                fix="leave out no_grad, detach and item",
+            )
 
     def _products(self, gradients: Tensor, vectors: Tensor) -> list[Float[Tensor, "scalar term"]]:
         """`gradient . vector` by atom."""

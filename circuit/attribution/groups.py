@@ -1,7 +1,8 @@
 """Parameter groups: layer, head, q/k/v/o, MLP, as index ranges of the flat vector.
 
 The flat vector is cut into *atoms*, the finest ranges that any partition speaks of; a partition
-maps every atom to one group, so it is listed in full and adds up to the whole.
+maps every atom to one group, so it is listed in full and adds up to the whole. Heads and MLPs are
+told by TransformerLens's names; of any other module, groups are its submodules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Partition = Literal["layer", "component", "circuit"]
 PARTITIONS: tuple[Partition, ...] = ("layer", "component", "circuit")
 """`layer`: embed, pos_embed, L0, ..., norms. `component`: heads and MLPs. `circuit`: q, k, v, o."""
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(attn\.[Wb]_[QKVO]|mlp\.[Wb]_\w+|ln\d\.[wb])")
+_NUMBERED = re.compile(r".*?(?:^|\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,12 @@ class Atom:
     def group(self, partition: Partition) -> str:
         """The atom's group: `embed`, `L2`, `L2H1`, `L2H1.q`, `L2.b_O`, `L0.mlp`, `norms`, ..."""
         match = _BLOCK.fullmatch(self.tensor)
-        if match is None:
-            return "norms" if self.tensor.startswith("ln_final") else self.tensor.split(".")[0]
+        if match is None and self.tensor.startswith("ln_final"):
+            return "norms"
+        if match is None:  # the submodule; of layers the one that is counted
+            submodule = self.tensor.rpartition(".")[0] or self.tensor
+            layer = _NUMBERED.match(self.tensor) if partition == "layer" else None
+            return submodule if layer is None else layer[0]
         layer, rest = f"L{match[1]}", match[2]
         if rest.startswith("ln"):
             return "norms"
@@ -53,7 +59,7 @@ def atoms(layout: ParameterLayout) -> list[Atom]:
     found = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         start, stop = layout.range(name)
-        by_head = ".attn." in name and not name.endswith("b_O")
+        by_head = bool(_BLOCK.fullmatch(name)) and ".attn." in name and not name.endswith("b_O")
         count = shape[0] if by_head else 1
         width = (stop - start) // count
         found += [

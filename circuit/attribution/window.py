@@ -23,7 +23,7 @@ from circuit.environment import end_with_parent
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.base import Run
-from circuit.scalars.base import Scalar
+from circuit.scalars.base import Measure, Scalar, measured
 from circuit.trace.replay import ReplayedRun
 
 Rows = list[dict[str, Any]]
@@ -89,7 +89,7 @@ class Worker:
             yield self.attributor.step(step).rows(self.job.partitions)
 
 
-def attributor_of(run: Run, scalars: Sequence[Scalar], **options: Any) -> Attributor:
+def attributor_of(run: Run, scalars: Sequence[Scalar | Measure], **options: Any) -> Attributor:
     """An attributor on a model of its own.
 
     Args:
@@ -98,17 +98,17 @@ def attributor_of(run: Run, scalars: Sequence[Scalar], **options: Any) -> Attrib
     Raises:
         CircuitError: there is no scalar, two share a name, or as `Attributor`.
     """
+    scalars = [measured(scalar) for scalar in scalars]
     names = [scalar.name for scalar in scalars]
     if not names or len(set(names)) < len(names):
         raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
-    model = run.setup.initial_model()  # the weights of each step are put into it
-    dtype = options.pop("dtype", None) or torch.float32
-    return Attributor(model.to(dtype, print_details=False), scalars, **options)
+    # the weights of each step are put into it
+    return Attributor(run.module(options.pop("dtype", None)), scalars, **options)
 
 
 def attribute(
     run: Run,
-    scalars: Iterable[Scalar],
+    scalars: Iterable[Scalar | Measure],
     start: int,
     end: int,
     *,
@@ -121,8 +121,9 @@ def attribute(
     Replay sets torch's intra-op threads to those of the run, and leaves them so.
 
     Args:
-        run: whose steps can be executed again: a trace, or a run that has one.
-        scalars: the step-by-step changes of each are split by the terms of the update.
+        run: whose steps can be executed again: a trace, a run that has one, or a recording.
+        scalars: the step-by-step changes of each are split by the terms of the update; a plain
+            function of the module is one.
         rule: path rule, of `circuit.core.paths.path_rule`.
         partitions: of the parameters, whose groups are listed.
         dtype: of the model that evaluates scalars and gradients, float32 by default. In float64,

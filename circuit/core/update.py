@@ -288,7 +288,7 @@ class AdamWRule:
         step: int,
         hyper: Hyper,
     ) -> MomentumForm:
-        """See `DifferentiableRule.momentum_form`: `M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`."""
+        """`M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`; see `DifferentiableRule`."""
         _refuse_flags(self, "amsgrad", "maximize", "coupled_decay")
         kept = 1 - self.beta1
         denominator = _double(moments_after["exp_avg_sq"]).sqrt_()
@@ -384,7 +384,7 @@ class SGDRule:
         step: int,
         hyper: Hyper,
     ) -> MomentumForm:
-        """See `DifferentiableRule.momentum_form`: `M` is torch's buffer, `gain` the rate."""
+        """`M` is torch's buffer, `gain` the rate; see `DifferentiableRule`."""
         _refuse_flags(self, "nesterov", "dampening", "maximize")
         past = _double(
             moments_before["momentum_buffer"] if self.momentum else before.new_zeros(before.shape)

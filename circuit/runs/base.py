@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from circuit.core.edit import Edit
-from circuit.core.state import FlatState
-from circuit.trace.step import TracedStep
+from circuit.core.state import FlatState, State
+from circuit.core.step import Step
 from circuit.train_config import TrainConfig
-from circuit.training.checkpoints import StateHeader, TrainState
+from circuit.training.checkpoints import StateHeader
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    import torch
+    from torch import nn
 
 
 class Run(Protocol):
@@ -43,18 +44,25 @@ class Run(Protocol):
             CircuitError: the run has no state of that step.
         """
 
-    def state(self, step: int) -> TrainState:
+    def state(self, step: int) -> State:
         """The state after `step` optimizer steps.
 
         Raises:
             CircuitError: there is none, it is damaged, or it does not replay.
         """
 
-    def model(self, step: int) -> HookedTransformer:
-        """The model of that state, on the config's device.
+    def model(self, step: int) -> nn.Module:
+        """The model of that state, on the run's device.
 
         Raises:
             CircuitError: as `state`; or the state is of another recipe or benchmark.
+        """
+
+    def module(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A module of the run's shape, whose weights may be overwritten.
+
+        Raises:
+            CircuitError: it is not known.
         """
 
     @property
@@ -65,7 +73,7 @@ class Run(Protocol):
             CircuitError: no step of the run can be executed again.
         """
 
-    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
+    def replay(self, start: int, end: int) -> Iterator[Step]:
         """The steps that take state `start` to state `end`, executed again.
 
         Raises:

@@ -12,30 +12,71 @@ series = circuit.attribute(run, [scalar], 300, 340)[scalar.name]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
+from circuit.errors import CircuitError
 from circuit.reading import checked_path
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
+from circuit.runs.recorded import RecordedRun
+from circuit.runs.recording import MANIFEST as RECORDING
+from circuit.runs.recording import Recording
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.store import MANIFEST
 from circuit.train_config import RUN_CONFIG
 from circuit.training.checkpoints import list_checkpoints, read_header
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def open_run(where: str | Path, *, allow_drift: bool = False) -> CheckpointedRun | ReplayedRun:
-    """Open a run: its folder or `run_config.json`, a trace, or a folder of checkpoints.
+
+@overload
+def open_run(where: str | Path, *, allow_drift: bool = False) -> CheckpointedRun | ReplayedRun: ...
+
+
+@overload
+def open_run(
+    where: str | Path,
+    *,
+    module: nn.Module | Callable[[], nn.Module],
+    optimizers: Sequence[type] = (),
+) -> RecordedRun: ...
+
+
+def open_run(
+    where: str | Path,
+    *,
+    allow_drift: bool = False,
+    module: nn.Module | Callable[[], nn.Module] | None = None,
+    optimizers: Sequence[type] = (),
+) -> CheckpointedRun | ReplayedRun | RecordedRun:
+    """Open a run: its folder or `run_config.json`, a trace, a folder of checkpoints, a recording.
 
     Nothing but descriptions is read yet.
 
     Args:
         where: as said; a trace's folder of checkpoints is the trace.
         allow_drift: of a trace: go on where a replayed step differs.
+        module: of a recording by `circuit.watch`: the module that was trained, or a function that
+            makes one like it.
+        optimizers: of a recording: the classes of its optimizers, where they are not torch's.
 
     Raises:
         CircuitError: there is nothing of a run, or its description is damaged.
     """
     path = checked_path(where)
-    holder = path.parent if path.name in (MANIFEST, RUN_CONFIG, "checkpoints") else path
+    names = (MANIFEST, RUN_CONFIG, RECORDING, "checkpoints")
+    holder = path.parent if path.name in names else path
+    if (holder / RECORDING).is_file():
+        return RecordedRun(Recording(holder), module, optimizers)
+    if module is not None:
+        raise CircuitError(
+            f"holds no {RECORDING}",
+            where=holder,
+            expected="the folder of a recording, where `module` is given",
+            fix="record one with circuit.watch(module, optimizer, folder)",
+        )
     if (holder / MANIFEST).is_file():
         return ReplayedRun.open(holder, allow_drift=allow_drift)
     if (holder / RUN_CONFIG).is_file():

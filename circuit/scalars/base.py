@@ -9,9 +9,9 @@ needs and runs each distinct sequence once, and once more for every ablated comp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, cast
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -19,7 +19,7 @@ from circuit.model.components import Hook, parse_component
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformer_lens import HookedTransformer
     from transformer_lens.hook_points import HookPoint
 
@@ -102,6 +102,45 @@ class Scalar(Protocol):
 
     def bind(self, model: HookedTransformer) -> BoundScalar:
         """Set the constants from the model before a step."""
+
+
+Measure: TypeAlias = "Callable[[nn.Module], Tensor]"
+"""A scalar as a plain function: a module -> one differentiable number, or several to average."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plain function of the module as a scalar: it sees no shared activations."""
+
+    function: Measure
+    name: str
+    needs: ClassVar[Needs] = Needs((), ())
+    constant: ClassVar[bool] = True
+
+    def bind(self, model: nn.Module) -> Measured:
+        """Nothing depends on the step."""
+        return self
+
+    def values(self, model: nn.Module, cache: Cache) -> Float[Tensor, " example"]:
+        """What the function gives, as a vector."""
+        return self.function(model).reshape(-1)
+
+
+def measured(scalar: Scalar | Measure) -> Scalar:
+    """A scalar, which a plain function becomes under its own name.
+
+    Raises:
+        CircuitError: it is neither.
+    """
+    if hasattr(scalar, "bind") and hasattr(scalar, "needs"):
+        return cast("Scalar", scalar)
+    if not callable(scalar):
+        raise CircuitError(
+            f"{scalar!r} is no scalar",
+            expected="a function of the module that gives a tensor, or a circuit Scalar",
+        )
+    name = getattr(scalar, "__name__", type(scalar).__name__)
+    return cast("Scalar", Measured(scalar, name.strip("<>")))
 
 
 @dataclass(frozen=True)
@@ -193,7 +232,7 @@ def forward_activations(
     return kept
 
 
-def evaluate_scalar(scalar: Scalar, model: HookedTransformer) -> Float[Tensor, " example"]:
+def evaluate_scalar(scalar: Scalar, model: nn.Module) -> Float[Tensor, " example"]:
     """A scalar's values on one model, bound to it; for notebooks and checks."""
-    shared = SharedBatch.merge([scalar], device=str(model.W_E.device))
+    shared = SharedBatch.merge([scalar], device=str(next(model.parameters()).device))
     return scalar.bind(model).values(model, Cache(shared.run(model), shared.rows[0]))

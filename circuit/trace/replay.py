@@ -27,6 +27,7 @@ from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
+    import torch
     from transformer_lens import HookedTransformer
 
 
@@ -172,6 +173,11 @@ class ReplayedRun:
             CircuitError: as `state`.
         """
         return self.setup.model(self.state(step))
+
+    def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
+        """A model of the run's shape, whose weights may be overwritten."""
+        model = self.setup.initial_model()
+        return model if dtype is None else model.to(dtype, print_details=False)
 
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         """Execute the steps that take state `start` to state `end`, again.

@@ -1,0 +1,299 @@
+"""circuit.watch: what an untouched training loop does to its parameters, step by step.
+
+    with circuit.watch(module, optimizer, "artifacts/mine", scalars=[margin]):
+        for batch in data:                         # your loop, as it is
+            ...
+            optimizer.step()
+
+    run = circuit.open_run("artifacts/mine", module=module)
+    circuit.attribute(run, [margin], 0, 100)
+
+The loop's bits are the same with and without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from circuit.attribution.attribute import Attributor
+from circuit.core.flat import norm
+from circuit.errors import CircuitError
+from circuit.lazy import torch
+from circuit.runs.recorded import RecordedStep, evaluated
+from circuit.runs.recording import KEEPS, Keep
+from circuit.runs.storing import Storage
+from circuit.runs.watching import Watcher
+from circuit.scalars.base import Measure, Scalar, evaluate_scalar, measured
+from circuit.sizes import disk_limit, recording_disk, shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Numbers: TypeAlias = dict[str, float]
+
+
+class Log(Protocol):
+    """Where numbers go, by the name of the method that Weights & Biases and trackio have."""
+
+    def log(self, numbers: Numbers, *, step: int) -> Any:
+        """Take the numbers of a step."""
+
+
+Sink: TypeAlias = "Callable[[int, Numbers], Any] | Log"
+"""Called with a step and its numbers; or an object whose `log(numbers, step=step)` is."""
+
+logger = logging.getLogger("circuit.watch")
+
+
+class Watching:
+    """What `watch` gives: what it has measured so far.
+
+    Attributes:
+        rows: the numbers of every `every`-th step: rates, norms, terms, scalars.
+        disk: bytes that a step and that a stored state take.
+    """
+
+    def __init__(self, watcher: Watcher, storage: Storage | None, disk: tuple[int, int]) -> None:
+        self._watcher, self._storage = watcher, storage
+        self.disk = disk
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._watcher.step
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the recording stands."""
+        return None if self._storage is None else self._storage.root
+
+
+@contextmanager
+def watch(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+    folder: str | Path | None = None,
+    *,
+    scalars: Sequence[Scalar | Measure] = (),
+    keep: Keep = "gradients",
+    every: int = 1,
+    sinks: Sequence[Sink] = (),
+    attribute: bool = True,
+    rule: str = "simpson",
+    anchor_every: int = 50,
+    steps: int | None = None,
+    decoupled_decay: bool = False,
+    overwrite: bool = False,
+) -> Iterator[Watching]:
+    """Watch the optimizer steps of a training loop, which stays as it is.
+
+    The gradient counts as the optimizer reads it: accumulated, unscaled and clipped. With several
+    optimizers every call of any of them is a step.
+
+    Args:
+        module: that is trained.
+        optimizer: that moves it, or several. torch's AdamW, Adam and SGD are split into decay,
+            current gradient and history; of any other, what is not decoupled decay is `rest`.
+        folder: where it is recorded; without one, nothing is written.
+        scalars: functions `module -> number(s)`, or circuit Scalars where the module is a
+            HookedTransformer; evaluated on a copy in evaluation mode.
+        keep: `gradients`: every step can be executed again, so that every state is there, bit for
+            bit; `states`: the state of every `every`-th step; `rows`: numbers alone.
+        every: steps between measurements.
+        sinks: where the numbers of every `every`-th step go besides.
+        attribute: split the change of the scalars by terms and parameter groups; if not, their
+            values after the step are all that is measured.
+        rule: path rule of the attribution, of `circuit.core.paths.path_rule`.
+        anchor_every: steps between stored states, where gradients are kept.
+        steps: how many there are going to be, if that is known: the disk is held against it.
+        decoupled_decay: whether the weight decay of an optimizer that is not torch's multiplies
+            the weights by `1 - lr * weight_decay`, as that of Lion does.
+        overwrite: replace an earlier recording in the folder.
+
+    Raises:
+        CircuitError: on entering: an argument is none of these; the optimizer's parameters are not
+            the module's, or half precision; the folder is not free, or the disk is too small. At a
+            step: it cannot be taken again from its gradient, or written.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    _check(keep, every, anchor_every, steps, optimizers)
+    watcher = Watcher(module, optimizers, decoupled_decay=decoupled_decay)
+    size = watcher.layout.size * (8 if watcher.dtype == "torch.float64" else 4)
+    # of a state's moments nothing is known before the first step: AdamW's two count
+    disk = recording_disk(
+        keep, size, 2 * size, steps=steps or 1, every=every, anchor_every=anchor_every
+    )
+    with ExitStack() as stack:
+        storage = None
+        if folder is not None:
+            storage = stack.enter_context(
+                Storage(
+                    folder, keep=keep, every=every, anchor_every=anchor_every, overwrite=overwrite
+                )
+            )
+            storage.prepare(watcher.manifest(keep, every, anchor_every), disk)
+            watcher.store(storage)
+        a_step = size if keep == "gradients" else 0
+        watching = Watching(watcher, storage, (a_step, 0 if keep == "rows" else 3 * size))
+        if storage is not None:
+            _say(watching, storage.root, steps, disk)
+        if scalars or sinks or keep == "rows":
+            measure = _Measure(
+                watching, module, scalars, sinks, storage, rule if attribute else None
+            )
+            watcher.observe(measure, every=every, whole=measure.whole or keep == "rows")
+        stack.enter_context(watcher)
+        yield watching
+
+
+def _check(
+    keep: str, every: int, anchor_every: int, steps: int | None, optimizers: Sequence[Any]
+) -> None:
+    if keep not in KEEPS:
+        raise CircuitError(f"'{keep}'", where="`keep`", expected=" or ".join(KEEPS))
+    for name, value in (("every", every), ("anchor_every", anchor_every), ("steps", steps)):
+        if value is not None and value < 1:
+            raise CircuitError(f"{value}", where=f"`{name}`", expected="at least 1")
+    odd = [one for one in optimizers if not isinstance(one, torch.optim.Optimizer)]
+    if odd or not optimizers:
+        raise CircuitError(
+            f"{type(odd[0]).__name__ if odd else 'nothing'} as optimizer",
+            where="`optimizer`",
+            expected="a torch.optim.Optimizer, or several",
+            fix="of a wrapper, pass what it wraps (usually wrapper.optimizer)",
+        )
+
+
+def _say(watching: Watching, root: Path, steps: int | None, disk: dict[str, int]) -> None:
+    """What it is going to take, before the first step."""
+    step, state = watching.disk
+    total = f", {shown(sum(disk.values()))} for {steps} steps" if steps else ""
+    logger.info(
+        "recording into %s: %s a step and about %s a stored state%s; %s are free",
+        root, shown(step), shown(state), total, shown(disk_limit(root)),
+    )  # fmt: skip
+
+
+class _Measure:
+    """Measures every so many steps, and hands the numbers on."""
+
+    def __init__(
+        self,
+        watching: Watching,
+        module: nn.Module,
+        scalars: Sequence[Scalar | Measure],
+        sinks: Sequence[Sink],
+        storage: Storage | None,
+        rule: str | None,
+    ) -> None:
+        self.watching, self.module, self.storage = watching, module, storage
+        self.scalars = [measured(scalar) for scalar in scalars]
+        names = [scalar.name for scalar in self.scalars]
+        if len(set(names)) < len(names):
+            raise CircuitError(f"scalars {', '.join(names)}", expected="each name once")
+        self.sinks = [_called(sink) for sink in sinks]
+        self.copy = evaluated(module) if scalars else None
+        self.attributor = None
+        if self.copy is not None and rule is not None:
+            self.attributor = Attributor(self.copy, self.scalars, rule=rule)
+        self.whole = self.attributor is not None
+
+    def __call__(self, number: int, step: RecordedStep | None) -> None:
+        """Measure a step that has just been taken."""
+        with torch.random.fork_rng(devices=_cuda(self.module)), torch.enable_grad():
+            row = {"step": number, **self._numbers(step)}
+        self.watching.rows.append(row)
+        if self.storage is not None:
+            self.storage.add_row(row)
+        for sink in self.sinks:
+            sink(number, flattened(row))
+
+    def _numbers(self, step: RecordedStep | None) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        if step is not None:
+            row = _of_step(step)
+        if self.attributor is not None:
+            assert step is not None
+            found = self.attributor.step(step).rows(("circuit",))
+            row["scalars"] = {one["scalar"]: one["after"] for one in found}
+            row["attribution"] = {one["scalar"]: _shares(one) for one in found}
+        elif self.copy is not None:
+            _follow(self.copy, self.module)
+            with torch.no_grad():
+                row["scalars"] = {
+                    scalar.name: float(evaluate_scalar(scalar, self.copy).double().mean())
+                    for scalar in self.scalars
+                }
+        return row
+
+
+def _of_step(step: RecordedStep) -> dict[str, Any]:
+    update = step.update
+    return {
+        "lr": step.lr,
+        "gradient_norm": norm(step.gradient),
+        "parameter_norm": norm(step.after.parameters),
+        "update_norm": norm(update.total),
+        "term_norms": {name: norm(vector) for name, vector in update.named().items()},
+        "rounding_ulps": update.rounding_ulps(),
+    }
+
+
+def _shares(row: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a scalar in a step: its change, the terms' shares, and those of groups."""
+    groups = row["groups"]["circuit"]
+    return {
+        "actual": row["actual"],
+        "terms": row["path"],
+        "groups": {name: sum(of["path"].values()) for name, of in groups.items()},
+    }
+
+
+def _follow(copy: nn.Module, module: nn.Module) -> None:
+    """The weights and buffers of the module, into its copy."""
+    with torch.no_grad():
+        for ours, theirs in (
+            (copy.parameters(), module.parameters()),
+            (copy.buffers(), module.buffers()),
+        ):
+            for tensor, value in zip(ours, theirs, strict=True):
+                tensor.copy_(value)
+
+
+def _cuda(module: nn.Module) -> list[torch.device]:
+    devices = {parameter.device for parameter in module.parameters()}
+    return [device for device in devices if device.type == "cuda"]
+
+
+def _called(sink: Sink) -> Callable[[int, Numbers], Any]:
+    """A sink as a function of step and numbers.
+
+    Raises:
+        CircuitError: it is neither callable nor has it a `log`.
+    """
+    log = getattr(sink, "log", None)
+    if callable(log):
+        return lambda step, numbers: log(numbers, step=step)
+    if not callable(sink):
+        raise CircuitError(
+            f"{type(sink).__name__} is no sink",
+            where="`sinks`",
+            expected="a function of step and numbers, or an object with log(numbers, step=...)",
+        )
+    return sink
+
+
+def flattened(row: dict[str, Any], prefix: str = "") -> Numbers:
+    """The numbers of a row under one name each: `attribution/margin/terms/weight_decay`."""
+    numbers: Numbers = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            numbers |= flattened(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            numbers[prefix + name] = float(value)
+    return numbers
