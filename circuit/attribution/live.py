@@ -14,10 +14,10 @@ The loop's bits are the same with and without it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from circuit.attribution.attribute import Attributor
 from circuit.core.flat import norm
@@ -28,23 +28,11 @@ from circuit.runs.recording import KEEPS, Keep
 from circuit.runs.storing import Storage
 from circuit.runs.watching import Watcher
 from circuit.scalars.base import Measure, Scalar, evaluate_scalar, measured
+from circuit.sinks import Sink, as_function, flattened
 from circuit.sizes import disk_limit, recording_disk, shown
 
 if TYPE_CHECKING:
     from torch import nn
-
-Numbers: TypeAlias = dict[str, float]
-
-
-class Log(Protocol):
-    """Where numbers go, by the name of the method that Weights & Biases and trackio have."""
-
-    def log(self, numbers: Numbers, *, step: int) -> Any:
-        """Take the numbers of a step."""
-
-
-Sink: TypeAlias = "Callable[[int, Numbers], Any] | Log"
-"""Called with a step and its numbers; or an object whose `log(numbers, step=step)` is."""
 
 logger = logging.getLogger("circuit.watch")
 
@@ -105,7 +93,7 @@ def watch(
         keep: `gradients`: every step can be executed again, so that every state is there, bit for
             bit; `states`: the state of every `every`-th step; `rows`: numbers alone.
         every: steps between measurements.
-        sinks: where the numbers of every `every`-th step go besides.
+        sinks: where the numbers of every `every`-th step go besides (`circuit.sinks`).
         attribute: split the change of the scalars by terms and parameter groups; if not, their
             values after the step are all that is measured.
         rule: path rule of the attribution, of `circuit.core.paths.path_rule`.
@@ -196,7 +184,7 @@ class _Measure:
         names = [scalar.name for scalar in self.scalars]
         if len(set(names)) < len(names):
             raise CircuitError(f"scalars {', '.join(names)}", expected="each name once")
-        self.sinks = [_called(sink) for sink in sinks]
+        self.sinks = [as_function(sink) for sink in sinks]
         self.copy = evaluated(module) if scalars else None
         self.attributor = None
         if self.copy is not None and rule is not None:
@@ -268,32 +256,3 @@ def _follow(copy: nn.Module, module: nn.Module) -> None:
 def _cuda(module: nn.Module) -> list[torch.device]:
     devices = {parameter.device for parameter in module.parameters()}
     return [device for device in devices if device.type == "cuda"]
-
-
-def _called(sink: Sink) -> Callable[[int, Numbers], Any]:
-    """A sink as a function of step and numbers.
-
-    Raises:
-        CircuitError: it is neither callable nor has it a `log`.
-    """
-    log = getattr(sink, "log", None)
-    if callable(log):
-        return lambda step, numbers: log(numbers, step=step)
-    if not callable(sink):
-        raise CircuitError(
-            f"{type(sink).__name__} is no sink",
-            where="`sinks`",
-            expected="a function of step and numbers, or an object with log(numbers, step=...)",
-        )
-    return sink
-
-
-def flattened(row: dict[str, Any], prefix: str = "") -> Numbers:
-    """The numbers of a row under one name each: `attribution/margin/terms/weight_decay`."""
-    numbers: Numbers = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            numbers |= flattened(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
-            numbers[prefix + name] = float(value)
-    return numbers

@@ -85,7 +85,8 @@ class TakenStep:
         change = torch.zeros(layout.size, dtype=torch.float64)
         for name, value in self.outside.items():
             start, stop = layout.range(name)
-            change[start:stop] = (self.before[name].double() - value.double()).reshape(-1).cpu()
+            moved = self.before[name].double() - value.double()
+            change[start:stop] = moved.reshape(-1).cpu()
         terms = {**update.terms, **({OUTSIDE: change} if self.outside else {})}
         absent = {name: torch.zeros_like(change) for name in columns if name not in terms}
         return replace(update, total=update.total + change, terms={**terms, **absent})

@@ -253,11 +253,12 @@ class Watcher:
         """Parameters as the last step left them, where they are others now."""
         assert self._last is not None
         left = self.layout.unflatten(self._last)
-        return {
-            name: left[name].clone()
-            for name, parameter in self._parameters.items()
-            if not torch.equal(left[name], parameter.detach().to(left[name].device))
-        }
+        outside = {}
+        for name, parameter in self._parameters.items():
+            before = left[name].to(parameter.device)
+            if not torch.equal(before, parameter.detach()):
+                outside[name] = before.clone()
+        return outside
 
     def _read_gradient(self, place: int) -> None:
         """The gradient that the call is about to use."""
@@ -372,12 +373,19 @@ def _dtype_of(parameters: Mapping[str, Tensor]) -> str:
     """The one dtype of all parameters.
 
     Raises:
-        CircuitError: there are none; they have several, or another than float32 and float64.
+        CircuitError: there are none; they have several, or another than float32 and float64; they
+            are on several devices.
     """
     if not parameters:
         raise CircuitError("the module has no parameters", expected="a module that is trained")
-    first = next(iter(parameters.values())).dtype
+    one = next(iter(parameters.values()))
+    first = one.dtype
     for name, parameter in parameters.items():
+        if parameter.device != one.device:
+            raise CircuitError(
+                f"parameter {name} is on {parameter.device}, others on {one.device}",
+                expected="all parameters on one device",
+            )
         if parameter.dtype != first or first not in (torch.float32, torch.float64):
             raise CircuitError(
                 f"parameter {name} is {parameter.dtype}",

@@ -533,7 +533,14 @@ def test_sinks_get_the_numbers_of_each_step(tmp_path: Path) -> None:
         def log(self, numbers: dict[str, float], *, step: int) -> None:
             self.taken.append((step, numbers))
 
-    log, called = Log(), []
+    class Writer:
+        def __init__(self) -> None:
+            self.taken: list[tuple[int, dict[str, float]]] = []
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.taken.append((step, {name: value}))
+
+    log, writer, called = Log(), Writer(), []
     loop = Loop(steps=4)
     module, optimizer = loop.build()
     with circuit.watch(
@@ -542,14 +549,14 @@ def test_sinks_get_the_numbers_of_each_step(tmp_path: Path) -> None:
         scalars=[first],
         attribute=False,
         every=2,
-        sinks=[log, lambda step, numbers: called.append((step, numbers))],
+        sinks=[log, writer, lambda step, numbers: called.append((step, numbers))],
     ):
         loop.run(module, optimizer)
     values = [float(loop.seen[step]["0.weight"][0, 0]) for step in (2, 4)]
     expected = [
         (step, {"scalars/first": value}) for step, value in zip((2, 4), values, strict=True)
     ]
-    assert log.taken == called == expected
+    assert log.taken == writer.taken == called == expected
 
 
 def test_what_a_recording_has_not_is_said(recorded: tuple[Path, Loop]) -> None:
