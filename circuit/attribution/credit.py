@@ -13,9 +13,10 @@ and `sum of credit + inherited + decay + rounding = actual change`, to the closu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.backward import backwards
@@ -86,6 +87,12 @@ class Totals:
     def examples_error(self) -> Float[Tensor, " scalar"]:
         """How far the examples' sums are from the gradients that were taken: `apart / batch`."""
         return self.apart / self.batch
+
+    def of(self, at: int) -> dict[str, float | None]:
+        """One scalar's, as numbers; null where they are not finite."""
+        names = ("actual", "credit", "inherited", "decay", "rounding", "closure", "examples_error")
+        values = {name: float(getattr(self, name)[at]) for name in names}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -189,14 +196,14 @@ class Credit:
         steps: `[row]`, ascending.
         examples: name of the example of each row; one row a step and example.
         credit: float64 `[row]`.
-        totals: by name, as in `Totals`; with `closure` and `examples_error`.
+        totals: see `Totals.of`.
     """
 
     scalar: str
     steps: list[int]
     examples: list[str]
     credit: Float[Tensor, " row"]
-    totals: dict[str, float]
+    totals: dict[str, float | None]
 
     def by_example(self) -> dict[str, float]:
         """The sum of each example over all steps, the largest first."""
@@ -239,14 +246,6 @@ def credit(
     examples = [name for _, ids, _ in passed for name in ids]
     shares = torch.cat([share for _, _, share in passed], 1)
     return {
-        scalar.name: Credit(scalar.name, steps, examples, shares[at], _named(whole.totals, at))
+        scalar.name: Credit(scalar.name, steps, examples, shares[at], whole.totals.of(at))
         for at, scalar in enumerate(attributor.scalars)
     }
-
-
-def _named(totals: Totals, at: int) -> dict[str, float]:
-    """The totals of one scalar as numbers."""
-    names: list[str] = ["actual", "credit", "inherited", "decay", "rounding"]
-    found: dict[str, Any] = {name: getattr(totals, name) for name in names}
-    found |= {"closure": totals.closure, "examples_error": totals.examples_error}
-    return {name: float(values[at]) for name, values in found.items()}

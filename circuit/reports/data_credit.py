@@ -85,21 +85,16 @@ class DataCredit(TracedReport[DataCreditOptions]):
     def conclude(self, rows: list[Row]) -> Findings:
         totals, (start, end) = self.passed.totals, self.steps
         ranked = [self.sums.ranked(at) for at in range(len(self.sums.names))]
-        scalars: list[dict[str, Any]] = []
-        for at, name in enumerate(self.sums.names):
-            closure, apart = float(totals.closure[at]), float(totals.examples_error[at])
-            parts = ("actual", "credit", "inherited", "decay", "rounding")
-            scalars.append(
-                {
-                    "scalar": name,
-                    **{part: float(getattr(totals, part)[at]) for part in parts},
-                    "closure": closure if math.isfinite(closure) else None,
-                    "examples_error": apart if math.isfinite(apart) else None,
-                    "examples": len(ranked[at]),
-                    **self.sums.ends(ranked[at], SHOWN),
-                    "facts": self.sums.of_scalar(at),
-                }
-            )
+        scalars: list[dict[str, Any]] = [
+            {
+                "scalar": name,
+                **totals.of(at),
+                "examples": len(ranked[at]),
+                **self.sums.ends(ranked[at], SHOWN),
+                "facts": self.sums.of_scalar(at),
+            }
+            for at, name in enumerate(self.sums.names)
+        ]
         lead = max(scalars, key=lambda one: abs(one["actual"]))
         summary = {"lead": lead["scalar"], "start_step": start, "end_step": end, "scalars": scalars}
         texts = {name: "\n".join([*lines[::-1], ""]) for name, lines in self.lines.items()}
