@@ -146,8 +146,7 @@ class CheckpointedRun:
 
     def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
         """A model of the run's shape, whose weights may be overwritten."""
-        model = self.setup.initial_model()
-        return model if dtype is None else model.to(dtype, print_details=False)
+        return self.setup.module(dtype)
 
     def model(self, step: int | str = "best", *, untied: bool = False) -> HookedTransformer:
         """The model after `step` optimizer steps, or the best one.

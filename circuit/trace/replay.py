@@ -176,8 +176,7 @@ class ReplayedRun:
 
     def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
         """A model of the run's shape, whose weights may be overwritten."""
-        model = self.setup.initial_model()
-        return model if dtype is None else model.to(dtype, print_details=False)
+        return self.setup.module(dtype)
 
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         """Execute the steps that take state `start` to state `end`, again.

@@ -24,6 +24,7 @@ from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.evaluate import BATCH
 
 if TYPE_CHECKING:
+    import torch
     from transformer_lens import HookedTransformer
 
 
@@ -138,6 +139,11 @@ class Setup:
         if not self._model:
             self._model.append(self._build())
         return copy.deepcopy(self._model[0])
+
+    def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
+        """A model whose weights may be overwritten, on the config's device."""
+        model = self.initial_model()
+        return model if dtype is None else model.to(dtype, print_details=False)
 
     def model(self, state: TrainState, *, untied: bool = False) -> HookedTransformer:
         """The model of a state, on the config's device.

@@ -47,6 +47,9 @@ class InMemory:
     setup: Setup
     anchors: list[int] = field(default_factory=lambda: [0, 2])
 
+    def module(self, dtype: torch.dtype | None = None) -> Any:
+        return self.setup.module(dtype)
+
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         tracer = Tracer(TrainingSession(self.setup))
         for step in range(1, end + 1):

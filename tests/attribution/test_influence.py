@@ -39,6 +39,10 @@ class InFloat64:
     """A run that trains in float64, whose examples may have weights after `START`."""
 
     setup: Setup
+
+    def module(self, dtype: torch.dtype | None = None) -> Any:
+        return self.setup.module(dtype)
+
     anchors: list[int] = field(default_factory=lambda: [0, 5])
 
     def session(self) -> TrainingSession:
