@@ -194,7 +194,6 @@ class Attributor:
         self._parameters = list(model.parameters())
         self._device, self._dtype = self._parameters[0].device, self._parameters[0].dtype
         self.batch = SharedBatch.merge(self.scalars, device=str(self._device))
-        self._sizes = [parameter.numel() for parameter in self._parameters]
         self._last: tuple[Flat, Tensor, Tensor] | None = None
 
     def step(self, traced: Step) -> StepAttribution:
@@ -315,7 +314,7 @@ class Attributor:
         return torch.cat([part.reshape(-1) for part in parts]).cpu()
 
     def _load(self, theta: Flat) -> None:
-        named = self.layout.unflatten(theta)
+        named = self.layout.unflatten(theta.to(self.model.W_E.device))  # one transfer to a GPU
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(named[name])
@@ -354,12 +353,9 @@ class Attributor:
                 means[scalar],
                 self._parameters,
                 retain_graph=scalar != asked[-1],
-                allow_unused=True,
+                materialize_grads=True,  # a scalar of an early layer leaves the later ones at zero
             )
-            places = gradients[scalar].split(self._sizes)
-            for place, part in zip(places, parts, strict=True):
-                if part is not None:  # a scalar of an early layer leaves the later ones at zero
-                    place.copy_(part.reshape(-1))
+            gradients[scalar] = torch.cat([part.reshape(-1) for part in parts])  # one transfer
         return torch.stack(means).detach().double().cpu(), gradients
 
     def _refuse_constant(self, scalar: int, mean: Tensor) -> None:
