@@ -124,6 +124,7 @@ def _whole(charts: Sequence[Chart], width: int) -> dict[str, Any]:
         last = max([last, *steps])
     spec = {
         "vconcat": parts,
+        "resolve": {"scale": {"color": "independent", "strokeDash": "independent"}},
         "params": [{"name": "step", "value": last}],
         "config": {**STYLE, "background": "var(--paper)"},
         "padding": 10,

@@ -1,0 +1,21 @@
+"""Charts below each other in one picture."""
+
+from __future__ import annotations
+
+from circuit.figures.charts import Chart, chart, colour, lines, stacked
+
+
+def _chart(name: str, of: list[str]) -> Chart:
+    rows = [{"step": step, "of": one, "value": step} for step in (0, 1) for one in of]
+    drawn = lines(name, "value", "value", colour("of", of), ("step", "of", "value"))
+    return chart(name, f"chart {name}", {name: rows}, drawn)
+
+
+def test_each_of_the_stacked_charts_has_the_legend_of_its_own_names() -> None:
+    charts = {"one": ["alpha", "beta"], "two": ["gamma"]}
+    picture = stacked([_chart(name, of) for name, of in charts.items()])
+    separately = [_chart(name, of).svg() for name, of in charts.items()]
+    assert picture.count('role-legend"') == sum(one.count('role-legend"') for one in separately)
+    for of in charts.values():
+        for name in of:
+            assert picture.count(f">{name}</text>") == 1
