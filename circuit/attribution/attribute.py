@@ -314,7 +314,7 @@ class Attributor:
         return torch.cat([part.reshape(-1) for part in parts]).cpu()
 
     def _load(self, theta: Flat) -> None:
-        named = self.layout.unflatten(theta.to(self.model.W_E.device))  # one transfer to a GPU
+        named = self.layout.unflatten(theta.to(self._device))  # one transfer to a GPU
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(named[name])
