@@ -25,6 +25,7 @@ from circuit.reading import MissingFileError, checked_path, read_json, validated
 from circuit.sizes import require_memory
 from circuit.train_config import StepNumber, TrainConfig
 from circuit.training.checkpoints import (
+    STEP_FILES,
     TrainState,
     checkpoint_name,
     list_checkpoints,
@@ -35,7 +36,7 @@ COMMAND = "optimizer-update-trace"
 MANIFEST = "trace.json"
 ROWS = "optimizer_update_trace_rows.jsonl"
 WHILE_TRAINING = "recorded_while_training.json"
-FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", "checkpoints/step_*.pt")
+FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", STEP_FILES)
 """Patterns of the names in a trace's folder, its report's included."""
 
 

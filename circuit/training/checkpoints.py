@@ -42,6 +42,8 @@ _FOOTER = struct.Struct(f">Q32s{len(_MAGIC)}s")
 _ABSENT: Literal["absent"] = "absent"
 """What a description says of moments that are not known; it says nothing of those that are."""
 _STEP_NAME = re.compile(r"step_(\d{6,})\.pt")
+STEP_FILES = f"checkpoints/step_{'[0-9]' * 6}*.pt"
+"""Pattern (of `fnmatch`) of the checkpoints in a folder."""
 
 
 class DivergedError(CircuitError):

@@ -21,7 +21,12 @@ from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, checked_path, read_bytes, read_json
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.train_config import ImportedConfig, ModelConfig, TrainConfig
-from circuit.training.checkpoints import TrainState, checkpoint_name, encode_checkpoint
+from circuit.training.checkpoints import (
+    STEP_FILES,
+    TrainState,
+    checkpoint_name,
+    encode_checkpoint,
+)
 from circuit.training.foreign import (
     SUFFIXES,
     absent_biases,
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
 
 COMMAND = "import-checkpoints"
 RUN_CONFIG = "run_config.json"
-FILES = (RUN_CONFIG, "checkpoints/step_*.pt")
+FILES = (RUN_CONFIG, STEP_FILES)
 TRACKED = ("validation_iid", "heldout_pairs")
 """Splits that `evaluate` takes by default, where the benchmark has them."""
 

@@ -32,7 +32,12 @@ from circuit.sizes import require_disk, training_disk
 from circuit.tasks.base import Task
 from circuit.tasks.examples import Split
 from circuit.train_config import RUN_CONFIG, TrainConfig
-from circuit.training.checkpoints import DivergedError, checkpoint_name, encode_checkpoint
+from circuit.training.checkpoints import (
+    STEP_FILES,
+    DivergedError,
+    checkpoint_name,
+    encode_checkpoint,
+)
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.run_folder import (
     BEST,
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     from circuit.training.step import StepOutcome
 
 COMMAND = "train"
-FILES = (RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY, BEST, "checkpoints/step_*.pt")
+FILES = (RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY, BEST, STEP_FILES)
 """Patterns of the names in a run's folder."""
 
 

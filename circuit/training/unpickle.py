@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zipfile
 from pickle import UnpicklingError
 from typing import Any
@@ -38,7 +39,10 @@ def unpickle(payload: bytes, *, where: object, more: str, damaged: str) -> Any:
         raise CircuitError("refused: its records are compressed", where=where, fix=damaged)
     load = torch.load  # imports torch, of which a failure says nothing about the file
     try:
-        return load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle's protocols, for torch's authors
+            return load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except (UnpicklingError, AttributeError, TypeError) as error:
         named = _GLOBAL.search(str(error))
         what = f" (it names {named[1]})" if named else ""
