@@ -122,6 +122,17 @@ def _answer() -> int:
 
 OUT_OF_MEMORY = (os.strerror(errno.ENOMEM), "out of memory", "failed to map segment")
 """What torch's allocators and the loader of libraries say, which have no exception of their own."""
+OUT_OF_FILES = os.strerror(errno.EMFILE)
+
+
+def ran_out(error: BaseException) -> CircuitError | None:
+    """What to say of an error that comes of a limit of the machine; None of any other."""
+    if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
+        return CircuitError("the memory ran out", fix="free some, or raise its limit (`ulimit -v`)")
+    if OUT_OF_FILES in str(error):
+        return CircuitError("too many files are open", fix="raise their limit (`ulimit -n`)")
+    return None
+
 
 BUG = 70
 """Exit code of a mistake in this program; 1 says that a difference was found, and nothing else."""
@@ -136,18 +147,18 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except CircuitError as error:
         print_error(error)
         return 2
-    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  what nobody has foreseen
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001  what nobody has foreseen, a panic of Rust's too
         if signals.received() or isinstance(error, KeyboardInterrupt):  # whatever it has led to
             return say_interrupted("what was not finished is not written: start it again")
         if isinstance(error, OSError) and error.filename is not None:
             # of a path that was only looked at: no permission, a loop of links
             print_error(CircuitError(str(error.strerror), where=os.fsdecode(error.filename)))
             return 2
-        if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
-            fix = (
-                "free some, or raise the limit (`ulimit -v`); what was not finished is not written"
-            )
-            print_error(CircuitError("the memory ran out", fix=fix))
+        limit = ran_out(error)
+        if limit is not None:
+            print_error(limit)
             return 2
         traceback.print_exc()
         return BUG

@@ -159,10 +159,38 @@ def test_a_shut_output_leaves_its_place_to_no_file(desk: Path) -> None:
     assert done.stdout == "True\n"
 
 
-def test_a_bug_ends_with_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """As Rust's in Python."""
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError, Panic])
+def test_a_bug_ends_with_a_code_of_its_own(
+    bug: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any) -> None:
-        raise ZeroDivisionError
+        raise bug
 
     monkeypatch.setattr("circuit.trace.store.TraceStore.__init__", broken)
     done = forked("trace", "show", "any")
-    assert (done.code, b"ZeroDivisionError" in done.err) == (70, True)
+    assert (done.code, bug.__name__.encode() in done.err) == (70, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: ... (Cannot allocate memory)"), "the memory ran out"),
+        (ImportError("libx.so: failed to map segment from shared object"), "the memory ran out"),
+        (Panic('Os { code: 24, message: "Too many open files" }'), "too many files are open"),
+    ],
+)
+def test_a_limit_of_the_machine_is_said_in_one_line(
+    error: BaseException, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("circuit.trace.store.TraceStore.__init__", broken)
+    done = forked("trace", "show", "any")
+    assert (done.code, done.err.count(b"\n")) == (2, 1)
+    assert said in done.err.decode()
