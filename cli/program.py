@@ -125,12 +125,17 @@ OUT_OF_MEMORY = (os.strerror(errno.ENOMEM), "out of memory", "failed to map segm
 OUT_OF_FILES = os.strerror(errno.EMFILE)
 
 
-def ran_out(error: BaseException) -> CircuitError | None:
-    """What to say of an error that comes of a limit of the machine; None of any other."""
+def of_the_machine(error: BaseException) -> CircuitError | None:
+    """What to say of an error that the machine is the cause of; None of any other."""
     if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
         return CircuitError("the memory ran out", fix="free some, or raise its limit (`ulimit -v`)")
     if OUT_OF_FILES in str(error):
         return CircuitError("too many files are open", fix="raise their limit (`ulimit -n`)")
+    if isinstance(error, OSError) and error.filename is not None:
+        # of a path that was only looked at: no permission, a loop of links
+        return CircuitError(str(error.strerror), where=os.fsdecode(error.filename))
+    if isinstance(error, FileNotFoundError):  # what `os.getcwd` raises, which names no file
+        return CircuitError("the current folder is gone", fix="change to one that is there")
     return None
 
 
@@ -152,13 +157,9 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except BaseException as error:  # noqa: BLE001  what nobody has foreseen, a panic of Rust's too
         if signals.received() or isinstance(error, KeyboardInterrupt):  # whatever it has led to
             return say_interrupted("what was not finished is not written: start it again")
-        if isinstance(error, OSError) and error.filename is not None:
-            # of a path that was only looked at: no permission, a loop of links
-            print_error(CircuitError(str(error.strerror), where=os.fsdecode(error.filename)))
-            return 2
-        limit = ran_out(error)
-        if limit is not None:
-            print_error(limit)
+        refusal = of_the_machine(error)
+        if refusal is not None:
+            print_error(refusal)
             return 2
         traceback.print_exc()
         return BUG

@@ -184,7 +184,7 @@ def test_a_bug_ends_with_a_code_of_its_own(
         (Panic('Os { code: 24, message: "Too many open files" }'), "too many files are open"),
     ],
 )
-def test_a_limit_of_the_machine_is_said_in_one_line(
+def test_what_the_machine_lacks_is_said_in_one_line(
     error: BaseException, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
