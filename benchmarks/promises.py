@@ -1,0 +1,45 @@
+"""Runs the command beside each promise of docs/exactness.md and looks for the figures there.
+
+    python benchmarks/promises.py [WORD ...]     # of lines that hold one of the words; all: an hour
+
+Prints one line a promise; exits with the number of those whose figures were not printed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = "| fault or bad input | what happens | figure | command |"
+
+
+def promises() -> Iterator[tuple[str, list[str], str]]:
+    """Fault, figures and command of every line of the table."""
+    lines = (ROOT / "docs/exactness.md").read_text(encoding="utf-8").split("\n")
+    for line in lines[lines.index(HEAD) + 2 :]:
+        if not line.startswith("|"):
+            return
+        fault, _, figure, command = line.strip("| ").split(" | ")
+        yield fault, re.findall("`([^`]*)`", figure), re.findall("`([^`]*)`", command)[0]
+
+
+def main(words: list[str]) -> int:
+    """How many promises do not print their figures."""
+    failed = 0
+    for fault, figures, command in promises():
+        if words and not any(word in f"{fault} {command}" for word in words):
+            continue
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+        missing = [f"not printed: {figure}" for figure in figures if figure not in done.stdout]
+        holds = not missing and done.returncode == 0
+        failed += not holds
+        print("holds  " if holds else "DIFFERS", fault, *missing, sep="; ", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
