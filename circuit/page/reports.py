@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class Reports:
         self.by_command: dict[str, list[Written]] = {}
         self.left_out: list[str] = []
         identity = Identity.of(run.path) if (run.path / RUN_CONFIG).exists() else None
-        every = map(read_report, sorted((run.path / "analysis").rglob(f"*{SUFFIX}")))
+        every = map(read_report, _reports_below(run.path / "analysis"))
         for report in sorted(every, key=lambda one: one.written):
             if identity is not None and identity.denies(report.provenance):
                 self.left_out.append(self.relative(report.path))
@@ -114,6 +115,22 @@ class Reports:
 
         longest = max(self.by_command.get(TRACE, []), key=length, default=None)
         return None if longest is None else self.relative(longest.path.parent)
+
+
+def _reports_below(folder: Path) -> list[Path]:
+    """The JSON of every report; `rglob` would leave out what may not be looked into.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=refuse) if folder.exists() else ()
+    return sorted(
+        Path(place, name) for place, _, names in walk for name in names if name.endswith(SUFFIX)
+    )
 
 
 def _is_readable(report: Written) -> bool:
