@@ -235,19 +235,25 @@ class RowLog:
 
     def append(self, row: Row) -> None:
         """Write one row and hand it to the operating system."""
-        try:
+        with self._written():
             self._handle.write(dump_row(row) + "\n")
             self._handle.flush()
+
+    def sync(self) -> None:
+        """Force the rows to the disk."""
+        with self._written():
+            os.fsync(self._handle.fileno())
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CircuitError(
                 f"could not be written ({error.strerror or error})",
                 where=self.path,
                 fix="free space, then resume; the rows before this one are intact",
             ) from error
-
-    def sync(self) -> None:
-        """Force the rows to the disk."""
-        os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         """Close the file."""

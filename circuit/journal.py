@@ -54,17 +54,28 @@ class Journal:
                 rest = rest[os.write(self._handle, rest) :]
         except OSError as error:
             os.ftruncate(self._handle, self._size)
-            raise CircuitError(
-                f"could not be written ({error.strerror or error})",
-                where=self.path,
-                fix="free space; what was recorded before is intact",
-            ) from error
+            raise self._refusal(error) from error
         self._size += size
 
     def close(self) -> None:
-        """Force the records to the disk, and close the file."""
-        os.fsync(self._handle)
-        os.close(self._handle)
+        """Force the records to the disk, and close the file.
+
+        Raises:
+            CircuitError: as `append`.
+        """
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            raise self._refusal(error) from error
+        finally:
+            os.close(self._handle)
+
+    def _refusal(self, error: OSError) -> CircuitError:
+        return CircuitError(
+            f"could not be written ({error.strerror or error})",
+            where=self.path,
+            fix="free space; what was recorded before is intact",
+        )
 
 
 def _line(record: Mapping[str, Any], payload: Sequence[memoryview]) -> bytes:

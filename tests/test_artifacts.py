@@ -412,6 +412,8 @@ def test_a_full_disk_stops_a_log_with_a_clear_error(tmp_path: Path) -> None:
         log._handle = full
         with pytest.raises(CircuitError, match="No space left on device"):
             log.append({"step": 2})
+        with pytest.raises(CircuitError, match=r"rows.jsonl: could not be written"):
+            log.sync()
         log.close()
     assert read_jsonl(log.path) == [{"step": 1}]
 

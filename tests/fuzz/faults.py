@@ -17,8 +17,9 @@ from typing import Any
 KILLED = 99
 """Exit code of a process that a fault has ended."""
 CHANGES = {"fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "link", "truncate"}
+CHANGES |= {"writev", "ftruncate"}
 WRITES = {"write", "writelines", "flush"}
-FREES = {"unlink", "remove", "rmdir", "truncate"}
+FREES = {"unlink", "remove", "rmdir", "truncate", "ftruncate"}
 """Calls that no full disk refuses."""
 NAMESPACES, PAGE = 0x10020000, 4096
 """CLONE_NEWUSER | CLONE_NEWNS; the unit of a disk in memory."""
