@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +45,21 @@ def main() -> None:
     ranks = range(1, shape.d_model // shape.heads + 1)
     words = [f"qk_match,head={h},rank={r}" for r, h in itertools.product(ranks, heads)]
     several = _scalars(trace, args.probe_set, words[: args.scalars])
-    one = several[:1]
-    ratios = {"attribution, 1 scalar": _ratio(trace, start, _attributed(trace, one, start, end))}
-    count = len(several)
-    ratios[f"attribution, {count} scalars"] = _ratio(
-        trace, start, _attributed(trace, several, start, end)
-    )
-    told = []
+    count, told, ratios = len(several), [], {}
     by: By
-    for by in ("example", "position"):
-        for scalars in (one, several):
-            attributor = attributor_of(trace, scalars, averages=True)
-            passed = CreditPass(trace, attributor, start, end, by)
-            name = f"credit by {by}, {len(scalars)} scalar{'s' * (len(scalars) > 1)}"
-            ratios[name] = _ratio(trace, start, iter(passed))
-            totals = passed.totals
+    for scalars in (several[:1], several):
+        name = f"{len(scalars)} scalar{'s' * (len(scalars) > 1)}"
+        ratios[f"attribution, {name}"] = _ratio(trace, start, _Attributed(trace, scalars), end)
+        for by in ("example", "position"):
+            asked = _Credited(trace, scalars, by)
+            ratios[f"credit by {by}, {name}"] = _ratio(trace, start, asked, end)
+            totals = asked.passed.totals
             told.append(
-                f"{name}: closure {float(totals.closure.max()):.2g}, examples against the batch"
-                f" {float(totals.examples_error.max()):.2g}, {passed.bytes_a_step} bytes a step"
+                f"credit by {by}, {name}: closure {float(totals.closure.max()):.2g}, examples"
+                f" against the batch {float(totals.examples_error.max()):.2g},"
+                f" {asked.passed.bytes_a_step} bytes a step"
             )
-    influence = InfluencePass(trace, attributor_of(trace, one), start, end)
-    ratios["influence, 1 scalar"] = _ratio(trace, start, iter(influence))
+    ratios["influence, 1 scalar"] = _ratio(trace, start, _Influenced(trace, several[:1]), end)
     print("\n".join(told))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:.0f} MB, threads {trace.manifest.environment['threads']}")
@@ -82,22 +77,50 @@ def _scalars(trace: ReplayedRun, probe_set: Path, words: Sequence[str]) -> list[
     return source.scalars(source.inputs(trace))
 
 
-def _attributed(
-    trace: ReplayedRun, scalars: Sequence[Scalar], start: int, end: int
-) -> Iterator[Any]:
-    attributor = attributor_of(trace, scalars)
-    return (attributor.step(step).rows(["circuit"]) for step in trace.replay(start, end))
+@dataclass
+class _Attributed:
+    trace: ReplayedRun
+    scalars: Sequence[Scalar]
+
+    def steps(self, start: int, end: int) -> Iterator[Any]:
+        attributor = attributor_of(self.trace, self.scalars)
+        return (attributor.step(step).rows(["circuit"]) for step in self.trace.replay(start, end))
 
 
-def _ratio(trace: ReplayedRun, start: int, asked: Iterator[Any]) -> float:
-    """Time of a whole pass over that of as many plain steps, a few of which follow each of its."""
+@dataclass
+class _Credited:
+    trace: ReplayedRun
+    scalars: Sequence[Scalar]
+    by: By
+
+    def steps(self, start: int, end: int) -> Iterator[Any]:
+        attributor = attributor_of(self.trace, self.scalars, averages=True)
+        self.passed = CreditPass(self.trace, attributor, start, end, self.by)
+        return iter(self.passed)
+
+
+@dataclass
+class _Influenced:
+    trace: ReplayedRun
+    scalars: Sequence[Scalar]
+
+    def steps(self, start: int, end: int) -> Iterator[Any]:
+        return iter(InfluencePass(self.trace, attributor_of(self.trace, self.scalars), start, end))
+
+
+def _ratio(
+    trace: ReplayedRun, start: int, asked: _Attributed | _Credited | _Influenced, end: int
+) -> float:
+    """Time of a whole pass over that of as many plain steps, one of which follows each of its."""
+    for _ in asked.steps(start, start + 1):  # whatever is imported or made once
+        pass
     plain = TrainingSession(trace.setup, state=trace.state(start))
     trace.prepare()
     plain.advance()
-    passed, steps = 0.0, []
+    waiting, passed, steps = asked.steps(start, end), 0.0, []
     while True:
         began = time.perf_counter()
-        ended = next(asked, None) is None
+        ended = next(waiting, None) is None
         middle = time.perf_counter()
         passed += middle - began
         if ended:

@@ -125,7 +125,8 @@ class InfluencePass:
             if c >= 1:
                 return u
             n = gradient.norm()  # clipping turns with the gradient's norm
-            return c * (u - (u @ gradient)[:, None] * gradient / (n * (n + 1e-6)))
+            along: Tensor = (u @ gradient)[:, None] * gradient / (n * (n + 1e-6))
+            return c * (u - along)
 
         curved, influence = self.losses.back(noted.objective, theta, by_gradient)
         (adjoint,) = before

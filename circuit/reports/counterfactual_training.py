@@ -144,8 +144,12 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
 
     def conclude(self, rows: list[Row]) -> Findings:
         (start, end), edits = self.steps, len(self.options.edits)
-        summary = {"start_step": start, "end_step": end, "differing_bits": self.differ}
-        summary |= {"scalars": [scalar.name for scalar in self.attributor.scalars]}
+        summary = {
+            "start_step": start,
+            "end_step": end,
+            "differing_bits": self.differ,
+            "scalars": [scalar.name for scalar in self.attributor.scalars],
+        }
         law = (
             f"{edits} training{'s' * (edits > 1)} with an edit over steps {start}:{end}; the one"
             f" that changes nothing is the run, {self.differ} bits differ"
