@@ -9,18 +9,21 @@ import typer
 
 from . import complete, options
 from .output import print_json, print_written, progress_bar, stdout, table
+from .parsing import Commands
 from .training import load_train_config
 
 if TYPE_CHECKING:
     from circuit.training.imported import ImportResult
 
 PANEL = "Weights of other programs"
+series = Commands(name="series", help="Series of checkpoints, of which only weights are known.")
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command("import-checkpoints", rich_help_panel=PANEL)(import_checkpoints)
     app.command("export", rich_help_panel=PANEL)(export)
+    app.add_typer(series, rich_help_panel=PANEL)  # its commands are reports
 
 
 def import_checkpoints(

@@ -78,6 +78,7 @@ OWN: dict[str, dict[str, Any]] = {
     "head-selection": {"start_step": 3, "end_step": 12, "score": "rank2"},
     "mlp-input-functional-subspace-report": {"end_step": None},
     "scalar-attribution": {"scalars": ("loss",)},
+    "series-scan": {"series": (RUN / "checkpoints",), "length": 8, "strings": 2},
 }
 """What a report takes in place of these."""
 

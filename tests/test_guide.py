@@ -54,7 +54,7 @@ def examples(text: str) -> list[str]:
 def split_command(line: str) -> tuple[str, list[str]]:
     """The command that a line names, and the words after it."""
     words = shlex.split(line)[1:]
-    name = " ".join(words[:2]) if words[0] in ("trace", "study") else words[0]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     return name, words[len(name.split()) :]
 
 

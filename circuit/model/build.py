@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from copy import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components.embed import Embed
 from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.pretrained.weight_conversions import (
+    convert_gpt2_weights,
+    convert_neox_weights,
+)
 
 from circuit.environment import require_device
 from circuit.model.kernels import use_fast_kernels
@@ -135,6 +139,21 @@ def build_standard(cfg: HookedTransformerConfig) -> HookedTransformer:
     model = _construct(copy(cfg))
     model.to(cfg.device or "cpu", print_details=False)
     return model
+
+
+def build_converted(shape: dict[str, Any], source: Any, *, neox: bool) -> HookedTransformer:
+    """A plain HookedTransformer with the weights of a Hugging Face model, unfolded.
+
+    Args:
+        shape: fields of its config.
+        source: a `GPT2LMHeadModel`, or where `neox` a `GPTNeoXForCausalLM`.
+    """
+    convert = convert_neox_weights if neox else convert_gpt2_weights
+    cfg = HookedTransformerConfig(**shape, init_weights=False, device="cpu", dtype=torch.float32)
+    model = _construct(cfg)
+    # what the conversions leave out (masks, rotary tables) the model has made itself
+    model.load_state_dict({**model.state_dict(), **convert(source, model.cfg)})
+    return model.eval()
 
 
 def _construct(cfg: HookedTransformerConfig) -> HookedTransformer:

@@ -102,7 +102,7 @@ def import_checkpoints(
     """
     files = list_files(paths)
     by_step = dict(sorted(zip(steps_of(files, steps), files, strict=True)))
-    told = _told_settings(files)
+    told = told_settings(files)
     report = progress or (lambda done, total: None)
     with OutputFolder(output_dir, COMMAND, writes=FILES, overwrite=overwrite) as folder:
         names = [RUN_CONFIG, *(f"checkpoints/{checkpoint_name(step)}" for step in by_step)]
@@ -199,7 +199,7 @@ def _survey(
     tied, zero = True, None
     for step, path in by_step.items():
         digest, tensors = _read(path)
-        model = model or _model_of(tensors, path, told)
+        model = model or model_of(tensors, path, told)
         untied = model.model_copy(update={"tied_unembedding": False})
         made = fitted(tensors, untied, benchmark.vocabulary.size, path)
         tied = tied and is_tied(made)
@@ -239,7 +239,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     return hashlib.sha256(payload).hexdigest(), read_tensors(path, payload)
 
 
-def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
+def told_settings(files: Sequence[Path]) -> dict[str, Any]:
     """Settings that a HookedTransformerConfig beside the files tells: `config.json`.
 
     Raises:
@@ -266,7 +266,7 @@ def _told_settings(files: Sequence[Path]) -> dict[str, Any]:
     return told
 
 
-def _model_of(tensors: dict[str, Tensor], path: Path, told: dict[str, Any]) -> ModelConfig:
+def model_of(tensors: dict[str, Tensor], path: Path, told: dict[str, Any]) -> ModelConfig:
     """The shape of a file's model, by its tensors and what is told beside it."""
     fields = {
         field: values[told[name]]

@@ -1,0 +1,108 @@
+"""Models that `save_pretrained` has written, as HookedTransformers: GPT-2 and GPT-NeoX (Pythia).
+
+The weights go through TransformerLens's own conversions, unfolded; the shape is read off the
+folder's config. Nothing is downloaded and nothing in a folder is executed: weights have to be
+safetensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from circuit.errors import CircuitError
+from circuit.lazy import torch
+from circuit.reading import read_json
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+ARCHITECTURES = ("GPT2LMHeadModel", "GPTNeoXForCausalLM")
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder is one that `save_pretrained` writes."""
+    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
+
+
+def load_pretrained(folder: Path) -> HookedTransformer:
+    """The model in a folder, in float32, plain TransformerLens.
+
+    Raises:
+        CircuitError: its architecture is none of `ARCHITECTURES`, or it cannot be read.
+    """
+    told = read_json(folder / CONFIG)
+    named = told.get("architectures") if isinstance(told, dict) else None
+    if not isinstance(named, list) or named[:1] not in [[name] for name in ARCHITECTURES]:
+        raise CircuitError(
+            f"architectures is {named}",
+            where=folder / CONFIG,
+            expected=" or ".join(ARCHITECTURES),
+        )
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from circuit.model.build import build_converted
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise CircuitError(f"cannot be read ({first})", where=folder) from None
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+    shape = _neox(model.config) if named[0] == ARCHITECTURES[1] else _gpt2(model.config)
+    return build_converted(shape, model, neox=named[0] == ARCHITECTURES[1])
+
+
+def _gpt2(config: Any) -> dict[str, Any]:
+    """A HookedTransformerConfig's fields of a GPT2Config."""
+    return {
+        "d_model": config.n_embd,
+        "n_heads": config.n_head,
+        "d_head": config.n_embd // config.n_head,
+        "d_mlp": config.n_inner or 4 * config.n_embd,
+        "n_layers": config.n_layer,
+        "n_ctx": config.n_positions,
+        "eps": config.layer_norm_epsilon,
+        "d_vocab": config.vocab_size,
+        "act_fn": config.activation_function,
+        "use_attn_scale": config.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "normalization_type": "LN",
+    }
+
+
+def _neox(config: Any) -> dict[str, Any]:
+    """The same of a GPTNeoXConfig."""
+    d_head = config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters or {}
+    return {
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "d_head": d_head,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "eps": config.layer_norm_eps,
+        "d_vocab": config.vocab_size,
+        "act_fn": config.hidden_act,
+        "parallel_attn_mlp": config.use_parallel_residual,
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": False,
+        "rotary_base": rope.get("rope_theta", 10000.0),
+        "rotary_dim": round(rope.get("partial_rotary_factor", 0.25) * d_head),
+        "normalization_type": "LN",
+    }
