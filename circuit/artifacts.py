@@ -298,7 +298,10 @@ class OutputFolder:
         self.command = command
         self.overwrite = overwrite
         self.resume = resume
-        self.appended = {".jsonl": partial(read_jsonl, tolerate_torn_tail=True), **(appended or {})}
+        self.appended: dict[str, Callable[[Path], object]] = {
+            ".jsonl": partial(read_jsonl, tolerate_torn_tail=True),
+            **(appended or {}),
+        }
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
         self._manifest = Manifest(command, writes)

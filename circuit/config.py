@@ -118,6 +118,10 @@ _ORIGIN = "overrides"
 """Key of the record in a run_config.json."""
 
 
+RECORDING = "recording.json"
+"""What tells the folder of a recording (`circuit.watch`)."""
+
+
 def read_config(path: Path) -> Any:
     """The JSON of a config file.
 
@@ -125,10 +129,16 @@ def read_config(path: Path) -> Any:
         CircuitError: it is missing, cannot be read or is no JSON.
     """
     if path.is_dir():
+        recorded = (path / RECORDING).is_file()
         raise CircuitError(
-            "is a folder that holds no run_config.json",
+            "is a recording of somebody's own loop, which has no config"
+            if recorded
+            else "is a folder that holds no run_config.json",
             where=path,
             expected="a config file, or the folder of a run",
+            fix="circuit trace show, verify and checkout take it, and circuit.open_run in Python"
+            if recorded
+            else None,
         )
     try:
         return read_json(path, missing="no such config file")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.core.flat import Flat, ParameterLayout
@@ -27,6 +27,7 @@ from circuit.scalars.base import BoundScalar, Measure, Scalar, SharedBatch, meas
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
+    from transformer_lens import HookedTransformer
 
 LossScope = Literal["full_lm", "answer"]
 LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
@@ -184,7 +185,7 @@ class Attributor:
             CircuitError: there is no such rule or scope.
         """
         check_loss_scope(loss_scope)
-        self.model = model
+        self.model = cast("HookedTransformer", model)  # which scalars with activations need
         self.scalars = tuple(measured(scalar) for scalar in scalars)
         self.rule: PathRule = path_rule(rule)
         self.loss_scope = loss_scope

@@ -39,8 +39,9 @@ class Atom:
             return "norms"
         if match is None:  # the submodule; of layers the one that is counted
             submodule = self.tensor.rpartition(".")[0] or self.tensor
-            layer = _NUMBERED.match(self.tensor) if partition == "layer" else None
-            return submodule if layer is None else layer[0]
+            numbered = _NUMBERED.match(self.tensor) if partition == "layer" else None
+            return submodule if numbered is None else numbered[0]
+        assert match is not None
         layer, rest = f"L{match[1]}", match[2]
         if rest.startswith("ln"):
             return "norms"

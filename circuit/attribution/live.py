@@ -211,10 +211,11 @@ class _Measure:
             row["scalars"] = {one["scalar"]: one["after"] for one in found}
             row["attribution"] = {one["scalar"]: _shares(one) for one in found}
         elif self.copy is not None:
-            _follow(self.copy, self.module)
+            copy: Any = self.copy
+            _follow(copy, self.module)
             with torch.no_grad():
                 row["scalars"] = {
-                    scalar.name: float(evaluate_scalar(scalar, self.copy).double().mean())
+                    scalar.name: float(evaluate_scalar(scalar, copy).double().mean())
                     for scalar in self.scalars
                 }
         return row

@@ -98,12 +98,12 @@ def attributor_of(run: Run, scalars: Sequence[Scalar | Measure], **options: Any)
     Raises:
         CircuitError: there is no scalar, two share a name, or as `Attributor`.
     """
-    scalars = [measured(scalar) for scalar in scalars]
-    names = [scalar.name for scalar in scalars]
+    every = [measured(scalar) for scalar in scalars]
+    names = [scalar.name for scalar in every]
     if not names or len(set(names)) < len(names):
         raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
     # the weights of each step are put into it
-    return Attributor(run.module(options.pop("dtype", None)), scalars, **options)
+    return Attributor(run.module(options.pop("dtype", None)), every, **options)
 
 
 def attribute(

@@ -244,7 +244,7 @@ def hyper_of(settings: Mapping[str, Any]) -> Hyper:
 
 def shared_rate(groups: tuple[Group, ...]) -> float:
     """The rate of the first group, which is all groups' where they share one."""
-    return hyper_of(groups[0].settings).rate
+    return float(groups[0].settings.get("lr", 0.0))
 
 
 def names_by_id(module: nn.Module) -> dict[int, str]:

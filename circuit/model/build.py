@@ -31,10 +31,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components.embed import Embed
 from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.pretrained.weight_conversions import (
-    convert_gpt2_weights,
-    convert_neox_weights,
-)
+from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
 
 from circuit.environment import require_device
 from circuit.model.kernels import use_fast_kernels

@@ -14,7 +14,7 @@ wrong place is. Distances are those of a sketch, at most 4,096 numbers of each t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -230,7 +230,7 @@ def matching(head: str, tokens: Tensor) -> tuple[Attention, Attention]:
     return attention(PREFIX, length, length - 1), attention(PREVIOUS, 1, 1)
 
 
-def _sketch(parameters: dict[str, Tensor]) -> Tensor:
+def _sketch(parameters: Mapping[str, Tensor]) -> Tensor:
     parts = [p.detach().reshape(-1) for p in parameters.values()]
     return torch.cat([part[:: max(1, len(part) // SKETCH)][:SKETCH] for part in parts]).double()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from circuit.core.edit import Edit
 from circuit.core.flat import Flat, ParameterLayout
@@ -133,7 +133,7 @@ class RecordedRun:
             CircuitError: the module has other parameters.
         """
         self.recording = recording
-        self._module = module() if _makes_one(module) else module
+        self._module = _made(module)
         self._classes = tuple(optimizers)
         self._walk: Rerun | None = None
         if self._module is not None:
@@ -396,8 +396,9 @@ def evaluated(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return copied if dtype is None else torch.nn.Module.to(copied, dtype)
 
 
-def _makes_one(module: Any) -> bool:
-    return module is not None and not isinstance(module, torch.nn.Module)
+def _made(module: nn.Module | Callable[[], nn.Module] | None) -> nn.Module | None:
+    """The module that was given, or is made."""
+    return module if module is None or isinstance(module, torch.nn.Module) else module()
 
 
 def _check_module(module: nn.Module, recording: Recording) -> None:

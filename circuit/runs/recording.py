@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.artifacts import read_jsonl
-from circuit.config import NonNegativeInt, PositiveInt
+from circuit.config import RECORDING, NonNegativeInt, PositiveInt
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.optimizers import OUTSIDE, Group, Past, rule_of
 from circuit.errors import CircuitError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMMAND = "watch"
-MANIFEST = "recording.json"
+MANIFEST = RECORDING
 ROWS = "watch_rows.jsonl"
 JOURNAL = ".journal"
 FILES = (MANIFEST, ROWS, f"steps/from_*{JOURNAL}")

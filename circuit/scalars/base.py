@@ -232,7 +232,7 @@ def forward_activations(
     return kept
 
 
-def evaluate_scalar(scalar: Scalar, model: nn.Module) -> Float[Tensor, " example"]:
+def evaluate_scalar(scalar: Scalar, model: HookedTransformer) -> Float[Tensor, " example"]:
     """A scalar's values on one model, bound to it; for notebooks and checks."""
     shared = SharedBatch.merge([scalar], device=str(next(model.parameters()).device))
     return scalar.bind(model).values(model, Cache(shared.run(model), shared.rows[0]))

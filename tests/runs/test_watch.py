@@ -605,6 +605,8 @@ def test_the_trace_commands_take_a_recording(
     beyond = ["trace", "checkout", here, "--step", "13", "--output", "x.safetensors"]
     assert type_and_read(beyond, capsys).code == 2
     assert type_and_read(["trace", "prune", here, "--anchor-every", "6"], capsys).code == 2
+    done = type_and_read(["evaluate", "--config", here, "--checkpoint", "x.pt"], capsys)
+    assert "is a recording of somebody's own loop, which has no config" in done.err
 
 
 def test_a_step_that_differs_is_named(
