@@ -14,13 +14,15 @@ The loop's bits are the same with and without it.
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.attribution.attribute import Attributor
-from circuit.core.flat import norm
+from circuit.core.flat import ParameterLayout, norm
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.recorded import RecordedStep, evaluated
@@ -222,14 +224,21 @@ class _Measure:
 
 
 def _of_step(step: RecordedStep) -> dict[str, Any]:
-    update = step.update
+    """Rates and norms, parameter by parameter: all float64 vectors at once are never held."""
+    taken, squares, ulps = step.taken, Counter[str](), 0.0
+    for name, shape in zip(step.layout.names, step.layout.shapes, strict=True):
+        update = taken.terms(ParameterLayout.of_shapes({name: shape}))
+        ulps = max(ulps, update.rounding_ulps())
+        vectors = {**update.named(), "/update": update.total, "/parameter": taken.after[name]}
+        if name in taken.gradient:
+            vectors["/gradient"] = taken.gradient[name]
+        squares.update({column: norm(vector) ** 2 for column, vector in vectors.items()})
+    norms = {column: math.sqrt(square) for column, square in squares.items()}
     return {
         "lr": step.lr,
-        "gradient_norm": norm(step.gradient),
-        "parameter_norm": norm(step.after.parameters),
-        "update_norm": norm(update.total),
-        "term_norms": {name: norm(vector) for name, vector in update.named().items()},
-        "rounding_ulps": update.rounding_ulps(),
+        **{f"{of}_norm": norms.pop(f"/{of}", 0.0) for of in ("gradient", "parameter", "update")},
+        "term_norms": norms,
+        "rounding_ulps": ulps,
     }
 
 

@@ -74,7 +74,7 @@ class TakenStep:
         """The update and its terms; they sum to what has changed since the step before.
 
         Args:
-            layout: of the flat vectors.
+            layout: of the flat vectors; of some parameters alone it is of theirs.
             columns: terms that are told, zero if need be, beside those that there are.
 
         Raises:
@@ -84,6 +84,8 @@ class TakenStep:
         update = joined(layout.size, parts)
         change = torch.zeros(layout.size, dtype=torch.float64)
         for name, value in self.outside.items():
+            if name not in layout.names:
+                continue
             start, stop = layout.range(name)
             moved = self.before[name].double() - value.double()
             change[start:stop] = moved.reshape(-1).cpu()
@@ -95,7 +97,7 @@ class TakenStep:
         """Of a group: parameters with a gradient, apart by their count and whether it begins."""
         alike: dict[tuple[int, bool], list[str]] = {}
         for name in group.names:
-            if name in self.gradient:
+            if name in self.gradient and name in layout.names:
                 count = int(self.memory.get(name, {}).get("step", 1))
                 fresh = not any(isinstance(x, torch.Tensor) for x in self.past[name].values())
                 alike.setdefault((count, fresh), []).append(name)

@@ -260,6 +260,12 @@ def test_an_attribution_adds_up(name: str, tmp_path: Path) -> None:
         assert told["terms"] == {
             name: shares[at] for name, shares in live.path.items() if name in told["terms"]
         }
+        (step,) = run.replay(at, at + 1)
+        norms = {name: float(vector.norm()) for name, vector in step.update.named().items()}
+        assert row["term_norms"] == pytest.approx({n: norms[n] for n in row["term_norms"]})
+        assert row["update_norm"] == pytest.approx(float(step.update.total.norm()))
+        assert row["gradient_norm"] == pytest.approx(float(step.gradient.norm()))
+        assert row["rounding_ulps"] == step.update.rounding_ulps()
     assert read_jsonl(tmp_path / ROWS) == watching.rows
 
 
