@@ -158,8 +158,8 @@ def main() -> None:
         print(f"a step again from its gradient: {1e3 * again:.1f} ms")
         steps = random.Random(0).sample(run.steps, min(100, len(run.steps)))
         words = [sys.executable, "-c", FRESH, f"{folder}/kept", json.dumps(steps)]
-        found = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
-        pairs = zip(sorted(steps), found, strict=True)
+        digests = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+        pairs = zip(sorted(steps), digests, strict=True)
         equal = sum(expected[step] == digest for step, digest in pairs)
     print(f"{equal} of {len(steps)} random steps equal in a fresh process, 0 bits differ")
     sys.exit(equal != len(steps))

@@ -59,15 +59,15 @@ def verify(folder: Path, start: int | None, end: int | None, as_json: bool) -> N
     with progress_bar(not as_json) as bar:
         last = run.recording.last_step if end is None else end
         task = bar.add_task("executing", total=last - (start or 0), note="")
-        found = run.verify(start, end, progress=lambda step: bar.update(task, advance=1))
+        verified = run.verify(start, end, progress=lambda step: bar.update(task, advance=1))
     if as_json:
-        payload: dict[str, Any] = {"law": found.law, "steps": found.end - found.start}
-        print_json({**payload, "equal": found.difference is None, "paths": []})
+        payload: dict[str, Any] = {"law": verified.law, "steps": verified.end - verified.start}
+        print_json({**payload, "equal": verified.difference is None, "paths": []})
     else:
         stdout.print(
-            f"{found.compared_anchors} stored states compared; {found.law}", soft_wrap=True
+            f"{verified.compared_anchors} stored states compared; {verified.law}", soft_wrap=True
         )
-    if found.difference is not None:
+    if verified.difference is not None:
         raise typer.Exit(1)
 
 

@@ -209,9 +209,9 @@ class _Measure:
             row = _of_step(step)
         if self.attributor is not None:
             assert step is not None
-            found = self.attributor.step(step).rows(("circuit",))
-            row["scalars"] = {one["scalar"]: one["after"] for one in found}
-            row["attribution"] = {one["scalar"]: _shares(one) for one in found}
+            rows = self.attributor.step(step).rows(("circuit",))
+            row["scalars"] = {one["scalar"]: one["after"] for one in rows}
+            row["attribution"] = {one["scalar"]: _shares(one) for one in rows}
         elif self.copy is not None:
             copy: Any = self.copy
             _follow(copy, self.module)

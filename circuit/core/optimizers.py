@@ -163,9 +163,9 @@ def groups_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tup
     """
     groups = []
     for number, group in enumerate(optimizer.param_groups):
-        own = [names.get(id(parameter)) for parameter in group["params"]]
-        if None in own:
-            place = own.index(None)
+        members = [names.get(id(parameter)) for parameter in group["params"]]
+        if None in members:
+            place = members.index(None)
             raise CircuitError(
                 f"parameter {place} {list(group['params'][place].shape)} of group {number} of"
                 f" {type(optimizer).__name__} is none of the module's",
@@ -173,7 +173,7 @@ def groups_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tup
                 fix="pass the module that holds them all",
             )
         settings = {key: value for key, value in group.items() if key not in ("params", *_NAMES)}
-        groups.append(Group(tuple(str(name) for name in own), settings))
+        groups.append(Group(tuple(str(name) for name in members), settings))
     return tuple(groups)
 
 

@@ -106,15 +106,15 @@ class SeriesScan(Report[SeriesOptions]):
         scalars = [scalar for head in heads for scalar in matching(head, tokens)]
         shared = SharedBatch.merge(scalars)
         runs = shared.run(model)
-        found: dict[str, dict[str, float]] = {head: {} for head in heads}
+        by_head: dict[str, dict[str, float]] = {head: {} for head in heads}
         for scalar, rows in zip(scalars, shared.rows, strict=True):
             cache = Cache(runs, rows)
             sums = cache[scalar.hook][:, scalar.component.head].double().sum(-1)
             self.gap = max(self.gap, float((sums - 1).abs().max()))
             measure = scalar.name.partition(".")[0]
             value = scalar.values(model, cache).double().mean()
-            found[str(scalar.component)][measure] = float(value)
-        return found
+            by_head[str(scalar.component)][measure] = float(value)
+        return by_head
 
     def _born(self, model: HookedTransformer, head: str) -> dict[str, int]:
         component = next(one for one in all_heads(model) if str(one) == head)
@@ -246,14 +246,14 @@ def _copies(digests: dict[int, str]) -> list[list[int]]:
 def _backwards(sketches: dict[int, Tensor], copied: set[int]) -> list[list[int]]:
     """Steps that are nearer to one before their predecessor, and that one; copies left out."""
     steps = [step for step in sketches if step not in copied]
-    found = []
+    back = []
     for place in range(2, len(steps)):
         here = sketches[steps[place]]
         far = [float((here - sketches[step]).norm()) for step in steps[:place]]
         nearest = min(range(place), key=lambda at: far[at])
         if nearest < place - 1:
-            found.append([steps[place], steps[nearest]])
-    return found
+            back.append([steps[place], steps[nearest]])
+    return back
 
 
 def _course(rows: list[Row], measure: str) -> dict[str, Any]:

@@ -265,23 +265,23 @@ class Recording:
         Raises:
             CircuitError: a line is damaged, or steps are missing.
         """
-        found: dict[str, dict[int, tuple[Path, dict[str, Any], int]]] = {"state": {}, "step": {}}
+        records: dict[str, dict[int, tuple[Path, dict[str, Any], int]]] = {"state": {}, "step": {}}
         for path in sorted((self.root / "steps").glob(f"from_*{JOURNAL}")):
             for record, start in read_records(path):
-                found[record["kind"]][record["step"]] = path, record, start
-        if 0 not in found["state"]:
+                records[record["kind"]][record["step"]] = path, record, start
+        if 0 not in records["state"]:
             raise CircuitError(
                 "holds no state to begin with",
                 where=self.root,
                 fix="the loop ended before its first step; record again",
             )
-        taken = sorted(found["step"])
+        taken = sorted(records["step"])
         if taken and taken != list(range(1, taken[-1] + 1)):
             missing = next(n for n, step in enumerate(taken, start=1) if n != step)
             raise CircuitError(
                 f"step {missing} is missing", where=self.root / "steps", fix="record again"
             )
-        return found
+        return records
 
     @property
     def anchors(self) -> list[int]:

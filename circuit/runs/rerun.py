@@ -193,19 +193,19 @@ class Rerun:
 def _class_of(kind: str, classes: Sequence[type]) -> type[torch.optim.Optimizer]:
     """The class of that name: one of those given, or torch's."""
     names = {class_name(one): one for one in classes}
-    found: Any = names.get(kind)
+    kind_class: Any = names.get(kind)
     name = kind.rpartition(".")[2]
-    if found is None and kind.startswith("torch.optim."):
-        found = getattr(torch.optim, name, None)
-        if found is not None and class_name(found) != kind:
-            found = None
-    if found is None:
+    if kind_class is None and kind.startswith("torch.optim."):
+        kind_class = getattr(torch.optim, name, None)
+        if kind_class is not None and class_name(kind_class) != kind:
+            kind_class = None
+    if kind_class is None:
         raise CircuitError(
             f"the optimizer {kind} is none of torch's",
             expected="its class, which no file is trusted to name",
             fix=f"pass it: circuit.open_run(folder, optimizers=[{name}])",
         )
-    return found  # type: ignore[no-any-return]
+    return kind_class  # type: ignore[no-any-return]
 
 
 def _placed(value: Any, device: torch.device, fused: bool) -> Any:

@@ -51,8 +51,8 @@ class _Call:
     Attributes:
         optimizer: which one.
         whole: all of it is going to be looked at.
-        outside, found: parameters that have changed since the step before, as it left them and as
-            this one found them.
+        outside, entering: parameters that have changed since the step before, as it left them and
+            as this one found them.
         before, past: parameters, and what the optimizer remembers; where all is looked at.
         buffers: that have changed since the step before.
         gradient: of the parameters `names`, one behind the other.
@@ -61,7 +61,7 @@ class _Call:
     optimizer: int
     whole: bool
     outside: Mapping[str, Tensor] = field(default_factory=dict)
-    found: Mapping[str, Tensor] = field(default_factory=dict)
+    entering: Mapping[str, Tensor] = field(default_factory=dict)
     before: Mapping[str, Tensor] = field(default_factory=dict)
     past: Past = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -198,7 +198,7 @@ class Watcher:
             self._buffers = {name: _Buffer.of(buffer) for name, buffer in buffers.items()}
         changed = buffers if self.step == 0 else {n: buffers[n] for n in self._changed_buffers}
         groups = tuple(groups_of(one, self._names) for one in self.optimizers)
-        self._members = [[group.names for group in own] for own in groups]
+        self._members = [[group.names for group in several] for several in groups]
         return StoredState(
             self.step,
             {name: p.detach().clone() for name, p in self._parameters.items()},
@@ -244,7 +244,7 @@ class Watcher:
                 self._anew = False
             else:
                 call.outside = self._changed_outside()
-                call.found = {n: self._parameters[n].detach().clone() for n in call.outside}
+                call.entering = {n: self._parameters[n].detach().clone() for n in call.outside}
         if call.whole:
             call.before = {name: p.detach().clone() for name, p in self._parameters.items()}
             call.past = past_of(self.optimizers[place], self._names)
@@ -310,6 +310,7 @@ class Watcher:
         if self._gradients:
             self._store(call, groups)
         elif self._storage is not None and self._storage.is_due(self.step):
+            self._moved_buffers()  # those that have ever changed are part of every state
             self._storage.add_state(self.state())
         if self._observer is not None and self.step % self._every == 0:
             step = None
@@ -327,7 +328,7 @@ class Watcher:
             self.step,
             call.optimizer,
             tuple(group.settings for group in groups),
-            call.found,
+            call.entering,
             call.buffers,
             {},
             tensor_digest(self._last),

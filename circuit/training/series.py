@@ -38,9 +38,9 @@ class CheckpointSeries:
         Raises:
             CircuitError: there is none; a name tells no step; two have the same.
         """
-        found = [member for path in map(checked_path, paths) for member in _members(path)]
-        steps = steps_of(found) if found else []
-        self.members = dict(sorted(zip(steps, found, strict=True)))
+        listed = [member for path in map(checked_path, paths) for member in _members(path)]
+        steps = steps_of(listed) if listed else []
+        self.members = dict(sorted(zip(steps, listed, strict=True)))
 
     @property
     def steps(self) -> list[int]:

@@ -510,12 +510,16 @@ def test_an_earlier_recording_is_replaced_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_states_alone_and_rows_alone(tmp_path: Path) -> None:
-    loop = watched(tmp_path / "states", {"keep": "states", "every": 3}, steps=10)
+    loop = LOOPS["buffers and dropout"]()
+    loop = watched(
+        tmp_path / "states", {"keep": "states", "every": 3}, steps=10, module=loop.module
+    )
     run = circuit.open_run(tmp_path / "states/mine")
     assert run.steps == [0, 3, 6, 9]
     for step in run.steps:
         state = run.state(step)
         assert all(torch.equal(t, loop.seen[step][n]) for n, t in state.parameters.items())
+        assert all(torch.equal(t, loop.buffers[step][n]) for n, t in state.buffers.items())
     with pytest.raises(CircuitError, match="holds states alone"):
         next(run.replay(0, 3))
     with pytest.raises(CircuitError, match="every 3 steps from 0 to 9"):
