@@ -264,5 +264,6 @@ def _follow(copy: nn.Module, module: nn.Module) -> None:
 
 
 def _cuda(module: nn.Module) -> list[torch.device]:
+    """Devices whose random numbers a scalar may draw from, beside the CPU."""
     devices = {parameter.device for parameter in module.parameters()}
-    return [device for device in devices if device.type == "cuda"]
+    return [device for device in devices if device.type == "cuda" and torch.cuda.is_initialized()]
