@@ -66,6 +66,6 @@ def flattened(row: Mapping[str, Any], prefix: str = "") -> Numbers:
     for name, value in row.items():
         if isinstance(value, Mapping):
             numbers |= flattened(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
             numbers[prefix + name] = float(value)
     return numbers

@@ -24,6 +24,7 @@ from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.base import Run
 from circuit.scalars.base import Measure, Scalar, measured
+from circuit.sinks import Sink, as_function, flattened
 from circuit.trace.replay import ReplayedRun
 
 Rows = list[dict[str, Any]]
@@ -115,6 +116,7 @@ def attribute(
     rule: str = "simpson",
     partitions: Sequence[Partition] = ("circuit",),
     dtype: torch.dtype | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> dict[str, Series]:
     """Attribute scalars over the steps that take state `start` to state `end` of a run.
 
@@ -128,6 +130,7 @@ def attribute(
         partitions: of the parameters, whose groups are listed.
         dtype: of the model that evaluates scalars and gradients, float32 by default. In float64,
             what is left is the path rule's error alone.
+        sinks: where the numbers of every step go, too, as they come (`circuit.sinks`).
 
     Returns:
         One `Series` a scalar, by name.
@@ -138,8 +141,16 @@ def attribute(
     """
     chosen = [check_partition(partition) for partition in partitions]
     attributor = attributor_of(run, list(scalars), rule=rule, dtype=dtype)
-    steps = run.replay(start, end)
-    return Series.collect(row for step in steps for row in attributor.step(step).rows(chosen))
+    told = [as_function(sink) for sink in sinks]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for step in run.replay(start, end):
+            of_step = attributor.step(step).rows(chosen)
+            for sink in told:
+                sink(step.step, flattened({row["scalar"]: row for row in of_step}))
+            yield from of_step
+
+    return Series.collect(rows())
 
 
 def attribute_window(worker: Worker, start: int, end: int, *, workers: int = 1) -> Iterator[Rows]:

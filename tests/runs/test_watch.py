@@ -248,7 +248,11 @@ def test_an_attribution_adds_up(name: str, tmp_path: Path) -> None:
     with circuit.watch(module, optimizer, tmp_path, scalars=[margin], every=4) as watching:
         loop.run(module, optimizer)
     run = circuit.open_run(tmp_path, module=module)
-    series = circuit.attribute(run, [margin], 0, 12, dtype=torch.float64)["margin"]
+    told: dict[int, dict[str, float]] = {}
+    series = circuit.attribute(run, [margin], 0, 12, dtype=torch.float64, sinks=[told.__setitem__])[
+        "margin"
+    ]
+    assert [told[step]["margin/actual"] for step in range(1, 13)] == list(series.actual)
     assert series.closure().path_absolute < 1e-3
     assert (OUTSIDE in series.path) == (name == "changed between steps")
     assert set(series.groups["circuit"]) == {n.rpartition(".")[0] for n in loop.seen[0]}
