@@ -1,4 +1,4 @@
-"""Faults under a command: the n-th call that touches the disk is the last, or fails; a small disk.
+"""Faults under a command: a kill before any call that touches the disk, a full or a small disk.
 
 The interpreter tells of every call into C before it is made, so no writer can forget to ask.
 """
@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KILLED = 99
-"""Exit code of a process that a fault has ended."""
 CHANGES = {"fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "link", "truncate"}
 CHANGES |= {"writev", "ftruncate"}
 WRITES = {"write", "writelines", "flush"}
@@ -36,36 +34,48 @@ def touches(call: Any) -> bool:
     return name in CHANGES and getattr(owner, "__name__", "") == "posix"
 
 
-def fault(number: int, kind: str) -> Callable[[], None]:
-    """To be called in the process that is to have it.
-
-    Args:
-        number: of the call, from 0.
-        kind: `kill` ends the process before the call, `full` lets it fail as on a full disk.
-    """
+def full(number: int) -> Callable[[], None]:
+    """To be called in a process for which the disk is full from that call on, counted from 0."""
     left = number
 
     def watch(_: Any, event: str, call: Any) -> None:
         nonlocal left
-        if event != "c_call" or not touches(call):
-            return
-        left -= 1
-        if left < 0 and kind == "kill":
-            os._exit(KILLED)
-        if left < 0 and call.__name__ not in FREES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if event == "c_call" and touches(call):
+            left -= 1
+            if left < 0 and call.__name__ not in FREES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return lambda: sys.setprofile(watch)
 
 
-def counting(file: Path) -> Callable[[], None]:
-    """To be called in a process whose calls that touch the disk are counted: a byte each."""
+def recording(states: Path) -> Callable[[], None]:
+    """To be called in a process of which every state of the disk is recorded.
+
+    That is what a kill before each call that touches the disk would leave of the working directory.
+    Each state stands once, in a folder of `states` that its number names; `states/order` lists them
+    by call. Files that were there before are links.
+    """
 
     def watch(_: Any, event: str, call: Any) -> None:
         if event == "c_call" and touches(call):
-            os.write(counted, b".")
+            keep()
 
-    counted = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    def keep() -> None:
+        here = {path: path.stat() for path in Path().rglob("*") if path.is_file()}
+        made = {p: p.read_bytes() for p, of in here.items() if of.st_ino not in before}
+        state = (frozenset(here), frozenset(made.items()))
+        if state not in numbers:
+            numbers[state] = len(numbers)
+            for path in here:
+                target = states / str(numbers[state]) / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _ = target.write_bytes(made[path]) if path in made else os.link(path, target)
+        os.write(order, f"{numbers[state]}\n".encode())
+
+    numbers: dict[Any, int] = {}
+    before = {path.stat().st_ino for path in Path().rglob("*") if path.is_file()}
+    states.mkdir()
+    order = os.open(states / "order", os.O_WRONLY | os.O_CREAT)
     return lambda: sys.setprofile(watch)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import KILLED, PAGE, counting, fault, small_disk
+from faults import PAGE, full, recording, small_disk
 from law import Ended, differing, files, renewed, typed
 
 Words = tuple[str, ...]
@@ -69,7 +69,9 @@ class Cut:
     """A job, what stood there before it, and what it leaves when nothing happens.
 
     Attributes:
-        seen: what it left on the disk where it was cut off; to go on from the same is the same.
+        states: of the disk at each call that touches it, as folders, in their order.
+        calls: number of these calls.
+        seen: what a job that failed has left; to go on from the same is the same.
     """
 
     def __init__(self, job: Job, world: Path, place: Path) -> None:
@@ -83,9 +85,12 @@ class Cut:
         self.before = shutil.copytree(place, place.with_name("before"))
         self.old = files()
         self.own = set(self.old) - untouched - {NOTES.as_posix()}
-        done = typed(job.words, counting(place.with_name("count")))
+        renewed(self.before, place)
+        recorded = place.with_name("states")
+        done = typed(job.words, recording(recorded))
         assert done.code == 0, done.err
-        self.calls = place.with_name("count").stat().st_size
+        order = (recorded / "order").read_text().split()
+        self.calls, self.states = len(order), [recorded / n for n in dict.fromkeys(order)]
         self.new = files()
 
     def __enter__(self) -> Cut:
@@ -93,6 +98,7 @@ class Cut:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.before)
+        shutil.rmtree(self.before.with_name("states"))
 
     def lost(self) -> Iterator[str]:
         """Files that are neither as before nor as the job leaves them.
@@ -111,17 +117,21 @@ class Cut:
             if not (whole or log or manifest):
                 yield name
 
-    def broken(self, done: Ended) -> str:
-        """What a job that was cut off so breaks of the law; it is then done again."""
-        said = "" if done.code == KILLED else done.breach
+    def refused(self, done: Ended) -> str:
+        """What a job that a disk has stopped breaks of the law; it is then done again."""
+        said = done.breach
         if done.code:
             state = hash(frozenset((p, p.read_bytes()) for p in Path().rglob("*") if p.is_file()))
             if state in self.seen:
                 return said
             self.seen.add(state)
-        said += "".join(f" {name} is damaged or lost;" for name in self.lost())
-        if done.code == 0 and differing(files(), self.new):
+        elif differing(files(), self.new):
             said += f" done, but differs in {differing(files(), self.new)};"
+        return said + self.left()
+
+    def left(self) -> str:
+        """What is wrong with what stands here; the job is then done again."""
+        said = "".join(f" {name} is damaged or lost;" for name in self.lost())
         again = typed([*self.job.words, *self.job.again])
         if again.code:
             return f"{said} cannot be done again: {again.err[-500:]}"
@@ -133,22 +143,29 @@ def each(names: Iterable[str], step: int) -> list[Any]:
     return [pytest.param((name,), step, marks=SYSTEM, id=name) for name in names]
 
 
-@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 29), *each(JOBS, 1)])
+@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 9), *each(JOBS, 1)])
 def test_cut_off_at_any_call_it_ends_as_if_nothing_had_happened(
     names: Words, step: int, place: Path, world: Path
 ) -> None:
-    wrong, total = [], 0
+    wrong, calls, states, tried, fulls = [], 0, 0, 0, 0
     for name in names:
         with Cut(JOBS[name], world, place) as cut:
-            cases = [(n, "kill") for n in range(0, cut.calls, step)]
-            cases += [(n, "full") for n in range(step // 2, cut.calls, 5 * step)]
-            for n, kind in cases:
+            for number, state in enumerate(cut.states[::step]):
+                renewed(state, place)
+                broken = cut.left()
+                wrong += [f"{name}, killed in state {number * step}: {broken}"] if broken else []
+            for n in range(step // 2, cut.calls, 5 * step):
                 renewed(cut.before, place)
-                broken = cut.broken(typed(cut.job.words, fault(n, kind)))
-                wrong += [f"{name}, {kind} at call {n} of {cut.calls}: {broken}"] if broken else []
-            total += len(cases)
-            print(f"{name}: {cut.calls} calls that touch the disk, {len(cut.seen)} states left")
-    print(f"cut off: {total} times, {len(names)} commands; lost or unequal {len(wrong)}")
+                broken = cut.refused(typed(cut.job.words, full(n)))
+                wrong += [f"{name}, full at call {n} of {cut.calls}: {broken}"] if broken else []
+                fulls += 1
+            calls += cut.calls
+            states += len(cut.states)
+            tried += len(cut.states[::step])
+    print(
+        f"{', '.join(names)}: killed before {calls} calls, which leaves {states} states of the disk,"
+        f" {tried} tried; full at {fulls} of them; lost or unequal {len(wrong)}"
+    )
     assert wrong == [], "\n".join(wrong[:40])
 
 
@@ -191,7 +208,7 @@ def test_a_small_disk_is_a_refusal_and_no_loss(
             for pages in (*small, 8 * pages_of(cut.new)):  # the estimate before the work is larger
                 renewed(cut.before, place)
                 done = on_a_small_disk(pages, cut.job.words)
-                broken = cut.broken(done)
+                broken = cut.refused(done)
                 wrong += [f"{name} on {pages} pages: {broken}"] if broken else []
                 codes.append(done.code)
     print(f"small disks: {len(codes)}, refused {codes.count(2)}; lost or unequal {len(wrong)}")
