@@ -163,7 +163,7 @@ def test_cut_off_at_any_call_it_ends_as_if_nothing_had_happened(
             states += len(cut.states)
             tried += len(cut.states[::step])
     print(
-        f"{', '.join(names)}: killed before {calls} calls, which leaves {states} states of the disk,"
+        f"{', '.join(names)}: killed before {calls} calls, which leaves {states} states,"
         f" {tried} tried; full at {fulls} of them; lost or unequal {len(wrong)}"
     )
     assert wrong == [], "\n".join(wrong[:40])
