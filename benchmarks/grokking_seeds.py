@@ -194,7 +194,7 @@ class CapturedAttributor(Attributor):
 
     _graph: torch.cuda.CUDAGraph | None = None
 
-    def _evaluate(
+    def evaluate(
         self, theta: Tensor, bound: Sequence[BoundScalar], chosen: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         if self._graph is None:
