@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -45,6 +46,15 @@ settings.load_profile("fixed")
 
 MakeConfig = Callable[..., TrainConfig]
 DRAW = Chart.svg
+
+gc.disable()  # while modules are imported, of which nothing is garbage
+os.register_at_fork(after_in_child=gc.freeze)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays, and is not searched for garbage again and again, least in forks."""
+    gc.freeze()
+    gc.enable()
 
 
 def tiny_benchmark_payload() -> dict[str, Any]:

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import transformer_lens  # noqa: F401  what a fork would else import anew
 from circuit.cli import signals
+from command_line import type_in
+from warm import warm_program
 
 CIRCUIT = (sys.executable, "-m", "circuit.cli")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -67,16 +70,18 @@ def until(happened: Callable[[], object], process: subprocess.Popen[bytes]) -> N
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in NUMBERS[1:])]
 )
-def test_a_signal_leaves_a_checkpoint_and_one_line(desk: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [*CIRCUIT, "train", "--config", "configs/train/tiny.json", "--set", "steps=100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    metrics = Path("runs/tiny/metrics.jsonl")
-    until(lambda: metrics.exists() and len(metrics.read_bytes()) > 2000, process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+def test_a_signal_leaves_a_checkpoint_and_one_line(
+    desk: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    program, metrics = tmp_path / "bin" / "circuit", Path("runs/tiny/metrics.jsonl")
+    words = ["train", "--config", "configs/train/tiny.json", "--set", "steps=100000"]
+    with warm_program(program, type_in):
+        process = subprocess.Popen(
+            [program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        until(lambda: metrics.exists() and len(metrics.read_bytes()) > 2000, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert b"Traceback" not in err
     line = err.decode().splitlines()[-1]
@@ -113,7 +118,9 @@ def working_below(folder: Path) -> list[str]:
     return [line for line in found if "circuit" in line]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_reproduction_ends_with_its_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:

@@ -6,6 +6,7 @@ import ast
 import base64
 import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from command_line import type_and_read
+from warm import warm_python
 
 import circuit
 
@@ -128,7 +130,7 @@ def test_without_the_run_one_line_says_what_to_type(
             circuit.open_run(opened)
 
 
-@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("in_place", [False, True])
 def test_running_changes_the_committed_notebooks_only_when_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
 ) -> None:
@@ -140,6 +142,7 @@ def test_running_changes_the_committed_notebooks_only_when_told(
         found.metadata.circuit.best_weights_sha256 = "0" * 64
         return found
 
+    monkeypatch.setattr(tool, "quickstart", lambda: None)  # which `execute` would look at
     monkeypatch.setattr(tool, "execute", execute)
     monkeypatch.setattr(tool, "ELSEWHERE", tmp_path / "elsewhere")
     tool.main([*(["--write"] if in_place else []), str(committed)])
@@ -187,7 +190,12 @@ def test_notebooks_run_on_a_new_quickstart(
     On the machine that made the committed outputs training gives the same weights, and then the
     digest of all words must come out again; elsewhere outputs must be of the same kinds.
     """
-    with tool.small_quickstart():
+    with (
+        tool.small_quickstart(),
+        warm_python() as python,  # kernels as forks, which import nothing anew
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "executable", python)
         for committed, found in executed(tmp_path, capsys):
             said, before = tool.said_of(found), committed.metadata.circuit.small
             if said["best_weights_sha256"] == before["best_weights_sha256"]:

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from circuit.cli import main
 from circuit.cli.jobs import run_commands
-from warm_jobs import warm_python
+from warm_jobs import warm_jobs
 
 from circuit.config import load_config
 from circuit.errors import CircuitError
@@ -58,10 +58,18 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def jobs() -> Iterator[str]:
+    """A python whose jobs of a workflow import nothing anew."""
+    with warm_jobs() as python:
+        yield python
+
+
 def test_data_are_made_once_and_again_where_the_config_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", jobs)
     heard = reproduce(*DATA)
     done = [event.rule for event in heard if event.kind == "finished"]
     assert done == ["configs__common", "generate_benchmark__common", "generate_probe_set__common"]
@@ -77,12 +85,11 @@ def test_data_are_made_once_and_again_where_the_config_changes(
 
 
 def test_the_smoke_run_ends_with_every_output_of_its_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with warm_python() as python, monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", python)
-        reproduce(target="paper")
+    monkeypatch.setattr(sys, "executable", jobs)
+    reproduce(target="paper")
     plan = make_plan(Request("paper", SCALES["smoke"]))
     assert plan.jobs == ()
     missing = [p for p in plan.outputs if not any(SMOKE.glob(p.replace("SELECTED", "L*")))]
