@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pytest
 from command_line import type_and_read
 from each_report import GOOD, KINDS, MADE, make, options_of, sources_of
@@ -18,7 +19,7 @@ from tiny_run import RUN
 
 from circuit import CircuitError, read_rows
 from circuit.artifacts import read_jsonl
-from circuit.figures.charts import chart, colour, equals
+from circuit.figures.charts import Chart, chart, colour, equals
 from circuit.options import CheckpointOptions, Option, ProbeOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
@@ -28,15 +29,36 @@ from circuit.trace.record import RecordOptions, record_trace
 from circuit.train_config import load_run_config
 from circuit.training.loop import train
 
+DRAWN: dict[str, str] = {}
+"""Every drawing that this module has made, by all that it was made from."""
 KEYS = {"schema_version", "command", "parameters", "law", "summary", "paths", "provenance"}
 KEYS |= {"sha256"}
 every_report = pytest.mark.parametrize("command", sorted(KINDS))
 Written = Callable[[str], ReportResult]
 
 
+def essence(chart: Chart) -> str:
+    """All that a chart is drawn from."""
+    return json.dumps([chart.name, chart.title, chart.spec, chart.data, chart.follows])
+
+
+@pytest.fixture(scope="module")
+def remembered(drawn: None) -> Iterator[None]:
+    """Charts are drawn, and their drawings are remembered."""
+    draw = Chart.svg
+
+    def remember(chart: Chart) -> str:
+        DRAWN[essence(chart)] = drawing = draw(chart)
+        return drawing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chart, "svg", remember)
+        yield
+
+
 @pytest.fixture(scope="module")
 def desk(
-    trained_once: Path, drawn: None, tmp_path_factory: pytest.TempPathFactory
+    trained_once: Path, remembered: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """A working directory with the tiny run, a trace of three steps, and no report yet."""
     folder = tmp_path_factory.mktemp("laws")
@@ -137,9 +159,12 @@ def test_what_is_shown_is_made_from_what_is_written(written: Written, command: s
     kind = result.kind
     assert kind.notes(results) == list(result.notes)
     assert [t.markdown() for t in kind.tables(results)] == [t.markdown() for t in result.tables]
-    drawn = {f"{chart.name}.svg": chart.svg() for chart in kind.charts(results)}
+    charts = kind.charts(results)
+    drawn = {f"{one.name}.svg": DRAWN[essence(one)] for one in charts}
     assert drawn == {path.name: path.read_text() for path in result.figures}
-    assert len(drawn) == len(kind.charts(results)), "two charts share a name"
+    assert len(drawn) == len(charts), "two charts share a name"
+    for one in charts:
+        alt.LayerChart.validate(dict(one.spec))  # which refuses what is no Vega-Lite
 
 
 @every_report
@@ -170,9 +195,12 @@ def test_equal_inputs_give_equal_bytes_and_nothing_is_replaced_unasked(
 
 
 @pytest.mark.parametrize("command", [name for name in sorted(KINDS) if KINDS[name].reads_run])
-def test_it_remembers_what_was_set(written: Written, tmp_path: Path, command: str) -> None:
+def test_it_remembers_what_was_set(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """In its record, and in the line that makes it again."""
     written(command)
+    monkeypatch.setattr(Chart, "svg", lambda _: "<svg/>")
     config = load_run_config(RUN, ["name=renamed"])
     result = run_report(KINDS[command], config, options_of(command), tmp_path / "out")
     report = read_report(result.report)
