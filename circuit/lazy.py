@@ -25,12 +25,14 @@ class LazyModule(ModuleType):
         self._module: ModuleType | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the module, which is imported now at the latest."""
+        """An attribute of the module, which is imported now at the latest; kept, for speed."""
         if self._module is None:
             for part in self._parts:
                 import_module(f"{self.__name__}.{part}")
             self._module = import_module(self.__name__)
-        return getattr(self._module, name)
+        attribute = getattr(self._module, name)
+        setattr(self, name, attribute)
+        return attribute
 
 
 if TYPE_CHECKING:

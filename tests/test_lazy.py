@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+
+from circuit.lazy import LazyModule
 
 HEAVY_BY_NATURE = {"circuit.model.build", "circuit.model.kernels", "circuit.training.step"}
 IMPORT_ALL = f"""
@@ -23,3 +26,10 @@ def test_no_module_imports_a_heavy_library_before_it_uses_it() -> None:
         [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_what_was_used_is_at_hand() -> None:
+    module = LazyModule("json")
+    assert "dumps" not in vars(module)
+    assert module.dumps is json.dumps
+    assert vars(module)["dumps"] is json.dumps
