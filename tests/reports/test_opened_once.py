@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Done
 from each_report import KINDS, MADE, options_of, sources_of
 from tiny_run import RUN
 from watched import opens
 
 from circuit.runs.opening import open_run
 from circuit.trace.step import Tracer
-
-Circuit = Callable[..., Done]
 
 COUNTED = {
     "benchmark": "circuit.training.setup.load_benchmark",
@@ -66,11 +65,11 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield calls
 
 
-def words_of(command: str) -> list[str]:
+def words_of(command: str, states: Sequence[str]) -> list[str]:
     """A report, with states of a trace for checkpoints."""
     kind, options = KINDS[command], options_of(command)
     if "checkpoints" in kind.Options.declared():
-        options = options.model_copy(update={"checkpoints": tuple(map(Path, STATES))})
+        options = options.model_copy(update={"checkpoints": tuple(map(Path, states))})
     elif "separation_rows" in kind.Options.declared():  # which are of these steps
         options = options.model_copy(update={"start_step": 5, "end_step": 9})
     name = (kind.names or (command,))[0].split()
@@ -78,7 +77,7 @@ def words_of(command: str) -> list[str]:
     return [*name, *config, *options.words(), "--output-dir", str(MADE / command)]
 
 
-def lines_of() -> dict[str, list[str]]:
+def lines_of(states: Sequence[str] = STATES) -> dict[str, list[str]]:
     """Every command that reads a run; later ones read what earlier ones wrote."""
     ordered: dict[str, None] = {}
 
@@ -89,38 +88,69 @@ def lines_of() -> dict[str, list[str]]:
 
     for command in sorted(KINDS):
         add(command)
-    lines = {command: words_of(command) for command in ordered}
+    lines = {command: words_of(command, states) for command in ordered}
     return lines | {name: [*name.split(), *words.split()] for name, words in ON_THE_RUN.items()}
 
 
-def test_no_command_on_a_copy_opens_the_original(traced: Path) -> None:
+@dataclass(frozen=True)
+class Watched:
+    """Every command, one after the other, on a copy of the run.
+
+    Attributes:
+        lines: what was typed, by command.
+        code: how the fork ended that typed them (`watched.opens`).
+        calls: what each of them called, of `COUNTED` and "steps".
+    """
+
+    lines: dict[str, list[str]]
+    code: int
+    calls: dict[str, dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def watched(
+    trained_once: Path, traced_once: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Watched:
+    folder = tmp_path_factory.mktemp("watched")
+    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    shutil.copytree(traced_once, folder / "trace")
+    shutil.copytree(folder / RUN, folder / "runs/copy")
+
+    def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+        calls: dict[str, dict[str, int]] = {}
+        for command, words in lines.items():
+            with counting(patch) as counts:
+                yield words
+            calls[command] = dict(counts)
+        Path("calls.json").write_text(json.dumps(calls))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("CIRCUIT_DEVICE", raising=False)
+        lines = {
+            command: [word.replace("runs/tiny", "runs/copy") for word in words]
+            for command, words in lines_of().items()
+        }
+        lines["train again"] = ["train", "--config", "runs/copy", "--overwrite"]
+        code = opens(RUN, counted(patch))
+        calls = json.loads(Path("calls.json").read_text()) if code == 0 else {}
+    return Watched(lines, code, calls)
+
+
+def test_no_command_on_a_copy_opens_the_original(watched: Watched) -> None:
     """Config, checkpoints, probe set, trace and reports are the copy's: the folder is named."""
-    shutil.copytree("runs/tiny", "runs/copy")
-    lines = {
-        command: [word.replace("runs/tiny", "runs/copy") for word in words]
-        for command, words in lines_of().items()
-    }
-    lines["train again"] = ["train", "--config", "runs/copy", "--overwrite"]
-    assert opens(Path("runs/tiny"), lines.values()) == 0
+    assert watched.code == 0
 
 
-def test_every_command_that_reads_a_run_opens_everything_once(
-    circuit: Circuit, traced: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: dict[str, dict[str, int]] = {}
-    lines = lines_of()
-    for command, words in lines.items():
-        with counting(monkeypatch) as calls:
-            done = circuit(*words)
-        assert done.code == 0, (command, done.err)
-        found[command] = dict(calls)
+def test_every_command_that_reads_a_run_opens_everything_once(watched: Watched) -> None:
+    found = {command: watched.calls[command] for command in lines_of()}
     print(*(f"{command}: {calls}" for command, calls in found.items()), sep="\n")
     opened = {c: {n: k for n, k in calls.items() if n != "steps"} for c, calls in found.items()}
     more = {c: {n: k for n, k in calls.items() if k > 1} for c, calls in opened.items()}
     assert {command: calls for command, calls in more.items() if calls} == {}
     # states 5, 6, 7 and 9 of anchors 4 and 8: 3 steps and 1, not 1 + 2 + 3 + 1
     passes = {command: calls["steps"] for command, calls in found.items() if "steps" in calls}
-    over = {c: n for c, n in passes.items() if set(STATES) <= set(lines[c]) and n != 4}
+    over = {c: n for c, n in passes.items() if set(STATES) <= set(watched.lines[c]) and n != 4}
     assert over == {}
 
 
