@@ -16,7 +16,11 @@ from circuit.page import formation_page
 
 @pytest.mark.parametrize(
     ("d_model", "heads", "d_ff"),
-    [(1, 1, 1), (6, 3, 3), pytest.param(16, 16, 40, marks=pytest.mark.slow)],
+    [
+        (1, 1, 1),
+        pytest.param(6, 3, 3, marks=pytest.mark.slow),
+        pytest.param(16, 16, 40, marks=pytest.mark.slow),
+    ],
 )
 def test_every_command_of_the_page_runs(
     d_model: int,

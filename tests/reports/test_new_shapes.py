@@ -31,7 +31,11 @@ WITHOUT_MLPS = {
 """What asks for MLPs, and what it says where there are none."""
 
 
-CHOSEN = ("grokking", "attention alone", "attention alone, nothing else")
+CHOSEN = (
+    "grokking",
+    "attention alone, nothing else",
+    pytest.param("attention alone", marks=pytest.mark.slow),
+)
 """Between them they lack and have everything that the others do."""
 
 

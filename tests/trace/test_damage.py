@@ -70,8 +70,9 @@ def refusal_to_open(folder: Path) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("size", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_no_flipped_bit_is_accepted(
-    workplace: Path, make_config: MakeConfig, recording: Recording, tiny_folder: Path
+    workplace: Path, make_config: MakeConfig, recording: Recording, tiny_folder: Path, size: int
 ) -> None:
     """Only a change of notation (1e-08 to 1E-08) may pass, and it says the same number."""
     recording(make_config(batch_size=2), end_step=4, anchor_every=2, top_k_parameters=2)
@@ -80,7 +81,7 @@ def test_no_flipped_bit_is_accepted(
     assert refusal(whole, benchmark) is None
     rng = random.Random(0)
     states = [f"checkpoints/step_{step:06d}.pt" for step in (0, 2, 4)]
-    targets = [ROWS] * 100 + ["trace.json"] * 80 + states * 40
+    targets = ([ROWS] * 10 + ["trace.json"] * 8 + states * 4) * size
     wrong, unnamed, notation = [], [], 0
     for name in targets:
         path = whole / name
@@ -97,7 +98,7 @@ def test_no_flipped_bit_is_accepted(
         path.unlink()
         path.write_bytes(sound)
     print(f"flips: silently wrong {len(wrong)} of {len(targets)}; of notation only {notation}")
-    assert len(targets) == 300
+    assert len(targets) == 30 * size
     assert wrong == []
     assert unnamed == []
 
