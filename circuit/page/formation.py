@@ -120,6 +120,7 @@ def _panels(
         panels += [slice_panel(rows, folder, by, reports.task())] if by else []
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     panels.append(example_panel(run, folder, reports.head(), progress))
+    panels = _told_first(panels)
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
     drawn = {source.file for panel in panels for source in panel.sources}
     others = [one for found in reports.by_command.values() for one in found]
@@ -131,3 +132,10 @@ def _panels(
     with values_of(run.path, fix="make its reports again"):
         steps = slider_steps(panels, run.steps)
     return panels, sorted(further, key=lambda source: source.file), steps
+
+
+def _told_first(panels: Sequence[Panel]) -> list[Panel]:
+    """What there is to see, then what could be made; nothing is asked for under a title shown."""
+    titles = {panel.title for panel in panels if panel.sources}
+    once = [panel for panel in panels if panel.sources or panel.title not in titles]
+    return sorted(once, key=lambda panel: not (panel.sources or panel.example))

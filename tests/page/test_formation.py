@@ -64,6 +64,21 @@ def test_a_panel_is_what_the_report_shows(told_once: Path, page: Page, kind: Any
         )
 
 
+def test_what_there_is_to_see_comes_first(told: Path) -> None:
+    """And a question is not asked for beside a panel that answers it."""
+    weight_svd = told / "analysis/weight_svd_trace"
+    moved = weight_svd.rename(told / "elsewhere")
+    try:
+        panels = formation_page(told, "page.html", overwrite=True).panels
+    finally:
+        moved.rename(weight_svd)
+    seen = [bool(panel.sources or panel.example) for panel in panels]
+    assert seen == sorted(seen, reverse=True)
+    assert not all(seen)
+    titles = {panel.title for panel, there in zip(panels, seen, strict=True) if there}
+    assert not titles & {p.title for p, there in zip(panels, seen, strict=True) if not there}
+
+
 def test_learning_and_lag_are_the_metrics(told_once: Path, page: Page) -> None:
     rows = read_jsonl(told_once / RUN / "metrics.jsonl")
     evaluated = [row for row in rows if row["kind"] == "evaluation"]
