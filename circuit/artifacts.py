@@ -534,8 +534,8 @@ class OutputFolder:
                 f"holds {len(present)} file{'s' if len(present) > 1 else ''} of an earlier"
                 f" `circuit {self._shown}` ({present[0]}{', ...' if len(present) > 1 else ''})",
                 where=self.root,
-                fix=("pass --resume to go on with it, " if self.resumable else "pass ")
-                + "--overwrite to replace exactly those files, or choose another folder",
+                fix=("pass `resume` to go on with it, " if self.resumable else "pass ")
+                + "`overwrite` to replace exactly those files, or choose another folder",
             )
 
     def _write_manifest(self) -> None:
