@@ -3,8 +3,9 @@
     python benchmarks/data_attribution.py TRACE PROBE_SET [--steps N] [--start A] [--scalars N]
 
 Alternates a plain training step with each way of asking, step by step, so that ratios hold when the
-speed of the machine drifts: attribution to the terms; credit (which holds that attribution) by
-example and by position, of one scalar and of several; influence. Ratios come last, with the laws.
+speed of the machine drifts, and counts processor time: attribution to the terms; credit (which
+holds that attribution) by example and by position, of one scalar and of several; influence. All of
+them hold the replay. Ratios come last, with the laws.
 """
 
 from __future__ import annotations
@@ -119,14 +120,14 @@ def _ratio(
     plain.advance()
     waiting, passed, steps = asked.steps(start, end), 0.0, []
     while True:
-        began = time.perf_counter()
+        began = time.process_time()
         ended = next(waiting, None) is None
-        middle = time.perf_counter()
+        middle = time.process_time()
         passed += middle - began
         if ended:
             return passed / len(steps) / statistics.median(steps)
         plain.advance()
-        steps.append(time.perf_counter() - middle)
+        steps.append(time.process_time() - middle)
 
 
 if __name__ == "__main__":

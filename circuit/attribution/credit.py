@@ -171,7 +171,8 @@ class CreditPass:
         """Attribute a step to the terms, and keep what its gradient's way onwards hangs on."""
         attribution, form = self.attributor.step(step), step.momentum
         assert attribution.average is not None, "the attributor was made with `averages`"
-        decay, _, _, rounding = attribution.path.sum(2).T  # by term, in the order of every rule
+        shares = dict(zip(attribution.terms, attribution.path.sum(2).T, strict=True))
+        decay = shares["weight_decay"]
         kernel = (attribution.average * form.gain).to(self.losses.dtype)
         noted = _Noted(
             step=step.step,
@@ -182,7 +183,7 @@ class CreditPass:
             past=form.past if step.step == self.start + 1 else None,
             actual=attribution.actual,
             decay=torch.zeros_like(decay) if form.coupled else decay,
-            rounding=rounding,
+            rounding=shares["rounding"],
         )
         return noted, [step.before.parameters, step.gradient, kernel]
 

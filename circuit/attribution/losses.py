@@ -149,11 +149,13 @@ class Losses:
         gradient = torch.func.grad(loss)
         inputs = objective.inputs
         each = torch.vmap(gradient, in_dims=(None, *(0 for _ in inputs)))
-        across = directions.T.to(self.device)  # [parameter, direction], float64
+        moved = directions.to(self.device, self.dtype)
+        across = {name: moved[:, slice(*self.layout.range(name))] for name in self.layout.names}
         chunk = max(1, NUMBERS // self.layout.size)
         parts = []
         for rows in zip(*(tensor.split(chunk) for tensor in inputs), strict=True):
             by_name = each(weights, *rows)  # [example, *shape] by name
-            flat = torch.cat([by_name[name].flatten(1) for name in self.layout.names], 1)
-            parts.append(flat.double() @ across)
+            # tensor by tensor, in the cache: side by side, gradients fill the memory twice
+            products = [by_name[name].flatten(1) @ across[name].T for name in across]
+            parts.append(torch.stack(products).double().sum(0))
         return torch.cat(parts).T[..., None].cpu()
