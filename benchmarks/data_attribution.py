@@ -118,14 +118,15 @@ def _ratio(
     plain = TrainingSession(trace.setup, state=trace.state(start))
     trace.prepare()
     plain.advance()
-    waiting, passed, steps = asked.steps(start, end), 0.0, []
+    waiting, passed = asked.steps(start, end), 0.0
+    steps: list[float] = []
     while True:
         began = time.process_time()
         ended = next(waiting, None) is None
         middle = time.process_time()
         passed += middle - began
         if ended:
-            return passed / len(steps) / statistics.median(steps)
+            return float(passed / len(steps) / statistics.median(steps))
         plain.advance()
         steps.append(time.process_time() - middle)
 
