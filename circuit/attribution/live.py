@@ -52,6 +52,11 @@ class Watching:
         self.disk = disk
         self.rows: list[dict[str, Any]] = []
 
+    def __repr__(self) -> str:
+        size, state = map(shown, self.disk)
+        kept = f"{size} a step, {state} a stored state" if self.folder else "nothing is written"
+        return f"Watching({self.folder or 'no folder'}: {self.step} steps so far; {kept})"
+
     @property
     def step(self) -> int:
         """Optimizer steps taken so far."""

@@ -304,7 +304,7 @@ def _read_manifest(path: Path) -> TraceManifest:
             "there is no trace here",
             where=path.parent,
             expected=f"a folder with {MANIFEST}",
-            fix="record one with `circuit trace record`",
+            fix="record one with `circuit trace record`, or of your own loop with circuit.watch",
         ) from None
     if not isinstance(payload, dict) or "digest" not in payload:
         raise CircuitError("damaged manifest (no digest)", where=path, fix=fix)
