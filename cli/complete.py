@@ -259,6 +259,20 @@ def subspace(ctx: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, subspaces_of(() if task is None else task.token_set_names))
 
 
+def edit(incomplete: str) -> list[str]:
+    """The next key of an edit's word, behind its label, or the terms that can be scaled."""
+    before, comma, last = incomplete.rpartition(",")
+    if not comma:
+        return []
+    if not last.startswith("scale="):
+        return [f"{before},{key}=" for key in _starting(last, ("drop", "scale", "steps", "weight"))]
+    from circuit.core.update import AdamWRule, SGDRule
+
+    terms = dict.fromkeys((*AdamWRule.names, *SGDRule.names))
+    named = _starting(last.removeprefix("scale="), terms)
+    return [f"{before},scale={term}*" for term in named]
+
+
 def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
     """A scalar's family, the next key of its word, or the values of the key that is being typed."""
     from circuit.scalars.family import family_names, find_family, keys_of

@@ -33,7 +33,7 @@ class CounterfactualOptions(WordOptions):
 
     edits: Annotated[
         tuple[str, ...],
-        Option(f"{WORDS}; the steps of the window by default.", flag="--edit"),
+        Option(f"{WORDS}; the steps of the window by default.", flag="--edit", kind="edit"),
     ]
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from circuit.cli.complete import edit
 from tiny_run import RUN
 
 from circuit.core.edit import Edit
@@ -25,6 +26,12 @@ def test_words_say_edits() -> None:
     examples = {"a": 0.0, "b": 0.0, "c": 0.5}
     assert parse_edit(word, 0, 9) == ("mine", Edit(3, 5, examples, {"weight_decay": -0.1}))
     assert parse_edit("x,drop=a", 0, 9) == ("x", Edit(0, 9, {"a": 0.0}))
+
+
+def test_an_edit_is_completed_behind_its_label() -> None:
+    assert edit("x") == []
+    assert edit("x,") == ["x,drop=", "x,scale=", "x,steps=", "x,weight="]
+    assert edit("x,drop=a,scale=weight") == ["x,drop=a,scale=weight_decay*"]
 
 
 def options(traced: Path, *edits: str, **given: Any) -> CounterfactualOptions:
