@@ -143,7 +143,7 @@ def each(names: Iterable[str], step: int) -> list[Any]:
     return [pytest.param((name,), step, marks=SYSTEM, id=name) for name in names]
 
 
-@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 9), *each(JOBS, 1)])
+@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 13), *each(JOBS, 1)])
 def test_cut_off_at_any_call_it_ends_as_if_nothing_had_happened(
     names: Words, step: int, place: Path, world: Path
 ) -> None:

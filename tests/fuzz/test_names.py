@@ -171,7 +171,7 @@ def test_a_name_is_a_name_wherever_it_is_printed(count: int, place: Path, world:
 
 
 @pytest.mark.parametrize(
-    ("count", "step"), [(1, 20), pytest.param(100, 9, marks=pytest.mark.system)]
+    ("count", "step"), [(1, 30), pytest.param(100, 9, marks=pytest.mark.system)]
 )
 def test_a_name_changes_nothing_of_what_a_command_does(
     count: int, step: int, place: Path, world: Path
