@@ -8,7 +8,7 @@ data_credit_examples.jsonl   a row a scalar and example: its sum over all steps
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from circuit.artifacts import Row, dump_row, in_row
@@ -26,6 +26,9 @@ from circuit.reports.tables import Table
 from circuit.reports.traced import PathOptions, Scalars, TracedReport, WordOptions, parse_words
 from circuit.sizes import shown
 
+RANKED = 3
+"""Scalars whose examples are ranked in tables; the row file has all."""
+FACTS = {"fact": "fact", "value": "value", "credit": ("credit", "+.4g")}
 ROWS, STEPS, EXAMPLES = (f"data_credit_{what}.jsonl" for what in ("rows", "steps", "examples"))
 
 
@@ -105,9 +108,9 @@ class DataCredit(TracedReport[DataCreditOptions]):
     def _law(self, scalars: list[dict[str, Any]], lead: dict[str, Any]) -> str:
         start, end = self.steps
 
-        def ratio(key: str) -> str:
+        def worst(key: str) -> str:
             known = [one[key] for one in scalars if one[key] is not None]
-            return f"{max(known):.2g}" if known else "-"
+            return f"{percent(max(known)):.2g}" if known else "-"
 
         closure = percent(lead["closure"])
         law = (
@@ -118,11 +121,11 @@ class DataCredit(TracedReport[DataCreditOptions]):
             f" {lead['actual']:+.4g} of {lead['scalar']}"
         )
         if len(scalars) > 1:
-            law += f" (the worst of {len(scalars)} scalars to {ratio('closure')} of its change)"
+            law += f" (the worst of {len(scalars)} scalars to {worst('closure')} %)"
         return (
-            f"{law}; examples sum to the gradients that were taken to {ratio('examples_error')};"
-            f" path rule {self.options.path}; {shown(self.passed.bytes_a_step)} a step waited on"
-            " disk"
+            f"{law}; examples sum to the gradients that were taken to {worst('examples_error')} %;"
+            f" path rule {self.options.path}; temporary files of"
+            f" {shown(self.passed.bytes_a_step)} a step"
         )
 
     # --- what is shown ---
@@ -138,8 +141,8 @@ class DataCredit(TracedReport[DataCreditOptions]):
             "Credit divides what happened among the examples that were there, with learning rates,"
             " clip factors and denominators as they were; what momentum carried on counts where its"
             " gradient was taken. It does not say what would have happened without an example.",
-            f"Charts and rankings are of {markdown_text(lead['scalar'])}, the scalar that changed"
-            " most. "
+            f"Charts and sums by fact are of {markdown_text(lead['scalar'])}, the scalar that"
+            " changed most. "
             + (
                 "Facts are those of single answers; `predicted` is the kind of every token that was"
                 " predicted."
@@ -161,12 +164,11 @@ class DataCredit(TracedReport[DataCreditOptions]):
             "examples_error": ("examples", ".1g"),
         }
         rows = [{**one, "closure": percent(one["closure"])} for one in results.summary["scalars"]]
-        ranking = {"share": ("credit", "+.4g"), "example": "example", "times": "times"}
-        ranking["text"] = "tokens"
+        asked = [lead, *(one for one in results.summary["scalars"] if one is not lead)]
         return [
             Table("What adds up", columns, rows, console=32),
-            Table("Examples with the largest credit", ranking, lead["top"], console=4),
-            Table("Examples with the smallest credit", ranking, lead["bottom"], console=4),
+            *(table for one in asked[:RANKED] for table in _ranking(one)),
+            Table(f"By fact: {markdown_text(lead['scalar'])}", FACTS, _facts(lead)),
         ]
 
     @classmethod
@@ -179,3 +181,27 @@ class DataCredit(TracedReport[DataCreditOptions]):
             *facts_chart(lead["scalar"], lead["facts"]),
             top_chart(lead["scalar"], [*lead["top"], *lead["bottom"][::-1]]),
         ]
+
+
+def _ranking(scalar: Mapping[str, Any]) -> list[Table]:
+    """The examples that moved a scalar most, one way and the other."""
+    columns = {"share": ("credit", "+.4g"), "example": "example", "times": "times"}
+    columns["text"] = "tokens"
+    name = markdown_text(scalar["scalar"])
+    raised = [row for row in scalar["top"] if row["share"] > 0]
+    lowered = [row for row in scalar["bottom"] if row["share"] < 0]
+    ends = {"raised": raised, "lowered": lowered}
+    return [
+        Table(f"Examples that {moved} {name} most", columns, rows, console=4)
+        for moved, rows in ends.items()
+        if rows
+    ]
+
+
+def _facts(scalar: Mapping[str, Any]) -> list[Row]:
+    """The values of each fact with the largest sums, of either sign."""
+    rows: list[Row] = []
+    for fact, sums in scalar["facts"].items():
+        largest = sorted(sums, key=lambda value: -abs(sums[value]))[:SHOWN]
+        rows += [{"fact": fact, "value": value, "credit": sums[value]} for value in largest]
+    return rows
