@@ -14,8 +14,7 @@ def _chart(name: str, of: list[str]) -> Chart:
 def test_each_of_the_stacked_charts_has_the_legend_of_its_own_names() -> None:
     charts = {"one": ["alpha", "beta"], "two": ["gamma"]}
     picture = stacked([_chart(name, of) for name, of in charts.items()])
-    separately = [_chart(name, of).svg() for name, of in charts.items()]
-    assert picture.count('role-legend"') == sum(one.count('role-legend"') for one in separately)
+    assert picture.count('role-legend"') == len(charts)
     for of in charts.values():
         for name in of:
             assert picture.count(f">{name}</text>") == 1
