@@ -51,7 +51,8 @@ class SeriesOptions(Options):
         tuple[Path, ...],
         Option(
             "Folder of checkpoints, or a checkpoint: weights of a HookedTransformer, or what"
-            " save_pretrained wrote (GPT-2, GPT-NeoX)."
+            " save_pretrained wrote (GPT-2, GPT-NeoX).",
+            kind="weights",
         ),
     ]
     task: Annotated[Literal["induction"], Option("What is looked for.", choices=("induction",))] = (

@@ -273,7 +273,7 @@ def test_a_folder_in_use_is_refused_and_foreign_files_survive(
         path.write_bytes(payload)
     ReplayedRun.open(trace_folder).state(7, cache=True)
     before = bytes_of(trace_folder)
-    with pytest.raises(CircuitError, match=r"holds .* files of an earlier .* --overwrite"):
+    with pytest.raises(CircuitError, match=r"holds .* files of an earlier .* `overwrite`"):
         recording(make_config(), anchor_every=6)
     assert bytes_of(trace_folder) == before
     recording(make_config(), anchor_every=6, overwrite=True)
