@@ -35,6 +35,8 @@ _ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
 _SGD = "torch.optim.sgd.SGD"
 _DECOUPLED = ("torch.optim.Muon", "torch.optim.Adafactor")
 """torch's other optimizers that multiply the weights by `1 - lr * weight_decay`, unasked."""
+_COUNTS = ("step", "mu_product", "eta", "mu")
+"""What torch's optimizers remember as numbers, which a parameter of no axes is shaped like, too."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ def moments_of(past: Past, layout: ParameterLayout) -> dict[str, Tensor]:
     A parameter of which nothing is remembered yet has zeros, as torch starts from.
     """
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    keys = dict.fromkeys(
-        key
-        for name, shape in shapes.items()
-        for key, value in past.get(name, {}).items()
-        if isinstance(value, torch.Tensor) and tuple(value.shape) == shape and shape != ()
-    )
+    of_shape: dict[str, bool] = {}  # factored moments have it of some parameters by chance
+    for name, shape in shapes.items():
+        for key, value in past.get(name, {}).items():
+            if isinstance(value, torch.Tensor) and key not in _COUNTS:
+                of_shape[key] = of_shape.get(key, True) and tuple(value.shape) == shape
+    keys = [key for key, every in of_shape.items() if every]
 
     def vector(name: str, key: str) -> Tensor:
         value = past.get(name, {}).get(key)
@@ -172,7 +174,11 @@ def groups_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tup
                 expected="an optimizer of the parameters of the module that is watched",
                 fix="pass the module that holds them all",
             )
-        settings = {key: value for key, value in group.items() if key not in ("params", *_NAMES)}
+        settings = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, value in group.items()
+            if key not in ("params", *_NAMES)
+        }
         groups.append(Group(tuple(str(name) for name in members), settings))
     return tuple(groups)
 

@@ -133,7 +133,7 @@ def joined(size: int, parts: Sequence[tuple[Tensor, UpdateTerms]]) -> UpdateTerm
         parts: index `[own]` of each part's parameters in it, and its terms. Parameters of no part
             did not move, and every term that a part does not have is zero in it.
     """
-    if len(parts) == 1 and parts[0][1].total.numel() == size:
+    if len(parts) == 1 and torch.equal(parts[0][0], torch.arange(size)):
         return parts[0][1]
 
     def spread(vectors: Sequence[Flat | None], dtype: torch.dtype = torch.float64) -> Flat:

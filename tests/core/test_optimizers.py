@@ -112,6 +112,19 @@ def test_terms_sum_to_the_update_for_all_groups_and_flags(
         assert all(not vector[still].any() for vector in update.named().values())
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_terms_stand_in_the_order_of_the_layout(order: tuple[int, ...]) -> None:
+    """An optimizer's one group may hold the module's parameters in an order of its own."""
+    module, parameters, generator = small(4)
+    optimizer = torch.optim.AdamW([parameters[place] for place in order])
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    step = taken(module, optimizer)
+    layout = ParameterLayout.of_model(module)
+    exact = layout.flatten(step.after).double() - layout.flatten(step.before).double()
+    assert torch.equal(step.terms(layout).total, exact)
+
+
 def test_the_first_term_of_coupled_decay_goes_through_the_denominator() -> None:
     """Adam with L2, against its formula: decay is a gradient of `weight_decay * theta`."""
     module, parameters, generator = small(3)
@@ -227,3 +240,12 @@ def test_moments_of_a_parameter_without_any_are_zero() -> None:
     assert list(found) == ["mean"]
     assert found["mean"].tolist() == [1.0, 1.0, 0.0]
     assert math.isfinite(float(found["mean"].sum()))
+
+
+def test_moments_of_a_parameter_without_axes_are_its_own_and_factored_ones_are_none() -> None:
+    number = ParameterLayout.of_shapes({"b": ()})
+    past = {"b": {"step": torch.tensor(3.0), "mean": torch.tensor(2.0)}}
+    assert {key: v.tolist() for key, v in moments_of(past, number).items()} == {"mean": [2.0]}
+    layout = ParameterLayout.of_shapes({"a": (3, 2), "b": (1, 2)})
+    rows = {"a": {"column": torch.ones(1, 2)}, "b": {"column": torch.ones(1, 2)}}
+    assert moments_of(rows, layout) == {}
