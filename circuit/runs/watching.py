@@ -56,6 +56,7 @@ class _Call:
         before, past: parameters, and what the optimizer remembers; where all is looked at.
         buffers: that have changed since the step before.
         gradient: of the parameters `names`, one behind the other.
+        groups: with the settings that the call reads; hooks behind it may set those of the next.
     """
 
     optimizer: int
@@ -67,24 +68,28 @@ class _Call:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     gradient: Flat | None = None
+    groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A buffer as it was: a copy, which tensor it was, and how often that had been written to."""
+    """A buffer as it was: a copy, the tensor itself, and how often that had been written to.
+
+    The tensor is held: the `id` of one that is let go may be that of the next.
+    """
 
     value: Tensor
-    identity: int
+    tensor: Tensor
     version: int
 
     @classmethod
     def of(cls, buffer: Tensor) -> _Buffer:
-        return cls(buffer.detach().clone(), id(buffer), buffer._version)
+        return cls(buffer.detach().clone(), buffer, buffer._version)
 
     def is_of(self, buffer: Tensor) -> bool:
         """Whether nothing has changed; running statistics are written without being counted."""
         if not buffer.is_floating_point():  # masks are large, and change by counted writes alone
-            return self.identity == id(buffer) and self.version == buffer._version
+            return self.tensor is buffer and self.version == buffer._version
         return torch.equal(self.value, buffer)
 
 
@@ -240,8 +245,11 @@ class Watcher:
             assert self._storage is not None
             groups = [group.names for group in groups_of(self.optimizers[place], self._names)]
             if self._anew or groups != self._members[place]:
-                self._storage.begin(self.state(), anew=True)
+                state = self.state()
+                self._storage.begin(state, anew=True)
                 self._anew = False
+                if self._first is not None:  # no step has been taken yet
+                    self._first = state
             else:
                 call.outside = self._changed_outside()
                 call.entering = {n: self._parameters[n].detach().clone() for n in call.outside}
@@ -273,6 +281,7 @@ class Watcher:
         if not self._gradients and not call.whole:
             call.gradient = torch.empty(0)
             return
+        call.groups = groups_of(optimizer, self._names)
         call.buffers = self._moved_buffers()
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gradients = {
@@ -306,9 +315,8 @@ class Watcher:
                 expected="an optimizer that calls it once",
             )
         self.step += 1
-        groups = groups_of(optimizer, self._names)
         if self._gradients:
-            self._store(call, groups)
+            self._store(call)
         elif self._storage is not None and self._storage.is_due(self.step):
             self._moved_buffers()  # those that have ever changed are part of every state
             self._storage.add_state(self.state())
@@ -316,10 +324,10 @@ class Watcher:
             step = None
             if call.whole:
                 buffers = dict(self.module.named_buffers())
-                step = RecordedStep(self.step, self.layout, self._taken(call, groups), buffers)
+                step = RecordedStep(self.step, self.layout, self._taken(call), buffers)
             self._observer(self.step, step)
 
-    def _store(self, call: _Call, groups: tuple[Group, ...]) -> None:
+    def _store(self, call: _Call) -> None:
         assert self._storage is not None
         assert call.gradient is not None
         assert self._last is not None
@@ -327,13 +335,13 @@ class Watcher:
         step = StoredStep(
             self.step,
             call.optimizer,
-            tuple(group.settings for group in groups),
+            tuple(group.settings for group in call.groups),
             call.entering,
             call.buffers,
             {},
             tensor_digest(self._last),
         )
-        members = {name for group in groups for name in group.names}
+        members = {name for group in call.groups for name in group.names}
         self._storage.add_step(step, sorted(members - set(call.names)), call.gradient)
         if self._first is not None:
             self._prove(replace(step, gradient=self._by_name(call)))
@@ -347,12 +355,12 @@ class Watcher:
         kinds = [type(one) for one in self.optimizers]
         Rerun(self.watched, first, classes=kinds, device=self.device).advance(step)
 
-    def _taken(self, call: _Call, groups: tuple[Group, ...]) -> TakenStep:
+    def _taken(self, call: _Call) -> TakenStep:
         watched = self.watched[call.optimizer]
         return TakenStep(
             kind=watched.kind,
             decoupled=watched.decoupled_decay,
-            groups=groups,
+            groups=call.groups,
             before=call.before,
             after={name: p.detach().clone() for name, p in self._parameters.items()},
             gradient=self._by_name(call),

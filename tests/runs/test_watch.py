@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -47,6 +48,7 @@ class Loop:
     scaler: bool = False
     schedule: bool = False
     closure: bool = False
+    first: Callable[[nn.Module, Any], None] = lambda module, optimizer: None
     between: Callable[[int, nn.Module, Any], None] = lambda t, module, optimizer: None
     steps: int = 12
     seen: list[dict[str, Tensor]] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Loop:
             torch.optim.lr_scheduler.CosineAnnealingLR(one, self.steps) for one in optimizers
         ]
         inputs, targets = torch.randn(16, 6), torch.randint(0, 3, (16,))
+        self.first(module, optimizer)
         self.seen, self.buffers = [weights(module)], [buffers(module)]
 
         def backward() -> Tensor:
@@ -156,6 +159,41 @@ def unfreeze(t: int, module: nn.Module, optimizer: Any) -> None:
         optimizer.add_param_group({"params": list(module[2].parameters()), "lr": 0.001})
 
 
+def resume(module: nn.Module, optimizer: Any) -> None:
+    """As Lightning does, inside of its `fit`."""
+    other = torch.optim.AdamW(copy.deepcopy(list(module.parameters())), lr=0.01)
+    for parameter in other.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    optimizer.load_state_dict(other.state_dict())
+
+
+def halving(module: nn.Module) -> torch.optim.Optimizer:
+    """A rate that a hook sets behind a step, for the next one."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+
+    def halve(*_: Any) -> None:
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+    optimizer.register_step_post_hook(halve)
+    return optimizer
+
+
+class Counted(nn.Module):
+    """Its scale is a number, and its count is another tensor after every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count = self.count + 1
+        return self.inner(x) * self.scale
+
+
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 LOOPS: dict[str, Callable[[], Loop]] = {
     "plain": Loop,
@@ -183,6 +221,17 @@ LOOPS: dict[str, Callable[[], Loop]] = {
     "a state that is loaded": lambda: Loop(between=load_past),
     "a group that is added": lambda: Loop(
         optimizer=lambda m: ADAMW(m[0].parameters(), lr=0.02), between=unfreeze
+    ),
+    "a state that is loaded before the first step": lambda: Loop(first=resume),
+    "a group that is added before the first step": lambda: Loop(
+        optimizer=lambda m: ADAMW(m[0].parameters(), lr=0.02),
+        first=lambda module, optimizer: unfreeze(4, module, optimizer),
+    ),
+    "a rate that a hook sets": lambda: Loop(optimizer=halving),
+    "a number, a buffer that is replaced, an order of its own": lambda: Loop(
+        module=Counted,
+        accumulate=2,
+        optimizer=lambda m: ADAMW(list(m.parameters())[::-1], lr=0.02),
     ),
     "rprop": lambda: Loop(optimizer=lambda m: torch.optim.Rprop(m.parameters())),
     "double precision": lambda: Loop(
@@ -230,7 +279,12 @@ def test_the_loop_stays_as_it_is_and_every_state_is_there_again(
         found = state.buffers
         assert all(torch.equal(found[n], b) for n, b in loop.buffers[step].items())
     assert "0 bits differ" in run.verify().law
-    worst = max(step.update.rounding_ulps() for step in run.replay(0, watching.step))
+    worst = 0.0
+    for step in run.replay(0, watching.step):
+        before, after = step.before.parameters.double(), step.after.parameters.double()
+        terms = torch.stack(list(step.update.named().values()))
+        torch.testing.assert_close(terms.sum(0), after - before, rtol=0, atol=1e-12)
+        worst = max(worst, step.update.rounding_ulps())
     print(f"rounding residual: {worst:.2f} ulps")
     assert worst <= WORST_ULPS
 
