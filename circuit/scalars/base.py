@@ -122,8 +122,20 @@ class Measured:
         return self
 
     def values(self, model: nn.Module, cache: Cache) -> Float[Tensor, " example"]:
-        """What the function gives, as a vector."""
-        return self.function(model).reshape(-1)
+        """What the function gives, as a vector.
+
+        Raises:
+            CircuitError: it gives no tensor, or one without numbers.
+        """
+        numbers = self.function(model)
+        if not isinstance(numbers, torch.Tensor) or not numbers.numel():
+            empty = isinstance(numbers, torch.Tensor)
+            raise CircuitError(
+                f"scalar {self.name} gives {'no number' if empty else type(numbers).__name__}",
+                expected="a tensor that was computed from the module's parameters",
+                fix=None if empty else "leave out no_grad, detach and item",
+            )
+        return numbers.reshape(-1)
 
 
 def measured(scalar: Scalar | Measure) -> Scalar:
