@@ -26,3 +26,14 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
     return digest.hexdigest()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype and device are equal to the bit.
+
+    What is not a number equals itself then, and 0 is not -0, unlike with `torch.equal`.
+    """
+    integers = (torch.int8, torch.int16, torch.int32, torch.int64)
+    whole = integers[min(one.element_size().bit_length() - 1, 3)]
+    bits, others = (x.detach().contiguous().reshape(-1).view(whole) for x in (one, other))
+    return one.shape == other.shape and torch.equal(bits, others)

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from circuit.core.digests import same_bits
 from circuit.core.edit import Edit
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.optimizers import Past, TakenStep, moments_of, shared_rate
@@ -436,14 +437,14 @@ def _named(
 def _difference(rerun: Rerun, stored: StoredState) -> str | None:
     """The first tensor that is not the stored one."""
     for name, tensor in stored.parameters.items():
-        if not torch.equal(rerun.parameters[name].cpu(), tensor):
+        if not same_bits(rerun.parameters[name].cpu(), tensor):
             return name
     for past, memory in zip(stored.pasts, rerun.pasts(), strict=True):
         for name, values in past.items():
             for key, value in values.items():
                 now = memory[name][key]
                 if isinstance(value, torch.Tensor):
-                    same = torch.equal(value, now.cpu())
+                    same = same_bits(value, now.cpu())
                 else:
                     same = value == now
                 if not same:

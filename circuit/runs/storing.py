@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -125,8 +126,14 @@ class Storage:
         self._journal.append(*step_record(step, absent, gradient))
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Write the numbers of a step."""
+        """Write the numbers of a step; null where one is not finite, as of a loop that diverges."""
         if self._rows is None:
             self._folder.claim([ROWS])
             self._rows = RowLog(self._folder.path(ROWS))
-        self._rows.append(row)
+        self._rows.append(_finite(row))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from circuit.core.digests import tensor_digest
+from circuit.core.digests import same_bits, tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.optimizers import (
     Group,
@@ -90,7 +90,7 @@ class _Buffer:
         """Whether nothing has changed; running statistics are written without being counted."""
         if not buffer.is_floating_point():  # masks are large, and change by counted writes alone
             return self.tensor is buffer and self.version == buffer._version
-        return torch.equal(self.value, buffer)
+        return same_bits(self.value, buffer)
 
 
 class Watcher:
@@ -264,7 +264,7 @@ class Watcher:
         outside = {}
         for name, parameter in self._parameters.items():
             before = left[name].to(parameter.device)
-            if not torch.equal(before, parameter.detach()):
+            if not same_bits(before, parameter):
                 outside[name] = before.clone()
         return outside
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import random
 import subprocess
@@ -517,6 +518,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: watched(out, {"scalars": [lambda m: m[0].weight.detach().sum()]}),
         "scalar lambda gives a number that has no gradient",
     ),
+    "a scalar that is no tensor": (
+        lambda out: watched(out, {"scalars": [lambda m: m[0].weight.sum().item()]}),
+        "scalar lambda gives float; expected a tensor",
+    ),
+    "a scalar without numbers": (
+        lambda out: watched(
+            out, {"scalars": [lambda m: m[0].weight[:0].sum(1)], "attribute": False}
+        ),
+        "scalar lambda gives no number; expected a tensor",
+    ),
     "no scalar": (lambda out: watched(out, {"scalars": [3]}), "3 is no scalar"),
     "no sink": (lambda out: watched(out, {"sinks": [3]}), "int is no sink"),
     "one name twice": (lambda out: watched(out, {"scalars": [first, first]}), "each name once"),
@@ -525,6 +536,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "holds 2 files of an earlier `circuit watch`",
     ),
 }
+
+
+ADAMW_TERMS = ("weight_decay", "adam_current_gradient", "adam_historical_momentum")
 
 
 def watched(out: Path, words: dict[str, Any] | None = None, **fields: Any) -> Loop:
@@ -591,6 +605,33 @@ def test_states_alone_and_rows_alone(tmp_path: Path) -> None:
         assert sum(told["terms"].values()) == pytest.approx(told["actual"], rel=1e-5)
     with pytest.raises(CircuitError, match=r"holds no run_config\.json"):
         circuit.open_run(tmp_path / "rows/mine")
+
+
+def test_a_loop_that_diverges_goes_on_and_is_there_again(tmp_path: Path) -> None:
+    """What is not a number is equal to itself, and null on the disk."""
+    told: list[float] = []
+
+    def spoil(t: int, module: nn.Module, optimizer: Any) -> None:
+        if t == 3:
+            optimizer.param_groups[0]["lr"] = float("inf")
+
+    loop = watched(
+        tmp_path,
+        {
+            "scalars": [first],
+            "anchor_every": 2,
+            "sinks": [lambda step, numbers: told.append(numbers["parameter_norm"])],
+        },
+        between=spoil,
+        steps=9,
+    )
+    assert not torch.isfinite(loop.seen[9]["0.weight"]).any()
+    assert [math.isfinite(norm) for norm in told] == [True] * 4 + [False] * 5
+    run = circuit.open_run(tmp_path / "mine")
+    assert "0 bits differ" in run.verify().law
+    norms = [row["parameter_norm"] for row in run.recording.rows]
+    assert norms == [*told[:4], *[None] * 5]
+    assert run.recording.columns == ADAMW_TERMS  # nothing has changed outside of the optimizer
 
 
 def test_sinks_get_the_numbers_of_each_step(tmp_path: Path) -> None:
