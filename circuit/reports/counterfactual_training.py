@@ -56,13 +56,15 @@ def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
         CircuitError: it says nothing, or something else.
     """
     label, values = split_word(word)
-    examples: dict[str, float] = dict.fromkeys(values.pop("drop", ()), 0.0)
-    examples |= _scaled(values.pop("weight", ()))
+    dropped = [f"{name}*0" for name in values.pop("drop", ())]
+    examples = _scaled([*dropped, *values.pop("weight", ())])
     terms = _scaled(values.pop("scale", ()))
-    for steps in values.pop("steps", ()):
-        match = _STEPS.fullmatch(steps)
-        if match is None:
-            raise CircuitError(f"steps={steps}", where="`edits`", expected="steps=A:B")
+    steps = values.pop("steps", ())
+    if steps:
+        match = _STEPS.fullmatch(steps[0])
+        if match is None or len(steps) > 1:
+            told = ",".join(f"steps={one}" for one in steps)
+            raise CircuitError(told, where="`edits`", expected="steps=A:B, once")
         start, end = int(match[1]), int(match[2])
     if values or not (examples or terms):
         raise CircuitError(f"'{word}'", where="`edits`", expected=WORDS)
@@ -71,13 +73,17 @@ def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
 
 def _scaled(texts: Sequence[str]) -> dict[str, float]:
     """Factors by name, of `name*factor`."""
-    factors = {}
+    factors: dict[str, float] = {}
     for text in texts:
         match = _SCALED.fullmatch(text)
+        name = match[1] if match else ""
         try:
-            factors[match[1] if match else ""] = float(match[2] if match else "")
+            factor = float(match[2] if match else "")
         except ValueError:
             raise CircuitError(f"'{text}'", where="`edits`", expected="NAME*FACTOR") from None
+        if name in factors:
+            raise CircuitError(f"'{name}' twice", where="`edits`", expected="one factor for each")
+        factors[name] = factor
     return factors
 
 

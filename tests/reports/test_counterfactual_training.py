@@ -55,6 +55,9 @@ def options(traced: Path, *edits: str, **given: Any) -> CounterfactualOptions:
         (("x,lose=a",), "'x,lose=a'; expected label"),
         (("x,scale=weight_decay",), r"'weight_decay'; expected NAME\*FACTOR"),
         (("x,drop=a,steps=3",), "steps=3; expected steps=A:B"),
+        (("x,drop=a,steps=1:2,steps=3:4",), "steps=1:2,steps=3:4; expected steps=A:B, once"),
+        (("x,drop=a,weight=a*0.5",), "'a' twice; expected one factor for each"),
+        (("x,scale=weight_decay*2,scale=weight_decay*0",), "'weight_decay' twice"),
     ],
 )
 def test_words_that_say_nothing_are_refused(edits: tuple[str, ...], said: str) -> None:
