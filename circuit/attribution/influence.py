@@ -26,6 +26,7 @@ from circuit.attribution.window import attributor_of
 from circuit.core.flat import Flat
 from circuit.core.step import Objective, Step
 from circuit.core.update import Adjoint, DifferentiableRule, Hyper
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.base import Run
 from circuit.scalars.base import Scalar
@@ -100,10 +101,22 @@ class InfluencePass:
             yield StepInfluence(noted.step, noted.objective, influence, growth)
 
     def _gradients(self, end: Flat) -> Float[Tensor, "scalar parameter"]:
+        """Of the scalars at the end.
+
+        Raises:
+            CircuitError: one has none there, of which no growth could be told.
+        """
         self.bound = self.attributor.bind(end)
         self.value, gradients = self.attributor.evaluate(end, self.bound)
         gradients = gradients.double()
         self.slope = gradients.norm(dim=1)
+        for scalar, slope in zip(self.attributor.scalars, self.slope.tolist(), strict=True):
+            if not slope:
+                raise CircuitError(
+                    f"the gradient of scalar {scalar.name} at step {self.end} is zero: no example"
+                    " has an influence on it",
+                    expected="a scalar that changes with the weights",
+                )
         return gradients
 
     def _back(
@@ -188,7 +201,7 @@ def influence(
         One `Influence` a scalar, by name.
 
     Raises:
-        CircuitError: as `circuit.attribute`.
+        CircuitError: as `circuit.attribute`; or the gradient of a scalar is zero at `end`.
     """
     attributor = attributor_of(run, list(scalars), dtype=dtype)
     whole = InfluencePass(run, attributor, start, end)

@@ -13,6 +13,8 @@ from torch import Tensor
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.influence import InfluencePass, influence
 from circuit.attribution.window import attributor_of
+from circuit.errors import CircuitError
+from circuit.scalars.base import measured
 from circuit.scalars.loss import LossScalar
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.step import TracedStep, Tracer
@@ -115,6 +117,15 @@ def test_a_later_window_is_the_later_part(run: Any, scalars: list[LossScalar]) -
         positions = run_step(run, step).outcome.batch.targets.shape
         assert one.influence.shape[1:] == positions
     assert torch.equal(passes[0].value, passes[1].value)
+
+
+@pytest.mark.parametrize("run", list(RECIPES)[:1], indirect=True)
+def test_a_scalar_without_a_slope_is_refused(run: Any) -> None:
+    def flat(model: Any) -> Tensor:
+        return (model.W_E * 0).sum()
+
+    with pytest.raises(CircuitError, match="the gradient of scalar flat at step 7 is zero"):
+        influence(run, [measured(flat)], START, END)
 
 
 def run_step(run: Any, step: int) -> TracedStep:
