@@ -31,7 +31,8 @@ def load_pretrained(folder: Path) -> HookedTransformer:
     """The model in a folder, in float32, plain TransformerLens.
 
     Raises:
-        CircuitError: its architecture is none of `ARCHITECTURES`, or it cannot be read.
+        CircuitError: its architecture is none of `ARCHITECTURES`, or has what a HookedTransformer
+            has not; a weight is missing; or it cannot be read.
     """
     told = read_json(folder / CONFIG)
     named = told.get("architectures") if isinstance(told, dict) else None
@@ -50,12 +51,13 @@ def load_pretrained(folder: Path) -> HookedTransformer:
     drawn = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
@@ -63,8 +65,28 @@ def load_pretrained(folder: Path) -> HookedTransformer:
     finally:
         if drawn:
             logging.enable_progress_bar()
-    shape = _neox(model.config) if named[0] == ARCHITECTURES[1] else _gpt2(model.config)
-    return build_converted(shape, model, neox=named[0] == ARCHITECTURES[1])
+    if loaded["missing_keys"]:  # which are random then
+        raise CircuitError(f"holds no {min(loaded['missing_keys'])}", where=folder)
+    neox = named[0] == ARCHITECTURES[1]
+    shape = _neox(model.config) if neox else _gpt2(model.config)
+    _refuse_others(shape, model.config, folder / CONFIG)
+    return build_converted(shape, model, neox=neox)
+
+
+def _refuse_others(shape: dict[str, Any], config: Any, where: Path) -> None:
+    """Refuse what a HookedTransformer of these fields would compute otherwise, or not at all."""
+    from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
+
+    rope = getattr(config, "rope_parameters", None) or {}
+    told = {
+        "activation": (shape["act_fn"], tuple(SUPPORTED_ACTIVATIONS)),
+        "rope_type": (rope.get("rope_type", "default"), ("default",)),
+        "attention_bias": (getattr(config, "attention_bias", True), (True,)),
+    }
+    for name, (value, known) in told.items():
+        if value not in known:
+            expected = " or ".join(map(str, known))
+            raise CircuitError(f"{name} is {value}", where=where, expected=expected)
 
 
 def _gpt2(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -57,6 +57,34 @@ def test_a_converted_model_has_the_logits_of_its_own(
     with torch.no_grad():
         theirs, ours = model(tokens).logits, load_pretrained(tmp_path)(tokens)
     assert float((theirs - ours).abs().max()) < 1e-5 * float(theirs.abs().max())
+
+
+SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (GPT2LMHeadModel, GPT2Config(**GPT2, activation_function="tanh"), "activation is tanh"),
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**NEOX, attention_bias=False), "attention_bias is Fa"),
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**NEOX, rope_parameters=SCALED), "rope_type is linear"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(
+    model: Any, config: Any, message: str, tmp_path: Path
+) -> None:
+    save(model(config), tmp_path)
+    with pytest.raises(CircuitError, match=rf"config\.json: {message}"):
+        load_pretrained(tmp_path)
+
+
+def test_a_weight_that_is_missing_is_not_drawn(tmp_path: Path) -> None:
+    save(MODELS["gpt2"](), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CircuitError, match=r"holds no transformer\.h\.1\.mlp\.c_fc\.weight"):
+        load_pretrained(tmp_path)
 
 
 @pytest.fixture(scope="module")
