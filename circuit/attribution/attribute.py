@@ -327,7 +327,7 @@ class Attributor:
             with torch.no_grad():
                 for name, value in buffers.items():
                     if not torch.equal(named[name].cpu(), value.to(named[name].dtype).cpu()):
-                        named[name].copy_(value)
+                        named[name].resize_(value.shape).copy_(value)
                         self._last = None
 
     def values(self, theta: Flat, bound: Sequence[BoundScalar]) -> Float[Tensor, " scalar"]:

@@ -265,6 +265,8 @@ def _follow(copy: nn.Module, module: nn.Module) -> None:
             (copy.buffers(), module.buffers()),
         ):
             for tensor, value in zip(ours, theirs, strict=True):
+                if tensor.shape != value.shape:  # a buffer that grows
+                    tensor.resize_(value.shape)
                 tensor.copy_(value)
 
 

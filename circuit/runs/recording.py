@@ -155,10 +155,7 @@ def state_record(state: StoredState, *, anew: bool = False) -> Record:
             for groups in state.groups
         ],
         "numbers": numbers,
-        "tensors": [
-            [group, name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-            for (group, name), tensor in tensors.items()
-        ],
+        "tensors": [[group, name, *_kind(tensor)] for (group, name), tensor in tensors.items()],
     }
     return line, [as_bytes(tensor) for tensor in tensors.values()]
 
@@ -178,11 +175,15 @@ def step_record(step: StoredStep, absent: Iterable[str], gradient: Flat) -> Reco
         "optimizer": step.optimizer,
         "settings": [_settings(settings) for settings in step.settings],
         "parameters": list(step.parameters),
-        "buffers": list(step.buffers),
+        "buffers": [[name, *_kind(buffer)] for name, buffer in step.buffers.items()],
         "absent": list(absent),
         "digest": step.digest,
     }
     return line, [as_bytes(tensor) for tensor in (*changed, gradient)]
+
+
+def _kind(tensor: Tensor) -> tuple[str, list[int]]:
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -391,12 +392,11 @@ class Recording:
         groups = self._records["state"][self.anchor_before(step - 1)][1]["groups"]
         trained = {name for group in groups[line["optimizer"]] for name in group["names"]}
         with_gradient = [name for name in shapes if name in trained - absent]
-        buffers = {name: self._first_buffers[name] for name in line["buffers"]}
         values = _tensors(
             read_payload(path, line, start),
             [
                 *((dtype, shapes[name]) for name in line["parameters"]),
-                *((str(b.dtype).removeprefix("torch."), b.shape) for b in buffers.values()),
+                *((of, shape) for _, of, shape in line["buffers"]),
                 *((dtype, shapes[name]) for name in with_gradient),
             ],
         )
@@ -407,7 +407,7 @@ class Recording:
                 {key: _decoded(value) for key, value in group.items()} for group in line["settings"]
             ),
             {name: next(values) for name in line["parameters"]},
-            {name: next(values) for name in buffers},
+            {name: next(values) for name, _, _ in line["buffers"]},
             {name: next(values) for name in with_gradient},
             line["digest"],
         )

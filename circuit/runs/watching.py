@@ -201,7 +201,7 @@ class Watcher:
         if self.step == 0:
             self._changed_buffers.clear()
             self._buffers = {name: _Buffer.of(buffer) for name, buffer in buffers.items()}
-        changed = buffers if self.step == 0 else {n: buffers[n] for n in self._changed_buffers}
+        changed = {n: b for n, b in buffers.items() if n in self._changed_buffers or not self.step}
         groups = tuple(groups_of(one, self._names) for one in self.optimizers)
         self._members = [[group.names for group in several] for several in groups]
         return StoredState(
