@@ -231,6 +231,8 @@ class RecordedRun:
                 (dict(module.named_buffers()), state.buffers),
             ):
                 for name, tensor in named.items():
+                    if tensor.shape != values[name].shape:  # a buffer that grows
+                        tensor.resize_(values[name].shape)
                     tensor.copy_(values[name])
         return module
 

@@ -281,6 +281,9 @@ def test_the_loop_stays_as_it_is_and_every_state_is_there_again(
         assert all(torch.equal(state.parameters[n], loop.seen[step][n]) for n in loop.seen[step])
         found = state.buffers
         assert all(torch.equal(found[n], b) for n, b in loop.buffers[step].items())
+    model = run.model(3)
+    assert all(torch.equal(p, loop.seen[3][n]) for n, p in model.named_parameters())
+    assert all(torch.equal(b, loop.buffers[3][n]) for n, b in model.named_buffers())
     assert "0 bits differ" in run.verify().law
     worst = 0.0
     for step in run.replay(0, watching.step):
