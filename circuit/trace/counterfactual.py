@@ -19,33 +19,44 @@ def train_otherwise(session: TrainingSession, edit: Edit, end: int) -> FlatState
     """Train on from where a session stands to state `end`.
 
     Raises:
-        CircuitError: the optimizer has no such term, an example occurs in no step of the edit, or
-            the training diverges.
+        CircuitError: the edit goes beyond the end, the optimizer has no such term, an example
+            occurs in no step of the edit, or the training diverges.
     """
+    _check(session, edit, end)
+    tracer = Tracer(session)
+    while session.step < end:
+        step = session.step + 1
+        if not edit.holds(step):
+            tracer.advance()
+            continue
+        factors = edit.weights(session.recipe.examples(step).sample_ids)
+        traced = tracer.advance(weights=None if factors is None else torch.tensor(factors))
+        _scale_terms(tracer, traced, edit)
+    return tracer.state
+
+
+def _check(session: TrainingSession, edit: Edit, end: int) -> None:
+    """Refuse what the steps do not have, before one of them is taken."""
+    if edit.end > end:
+        raise CircuitError(
+            f"an edit of steps {edit.start}:{edit.end}", expected=f"steps up to {end}, the end"
+        )
     names = (*update_rule(session.config.optimizer).names, "rounding")
     unknown = next((name for name in edit.terms if name not in names), None)
     if unknown is not None:
         raise CircuitError(
             f"the update has no term '{unknown}'", expected=f"one of {', '.join(names)}"
         )
-    tracer = Tracer(session)
     missing = set(edit.examples)
-    while session.step < end:
-        step = session.step + 1
-        if not edit.holds(step):
-            tracer.advance()
-            continue
-        ids = session.recipe.examples(step).sample_ids
-        missing -= set(ids)
-        factors = edit.weights(ids)
-        traced = tracer.advance(weights=None if factors is None else torch.tensor(factors))
-        _scale_terms(tracer, traced, edit)
+    for step in range(edit.start + 1, edit.end + 1):
+        if not missing:
+            return
+        missing -= set(session.recipe.examples(step).sample_ids)
     if missing:
         raise CircuitError(
-            f"example '{min(missing)}' occurs in no step of {edit.start}:{min(edit.end, end)}",
+            f"example '{min(missing)}' occurs in no step of {edit.start}:{edit.end}",
             expected="examples of the batches of these steps",
         )
-    return tracer.state
 
 
 def _scale_terms(tracer: Tracer, traced: TracedStep, edit: Edit) -> None:

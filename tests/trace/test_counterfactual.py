@@ -118,6 +118,7 @@ def test_it_says_what_the_scalars_become(run: ReplayedRun) -> None:
     [
         ({"examples": {"nobody": 0.0}}, "'nobody' occurs in no step of 5:9"),
         ({"terms": {"decay": 0.0}}, "no term 'decay'; expected one of weight_decay, adam_current"),
+        ({"end": 10}, "an edit of steps 5:10; expected steps up to 9, the end"),
         ({"end": 5}, "an edit of steps 5:5; expected start < end"),
         ({"examples": {"x": float("nan")}}, "factor nan of x; expected a finite number"),
     ],
