@@ -6,7 +6,6 @@ import ast
 import base64
 import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 from command_line import type_and_read
-from warm import warm_python
 
 import circuit
 
@@ -190,12 +188,7 @@ def test_notebooks_run_on_a_new_quickstart(
     On the machine that made the committed outputs training gives the same weights, and then the
     digest of all words must come out again; elsewhere outputs must be of the same kinds.
     """
-    with (
-        tool.small_quickstart(),
-        warm_python() as python,  # kernels as forks, which import nothing anew
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(sys, "executable", python)
+    with tool.small_quickstart():
         for committed, found in executed(tmp_path, capsys):
             said, before = tool.said_of(found), committed.metadata.circuit.small
             if said["best_weights_sha256"] == before["best_weights_sha256"]:
