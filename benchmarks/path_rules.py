@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 from circuit.attribution.attribute import Attributor, StepAttribution
 from circuit.core.flat import ParameterLayout
 from circuit.core.state import FlatState
-from circuit.core.update import AdamWRule, Hyper, UpdateTerms
+from circuit.core.update import AdamWRule, Hyper, OptimizerStep, UpdateTerms
 from circuit.model.build import build_model
 from circuit.scalars.base import Cache, Needs
 from circuit.train_config import ModelConfig
@@ -127,14 +127,16 @@ def _steps(
         after = _state(step, model, optimizer, layout)
         gradient = layout.flatten({n: p.grad for n, p in model.named_parameters()})
         update = rule.terms(
-            before=before.parameters,
-            after=after.parameters,
-            gradient=gradient,
-            clipped=gradient,
-            moments_before=before.moments,
-            moments_after=after.moments,
-            step=step,
-            hyper=Hyper(rate, 1.0),
+            OptimizerStep(
+                before=before.parameters,
+                after=after.parameters,
+                gradient=gradient,
+                clipped=gradient,
+                moments_before=before.moments,
+                moments_after=after.moments,
+                step=step,
+                hyper=Hyper(rate, 1.0),
+            )
         )
         yield PlainStep(step, rate, 1.0, before, after, update, tokens, no_answers)
 

@@ -17,6 +17,7 @@ from circuit.core.update import (
     AdamWRule,
     AnyRule,
     Hyper,
+    OptimizerStep,
     SGDRule,
     UpdateRule,
     UpdateTerms,
@@ -110,14 +111,16 @@ class TakenStep:
             yield (
                 torch.cat([torch.arange(*layout.range(name)) for name in names]),
                 rule.terms(
-                    before=part.flatten(self.before),
-                    after=part.flatten(self.after),
-                    gradient=None,
-                    clipped=gradient,
-                    moments_before={} if fresh else moments_of(self.past, part),
-                    moments_after=moments_of(self.memory, part),
-                    step=count,
-                    hyper=hyper,
+                    OptimizerStep(
+                        before=part.flatten(self.before),
+                        after=part.flatten(self.after),
+                        gradient=None,
+                        clipped=gradient,
+                        moments_before={} if fresh else moments_of(self.past, part),
+                        moments_after=moments_of(self.memory, part),
+                        step=count,
+                        hyper=hyper,
+                    )
                 ),
             )
 

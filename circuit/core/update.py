@@ -55,6 +55,28 @@ class Hyper:
 
 
 @dataclass(frozen=True)
+class OptimizerStep:
+    """What one step of an optimizer read and wrote; vectors `[parameter]`.
+
+    Attributes:
+        before, after: `theta_{t-1}` and `theta_t`.
+        gradient, clipped: `g` and `c g`, which the optimizer reads; `g` may not be known.
+        moments_before, moments_after: the optimizer's moments at `t-1` and `t`.
+        step: `t`, counted from 1: the optimizer's own count.
+        hyper: rate and decay of the step.
+    """
+
+    before: Flat
+    after: Flat
+    gradient: Flat | None
+    clipped: Flat
+    moments_before: Mapping[str, Flat]
+    moments_after: Mapping[str, Flat]
+    step: int
+    hyper: Hyper
+
+
+@dataclass(frozen=True)
 class UpdateTerms:
     """One update and its terms; float64 vectors of `[parameter]`.
 
@@ -166,42 +188,15 @@ class UpdateRule(Protocol):
     def names(self) -> tuple[str, ...]:
         """Column names of the terms."""
 
-    def terms(
-        self,
-        *,
-        before: Flat,
-        after: Flat,
-        gradient: Flat | None,
-        clipped: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> UpdateTerms:
-        """Split one update into its terms.
-
-        Args:
-            before, after: `theta_{t-1}` and `theta_t`.
-            gradient, clipped: `g` and `c g`, which the optimizer reads; `g` may not be known.
-            moments_before, moments_after: the optimizer's moments at `t-1` and `t`.
-            step: `t`, counted from 1: the optimizer's own count.
-            hyper: rate and decay of the step.
-        """
+    def terms(self, taken: OptimizerStep) -> UpdateTerms:
+        """Split one update into its terms."""
 
 
 class DifferentiableRule(UpdateRule, Protocol):
     """A rule whose steps can be summed over gradients and differentiated (definitions.md 7)."""
 
-    def momentum_form(
-        self,
-        *,
-        before: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> MomentumForm:
-        """How the update sums the gradients so far; arguments as of `terms`."""
+    def momentum_form(self, taken: OptimizerStep) -> MomentumForm:
+        """How the update sums the gradients so far."""
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
         """The adjoint of numbers that look at the parameters alone, by their gradients."""
@@ -245,60 +240,44 @@ class AdamWRule:
     maximize: bool = False
     coupled_decay: bool = False
 
+    flags: ClassVar[tuple[str, ...]] = ("amsgrad", "maximize", "coupled_decay")
+    """Without which alone the rule can be differentiated."""
     names: ClassVar[TermNames] = (
         "weight_decay",
         "adam_current_gradient",
         "adam_historical_momentum",
     )
 
-    def terms(
-        self,
-        *,
-        before: Flat,
-        after: Flat,
-        gradient: Flat | None,
-        clipped: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> UpdateTerms:
+    def terms(self, taken: OptimizerStep) -> UpdateTerms:
         """See `UpdateRule.terms`."""
         # theta_t = (1 - lr lambda) theta_{t-1} - lr m_hat / (sqrt(v_hat) + eps), and m_t is linear
         # in the present gradient and in m_{t-1}: two terms over one denominator (definitions.md, 4)
-        scale = hyper.rate / (1 - self.beta1**step)
+        hyper = taken.hyper
+        scale = hyper.rate / (1 - self.beta1**taken.step)
         fresh = -scale * (1 - self.beta1)
-        denominator = _double(moments_after["max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"])
-        denominator.sqrt_().div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
-        current = _double(clipped).mul_(-fresh if self.maximize else fresh).div_(denominator)
-        mean = moments_before.get("exp_avg", torch.zeros_like(clipped))  # where there is no past
+        second = taken.moments_after["max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"]
+        denominator = self._denominator(second, taken.step)
+        current = _double(taken.clipped).mul_(-fresh if self.maximize else fresh).div_(denominator)
+        # where there is no past
+        mean = taken.moments_before.get("exp_avg", torch.zeros_like(taken.clipped))
         history = _double(mean).mul_(-scale * self.beta1).div_(denominator)
         decay = None
         if self.coupled_decay:  # read as lambda theta beside the gradient
-            decay = _double(before).mul_(fresh * hyper.decay).div_(denominator)
-        terms = _Terms(self.names, decay, current, history)
-        return _with_rest(terms, hyper, before, after, gradient, clipped)
+            decay = _double(taken.before).mul_(fresh * hyper.decay).div_(denominator)
+        return _with_rest(_Terms(self.names, decay, current, history), taken)
 
-    def momentum_form(
-        self,
-        *,
-        before: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> MomentumForm:
+    def momentum_form(self, taken: OptimizerStep) -> MomentumForm:
         """`M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`; see `DifferentiableRule`."""
-        _refuse_flags(self, "amsgrad", "maximize", "coupled_decay")
+        _refuse_flags(self)
         kept = 1 - self.beta1
-        denominator = _double(moments_after["exp_avg_sq"]).sqrt_()
-        denominator.div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
-        gain = hyper.rate / (1 - self.beta1**step) * kept / denominator
-        return MomentumForm(self.beta1, gain, _double(moments_before["exp_avg"]).div_(kept), 0.0)
+        denominator = self._denominator(taken.moments_after["exp_avg_sq"], taken.step)
+        gain = taken.hyper.rate / (1 - self.beta1**taken.step) * kept / denominator
+        past = _double(taken.moments_before["exp_avg"]).div_(kept)
+        return MomentumForm(self.beta1, gain, past, 0.0)
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
         """See `DifferentiableRule.start`."""
-        _refuse_flags(self, "amsgrad", "maximize", "coupled_decay")
+        _refuse_flags(self)
         return Adjoint(parameters, (torch.zeros_like(parameters), torch.zeros_like(parameters)))
 
     def back(
@@ -323,6 +302,11 @@ class AdamWRule:
         parameters = after.parameters * (1 - hyper.rate * hyper.decay)
         return by_gradient, Adjoint(parameters, (self.beta1 * p, self.beta2 * q))
 
+    def _denominator(self, second: Flat, step: int) -> Flat:
+        """`D = sqrt(v / (1 - beta2^t)) + eps`, in float64."""
+        root = _double(second).sqrt_()
+        return root.div_(math.sqrt(1 - self.beta2**step)).add_(self.eps)
+
 
 @dataclass(frozen=True)
 class SGDRule:
@@ -339,31 +323,23 @@ class SGDRule:
     dampening: float = 0.0
     maximize: bool = False
 
+    flags: ClassVar[tuple[str, ...]] = ("nesterov", "dampening", "maximize")
+    """Without which alone the rule can be differentiated."""
     names: ClassVar[TermNames] = ("weight_decay", "current_gradient", "historical_momentum")
 
-    def terms(
-        self,
-        *,
-        before: Flat,
-        after: Flat,
-        gradient: Flat | None,
-        clipped: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> UpdateTerms:
+    def terms(self, taken: OptimizerStep) -> UpdateTerms:
         """See `UpdateRule.terms`; without momentum no moment is looked at.
 
         Without a `momentum_buffer` before the step, the gradient becomes it, undampened.
         """
         # buf_t = mu buf_{t-1} + (1 - dampening) (g + lambda theta), and the step is the rate times
         # buf_t, or with Nesterov times g + lambda theta + mu buf_t (torch.optim.SGD)
-        buffer = moments_before.get("momentum_buffer") if self.momentum else None
+        buffer = taken.moments_before.get("momentum_buffer") if self.momentum else None
         entering = 1.0 if buffer is None else 1 - self.dampening
         fresh = 1 + self.momentum * entering if self.nesterov else entering
         past = self.momentum**2 if self.nesterov else self.momentum
-        current = _double(clipped).mul_(hyper.rate * (fresh if self.maximize else -fresh))
+        hyper = taken.hyper
+        current = _double(taken.clipped).mul_(hyper.rate * (fresh if self.maximize else -fresh))
         history = (
             torch.zeros_like(current)
             if buffer is None
@@ -371,29 +347,19 @@ class SGDRule:
         )
         decay = None
         if fresh != 1:
-            decay = _double(before).mul_(-hyper.rate * hyper.decay * fresh)
-        terms = _Terms(self.names, decay, current, history)
-        return _with_rest(terms, hyper, before, after, gradient, clipped)
+            decay = _double(taken.before).mul_(-hyper.rate * hyper.decay * fresh)
+        return _with_rest(_Terms(self.names, decay, current, history), taken)
 
-    def momentum_form(
-        self,
-        *,
-        before: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> MomentumForm:
+    def momentum_form(self, taken: OptimizerStep) -> MomentumForm:
         """`M` is torch's buffer, `gain` the rate; see `DifferentiableRule`."""
-        _refuse_flags(self, "nesterov", "dampening", "maximize")
-        past = _double(
-            moments_before["momentum_buffer"] if self.momentum else before.new_zeros(before.shape)
-        )
-        return MomentumForm(self.momentum, hyper.rate, past, hyper.decay)
+        _refuse_flags(self)
+        none = torch.zeros_like(taken.before)
+        past = _double(taken.moments_before["momentum_buffer"] if self.momentum else none)
+        return MomentumForm(self.momentum, taken.hyper.rate, past, taken.hyper.decay)
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
         """See `DifferentiableRule.start`."""
-        _refuse_flags(self, "nesterov", "dampening", "maximize")
+        _refuse_flags(self)
         return Adjoint(parameters, (torch.zeros_like(parameters),))
 
     def back(
@@ -426,43 +392,32 @@ class AnyRule:
         """Column names of the terms."""
         return ("decoupled_decay", "rest") if self.decoupled_decay else ("rest",)
 
-    def terms(
-        self,
-        *,
-        before: Flat,
-        after: Flat,
-        gradient: Flat | None,
-        clipped: Flat,
-        moments_before: Mapping[str, Flat],
-        moments_after: Mapping[str, Flat],
-        step: int,
-        hyper: Hyper,
-    ) -> UpdateTerms:
+    def terms(self, taken: OptimizerStep) -> UpdateTerms:
         """See `UpdateRule.terms`; no moment is looked at, and nothing is left to rounding."""
-        old = before.double()
-        total = after.double() - old
+        old, hyper = taken.before.double(), taken.hyper
+        total = taken.after.double() - old
         decay = old * (-hyper.rate * hyper.decay)
         rest = total - decay if self.decoupled_decay else total
         return UpdateTerms(
             total=total,
             terms=dict(zip(self.names, (decay, rest)[-len(self.names) :], strict=True)),
             rounding=torch.zeros_like(total),
-            plain_sgd=_plain_sgd(hyper, gradient, clipped),
-            largest=torch.maximum(before.abs(), after.abs()),
+            plain_sgd=_plain_sgd(taken),
+            largest=torch.maximum(taken.before.abs(), taken.after.abs()),
         )
 
 
-def _refuse_flags(rule: AdamWRule | SGDRule, *flags: str) -> None:
+def _refuse_flags(rule: AdamWRule | SGDRule) -> None:
     """Refuse what the formulas of definitions.md section 7 leave out.
 
     Raises:
         CircuitError: a flag of the rule is set.
     """
-    for flag in flags:
+    for flag in rule.flags:
         if getattr(rule, flag):
             raise CircuitError(
                 f"data cannot be credited through an optimizer with {flag}",
-                expected=f"one without {', '.join(flags)}",
+                expected=f"one without {', '.join(rule.flags)}",
             )
 
 
@@ -476,35 +431,29 @@ class _Terms:
     history: Flat
 
 
-def _with_rest(
-    terms: _Terms,
-    hyper: Hyper,
-    before: Flat,
-    after: Flat,
-    gradient: Flat | None,
-    clipped: Flat,
-) -> UpdateTerms:
+def _with_rest(terms: _Terms, taken: OptimizerStep) -> UpdateTerms:
     """Adds to the terms of a rule those that all rules share."""
-    old = before.double()
-    total = after.double() - old
-    plain = old * (-hyper.rate * hyper.decay)
+    old, dtype = taken.before.double(), taken.before.dtype
+    total = taken.after.double() - old
+    plain = old * (-taken.hyper.rate * taken.hyper.decay)
     decay = plain if terms.decay is None else terms.decay
-    entered = [before, after, terms.current.to(before.dtype), terms.history.to(before.dtype)]
+    entered = [taken.before, taken.after, terms.current.to(dtype), terms.history.to(dtype)]
     if terms.decay is not None:
-        entered.append(terms.decay.to(before.dtype))
+        entered.append(terms.decay.to(dtype))
     return UpdateTerms(
         total=total,
         terms=dict(zip(terms.names, (decay, terms.current, terms.history), strict=True)),
         rounding=(total - decay).sub_(terms.current).sub_(terms.history),
-        plain_sgd=_plain_sgd(hyper, gradient, clipped),
+        plain_sgd=_plain_sgd(taken),
         largest=torch.stack([vector.abs() for vector in entered]).amax(0),
     )
 
 
-def _plain_sgd(hyper: Hyper, gradient: Flat | None, clipped: Flat) -> dict[str, Flat]:
+def _plain_sgd(taken: OptimizerStep) -> dict[str, Flat]:
     """What plain SGD would have done with the gradient, and with what the optimizer read."""
-    raw = {} if gradient is None else {"raw_sgd": gradient.double() * -hyper.rate}
-    return raw | {"clipped_sgd": clipped.double() * -hyper.rate}
+    rate = -taken.hyper.rate
+    raw = {} if taken.gradient is None else {"raw_sgd": taken.gradient.double() * rate}
+    return raw | {"clipped_sgd": taken.clipped.double() * rate}
 
 
 def _double(vector: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.state import FlatState
-from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, UpdateTerms
+from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, OptimizerStep, UpdateTerms
 from circuit.lazy import torch
 from circuit.tasks.examples import Examples
 from circuit.train_config import TrainConfig
@@ -125,10 +125,10 @@ class TracedStep:
         """Rate and decay of the step."""
         return Hyper(self.lr, self.config.optimizer.weight_decay)
 
-    @cached_property
-    def update(self) -> UpdateTerms:
-        """The update and its terms; computed when first asked for."""
-        return self.rule.terms(
+    @property
+    def taken(self) -> OptimizerStep:
+        """What the optimizer read and wrote."""
+        return OptimizerStep(
             before=self.before.parameters,
             after=self.after.parameters,
             gradient=self.gradient,
@@ -139,16 +139,15 @@ class TracedStep:
             hyper=self.hyper,
         )
 
+    @cached_property
+    def update(self) -> UpdateTerms:
+        """The update and its terms; computed when first asked for."""
+        return self.rule.terms(self.taken)
+
     @property
     def momentum(self) -> MomentumForm:
         """The update as a sum over the gradients so far."""
-        return self.rule.momentum_form(
-            before=self.before.parameters,
-            moments_before=self.before.moments,
-            moments_after=self.after.moments,
-            step=self.step,
-            hyper=self.hyper,
-        )
+        return self.rule.momentum_form(self.taken)
 
     @property
     def objective(self) -> BatchLoss:

@@ -18,7 +18,7 @@ from hypothesis import settings as laws
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuit.core.update import AdamWRule, Hyper, SGDRule, UpdateRule, UpdateTerms
+from circuit.core.update import AdamWRule, Hyper, OptimizerStep, SGDRule, UpdateRule, UpdateTerms
 from circuit.errors import CircuitError
 
 RULES: dict[str, UpdateRule] = {
@@ -143,7 +143,7 @@ def test_numbers_are_those_of_the_frozen_formulas_and_so_are_constant_vectors(
         Hyper(rate_vector, decay),
         Hyper(rate, decay_vector),
     ):
-        found = rule.terms(**taken, hyper=hyper)
+        found = rule.terms(OptimizerStep(**taken, hyper=hyper))
         assert tuple(found.terms) == rule.names
         for name, vector in expected.items():
             assert same_bits(by_column(found)[name], vector), name
@@ -161,9 +161,9 @@ def test_each_of_two_groups_is_as_if_it_were_alone(
         torch.where(first, *(torch.full((size,), value, dtype=torch.float64) for value in values))
         for values in zip(one, two, strict=True)
     ]
-    both = rule.terms(**taken, hyper=Hyper(*vectors))
+    both = rule.terms(OptimizerStep(**taken, hyper=Hyper(*vectors)))
     for group, where in ((one, first), (two, ~first)):
-        alone = rule.terms(**part(taken, where), hyper=Hyper(*group))
+        alone = rule.terms(OptimizerStep(**part(taken, where), hyper=Hyper(*group)))
         for name in VECTORS:
             assert same_bits(by_column(both)[name][where], by_column(alone)[name]), name
 
@@ -179,7 +179,7 @@ def test_terms_sum_to_the_update_and_what_they_are_made_of_stays(
         return value.to(dtype) if isinstance(value, Tensor) else value
 
     taken, kept = cast(inputs(7, 50)), cast(inputs(7, 50))
-    terms = rule.terms(**taken, hyper=Hyper(0.01, 0.1))
+    terms = rule.terms(OptimizerStep(**taken, hyper=Hyper(0.01, 0.1)))
     assert torch.allclose(sum(terms.named().values()), terms.total, rtol=0, atol=1e-14)
     assert list(terms.named()) == [*rule.names, "rounding"]
     for name, value in kept.items():
@@ -254,14 +254,16 @@ def test_two_parameter_groups_of_torchs_own_optimizer_are_explained(
         optimizer.step()
         now = {name: flat([optimizer.state[w][name] for w in weights]) for name in case.moments}
         update = case.rule.terms(
-            before=before,
-            after=flat(weights),
-            gradient=gradient,
-            clipped=gradient,
-            moments_before=past,
-            moments_after=now,
-            step=t,
-            hyper=hyper,
+            OptimizerStep(
+                before=before,
+                after=flat(weights),
+                gradient=gradient,
+                clipped=gradient,
+                moments_before=past,
+                moments_after=now,
+                step=t,
+                hyper=hyper,
+            )
         )
         worst = update.rounding_ulps()
         assert worst <= WORST_ULPS

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuit.artifacts import read_jsonl
-from circuit.core.update import Hyper, UpdateTerms
+from circuit.core.update import Hyper, OptimizerStep, UpdateTerms
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.record import RecordResult
 from circuit.trace.step import TracedStep, Tracer
@@ -209,14 +209,16 @@ def test_torchs_own_step_is_explained_whatever_the_settings(
         torch_optimizer.step()
         moments = {n: torch_optimizer.state[model.w][n].clone() for n in names[kind]}
         update = update_rule(config.optimizer).terms(
-            before=before,
-            after=model.w.detach().clone(),
-            gradient=g,
-            clipped=g,
-            moments_before=past,
-            moments_after=moments,
-            step=t,
-            hyper=Hyper(lr, decay),
+            OptimizerStep(
+                before=before,
+                after=model.w.detach().clone(),
+                gradient=g,
+                clipped=g,
+                moments_before=past,
+                moments_after=moments,
+                step=t,
+                hyper=Hyper(lr, decay),
+            )
         )
         assert_float32_explains(update, before, model.w.detach())
 
