@@ -29,7 +29,9 @@ def train_otherwise(session: TrainingSession, edit: Edit, end: int) -> FlatState
         if not edit.holds(step):
             tracer.advance()
             continue
-        factors = edit.weights(session.recipe.examples(step).sample_ids)
+        factors = None
+        if edit.examples:  # of terms alone no batch need be drawn to know its names
+            factors = edit.weights(session.recipe.examples(step).sample_ids)
         traced = tracer.advance(weights=None if factors is None else torch.tensor(factors))
         _scale_terms(tracer, traced, edit)
     return tracer.state

@@ -115,9 +115,9 @@ class TaskRecipe(Recipe):
 
     def batch(self, step: int) -> Batch:
         """Tokens `[batch, pos]`; what is predicted behind each but the last (`UNPREDICTED`: no)."""
-        examples, device = self.examples(step), self.config.device
-        targets = examples.targets()
-        return Batch(examples.tokens.to(device), targets.to(device), self.indices(step))
+        indices, device = self.indices(step), self.config.device
+        examples = self.split.batch(indices)
+        return Batch(examples.tokens.to(device), examples.targets().to(device), indices)
 
     def outputs(self, module: nn.Module, batch: Batch) -> Float[Tensor, "batch pos-1 vocab"]:
         """Logits; position i predicts token i + 1, so that the last token is not read."""
