@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from in_memory import InMemory
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,9 +19,7 @@ from circuit.errors import CircuitError
 from circuit.scalars.loss import LossScalar
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.examples import UNPREDICTED
-from circuit.trace.step import TracedStep, Tracer
 from circuit.train_config import TrainConfig
-from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
 ADAMW = {"name": "adamw", "learning_rate": 0.01, "beta1": 0.8, "weight_decay": 0.1}
@@ -38,24 +36,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 WITH_MOMENTUM = pytest.mark.parametrize("run", list(RECIPES)[:2], indirect=True)
 STEPS = 4
-
-
-@dataclass
-class InMemory:
-    """Executes a run's steps again from the start."""
-
-    setup: Setup
-    anchors: list[int] = field(default_factory=lambda: [0, 2])
-
-    def module(self, dtype: torch.dtype | None = None) -> Any:
-        return self.setup.module(dtype)
-
-    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
-        tracer = Tracer(TrainingSession(self.setup))
-        for step in range(1, end + 1):
-            traced = tracer.advance()
-            if step > start:
-                yield traced
 
 
 @pytest.fixture(params=RECIPES, scope="module")

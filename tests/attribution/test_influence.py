@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from in_memory import InMemory
 from torch import Tensor
 
 from circuit.attribution.attribute import Attributor
@@ -17,7 +18,7 @@ from circuit.errors import CircuitError
 from circuit.scalars.base import measured
 from circuit.scalars.loss import LossScalar
 from circuit.tasks.benchmark import Benchmark
-from circuit.trace.step import TracedStep, Tracer
+from circuit.trace.step import TracedStep
 from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
@@ -37,27 +38,15 @@ START, END = 3, 7
 
 
 @dataclass
-class InFloat64:
+class InFloat64(InMemory):
     """A run that trains in float64, whose examples may have weights after `START`."""
-
-    setup: Setup
-
-    def module(self, dtype: torch.dtype | None = None) -> Any:
-        return self.setup.module(dtype)
 
     anchors: list[int] = field(default_factory=lambda: [0, 5])
 
     def session(self) -> TrainingSession:
-        session = TrainingSession(self.setup)
+        session = super().session()
         session.model.to(torch.float64, print_details=False)
         return session
-
-    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
-        tracer = Tracer(self.session())
-        for step in range(1, end + 1):
-            traced = tracer.advance()
-            if step > start:
-                yield traced
 
     def end(self, weights: Mapping[str, float]) -> Tensor:
         session = self.session()
