@@ -151,19 +151,20 @@ class CreditPass:
         for noted, (theta, gradient, kernel) in backwards(
             self.run, self.start, self.end, self._note
         ):
-            carried.add_(kernel)  # [scalar, parameter], H_t
+            carried.add_(kernel)  # [scalar, parameter]: H_t, for steps come last first
+            # [scalar, example, pos]: a derivative of losses that were not clipped, hence -c
             credit = self.losses.derivatives(noted.objective, theta, carried, self.by) * -noted.clip
             batch = carried @ gradient.double() * -noted.clip
             totals.actual += noted.actual
             totals.rounding += noted.rounding
             totals.decay += noted.decay
-            if noted.coupled:
+            if noted.coupled:  # decay entered the momentum, and is carried on as gradients are
                 totals.decay -= carried @ (noted.coupled * theta.double())
             totals.credit += credit.sum((1, 2))
             totals.apart += (credit.sum((1, 2)) - batch).abs()
             totals.batch += batch.abs()
-            carried.mul_(noted.keep)
-            if noted.past is not None:
+            carried.mul_(noted.keep)  # what the step before finds of it
+            if noted.past is not None:  # at the window's first step: momentum from before it
                 totals.inherited -= carried @ noted.past
             yield StepCredit(noted.step, noted.objective, credit, batch)
 

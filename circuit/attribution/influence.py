@@ -134,7 +134,7 @@ class InfluencePass:
                 step=noted.step,
                 hyper=noted.hyper,
             )
-            before.append(adjoint)
+            before.append(adjoint)  # before the gradient's own way to the weights is added
             if c >= 1:
                 return u
             n = gradient.norm()  # clipping turns with the gradient's norm
