@@ -289,7 +289,7 @@ class OutputFolder:
                 own, whatever its manifest says (`checkpoints/step_*.pt`).
             overwrite: earlier outputs may be replaced.
             resume: earlier outputs may be continued.
-            resumable: the command has a --resume, for the message to name.
+            resumable: the command can go on with earlier outputs, for the message to say.
             appended: by suffix, what reads the whole of a file that is appended to, and raises if
                 it is not as it was written; rows are known.
         """

@@ -143,7 +143,7 @@ def read_config(path: Path) -> Any:
     try:
         return read_json(path, missing="no such config file")
     except MissingFileError as error:
-        raise CircuitError(error.what, where=path, fix="check --config") from None
+        raise CircuitError(error.what, where=path, fix="check the path") from None
 
 
 def _parse_origin(payload: Any, path: Path) -> Overrides:

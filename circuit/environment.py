@@ -129,7 +129,7 @@ def require_device(device: str) -> None:
         raise CircuitError(
             f"device '{device}' is not available here",
             expected=f"one of {', '.join(available)}",
-            fix="set --device, CIRCUIT_DEVICE or the config's device",
+            fix="set `device`, CIRCUIT_DEVICE or the config's device",
         )
     if device == "cuda":
         workspace = os.environ.setdefault(CUBLAS_WORKSPACE, _WORKSPACES[0])
@@ -202,7 +202,7 @@ def recorded_facts(path: Path) -> Facts:
     except MissingFileError:
         return {}
     if isinstance(facts, dict):
-        fix = "bring it back; or remove it, and pass --allow-drift"
+        fix = "bring it back; or remove it, and pass `allow_drift`"
         facts = unsealed(facts, where=path, fix=fix)
     return validated(facts, RecordedFacts, where=path).model_dump(exclude_unset=True)
 

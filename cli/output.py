@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,9 +56,8 @@ stderr = _console(stderr=True)
 
 
 def print_error(error: CircuitError) -> None:
-    """One line on stderr, unwrapped; fields that every command has as a flag are told as that."""
-    said = re.sub("`(overwrite|resume)`", r"--\1", str(error))
-    stderr.print(Text("error: ", style="bold red") + Text(said), soft_wrap=True)
+    """One line on stderr, unwrapped."""
+    stderr.print(Text("error: ", style="bold red") + Text(str(error)), soft_wrap=True)
 
 
 def say_interrupted(further: str) -> int:

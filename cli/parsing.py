@@ -1,11 +1,14 @@
 """How command lines are read: as Typer does, but for what it says of mistakes in them.
 
 A mistake in the words is a `CircuitError`, as any other mistake in the input is. An option that is
-not repeatable is given once: Typer would take its last value and forget the others.
+not repeatable is given once: Typer would take its last value and forget the others. What the
+library says of a field, which it names in backticks, is told of the option that the command has
+for it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -17,6 +20,8 @@ from circuit import CircuitError
 MISTAKE: type[Any] = typer.BadParameter.__mro__[2]
 """click's `ClickException`, of which some versions of Typer have a copy of their own."""
 _TYPED = "circuit.typed"
+_ELSEWHERE = {"overwrite": "--overwrite", "resume": "--resume", "allow_drift": "--allow-drift"}
+"""What a command may have to say of the option of another one."""
 
 
 def once(command: Any, context: Any, parser: Any) -> Any:
@@ -46,6 +51,16 @@ class Command(TyperCommand):
     def make_parser(self, ctx: Any) -> Any:
         """Typer's, which takes no option twice."""
         return once(self, ctx, super().make_parser(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Typer's; a refusal names options."""
+        try:
+            return super().invoke(ctx)
+        except CircuitError as error:
+            options = (param for param in self.params if param.param_type_name == "option")
+            flags = _ELSEWHERE | {param.name: max(param.opts, key=len) for param in options}
+            said = re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error))
+            raise CircuitError(said) from error
 
 
 class Group(TyperGroup):

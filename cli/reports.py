@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from circuit import CircuitError
 from circuit.quoting import plain_text
 
 from . import complete, options
@@ -76,11 +74,11 @@ def run_and_print(
     """Make a report with the values of a command line, and say what it found.
 
     Raises:
-        CircuitError: as `run_report`; options are named as the command line has them.
+        CircuitError: as `run_report`.
     """
     from circuit.reports.report import run_report
 
-    with flags_for_fields(kind.Options.flags()), progress_bar(not as_json) as bar:
+    with progress_bar(not as_json) as bar:
         chosen = kind.Options(**{n: v for n, v in given.items() if v is not None})
         shown = ReportBar(bar, kind.stem().replace("_", " "))
         result = run_report(kind, run, chosen, folder, overwrite=overwrite, progress=shown)
@@ -112,30 +110,6 @@ def print_result(result: ReportResult, as_json: bool) -> None:
         stdout.print(plain_text(note), soft_wrap=True)
     print_written(result.paths)
     stdout.print(result.law, soft_wrap=True)
-
-
-class flags_for_fields:  # noqa: N801  a context manager
-    """Within the block, a refusal that names fields in backticks names the options instead."""
-
-    def __init__(self, flags: Mapping[str, str]) -> None:
-        self.flags = flags
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, CircuitError):
-            raise CircuitError(
-                self._named(error.what) or "",
-                where=self._named(error.where),
-                expected=self._named(error.expected),
-                fix=self._named(error.fix),
-            ) from None
-
-    def _named(self, text: str | None) -> str | None:
-        if text is None:
-            return None
-        return re.sub(r"`(\w+)`", lambda found: self.flags.get(found[1], found[0]), text)
 
 
 def _annotation(kind: type[Report[Any]], name: str) -> Any:

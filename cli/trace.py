@@ -24,7 +24,7 @@ from .output import (
     stdout,
 )
 from .parsing import Commands
-from .reports import ReportBar, flags_for_fields, print_result
+from .reports import ReportBar, print_result
 from .training import load_train_config
 
 if TYPE_CHECKING:
@@ -333,10 +333,9 @@ def merge(
     as_json: options.Json = False,
 ) -> None:
     """Join the shards of one attribution; gaps, overlaps and other options are refused."""
-    from circuit.reports.attribution import AttributionOptions
     from circuit.reports.shards import merge_attributions
 
-    with flags_for_fields(AttributionOptions.flags()), progress_bar(not as_json) as bar:
+    with progress_bar(not as_json) as bar:
         result = merge_attributions(
             output_dir,
             parts,

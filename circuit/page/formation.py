@@ -73,7 +73,8 @@ def formation_page(
         text = render(
             title=config.name,
             facts=[
-                f"{shape.layers} layers, {shape.heads} heads, width {shape.d_model}",
+                f"{_several(shape.layers, 'layer')}, {_several(shape.heads, 'head')}",
+                f"width {shape.d_model}",
                 *_training_facts(config),
                 *left_out_fact(reports.left_out),
             ],
@@ -83,6 +84,10 @@ def formation_page(
         )
         folder.write_text(path.name, text)
     return PageResult(path, path.stat().st_size, tuple(panels), tuple(reports.left_out))
+
+
+def _several(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def left_out_fact(reports: Sequence[str]) -> list[str]:

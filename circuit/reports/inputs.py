@@ -250,7 +250,7 @@ def traced_inputs(
         raise CircuitError(
             f"device '{config.device}', but the trace was recorded on '{run.config.device}'",
             where=run.path,
-            fix="replay is exact on the recording's device only; leave --device out",
+            fix="replay is exact on the recording's device only; leave `device` out",
         )
     setup = Setup(config, probe_set)
     if setup.benchmark.digest != run.manifest.benchmark_digest:

@@ -114,7 +114,7 @@ class CheckpointedRun:
             CircuitError: there is none, or it is of another run than the checkpoints.
         """
         trace = ReplayedRun.open(self.path / DEFAULT_FOLDER, setup=self.setup)
-        fix = "it was recorded from an earlier run; record it again with --overwrite"
+        fix = "it was recorded from an earlier run; record it again with `overwrite`"
         try:
             self.setup.check(trace.header(trace.steps[0]))
         except CircuitError as error:

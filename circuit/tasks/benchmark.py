@@ -310,7 +310,7 @@ def _edited(where: Path, what: str) -> CircuitError:
 
 
 _AS_WRITTEN = "the file as `circuit generate-benchmark` wrote it"
-_REGENERATE = "generate the benchmark again with --overwrite"
+_REGENERATE = "generate the benchmark again with `overwrite`"
 
 
 def _unknown_split(split: str, known: dict[str, Any], where: object | None = None) -> CircuitError:

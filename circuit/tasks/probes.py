@@ -27,7 +27,7 @@ from circuit.tasks.records import records_from_jsonl, records_to_jsonl
 
 DEFAULT_SEED = 17
 _SCHEMA_VERSION = 1
-_ANEW = "draw the probe set again with --overwrite"
+_ANEW = "draw the probe set again with `overwrite`"
 
 
 class ProbeSetMetadata(Stored):
@@ -108,7 +108,7 @@ def draw_probe_set(
             raise CircuitError(
                 f"{examples_per_split} examples of split {split!r}",
                 expected=f"1 to {len(available)}",
-                fix="change --examples-per-split",
+                fix="change `examples_per_split`",
             )
         chosen = sorted(rng.sample(range(len(available)), examples_per_split))
         records += [available[i] for i in chosen]

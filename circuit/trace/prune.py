@@ -36,11 +36,11 @@ def prune_trace(path: str | Path, anchor_every: int) -> PruneResult:
         raise CircuitError(
             f"recording stopped at step {store.last_step} of {manifest.end_step}",
             where=store.root,
-            fix="finish it with --resume before pruning",
+            fix="finish it with `circuit trace record --resume` before pruning",
         )
     if anchor_every < 1 or anchor_every % manifest.anchor_every:
         raise CircuitError(
-            f"--anchor-every {anchor_every}",
+            f"`anchor_every` {anchor_every}",
             where=store.root,
             expected=f"a multiple of the trace's {manifest.anchor_every}",
         )

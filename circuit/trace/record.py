@@ -115,7 +115,7 @@ def record_trace(
             facts are named).
     """
     if overwrite and resume:
-        raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
+        raise CircuitError("`overwrite` and `resume` exclude each other", fix="pass one of them")
     outputs = OutputFolder(
         output_dir,
         COMMAND,
@@ -187,7 +187,7 @@ def _check_window(config: TrainConfig, options: RecordOptions, start: int) -> in
         CircuitError: it is named twice or not at all, or lies outside the run.
     """
     if (options.end_step is None) == (options.num_steps is None):
-        raise CircuitError("give one of --end-step and --num-steps")
+        raise CircuitError("give one of `end_step` and `num_steps`")
     end = options.end_step if options.end_step is not None else start + (options.num_steps or 0)
     if not start < end <= config.steps:
         raise CircuitError(
@@ -284,7 +284,7 @@ def stopped_trace(folder: OutputFolder) -> TraceStore | None:
         raise CircuitError(
             f"{MANIFEST} is missing beside {len(present)} files of an earlier trace",
             where=folder.root,
-            fix="bring it back, or start anew with --overwrite",
+            fix="bring it back, or start anew with `overwrite`",
         )
     return None
 
@@ -306,7 +306,7 @@ def check_settings(manifest: TraceManifest, store: TraceStore) -> None:
         raise CircuitError(
             f"the recording was started with other settings: {'; '.join(differing)}",
             where=store.root / MANIFEST,
-            fix="resume with the same options on the same machine, or start anew with --overwrite",
+            fix="resume with the same options on the same machine, or start anew with `overwrite`",
         )
 
 
@@ -316,7 +316,7 @@ def _refuse_unexecuted(folder: OutputFolder) -> None:
         raise CircuitError(
             "the steps were recorded while training, so none has been executed again",
             where=folder.root / WHILE_TRAINING,
-            fix="record them again with --overwrite or in another folder; `circuit trace verify`"
+            fix="record them again with `overwrite` or in another folder; `circuit trace verify`"
             " executes them again and compares",
         )
 
@@ -355,7 +355,7 @@ class _History:
                 f"the run saved no checkpoint after step {manifest.start_step} and up to step"
                 f" {manifest.end_step}, so its history cannot be proved",
                 where=Path(config.output_dir) / "checkpoints",
-                fix="train the run first, or leave out --require-historical-replay",
+                fix="train the run first, or leave out `require_historical_replay`",
             )
 
     def check(self, tracer: Tracer) -> None:
@@ -391,5 +391,5 @@ class _History:
         return CircuitError(
             f"the replay is not the run's past: step {step} differs in {difference} ({cause})",
             where=self.saved[step],
-            fix="trace it where it was trained, or leave out --require-historical-replay",
+            fix="trace it where it was trained, or leave out `require_historical_replay`",
         )

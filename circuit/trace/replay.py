@@ -354,7 +354,7 @@ class ReplayedRun:
                 f"step {drift.step} does not replay: it first differs in {drift.stage}"
                 f" ({CAUSES[drift.stage]}); changed since the recording: {facts}",
                 where=self.store.root,
-                fix="replay where it was recorded, or accept the drift: --allow-drift, or"
+                fix="replay where it was recorded, or accept the drift: `allow_drift`, or"
                 " circuit.open_run(path, allow_drift=True)",
             )
         self.drifts.append(drift)

@@ -197,7 +197,7 @@ class TraceStore:
                 raise CircuitError(
                     f"ends at step {last}, but the state of step {step} is stored",
                     where=self.root / ROWS,
-                    fix="the row file was truncated; --resume records the lost steps again",
+                    fix="rows were cut off; `circuit trace record --resume` records them again",
                 )
         return rows
 
@@ -292,7 +292,8 @@ class TraceStore:
     def _hint(self) -> str | None:
         if self.complete:
             return None
-        return f"recording stopped at {self.last_step}; finish it with --resume"
+        finish = "finish it with `circuit trace record --resume`"
+        return f"recording stopped at {self.last_step}; {finish}"
 
 
 def _read_manifest(path: Path) -> TraceManifest:

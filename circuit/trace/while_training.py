@@ -156,7 +156,7 @@ class TraceRecorder:
                 f"the run is at step {session.step}, and no trace of its steps so far is here",
                 where=self._outputs.root,
                 fix="resume it without a trace and record one with `circuit trace record`, or"
-                " start anew with --overwrite",
+                " start anew with `overwrite`",
             )
         return make_manifest(session, self.planned, self._outputs, 0, digests)
 
@@ -172,7 +172,7 @@ def _check_reached(store: TraceStore, session: TrainingSession) -> None:
     rows = store.read_rows() if (store.root / ROWS).exists() else []
     fix = (
         "resume the run without a trace, then finish this one with `circuit trace record"
-        " --resume`; or start both anew with --overwrite"
+        " --resume`; or start both anew with `overwrite`"
     )
     if len(rows) < last:
         message = f"the trace ends at step {len(rows)}, and the run is at step {step}"
@@ -189,5 +189,5 @@ def _check_reached(store: TraceStore, session: TrainingSession) -> None:
                 raise CircuitError(
                     f"the trace is not this run's: step {step} differs in {stage}",
                     where=store.root,
-                    fix="name this run's trace, or start both anew with --overwrite",
+                    fix="name this run's trace, or start both anew with `overwrite`",
                 )

@@ -151,7 +151,7 @@ def train(
         CircuitError: bad input, a folder that holds another run, or a changed environment.
     """
     if overwrite and resume:
-        raise CircuitError("--overwrite and --resume exclude each other", fix="pass one of them")
+        raise CircuitError("`overwrite` and `resume` exclude each other", fix="pass one of them")
     last = config.steps if stop_at is None else stop_at
     if not 1 <= last <= config.steps:
         raise CircuitError(f"cannot stop at step {last}", expected=f"1 to {config.steps}")

@@ -25,7 +25,7 @@ ENVIRONMENT, METRICS, SUMMARY = "environment.json", "metrics.jsonl", "summary.js
 BEST = "checkpoints/best.pt"
 METRICS_ROWS = "metrics_rows"
 """Note of a state: rows that `metrics.jsonl` held when it was saved."""
-_ANEW = "start anew with --overwrite"
+_ANEW = "start anew with `overwrite`"
 
 
 def saved_states(run: Path) -> dict[int, Path]:
@@ -127,7 +127,7 @@ class EarlierRun:
             raise CircuitError(
                 f"cannot resume with another config: {difference}",
                 where=path,
-                fix="resume with the run's own run_config.json, or start anew with --overwrite",
+                fix="resume with the run's own run_config.json, or start anew with `overwrite`",
             )
         self.facts = recorded_facts(self.root / ENVIRONMENT)
         self.states = saved_states(self.root)
@@ -135,7 +135,7 @@ class EarlierRun:
             raise CircuitError(
                 "the run's checkpoints are gone, so it cannot be resumed",
                 where=self.root / "checkpoints",
-                fix="bring one back, or start anew with --overwrite",
+                fix="bring one back, or start anew with `overwrite`",
             )
 
     def refuse_changed_facts(self, now: Mapping[str, Any], allow_drift: bool) -> None:
@@ -149,7 +149,7 @@ class EarlierRun:
             raise CircuitError(
                 f"the environment has changed ({'; '.join(changed)}), so the bits would",
                 where=self.root,
-                fix="resume where the run was started, or pass --allow-drift",
+                fix="resume where the run was started, or pass `allow_drift`",
             )
 
     def state(self, step: int | None, *, drop_later: bool) -> TrainState | None:
@@ -176,7 +176,7 @@ class EarlierRun:
                 f"{len(later)} later checkpoint{'s' if len(later) > 1 else ''}, up to step"
                 f" {later[-1]}, would no longer be of this run",
                 where=self.root / "checkpoints",
-                fix="pass --overwrite, too, to drop them; or copy the run and go on with the copy",
+                fix="pass `overwrite`, too, to drop them; or copy the run and go on with the copy",
             )
         return self._load(step)
 
@@ -208,8 +208,8 @@ class EarlierRun:
                 f"holds {found} rows up to step {state.step}",
                 where=self.root / METRICS,
                 expected=str(expected),
-                fix="rows were lost; resume from an earlier checkpoint with --resume-from, or start"
-                " anew with --overwrite",
+                fix="rows were lost; resume from an earlier checkpoint with `resume_from`, or start"
+                " anew with `overwrite`",
             )
         return int(found)
 

@@ -266,7 +266,7 @@ ERRORS: list[tuple[Callable[[Run], None], list[str], list[str]]] = [
     (unknown_benchmark_key, GENERATE, ["configs/benchmark/tiny.json: unknown field 'sed'"]),
     (wrong_type, TRAIN, ["field 'steps': Input should be a valid integer", 'got "many"']),
     (bad_json, TRAIN, ["configs/train/tiny.json:2:11: not valid JSON"]),
-    (no_config, TRAIN, ["configs/train/tiny.json: no such config file", "check --config"]),
+    (no_config, TRAIN, ["configs/train/tiny.json: no such config file", "check the path"]),
     (no_benchmark, TRAIN, ["data/none: no benchmark", "run `circuit generate-benchmark"]),
     (truncated_split, TRAIN, ["data/tiny/train.jsonl:60: "]),
     (missing_split, TRAIN, ["data/tiny/heldout_pairs.jsonl: no such file"]),

@@ -143,7 +143,7 @@ def test_a_torn_row_and_the_rows_beyond_the_last_anchor_are_written_again(
         assert stopped.store.last_step == rows
         if rows:
             assert stopped.verify().law == f"replayed {rows} steps, 0 bits differ"
-        with pytest.raises(CircuitError, match=f"stopped at {rows}; finish it with --resume"):
+        with pytest.raises(CircuitError, match=f"stopped at {rows}; .*record --resume"):
             list(stopped.replay(rows, rows + 1))
         found = recording(make_config(), resume=True)
         assert (found.first_step, found.steps) == (rows // 4 * 4, 12 - rows // 4 * 4)
@@ -240,8 +240,8 @@ def test_resuming_elsewhere_names_the_changed_fact(
         ({"end_step": 13}, "cannot record steps 0 to 13; expected .* at most the config's 12"),
         ({"num_steps": 13}, "cannot record steps 0 to 13"),
         ({"end_step": 3, "resume_checkpoint": "x/step_000004.pt"}, "cannot record steps 4 to 3"),
-        ({"end_step": None}, "give one of --end-step and --num-steps"),
-        ({"overwrite": True, "resume": True}, "--overwrite and --resume exclude each other"),
+        ({"end_step": None}, "give one of `end_step` and `num_steps`"),
+        ({"overwrite": True, "resume": True}, "`overwrite` and `resume` exclude each other"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused_before_anything_is_written(
@@ -420,7 +420,7 @@ def test_thinning_is_refused_where_it_would_lose_something(
 ) -> None:
     before = bytes_of(trace_folder)
     for distance in (1, 2, 6, 9):
-        with pytest.raises(CircuitError, match=f"every {distance}; expected a multiple of .* 4"):
+        with pytest.raises(CircuitError, match=f"every. {distance}; expected a multiple of .* 4"):
             prune_trace(trace_folder, distance)
     assert bytes_of(trace_folder) == before
     (trace_folder / "checkpoints" / "step_000012.pt").unlink()
@@ -564,7 +564,7 @@ def test_resume_without_a_manifest_deletes_nothing(
 ) -> None:
     (trace_folder / "trace.json").unlink()
     states = sorted((trace_folder / "checkpoints").iterdir())
-    with pytest.raises(CircuitError, match=r"trace\.json is missing beside .* --overwrite"):
+    with pytest.raises(CircuitError, match=r"trace\.json is missing beside .* `overwrite`"):
         recording(make_config(), resume=True)
     assert sorted((trace_folder / "checkpoints").iterdir()) == states
 
