@@ -6,6 +6,7 @@ The public names are imported when they are first used, so that `import circuit`
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.errors import CircuitError
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from circuit.runs.rows import read_rows
     from circuit.training.imported import import_checkpoints
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
+
+if not (Path(__file__).parent / "cli").is_dir():
+    import_module("circuit.clone")
 
 _HOME = {
     "Edit": "circuit.core.edit",

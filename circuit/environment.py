@@ -12,12 +12,13 @@ import platform
 import signal
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from circuit import __version__
 from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, read_json, validated
 from circuit.sealed import unsealed
@@ -150,9 +151,9 @@ def environment_facts(device: str = "cpu") -> Facts:
     return {
         "torch": torch.__version__,
         "torch_build": torch.__config__.show(),
-        "transformer_lens": version("transformer_lens"),
-        "numpy": version("numpy"),
-        "circuit": version("circuit"),
+        "transformer_lens": _version("transformer_lens"),
+        "numpy": _version("numpy"),
+        "circuit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_model": cpu_model,
@@ -169,6 +170,13 @@ def environment_facts(device: str = "cpu") -> Facts:
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
         },
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # the core does without TransformerLens
+        return None
 
 
 class RecordedFacts(BaseModel):

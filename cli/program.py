@@ -129,6 +129,10 @@ def of_the_machine(error: BaseException) -> CircuitError | None:
     """What to say of an error that the machine is the cause of; None of any other."""
     if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
         return CircuitError("the memory ran out", fix="free some, or raise its limit (`ulimit -v`)")
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("circuit"):
+        return CircuitError(
+            f"{error.name} is not installed", fix='pip install "circuit-formation[lens]"'
+        )
     if OUT_OF_FILES in str(error):
         return CircuitError("too many files are open", fix="raise their limit (`ulimit -n`)")
     if isinstance(error, OSError) and error.filename is not None:

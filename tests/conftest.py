@@ -28,10 +28,12 @@ import torch  # noqa: E402
 
 import circuit.lazy  # noqa: E402
 import circuit.tasks.base  # noqa: E402
+import circuit.training.recipe  # noqa: E402
 
-with pytest.MonkeyPatch.context() as patch:  # of this module alone: the hook reads its annotations
+with pytest.MonkeyPatch.context() as patch:  # of these alone: the hook reads their annotations
     patch.setattr("typing.TYPE_CHECKING", True)
     import circuit.tasks.examples
+    import circuit.training.step
 
 from circuit.config import parse_config  # noqa: E402
 from circuit.figures.charts import Chart  # noqa: E402

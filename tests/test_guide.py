@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import circuit
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ("results.md", "results_routes.md")
 
@@ -123,5 +125,9 @@ def test_every_row_of_the_map_has_claim_command_and_file() -> None:
 def test_the_citation_is_of_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
-    assert f"version: {project['version']}" in lines
+    assert f"version: {circuit.__version__}" in lines
     assert f"license: {project['license']}" in lines
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\d\S*)", changes, re.MULTILINE)
+    assert newest
+    assert newest[1] == circuit.__version__

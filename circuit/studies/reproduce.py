@@ -161,7 +161,7 @@ def check_request(request: Request) -> None:
     if importlib.util.find_spec("snakemake") is None:
         raise CircuitError(
             "Snakemake is not installed",
-            fix="pip install 'circuit[pipeline]' (Python 3.11 or later)",
+            fix="pip install 'circuit-formation[pipeline]' (Python 3.11 or later)",
         )
     missing = missing_configs(request.scale)
     if missing:
