@@ -1,6 +1,7 @@
-# Two targets do everything on a machine that has Python 3.11-3.13 and make:
+# On a machine that has Python 3.11-3.13 and make:
 #   make quickstart   create the environment, then train and explain a small lookup circuit
 #   make test         create the environment, then lint, type-check and test
+#   make docs         build the documentation's site in build/site, strictly
 # Variables:
 #   PYTHON=python3.12   the interpreter that creates the environment
 #   TORCH=cpu           download PyTorch's CPU build (Linux; the default there carries CUDA)
@@ -14,10 +15,10 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export MPLBACKEND ?= Agg
 
-.PHONY: help environment quickstart test test-system lint types layers unit bench
+.PHONY: help environment quickstart test test-system lint types layers unit docs bench
 
 help:
-	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+	@sed -n '2,8s/^# \{0,1\}//p' Makefile
 
 environment: $(READY)
 
@@ -57,6 +58,16 @@ unit: $(READY)
 
 test-system: $(READY)
 	@$(BIN)/pytest -m system
+
+# a public name, option or page that says nothing fails in the tests, a dead link or anchor in both
+docs: $(VENV)/.docs
+	@$(BIN)/pytest tests/test_docs.py tests/test_guide.py
+	@SOURCE_DATE_EPOCH=0 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "== open build/site/index.html"
+
+$(VENV)/.docs: $(READY)
+	@$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/train_step.py

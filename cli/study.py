@@ -12,7 +12,16 @@ from circuit import CircuitError
 from . import complete, options, signals
 from .output import print_written, progress_bar, stdout
 from .parsing import Commands
-from .trace import StepBar
+from .trace import (
+    CheckpointEvery,
+    CheckpointStartStep,
+    FromInitialization,
+    ProgressEvery,
+    RequireHistoricalReplay,
+    StepBar,
+    TopKParameters,
+    TrainSplit,
+)
 from .training import (
     TrainBar,
     load_train_config,
@@ -135,13 +144,13 @@ def trace(
     output_dir: options.OutputDir,
     end_step: Annotated[int, typer.Option(min=1, help="Last step to record.")],
     overrides: options.Set = None,
-    from_initialization: Annotated[bool, typer.Option("--from-initialization")] = True,
-    train_split: Annotated[str | None, typer.Option(autocompletion=complete.split)] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=1)] = 1,
-    checkpoint_start_step: Annotated[int, typer.Option(min=0)] = 0,
-    progress_every: Annotated[int | None, typer.Option(min=1)] = None,
-    top_k_parameters: Annotated[int, typer.Option(min=1)] = 10,
-    require_historical_replay: Annotated[bool, typer.Option("--require-historical-replay")] = False,
+    from_initialization: FromInitialization = True,
+    train_split: TrainSplit = None,
+    checkpoint_every: CheckpointEvery = 1,
+    checkpoint_start_step: CheckpointStartStep = 0,
+    progress_every: ProgressEvery = None,
+    top_k_parameters: TopKParameters = 10,
+    require_historical_replay: RequireHistoricalReplay = False,
     device: options.Device = None,
 ) -> None:
     """optimizer-update-trace from initialization; goes on with a recording that was cut off."""

@@ -53,14 +53,37 @@ TraceFolder = Annotated[
     ),
 ]
 
+FromInitialization = Annotated[
+    bool, typer.Option("--from-initialization", help="Start at the initial weights.")
+]
+TrainSplit = Annotated[
+    str | None,
+    typer.Option(
+        help="Split that the steps draw from; the config's.", autocompletion=complete.split
+    ),
+]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps between addressable checkpoints.")]
+CheckpointStartStep = Annotated[int, typer.Option(min=0, help="First addressable step.")]
+TopKParameters = Annotated[
+    int, typer.Option(min=1, help="Tensors listed per step, by size of their update.")
+]
+ProgressEvery = Annotated[
+    int | None, typer.Option(min=1, help="Also print a line every so many steps.")
+]
+RequireHistoricalReplay = Annotated[
+    bool,
+    typer.Option(
+        "--require-historical-replay",
+        help="Prove that every checkpoint that the run saved is reached bit for bit, or fail.",
+    ),
+]
+
 
 def record(
     config: options.TrainConfigPath,
     output_dir: Annotated[Path, typer.Option(help="Folder of the trace.")],
     overrides: options.Set = None,
-    from_initialization: Annotated[
-        bool, typer.Option("--from-initialization", help="Start at the initial weights.")
-    ] = False,
+    from_initialization: FromInitialization = False,
     resume_checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -72,20 +95,12 @@ def record(
     num_steps: Annotated[
         int | None, typer.Option(min=1, help="How many steps, instead of --end-step.")
     ] = None,
-    train_split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split that the steps draw from; the config's.",
-            autocompletion=complete.split,
-        ),
-    ] = None,
+    train_split: TrainSplit = None,
     anchor_every: Annotated[
         int, typer.Option(min=1, help="Steps between stored full states.")
     ] = 50,
-    checkpoint_every: Annotated[
-        int, typer.Option(min=1, help="Steps between addressable checkpoints.")
-    ] = 1,
-    checkpoint_start_step: Annotated[int, typer.Option(min=0, help="First addressable step.")] = 0,
+    checkpoint_every: CheckpointEvery = 1,
+    checkpoint_start_step: CheckpointStartStep = 0,
     storage: Annotated[
         str,
         typer.Option(
@@ -93,19 +108,9 @@ def record(
             autocompletion=complete.values("anchors", "dense"),
         ),
     ] = "anchors",
-    top_k_parameters: Annotated[
-        int, typer.Option(min=1, help="Tensors listed per step, by size of their update.")
-    ] = 10,
-    progress_every: Annotated[
-        int | None, typer.Option(min=1, help="Also print a line every so many steps.")
-    ] = None,
-    require_historical_replay: Annotated[
-        bool,
-        typer.Option(
-            "--require-historical-replay",
-            help="Prove that every checkpoint that the run saved is reached bit for bit, or fail.",
-        ),
-    ] = False,
+    top_k_parameters: TopKParameters = 10,
+    progress_every: ProgressEvery = None,
+    require_historical_replay: RequireHistoricalReplay = False,
     overwrite: options.Overwrite = False,
     resume: Annotated[
         bool,

@@ -1,24 +1,28 @@
-"""The option tables of guide.md, from the program itself.
+"""The page of commands and options, docs/commands.md, from the program itself.
 
     python docs/option_tables.py
 
-writes them anew between the markers in guide.md; a test fails where they differ from the program.
+writes it anew; a test fails where it differs from the program.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import typer
 from circuit.cli.app import app
 
-GUIDE = Path(__file__).parent / "guide.md"
+PAGE = Path(__file__).parent / "commands.md"
 COMMAND = "python docs/option_tables.py"
-BEGIN, END = (
-    f"<!-- option tables: written by `{COMMAND}` -->",
-    "<!-- end of option tables -->",
-)
+HEAD = f"""<!-- written by `{COMMAND}` -->
+
+# The command line
+
+Every command and every option, as the program declares them; `circuit COMMAND --help` shows the
+same in a terminal. Which command answers which question stands in the [guide](guide.md).
+"""
 SHARED = ("--overwrite", "--device", "--threads", "--json")
 
 
@@ -37,32 +41,28 @@ def commands() -> dict[str, Any]:
     return found
 
 
-def tables() -> str:
-    """The Markdown of all tables; commands with equal options share one."""
+def page() -> str:
+    """The whole page; commands with equal options share a table.
+
+    Raises:
+        ValueError: an option says nothing of itself, or a command.
+    """
     by_table: dict[str, list[str]] = {}
     shared: dict[str, str] = {}
     for name, command in commands().items():
-        by_table.setdefault(_table(command), []).append(name)
+        if not command.help:
+            raise ValueError(f"circuit {name} has no docstring, which is its help")
         for option in command.params:
+            if not option.help:
+                raise ValueError(f"circuit {name} {option.opts[0]} has no help")
             if option.opts[0] in SHARED:
                 shared.setdefault(option.opts[0], _cell(option.help))
-    parts = ["### Shared options", _rows([f"| `{name}` | {shared[name]} |" for name in SHARED], 2)]
+        by_table.setdefault(_table(command), []).append(name)
+    parts = [HEAD, "## Shared options", _rows([f"| `{n}` | {shared[n]} |" for n in SHARED], 2)]
     for table, names in by_table.items():
-        parts += ["### " + ", ".join(f"`circuit {name}`" for name in names), table]
-    return "\n\n".join(parts)
-
-
-def regenerated(text: str) -> str:
-    """The guide's text with its tables written anew.
-
-    Raises:
-        ValueError: the markers are not there once, in order.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"expected {BEGIN} and then {END}, once each")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+        help_line = _cell(commands()[names[0]].help.split("\n\n")[0])
+        parts += ["## " + ", ".join(f"`circuit {name}`" for name in names), help_line, table]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _table(command: Any) -> str:
@@ -94,8 +94,9 @@ def _default(option: Any) -> str:
 
 
 def _cell(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
+    """A help text as a table's cell, in which nothing is markup."""
+    return re.sub(r"[|*\[]", r"\\\g<0>", " ".join((text or "").split())).replace("<", "&lt;")
 
 
 if __name__ == "__main__":
-    GUIDE.write_text(regenerated(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

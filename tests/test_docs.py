@@ -1,23 +1,51 @@
-"""The pages of the repository: no placeholder is left, and every relative link leads somewhere."""
+"""The pages of the repository: no placeholder is left, every link and anchor leads somewhere, and
+every public name says what it is.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import circuit
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+LISTED = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and the site make them; a name that stands twice has a number."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    slugs: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        bare = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slugs.add(re.sub(r"[^\w\- ]", "", bare.lower()).replace(" ", "-"))
+    return slugs
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_pages_are_whole(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"@[A-Z_]{3,}@", text) == []
-    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    for path, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [
+        page.name for page in PAGES if page.parent.name == "docs" and page.name not in nav
+    ] == []
 
 
 def test_environment_yml_has_the_floors_of_pyproject() -> None:
@@ -25,3 +53,29 @@ def test_environment_yml_has_the_floors_of_pyproject() -> None:
     lines = (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()
     floors = [line.strip().removeprefix("- ") for line in lines if line.startswith("      - ")]
     assert floors == project["project"]["dependencies"]
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    names = {name.removeprefix("circuit.") for name in LISTED}
+    assert set(circuit.__all__) - {"__version__"} <= names
+
+
+def documented(name: str) -> Iterator[tuple[str, Any]]:
+    """A name of the API page, and the public functions that it defines."""
+    module, _, last = name.rpartition(".")
+    thing = getattr(import_module(module), last)
+    yield name, thing
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            bare = getattr(value, "fget", None) or getattr(value, "func", None) or value
+            bare = getattr(bare, "__func__", bare)
+            if not member.startswith("_") and inspect.isfunction(bare):
+                yield f"{name}.{member}", bare
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_public_names_have_docstrings(name: str) -> None:
+    for path, thing in documented(name):
+        said = (thing.__doc__ or "").strip()
+        assert said, path
+        assert not said.startswith(f"{thing.__name__}("), f"{path}: the signature alone"
