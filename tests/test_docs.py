@@ -55,6 +55,18 @@ def test_environment_yml_has_the_floors_of_pyproject() -> None:
     assert floors == project["project"]["dependencies"]
 
 
+def test_the_readme_s_loop_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert sum(names["series"].summary()["path"].values()) < 0, "the loss did not fall"
+    assert names["series"].closure().path < 1e-2
+    assert "adam_current_gradient" in capsys.readouterr().out
+
+
 def test_the_api_page_has_every_public_name() -> None:
     names = {name.removeprefix("circuit.") for name in LISTED}
     assert set(circuit.__all__) - {"__version__"} <= names
