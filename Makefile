@@ -62,7 +62,7 @@ test-system: $(READY)
 # a public name, option or page that says nothing fails in the tests, a dead link or anchor in both
 docs: $(VENV)/.docs
 	@$(BIN)/pytest tests/test_docs.py tests/test_guide.py
-	@SOURCE_DATE_EPOCH=0 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@SOURCE_DATE_EPOCH=0 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "== open build/site/index.html"
 
 $(VENV)/.docs: $(READY)
