@@ -1,6 +1,7 @@
 """Grokking over seeds: trained, measured, and attributed to the terms of AdamW phase by phase.
 
     python benchmarks/grokking_seeds.py FOLDER [--device cuda] [--workers 16] [--minutes 8]
+    python benchmarks/grokking_seeds.py FOLDER --plans grokking_p59:0,1    # of these seeds alone
     python benchmarks/grokking_tables.py FOLDER docs/data    # JSON of what lies in FOLDER
 
 The runs are those of PLANS, each in a process of its own, with a full state every STRIDE steps. A
@@ -9,6 +10,8 @@ config's last step. Then come `modular-addition-progress-report` over its checkp
 attribution of every step, in pieces from one checkpoint to the next, in an order drawn once: where
 time runs out, the pieces that are done lie evenly over the run. A piece executes the steps again
 from its first state, and has to end in the run's next state, bit for bit.
+
+A call on the same FOLDER goes on: a run from its last state, and with the pieces that are missing.
 
 Attributed are the mean log-odds of the right answer over fixed test sums and over fixed training
 sums, and with them their difference: what the model knows of sums because it has seen them.
@@ -24,9 +27,10 @@ import multiprocessing
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +38,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from circuit.artifacts import atomic_write_text, dump_json
+from circuit.artifacts import atomic_write_text, dump_json, read_jsonl
 from circuit.attribution.attribute import Attributor
 from circuit.config import load_config
 from circuit.environment import end_with_parent
+from circuit.reading import read_json
 from circuit.reports.modular_addition_progress import ModularAdditionProgress, ProgressOptions
 from circuit.reports.report import run_report
 from circuit.scalars.answers import LOGITS
@@ -47,7 +52,7 @@ from circuit.tasks.modular_addition.task import TEST, TRAIN, ModularAdditionConf
 from circuit.trace.compare import state_difference
 from circuit.trace.step import Tracer
 from circuit.train_config import TrainConfig, load_run_config
-from circuit.training.checkpoints import checkpoint_name, load_checkpoint
+from circuit.training.checkpoints import checkpoint_name, list_checkpoints, load_checkpoint
 from circuit.training.loop import Progress, train
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
@@ -84,6 +89,7 @@ PLANS = (
     Plan("grokking_p59", "modular_addition_p59", (0, 1, 2, 3, 4)),
 )
 TINY = Plan("modular_addition_small", "modular_addition_small", (0, 1))
+"""A small task, which is done where it is asked for: does the script work?"""
 
 
 @dataclass(frozen=True)
@@ -105,18 +111,46 @@ class Settings:
         """Where a run stands."""
         return self.folder / "runs" / f"{plan.config}_seed{seed}"
 
+    def piece(self, plan: Plan, seed: int, start: int, end: int) -> Path:
+        """Where the attribution of the steps from one checkpoint to another stands."""
+        return self.run(plan, seed) / "pieces" / f"{start:06d}_{end:06d}.npz"
+
+    def claim(self) -> None:
+        """Refuse a folder of another device, rule, last step or stride; else say whose it is."""
+        path = self.folder / "settings.json"
+        told = {"device": self.device, "rule": self.rule}
+        told |= {"steps": self.steps, "stride": self.stride}
+        if path.exists() and (earlier := read_json(path)) != told:
+            raise SystemExit(f"{path}: {earlier}, not {told}; pass the same, or another FOLDER")
+        atomic_write_text(path, dump_json(told))
+
 
 # --- what a process does --------------------------------------------------------------------------
 
 
+def last_step(run: Path) -> int:
+    """Of the saved states; 0 where there is none."""
+    return max(list_checkpoints(run / "checkpoints"), default=0)
+
+
+def settled(run: Path, steps: int, stride: int) -> int:
+    """The step at which a run ends, as far as its evaluations tell."""
+    metrics = run / "metrics.jsonl"
+    rows = read_jsonl(metrics, tolerate_torn_tail=True) if metrics.exists() else ()
+    of_test = (row for row in rows if row["kind"] == "evaluation" and row["split"] == TEST)
+    learned = (row["step"] for row in of_test if row["answer_accuracy"] >= LEARNED)
+    return min(steps, next(learned, steps) + SETTLE // STRIDE * stride)
+
+
 def train_run(settings: Settings, plan: Plan, seed: int) -> int:
-    """Train one run until it has settled, or the time is up; its last step."""
+    """Train one run, or go on, until it has settled or the time is up; its last step."""
+    run = settings.run(plan, seed)
     config = load_config(CONFIGS / f"train/{plan.config}.json", TrainConfig)
     every = max(settings.stride, EVALUATED // STRIDE * settings.stride)
     config = config.replace(
         seed=seed,
         device=settings.device,
-        output_dir=str(settings.run(plan, seed)),
+        output_dir=str(run),
         benchmark_dir=str(settings.folder / "data" / plan.benchmark),
         steps=settings.steps or config.steps,
         log_every=every,
@@ -124,7 +158,9 @@ def train_run(settings: Settings, plan: Plan, seed: int) -> int:
         checkpoint_every=settings.stride,
         tracked_splits=[TRAIN, TEST],
     )
-    seen = {"step": 0, "end": config.steps}
+    seen = {"step": last_step(run), "end": settled(run, config.steps, settings.stride)}
+    if seen["step"] >= seen["end"] or settings.late():
+        return seen["step"]
 
     def look(at: Progress) -> None:
         seen["step"] = at.step
@@ -136,19 +172,26 @@ def train_run(settings: Settings, plan: Plan, seed: int) -> int:
     began = time.process_time()
     result = train(
         config,
-        overwrite=True,
+        resume=True,
         progress=look,
         stop=lambda: seen["step"] >= seen["end"] or settings.late(),
     )
-    spent = {"step": result.step, "seconds": result.seconds}
-    spent |= {"processor_seconds": time.process_time() - began}
-    atomic_write_text(Path(config.output_dir) / "spent.json", dump_json(spent))
+    spent = {"seconds": result.seconds, "processor_seconds": time.process_time() - began}
+    told = run / "spent.json"
+    earlier = read_json(told) if told.exists() else {}
+    spent = {name: value + earlier.get(name, 0.0) for name, value in spent.items()}
+    atomic_write_text(told, dump_json({"step": result.step, **spent}))
     return result.step
 
 
 def report_run(settings: Settings, plan: Plan, seed: int) -> None:
-    """The progress of one run at all of its checkpoints."""
+    """The progress of one run at all of its checkpoints, if that is yet to do."""
     run = settings.run(plan, seed)
+    report = run / REPORT / f"{REPORT}_report.json"
+    if report.exists():
+        digests = read_json(report)["provenance"]["parameters_sha256"]
+        if str(last_step(run)) in digests:
+            return
     options = ProgressOptions(checkpoint_dir=run / "checkpoints")
     config = load_run_config(run)
     config = config.replace(benchmark_dir=str(settings.folder / "data" / plan.benchmark))
@@ -257,7 +300,7 @@ def attribute_piece(settings: Settings, plan: Plan, seed: int, start: int, end: 
         np.stack([np.asarray(value) for value in column]) for column in zip(*rows, strict=True)
     ]
     arrays = dict(zip(("before", "after", "first_order", "path", "nodes"), columns, strict=True))
-    path = run / "pieces" / f"{start:06d}_{end:06d}.npz"
+    path = settings.piece(plan, seed, start, end)
     path.parent.mkdir(exist_ok=True)
     with path.with_suffix(".part").open("wb") as file:
         np.savez_compressed(
@@ -311,8 +354,9 @@ def pieces(last: int, stride: int) -> list[tuple[int, int]]:
 
 
 def measure(settings: Settings, plans: Sequence[Plan], workers: int) -> None:
-    """Train, report and attribute all runs, and say when each was done."""
+    """Train, report and attribute what is yet to do, and say when each was done."""
     began = time.time()
+    settings.claim()
     for name in {plan.benchmark for plan in plans}:
         config = load_config(CONFIGS / f"benchmark/{name}.json", ModularAdditionConfig)
         config = config.model_copy(update={"output_dir": str(settings.folder / "data" / name)})
@@ -321,24 +365,48 @@ def measure(settings: Settings, plans: Sequence[Plan], workers: int) -> None:
     for plan in plans:
         for seed in plan.seeds:
             queue.add((0,), train_run, plan, seed)
-    counts = {True: 0, False: 0}
+    counts: Counter[str] = Counter()
 
     def done(job: Job, result: Any) -> None:
         work, plan, (seed, *_) = job
         if work is attribute_piece:
-            counts[result] += 1
+            counts["done" if result else "late"] += 1
             return
         print(f"{time.time() - began:6.0f} s  {work.__name__} {plan.config} {seed}: {result}")
         if work is train_run:
             queue.add((1,), report_run, plan, seed)
             first = 2 + len(plans) - plans.index(plan)
-            for rank, piece in enumerate(
-                pieces(result, settings.stride) if plan.attributed else ()
-            ):
-                queue.add((first, rank), attribute_piece, plan, seed, *piece)
+            cuts = pieces(result, settings.stride) if plan.attributed else ()
+            for rank, piece in enumerate(cuts):
+                if settings.piece(plan, seed, *piece).exists():
+                    counts["earlier"] += 1
+                else:
+                    queue.add((first, rank), attribute_piece, plan, seed, *piece)
 
     queue.run(done)
-    print(f"{time.time() - began:6.0f} s  {counts[True]} pieces, {counts[False]} not in time")
+    print(
+        f"{time.time() - began:6.0f} s  {counts['done']} pieces, {counts['late']} not in time,"
+        f" {counts['earlier']} done before"
+    )
+
+
+def planned(words: Sequence[str]) -> list[Plan]:
+    """Plans by the names of their configs, each with its seeds or with others: `NAME:0,1`.
+
+    Raises:
+        ValueError: there is no such plan, a seed is no number, or a run is named twice.
+    """
+    known = {plan.config: plan for plan in (*PLANS, TINY)}
+    plans = []
+    for name, colon, seeds in (word.partition(":") for word in words):
+        if name not in known:
+            raise ValueError(f"no plan '{name}': one of {', '.join(known)}")
+        plan = known[name]
+        plans.append(replace(plan, seeds=tuple(map(int, seeds.split(",")))) if colon else plan)
+    runs = Counter((plan.config, seed) for plan in plans for seed in plan.seeds)
+    if max(runs.values(), default=0) > 1:
+        raise ValueError(f"a run is named twice: {' '.join(words)}")
+    return plans
 
 
 def main() -> None:
@@ -349,15 +417,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="until no step is begun")
     parser.add_argument("--rule", default="auto:1e-2")
-    parser.add_argument("--only", help="plans whose config has this in its name")
+    parser.add_argument("--plans", nargs="+", metavar="NAME[:SEED,...]", help="all, by default")
     parser.add_argument("--steps", type=int, help="in place of the config's")
     parser.add_argument("--stride", type=int, default=STRIDE, help="steps between checkpoints")
-    parser.add_argument("--tiny", action="store_true", help="a small task: does the script work?")
     args = parser.parse_args()
-    plans = [TINY] if args.tiny else [p for p in PLANS if (args.only or "") in p.config]
+    try:
+        plans = planned(args.plans or [plan.config for plan in PLANS])
+    except ValueError as error:
+        parser.error(f"argument --plans: {error}")
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of the processes to come
     deadline = time.time() + 60 * args.minutes
     folder = args.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(folder, args.device, args.rule, args.steps, args.stride, deadline)
     measure(settings, plans, args.workers)
 

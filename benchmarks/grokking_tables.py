@@ -253,7 +253,8 @@ def lines(value: Any, depth: int = 3, indent: str = "") -> str:
 def main(folder: Path, target: Path) -> None:
     """Write a file for every recipe that has reports in FOLDER."""
     for plan in (*PLANS, TINY):
-        runs = [folder / "runs" / f"{plan.config}_seed{seed}" for seed in plan.seeds]
+        named = (folder / "runs").glob(f"{plan.config}_seed*")
+        runs = sorted(named, key=lambda run: int(run.name.rpartition("seed")[2]))
         tables = [table(run) for run in runs if (run / REPORT).is_dir()]
         if tables:
             told = {"plan": asdict(plan), "spread": spreads(tables), "runs": tables}

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from circuit.artifacts import dump_rows
 from circuit.config import load_config
 from circuit.reading import read_json
 from circuit.scalars.base import evaluate_scalar
 from circuit.tasks.benchmark import write_benchmark
 from circuit.tasks.modular_addition.task import ModularAdditionConfig
+from circuit.trace.compare import state_difference
+from circuit.training.checkpoints import load_checkpoint
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCALARS = ("test", "train", "memory")
@@ -98,6 +103,73 @@ def test_a_piece_is_not_begun_when_the_time_is_up(scripts: Any, measured: Any) -
     before = sorted((settings.run(plan, 0) / "pieces").iterdir())
     assert not seeds.attribute_piece(late, plan, 0, 0, 10)
     assert sorted((settings.run(plan, 0) / "pieces").iterdir()) == before
+
+
+def test_a_later_sitting_does_what_is_missing_and_nothing_twice(
+    scripts: Any, measured: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds, _ = scripts
+    settings, plan = measured
+    monkeypatch.setattr(seeds, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    run, plans = settings.run(plan, 0), seeds.planned([f"{plan.config}:0"])
+
+    def sitting() -> tuple[str, dict[str, int]]:
+        seeds.measure(settings, plans, 1)
+        files = (path for path in run.rglob("*") if path.suffix != ".lock")
+        return capsys.readouterr().out, {str(path): path.stat().st_mtime_ns for path in files}
+
+    _, before = sitting()
+    told, after = sitting()
+    assert before == after
+    assert "0 pieces, 0 not in time, 2 done before" in told
+    lost = settings.piece(plan, 0, 0, 10)
+    contents = dict(np.load(lost))
+    lost.unlink()
+    assert "1 pieces, 0 not in time, 1 done before" in sitting()[0]
+    again = dict(np.load(lost))
+    assert all(np.array_equal(contents[name], again[name]) for name in contents)
+    for other in ({"rule": "simpson"}, {"device": "cuda"}, {"stride": 5}, {"steps": 30}):
+        with pytest.raises(SystemExit, match=r"settings\.json.*another FOLDER"):
+            seeds.measure(replace(settings, **other), plans, 1)
+
+
+def test_a_run_that_was_cut_off_goes_on(scripts: Any, measured: Any, tmp_path: Path) -> None:
+    seeds, _ = scripts
+    settings, plan = measured
+
+    class Cut(seeds.Settings):  # type: ignore[misc]
+        def late(self) -> bool:
+            return seeds.last_step(self.run(plan, 0)) >= 10
+
+    (tmp_path / "data").symlink_to(settings.folder / "data")
+    here = replace(settings, folder=tmp_path)
+    assert 10 <= seeds.train_run(Cut(**vars(here)), plan, 0) < 20
+    assert seeds.train_run(here, plan, 0) == 20
+    last = "checkpoints/step_000020.pt"
+    straight, resumed = (load_checkpoint(s.run(plan, 0) / last) for s in (settings, here))
+    assert state_difference(straight, resumed) is None
+
+
+def test_a_run_ends_a_while_after_its_test_sums_are_right(scripts: Any, tmp_path: Path) -> None:
+    seeds, _ = scripts
+    assert seeds.settled(tmp_path, 300, 1) == 300
+    rows = [
+        {"kind": "evaluation", "step": step, "split": split, "answer_accuracy": accuracy}
+        for step, split, accuracy in ((5, "train", 1.0), (5, "test", 0.5), (10, "test", 0.99))
+    ]
+    (tmp_path / "metrics.jsonl").write_text(dump_rows(rows))
+    settle = seeds.SETTLE // seeds.STRIDE
+    assert seeds.settled(tmp_path, 300, 1) == 10 + settle
+    assert seeds.settled(tmp_path, 15, 1) == 15
+
+
+def test_plans_are_named_with_their_seeds(scripts: Any) -> None:
+    seeds, _ = scripts
+    one, other = seeds.planned(["grokking_p59:1,7", "grokking_p113"])
+    assert (one.config, one.seeds, other) == ("grokking_p59", (1, 7), seeds.PLANS[0])
+    for words in (["grokking_p60"], ["grokking_p59:x"], ["grokking_p59", "grokking_p59:4"]):
+        with pytest.raises(ValueError, match=r"no plan 'grokking_p60'|literal|named twice"):
+            seeds.planned(words)
 
 
 @pytest.mark.parametrize(
