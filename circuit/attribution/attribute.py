@@ -6,8 +6,9 @@ pass a node; (3) take the dot products of these gradients with every term `u_k`,
 vector, in float64; (4) average them over the nodes to `G . u_k`. A group's share is the sum of its
 atoms', so that every partition adds up.
 
-An adaptive rule goes on, for each scalar by itself, until two rules agree: the forward passes are
-shared, but which nodes a scalar's row is made of does not depend on who is followed beside it.
+An adaptive rule goes on, for each scalar by itself, until two rules agree, or differ by no more
+than the rounding of the scalar itself: the forward passes are shared, but which nodes a scalar's
+row is made of does not depend on who is followed beside it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class StepAttribution:
         atom_list: the atoms.
         nodes: of the path rule, for each scalar.
         agrees: of an adaptive rule, whether two of its levels agree for each scalar; else None.
+        rounded: of an adaptive rule, whether they differ by no more than the scalar's own rounding,
+            where its tolerance asks for less; else None.
         average: `G`, the gradients averaged along the step, float64, where they were asked for.
     """
 
@@ -68,6 +71,7 @@ class StepAttribution:
     atom_list: list[Atom]
     nodes: tuple[int, ...]
     agrees: tuple[bool, ...] | None
+    rounded: tuple[bool, ...] | None
     average: Float[Tensor, "scalar parameter"] | None = None
 
     @property
@@ -82,8 +86,12 @@ class StepAttribution:
     def _row(self, index: int, partitions: Sequence[Partition]) -> dict[str, Any]:
         first, path = self.first_order[index], self.path[index]
         adapted = {}
-        if self.agrees is not None:
-            adapted = {"nodes": self.nodes[index], "agrees": self.agrees[index]}
+        if self.agrees is not None and self.rounded is not None:
+            adapted = {
+                "nodes": self.nodes[index],
+                "agrees": self.agrees[index],
+                "rounded": self.rounded[index],
+            }
         return {
             "step": self.step,
             "scalar": self.scalars[index],
@@ -134,7 +142,7 @@ class Way:
         before, after: values at its ends, float64.
         first: gradients at its start, of the model's dtype.
         first_order, path: contributions of the vectors that the step is the sum of.
-        nodes, agrees, average: as in `StepAttribution`.
+        nodes, agrees, rounded, average: as in `StepAttribution`.
     """
 
     before: Float[Tensor, " scalar"]
@@ -144,6 +152,7 @@ class Way:
     path: Shares
     nodes: tuple[int, ...]
     agrees: tuple[bool, ...] | None
+    rounded: tuple[bool, ...] | None
     average: Float[Tensor, "scalar parameter"] | None
 
 
@@ -223,6 +232,7 @@ class Attributor:
             atom_list=self.atoms,
             nodes=way.nodes,
             agrees=way.agrees,
+            rounded=way.rounded,
             average=way.average,
         )
 
@@ -266,39 +276,40 @@ class Attributor:
             values[1.0] = self.values(end, bound)
         self._last = (end, values[1.0], ends[1.0]) if 1.0 in ends else None
         path, nodes = self._averaged(level, products), [len(level.nodes)] * len(bound)
+        actual = values[1.0] - values[0.0]
+        tolerated = (self.rule.tolerance or 0.0) * actual.abs()
+        # of two values in the model's dtype, the difference is known to a unit in the last place
+        last_place = torch.maximum(values[0.0].abs(), values[1.0].abs()) * torch.finfo(dtype).eps
+        off = torch.full_like(actual, torch.inf)
         average = _mean(level, between) if self.averages else None
         for level in finer:
             for node in level.nodes:
                 if node not in products:
                     take(node, chosen)
             better = self._averaged(level, products)
-            agree = self._agree(path, better, values[1.0] - values[0.0])
+            off[chosen] = _off(path, better, actual)[chosen]
             path[chosen] = better[chosen]
             if average is not None:
                 average[chosen] = _mean(level, between)[chosen]
             for scalar in chosen:
                 nodes[scalar] = len(level.nodes)
-            chosen = [scalar for scalar in chosen if not agree[scalar]]
+            within = off <= torch.maximum(tolerated, last_place)
+            chosen = (~within).nonzero().flatten().tolist()
             if not chosen:
                 break
-        agrees = tuple(scalar not in chosen for scalar in range(len(bound))) if finer else None
-        first_order = _stacked(products[0.0])
+        agrees = off <= tolerated
+        rounded = ~agrees & (off <= last_place)
         return Way(
-            values[0.0], values[1.0], ends[0.0], first_order, path, tuple(nodes), agrees, average
+            values[0.0],
+            values[1.0],
+            ends[0.0],
+            _stacked(products[0.0]),
+            path,
+            tuple(nodes),
+            tuple(agrees.tolist()) if finer else None,
+            tuple(rounded.tolist()) if finer else None,
+            average,
         )
-
-    def _agree(self, coarse: Shares, fine: Shares, actual: Tensor) -> list[bool]:
-        """For each scalar, whether two levels are within the tolerance in every term.
-
-        The finer one also has to close to it: where both miss the same kink, that tells.
-        """
-        assert self.rule.tolerance is not None, "a fixed rule has one level"
-        apart = (fine - coarse).sum(2).abs().amax(1)
-        missing = (fine.sum((1, 2)) - actual).abs()
-        within: list[bool] = (
-            torch.maximum(apart, missing) <= self.rule.tolerance * actual.abs()
-        ).tolist()
-        return within
 
     def bind(self, theta: Flat) -> list[BoundScalar]:
         """The scalars, bound to the model with these weights."""
@@ -394,6 +405,15 @@ def _mean(
     for node, weight in zip(level.nodes, level.weights, strict=True):
         total.add_(gradients[node], alpha=weight)
     return total
+
+
+def _off(coarse: Shares, fine: Shares, actual: Tensor) -> Float[Tensor, " scalar"]:
+    """How far two levels are apart in the term in which they are furthest, or from closing.
+
+    Both can miss the same kink: that they do not close tells.
+    """
+    apart = (fine - coarse).sum(2).abs().amax(1)
+    return torch.maximum(apart, (fine.sum((1, 2)) - actual).abs())
 
 
 def _stacked(products: list[Tensor]) -> Shares:

@@ -49,6 +49,8 @@ class Series:
         groups: partition -> group -> kind -> term -> contributions `[step]`.
         nodes: of an adaptive path rule `[step]`; None of a fixed one.
         agrees: whether two of its levels agree `[step]`; None of a fixed one.
+        rounded: whether they differ by no more than the scalar's own rounding, where the tolerance
+            asks for less `[step]`; None of a fixed one, False in rows that do not tell.
     """
 
     scalar: str
@@ -63,6 +65,7 @@ class Series:
     groups: dict[str, dict[str, dict[str, dict[str, Values]]]]
     nodes: NDArray[np.int64] | None = None
     agrees: NDArray[np.bool_] | None = None
+    rounded: NDArray[np.bool_] | None = None
 
     @classmethod
     def collect(cls, rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
@@ -127,6 +130,7 @@ class Series:
             cut(self.groups),
             None if self.nodes is None else self.nodes[at],
             None if self.agrees is None else self.agrees[at],
+            None if self.rounded is None else self.rounded[at],
         )
 
     def closure(self) -> Closure:
@@ -179,10 +183,16 @@ class Series:
 
     def _adapted(self) -> dict[str, Any]:
         """What an adaptive rule needed; nothing of a fixed one, whose nodes its name tells."""
-        if self.nodes is None or self.agrees is None:
+        if self.nodes is None or self.agrees is None or self.rounded is None:
             return {}
-        needed = {"mean": float(self.nodes.mean()), "most": int(self.nodes.max())}
-        return {"nodes": {**needed, "steps_without_agreement": int((~self.agrees).sum())}}
+        return {
+            "nodes": {
+                "mean": float(self.nodes.mean()),
+                "most": int(self.nodes.max()),
+                "steps_within_rounding": int(self.rounded.sum()),
+                "steps_without_agreement": int((~self.agrees & ~self.rounded).sum()),
+            }
+        }
 
 
 def _sums(columns: Mapping[str, Values]) -> dict[str, float]:
@@ -218,7 +228,7 @@ class _Columns:
     scalars: list[tuple[float, ...]] = field(default_factory=list)
     numbers: array[float] = field(default_factory=lambda: array("d"))
     template: Mapping[str, Any] = field(default_factory=dict)
-    adapted: list[tuple[int, bool]] = field(default_factory=list)
+    adapted: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any]) -> None:
         if self.steps and row["step"] != self.steps[-1] + 1:
@@ -230,7 +240,8 @@ class _Columns:
         self.telescopes = row["telescopes"]
         self.scalars.append((row["before"], row["after"], row["clip_factor"]))
         if "nodes" in row:
-            self.adapted.append((row["nodes"], row["agrees"]))
+            for name in ("nodes", "agrees", "rounded"):
+                self.adapted.setdefault(name, []).append(row.get(name, False))
         self.template = {key: row[key] for key in ("first_order", "path", "references", "groups")}
         self.numbers.extend(_leaves(self.template))
 
@@ -244,6 +255,7 @@ class _Columns:
                 for name, value in template.items()
             }
 
+        adapted: dict[str, Any] = {name: np.array(column) for name, column in self.adapted.items()}
         return Series(
             scalar,
             self.telescopes,
@@ -252,8 +264,7 @@ class _Columns:
             after,
             clip,
             **shaped(self.template),
-            nodes=np.array([nodes for nodes, _ in self.adapted]) if self.adapted else None,
-            agrees=np.array([agrees for _, agrees in self.adapted]) if self.adapted else None,
+            **adapted,
         )
 
 

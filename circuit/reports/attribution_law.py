@@ -37,16 +37,26 @@ def path_words(rule: PathRule, series: Sequence[Series]) -> str:
     if rule.tolerance is None:
         count = len(rule.levels[0].nodes)
         return f"{named}, {count} node{'s' * (count > 1)} a step"
-    nodes = np.concatenate([one.nodes for one in series if one.nodes is not None])
-    agrees = np.concatenate([one.agrees for one in series if one.agrees is not None])
+    nodes, agrees, rounded = (
+        np.concatenate([column for one in series if (column := getattr(one, name)) is not None])
+        for name in ("nodes", "agrees", "rounded")
+    )
     words = f"{named}, {nodes.mean():.1f} nodes a step on average, {nodes.max()} at most"
     within = f"two levels agree within {rule.tolerance:g} of the step's change"
     if agrees.all():
         return f"{words}: in every row {within}"
-    return (
-        f"{words}: in {agrees.sum()} of {len(agrees)} rows {within}; the others have the finest"
-        f" level, {len(rule.levels[-1].nodes)} nodes, which was not fine enough"
-    )
+    law = f"{words}: in {agrees.sum()} of {len(agrees)} rows {within}"
+    if rounded.any():
+        law += (
+            f"; in {rounded.sum()} within one unit in the last place of the scalar, which more"
+            " nodes cannot better"
+        )
+    if not (agrees | rounded).all():
+        law += (
+            f"; the others have the finest level, {len(rule.levels[-1].nodes)} nodes, which was"
+            " not fine enough"
+        )
+    return law
 
 
 def percent(share: float | None) -> float | None:

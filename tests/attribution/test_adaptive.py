@@ -26,9 +26,10 @@ MOST = 65
 
 @dataclass(frozen=True)
 class Kinks:
-    """`sum of relu(w - c)` over some weights: its gradient jumps where a weight passes its `c`."""
+    """`sum of relu(w - c)` over some weights, and an offset; its gradient jumps where `w = c`."""
 
     at: Float[Tensor, " kink"]
+    offset: float = 0.0
     name: str = "kinks"
     needs: Needs = field(default_factory=lambda: Needs((), ()))
     constant: bool = True
@@ -38,7 +39,7 @@ class Kinks:
 
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         weights = model.blocks[0].mlp.W_in.flatten()[: len(self.at)]
-        return (weights - self.at).relu().sum()[None]
+        return (weights - self.at).relu().sum()[None] + self.offset
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ class Line:
         theta = torch.zeros(layout.size, dtype=torch.float64)
         return cls(theta, terms, Kinks(passed * step), own @ above)
 
-    def along(self, model: HookedTransformer, rule: str) -> Way:
-        attributor = Attributor(model, [self.scalar], rule=rule)
+    def along(self, model: HookedTransformer, rule: str, offset: float = 0.0) -> Way:
+        dtype = next(model.parameters()).dtype
+        scalar = Kinks(self.scalar.at.to(dtype), offset)
+        attributor = Attributor(model, [scalar], rule=rule)
         end = self.theta + self.terms.sum(0)
-        return attributor.along(self.theta, end, [self.scalar], self.terms)
+        return attributor.along(self.theta, end, [scalar], self.terms)
 
 
 @settings(max_examples=25)
@@ -208,6 +211,30 @@ def test_a_step_that_changes_nothing_agrees_at_once(model: HookedTransformer) ->
     way = attributor.along(line.theta, line.theta, [scalar], still)
     assert (way.nodes, way.agrees) == ((5,), (True,))
     assert not way.path.any()
+
+
+def test_nodes_end_where_a_scalar_cannot_tell_them_apart(model: HookedTransformer) -> None:
+    """An offset takes digits of float32, and with them nodes; float64 has digits to spare."""
+    offset = 1e4
+    last_place = offset * torch.finfo(torch.float32).eps
+    single = build_model(SHAPE, vocabulary_size=5, seed=0)
+    lines = drawn_lines(model)[:3]
+    for line in lines:
+        plain, far = (line.along(single, "auto:1e-6", at) for at in (0.0, offset))
+        assert (plain.nodes, plain.agrees, plain.rounded) == ((MOST,), (False,), (False,))
+        assert far.agrees is not None
+        assert far.rounded is not None
+        if far.rounded[0]:
+            assert abs(float(far.path.sum() - (far.after - far.before))) <= 1.001 * last_place
+            assert not far.agrees[0]
+        else:
+            assert far.nodes == (MOST,)
+        exact = [line.along(model, "auto:1e-3", at) for at in (0.0, offset)]
+        assert exact[0].nodes == exact[1].nodes
+        assert exact[0].agrees == exact[1].agrees
+        assert [way.rounded for way in exact] == [(False,), (False,)]
+    ended = [line.along(single, "auto:1e-6", 1e4 * offset) for line in lines]
+    assert {(way.nodes, way.rounded) for way in ended} == {((5,), (True,))}
 
 
 def test_levels_stop_where_two_agree(model: HookedTransformer) -> None:
