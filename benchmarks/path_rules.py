@@ -159,7 +159,8 @@ def _report(rule: str, steps: list[StepAttribution]) -> None:
     off = np.array([float(step.path.sum()) for step in steps]) - actual
     first = np.array([float(step.first_order.sum()) for step in steps]) - actual
     nodes = [step.nodes[0] for step in steps]
-    missed = sum(not step.agrees[0] for step in steps if step.agrees is not None)
+    ends = [(step.agrees, step.rounded) for step in steps]
+    missed = sum(not (a[0] or r[0]) for a, r in ends if a is not None and r is not None)
     scale = math.fsum(abs(actual))
     print(
         f"{rule:12} closure {math.fsum(abs(off)) / scale:.1e} (first order"

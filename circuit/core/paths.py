@@ -42,7 +42,7 @@ class PathRule:
     Attributes:
         name: as it is given.
         levels: quadratures, each finer than the one before. A fixed rule has one; an adaptive one
-            goes on until a level and the one before agree.
+            goes on until a level and the one before agree, or cannot be told apart.
         tolerance: of an adaptive rule, as a share of the step's change.
     """
 
