@@ -33,7 +33,7 @@ from circuit.tasks.groups import groups_of
 from circuit.tasks.pairs import SIDES, check_pair_types
 from circuit.train_config import ModelConfig
 
-OF_TASK = ("role", "single_role", "pair_type", "group_by", "subspace")
+OF_TASK = ("role", "single_role", "pair_type", "group_by", "subspace", "task_slice")
 """Kinds of values that the run's task says."""
 
 
@@ -133,6 +133,7 @@ class Option:
             "pair_type": lambda: check_pair_types(task, [value]),
             "group_by": lambda: _refuse_unless(value, groups_of(task)),
             "subspace": lambda: check_name(value, task.token_sets),
+            "task_slice": lambda: task.check_slice(value),
         }
         if self.kind in checks:
             try:
@@ -337,6 +338,22 @@ MarginSides = Annotated[
         choices=SIDES,
         unset="all",
         earlier="sides",
+    ),
+]
+Slice = Annotated[
+    str | None,
+    Option(
+        "Fact by which figures are also given apart, such as lag.",
+        kind="task_slice",
+        unset="the task's first",
+    ),
+]
+Slices = Annotated[
+    tuple[str, ...],
+    Option(
+        "Also follow the reads of each value of a fact apart, such as lag.",
+        flag="--slice",
+        kind="task_slice",
     ),
 ]
 MaxRecords = Annotated[int | None, Option("That many reads, in file order.", least=1, unset="all")]

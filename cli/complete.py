@@ -251,6 +251,12 @@ def group_by(ctx: typer.Context, incomplete: str) -> list[str]:
     return [] if task is None else _starting(incomplete, groups_of(task))
 
 
+def task_slice(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Facts by which the run's task has figures given apart."""
+    task = _task(ctx)
+    return [] if task is None else _starting(incomplete, task.slices)
+
+
 def subspace(ctx: typer.Context, incomplete: str) -> list[str]:
     """Subspaces of the residual stream."""
     from circuit.model.subspaces import subspaces_of

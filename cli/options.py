@@ -66,6 +66,14 @@ Splits = Annotated[
         "--split", help="Split of the benchmark; repeatable.", autocompletion=complete.split
     ),
 ]
+Slices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slice",
+        help="Fact by which accuracies are shown apart, such as lag; the JSON has all; repeatable.",
+        autocompletion=complete.task_slice,
+    ),
+]
 Checkpoint = Annotated[
     Path, typer.Option(help="Checkpoint file.", autocompletion=complete.checkpoint)
 ]

@@ -74,7 +74,7 @@ def quickstart(
     stdout.print(f"best checkpoint (step {best['step']}, by {best['split']} {best['metric']}):")
     print_evaluations(result.evaluations, result.task)
     stdout.print()
-    print_slices(shown)
+    print_slices(shown, list(result.task.slices)[:1])
     stdout.print()
     _print_example(result.example)
     stdout.print()

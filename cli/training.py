@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,6 +222,7 @@ def evaluate(
     checkpoint: options.Checkpoint,
     overrides: options.Set = None,
     split: options.Splits = None,
+    slices: options.Slices = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -243,7 +244,7 @@ def evaluate(
             bar.update(task, completed=done, total=total, note=name)
 
         result = evaluate_checkpoint(
-            settings, checkpoint, splits=split, output=output, progress=report
+            settings, checkpoint, splits=split, slices=slices, output=output, progress=report
         )
     if as_json:
         print_json(
@@ -256,7 +257,7 @@ def evaluate(
         return
     stdout.print(f"{checkpoint} (step {result.step})", soft_wrap=True)
     print_evaluations(result.evaluations, result.task)
-    print_slices(result.evaluations)
+    print_slices(result.evaluations, result.slices)
     print_written([result.path])
 
 
@@ -360,15 +361,13 @@ def print_evaluations(evaluations: list[Evaluation], task: Task) -> None:
     stdout.print(task.legend(), style="dim", soft_wrap=True)
 
 
-def print_slices(evaluations: list[Evaluation]) -> None:
-    """Answer accuracy by the task's slice, with the shortcut agreement of the wrong answers."""
-    by = next(iter(evaluations[0].by_slice), None) if evaluations else None
-    if by is None:
-        return
-    agree = [] if evaluations[0].shortcut is None else ["agree %"]
-    made = table(None, ["split", by, "reads", "answer %", *agree])
-    for e in evaluations:
-        for value, found in e.by_slice[by].items():
-            cells = [e.split, value, str(found.reads), share(found.answer_accuracy)]
-            made.add_row(*cells, *(share(found.shortcut_agreement) for _ in agree))
-    stdout.print(made)
+def print_slices(evaluations: list[Evaluation], slices: Iterable[str]) -> None:
+    """Answer accuracy by slices of the task, with the shortcut agreement of the wrong answers."""
+    for by in slices if evaluations else ():
+        agree = [] if evaluations[0].shortcut is None else ["agree %"]
+        made = table(None, ["split", by, "reads", "answer %", *agree])
+        for e in evaluations:
+            for value, found in e.by_slice[by].items():
+                cells = [e.split, value, str(found.reads), share(found.answer_accuracy)]
+                made.add_row(*cells, *(share(found.shortcut_agreement) for _ in agree))
+        stdout.print(made)

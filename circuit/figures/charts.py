@@ -219,6 +219,9 @@ def colour(
 def of_slices(column: str, rows: Sequence[Record]) -> alt.Color:
     """One colour for each value of the column by which figures are given apart, ascending."""
     names = sorted({row[column] for row in rows}, key=int)
+    if len(names) > len(CATEGORY):  # more than can be told apart: shades from least to most
+        scale = alt.Scale(domain=names, scheme=alt.SchemeParams("turbo", extent=[0.1, 0.9]))
+        return alt.Color(f"{column}:O").scale(scale).legend(legend(names, column))
     return colour(column, names, labels={name: f"{column} {name}" for name in names})
 
 

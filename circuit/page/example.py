@@ -75,7 +75,7 @@ def _told(error: CircuitError) -> str:
 
 
 def _choose(records: Split) -> Examples:
-    """The first record that holds a read of the largest lag (or the task's other slice)."""
+    """The first record that holds a read of the largest lag (or first slice of another task)."""
     reads = records.batch(range(min(SEARCHED, len(records))))
     values = reads.slice_values()
     return records.batch([0 if values is None else int(reads.row[int(values.argmax())])])
@@ -97,7 +97,6 @@ def _look(
     at = batch.at[reads]
     found: dict[str, Any] = {
         "sample_id": batch.sample_ids[0],
-        "slice": batch.task.slice_name,
         "support": batch.task.support,
         "tokens": [text[token] for token in batch.tokens[0, : int(batch.lengths[0])].tolist()],
         "heads": setup.config.model.head_addresses,
@@ -135,11 +134,10 @@ def _look(
 
 
 def _read(batch: Examples, read: int, text: tuple[str, ...]) -> dict[str, Any]:
-    values = batch.slice_values()
     return {
         "position": int(batch.at[read]),
         "support": int(batch.position(batch.task.support)[read]),
-        "value": None if values is None else int(values[read]),
+        "slices": {name: int(batch.facts[fact][read]) for name, fact in batch.task.slices.items()},
         "asked": text[int(batch.asked()[read])],
         "answer": text[int(batch.answer[read])],
     }

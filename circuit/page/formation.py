@@ -9,7 +9,7 @@ from pathlib import Path
 from circuit.artifacts import OutputFolder, Row, read_jsonl
 from circuit.page.example import example_panel
 from circuit.page.html import render
-from circuit.page.learning import METRICS, learning_panel, slice_name, slice_panel
+from circuit.page.learning import METRICS, learning_panel, slice_names, slice_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
 from circuit.page.reports import Reports, report_panels, with_inputs
 from circuit.reading import values_of
@@ -121,8 +121,8 @@ def _panels(
     rows = metrics_of(run)
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
     with values_of(run.path / METRICS, fix=TRAINED_ANEW):
-        by, panels = slice_name(rows), [learning_panel(rows, folder)]
-        panels += [slice_panel(rows, folder, by, reports.task())] if by else []
+        panels = [learning_panel(rows, folder)]
+        panels += [slice_panel(rows, folder, by, reports.task()) for by in slice_names(rows)]
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     panels.append(example_panel(run, folder, reports.head(), progress))
     panels = _told_first(panels)

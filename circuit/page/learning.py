@@ -1,4 +1,4 @@
-"""Panels from the run's own metrics: learning curves by split, and accuracy by the task's slice."""
+"""Panels from the run's own metrics: learning curves by split, and accuracy by slices."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from circuit.artifacts import Row
 from circuit.figures.charts import at_step, chart, colour, exact, lines, named, steps
+from circuit.figures.charts import of_slices as shade_of_slices
 from circuit.lazy import alt
 from circuit.page.panel import Missing, Panel, Record, Source, Table, pick, training_command
 from circuit.tasks.base import Task
@@ -24,10 +25,16 @@ def evaluations(rows: Sequence[Row]) -> list[Record]:
     return [pick(row, EVALUATED) for row in rows if row["kind"] == "evaluation"]
 
 
-def slice_name(rows: Sequence[Row]) -> str | None:
-    """What the figures are given apart by: the first of the task's slices, such as `lag`."""
-    evaluated = [row for row in rows if row["kind"] == "evaluation"]
-    return next(iter(evaluated[0]["by_slice"]), None) if evaluated else "lag"
+def slice_names(rows: Sequence[Row]) -> list[str]:
+    """What the figures are given apart by: the task's first slice, and those that vary in a split.
+
+    Without an evaluation, `lag`: where the figures will stand.
+    """
+    evaluated = [row["by_slice"] for row in rows if row["kind"] == "evaluation"]
+    if not evaluated:
+        return ["lag"]
+    names = list(evaluated[0])
+    return names[:1] + [by for by in names[1:] if any(len(of[by]) > 1 for of in evaluated)]
 
 
 def sliced(rows: Sequence[Row], by: str) -> list[Record]:
@@ -83,7 +90,6 @@ def slice_panel(rows: Sequence[Row], home: str, by: str, task: Task | None) -> P
     """
     whole, of_slices = evaluations(rows), sliced(rows, by)
     splits = _unique(whole, "split")
-    names = sorted(_unique(of_slices, by), key=int)
     charts = []
     for split in splits:
         where = f"datum.split === {split!r}"
@@ -94,7 +100,7 @@ def slice_panel(rows: Sequence[Row], home: str, by: str, task: Task | None) -> P
         ceiling = curve.mark_line(color="var(--ink)", strokeDash=[5, 4]).encode(
             x=steps(), y="shortcut_accuracy:Q", tooltip=exact(*EVALUATED)
         )
-        shade = colour(by, names, labels={name: f"{by} {name}" for name in names})
+        shade = shade_of_slices(by, of_slices)
         columns = ("step", "split", by, *SLICE)
         drawn = lines(
             *(by, "answer_accuracy", "answer accuracy", shade, columns),

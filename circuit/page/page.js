@@ -100,8 +100,8 @@ function drawExample(parent, example) {
     return [make("label", { for: id }, `${label} `), select];
   };
   const heads = ask("head", "head", example.heads.map((h) => [h, h]), example.winner);
-  const values = example.reads.map((r) => r.value ?? 0);
-  const sliced = (r) => (r.value === null ? "" : ` ${example.slice} ${r.value},`);
+  const values = example.reads.map((r) => Object.values(r.slices)[0] ?? 0);
+  const sliced = (r) => Object.entries(r.slices).map(([name, value]) => ` ${name} ${value},`).join("");
   const reads = ask("read", "read", example.reads.map((r, i) =>
     [i, `${r.asked} at ${r.position}:${sliced(r)} answer ${r.answer}`]), values.indexOf(Math.max(...values)));
   const says = make("p", { "aria-live": "polite" });

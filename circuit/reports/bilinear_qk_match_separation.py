@@ -37,6 +37,7 @@ class SeparationOptions(options.ProbeOptions, options.CheckpointOptions):
     score_query_role: options.ScoreQueryRole = "prediction"
     support_key_role: options.SupportKeyRole = "support_value"
     distractor_key_role: options.DistractorKeyRole = "value_distractors"
+    slice: options.Slice = None
     max_records: options.MaxRecords = None
 
     def check_model(self, shape: ModelConfig) -> None:
@@ -86,10 +87,10 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
         hooks = shared.hooks[None] | {"unembed.hook_out"}
         runs = forward_activations(model, shared.tokens, hooks)
-        scored, task = self.batch.select(reads.chosen), self.inputs.task
+        scored = self.batch.select(reads.chosen)
         at = runs["unembed.hook_out"][scored.row, scored.at]
-        margin = read_answers(at, scored.answer, task.choices).margin
-        groups = scored.by_slice()
+        margin = read_answers(at, scored.answer, self.inputs.task.choices).margin
+        groups = scored.by_slice(self.slice)
         cache = Cache({None: runs})
         for scalar in scalars:
             found = _measure(scalar.bind(model).scores(model, cache), reads)
@@ -100,7 +101,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
                     "step": point.step,
                     "head": str(scalar.component),
                     "score": scalar.name.rsplit(".", 1)[-1],
-                    task.slice_name: name,
+                    self.slice: name,
                     "reads": int(chosen.sum()),
                     **{key: float(values[chosen].double().mean()) for key, values in found.items()},
                     "answer_margin": float(margin[chosen].double().mean()),
@@ -111,7 +112,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         self.gap, self.largest = max(self.gap, gap), max(self.largest, largest)
 
     def conclude(self, rows: list[Row]) -> Findings:
-        summary = summarize(rows, self.inputs.task.slice_name) | {"reads": len(self.reads)}
+        summary = summarize(rows, self.slice) | {"reads": len(self.reads)}
         law = (
             "the full match with biases is the score of the model's own attention, to"
             f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head and checkpoint"

@@ -29,6 +29,8 @@ class EvaluationReport:
     task: Task
     """Of the run."""
     evaluations: list[Evaluation]
+    slices: tuple[str, ...]
+    """By which they are shown; each evaluation has those of all."""
     path: Path
 
 
@@ -37,6 +39,7 @@ def evaluate_checkpoint(
     checkpoint: str | Path,
     *,
     splits: Sequence[str] | None = None,
+    slices: Sequence[str] | None = None,
     output: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> EvaluationReport:
@@ -44,6 +47,7 @@ def evaluate_checkpoint(
 
     Args:
         splits: None evaluates the config's tracked splits.
+        slices: of the task, by which the figures are to be shown; None: its first.
         output: JSON file; by default `evaluation/<checkpoint>.json` in the run that holds the
             checkpoint, or in the config's output_dir where none does. Splits of the same weights
             that stand there are kept, others are replaced; each keeps the overrides that it was
@@ -52,7 +56,7 @@ def evaluate_checkpoint(
 
     Raises:
         CircuitError: the checkpoint is damaged, of another config or benchmark, or not finite, a
-            split does not exist, or the output file is not an evaluation of this command.
+            split or slice does not exist, or the output file is not an evaluation of this command.
     """
     checkpoint = Path(checkpoint)
     setup = Setup(config, checkpoint)
@@ -61,6 +65,10 @@ def evaluate_checkpoint(
     names = list(dict.fromkeys(splits or config.tracked_splits))
     for name in names:
         setup.require_evaluation_memory(name)  # refused before anything heavy is imported
+    task = setup.benchmark.task
+    for name in slices or ():
+        task.check_slice(name)
+    shown = list(task.slices)[:1] if slices is None else slices
     setup.check(header)
     state = states.state(checkpoint)
     check_finite(state, checkpoint)
@@ -85,7 +93,7 @@ def evaluate_checkpoint(
             "provenance": environment_facts(config.device),
         }
         folder.write_text(path.name, dump_json(sealed(report)))
-    return EvaluationReport(state.step, setup.benchmark.task, evaluations, path)
+    return EvaluationReport(state.step, task, evaluations, tuple(dict.fromkeys(shown)), path)
 
 
 def _earlier(path: Path, of: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
             "single_query: each read by itself; batch_union: all reads of a record at once."
         ),
     ] = "single_query"
+    slice: options.Slice = None
     max_records: options.MaxRecords = None
 
     def __str__(self) -> str:
@@ -173,14 +174,14 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
     def _names(self) -> dict[str, list[Any]]:
         """What names each read."""
         reads, names, task = self.batch, self.inputs.vocabulary.tokens, self.inputs.task
-        slices = reads.slice_values()
+        slices = reads.slice_values(self.slice)
         flags = [name for name, holds in task.facts.items() if holds]
         rows = reads.row.tolist()
         return {
             "split": [self.inputs.records[row].split for row in rows],
             "sample_id": [self.batch.sample_ids[row] for row in rows],
             "read_index": reads.index.tolist(),
-            **({} if slices is None else {task.slice_name: slices.tolist()}),
+            **({} if slices is None else {self.slice: slices.tolist()}),
             **{name: reads.facts[name].tolist() for name in flags},
             "answer": [names[token] for token in reads.answer.tolist()],
         }

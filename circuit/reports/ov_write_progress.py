@@ -56,6 +56,7 @@ class ProgressOptions(options.ProbeOptions, options.CheckpointOptions, options.P
     support_key_role: options.SupportKeyRole = "support_value"
     distractor_key_role: options.DistractorKeyRole = "value_distractors"
     record_side: options.RecordSide = "clean"
+    slice: options.Slice = None
     top_k_correlations: Annotated[
         int, options.Option("Correlations listed in the summary, by size.", least=1)
     ] = 32
@@ -105,7 +106,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         self.means.append(columns.numpy().mean(-1))
         self.answers.append(at_step.mean(-1))
         self.residuals.append(progress.dla_residual)
-        of_reads, column = at_step.T.tolist(), self.inputs.task.slice_name
+        of_reads = at_step.T.tolist()
         for head, of_head in zip(heads, columns.permute(1, 2, 0).tolist(), strict=True):
             for pair, value, found, answers in zip(
                 self.pairs, self._slices(), of_head, of_reads, strict=True
@@ -114,14 +115,14 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
                     "step": point.step,
                     "head": str(head),
                     "pair_id": pair.pair_id,
-                    column: value,
+                    self.slice: value,
                     **_nested(COLUMNS, found),
                     **_nested(AT_STEP, answers),
                 }
 
     def _slices(self) -> list[int | None]:
         """The value of each pair by which figures are given apart."""
-        values = self.reads.batch.slice_values()
+        values = self.reads.batch.slice_values(self.slice)
         return [None] * len(self.pairs) if values is None else values.tolist()
 
     def _scalars(self, at: Logits, source: Logits, target: Logits) -> NDArray[np.float64]:
@@ -174,9 +175,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         slices = Counter(value for value in self._slices() if value is not None)
         summary = {
             "pairs": len(self.pairs),
-            f"pairs_by_{self.inputs.task.slice_name}": {
-                str(value): slices[value] for value in sorted(slices)
-            },
+            f"pairs_by_{self.slice}": {str(value): slices[value] for value in sorted(slices)},
             "steps": self.steps,
             "intervals": len(deltas),
             "match_winner": self._winner(mean_rows, "qk_separation"),

@@ -38,6 +38,7 @@ class DecompositionOptions(options.ProbeOptions, options.CheckpointOptions):
         Literal["competitor", "mean"],
         options.Option("The best wrong value, or the mean of all values' logits."),
     ] = "competitor"
+    slice: options.Slice = None
     max_records: options.MaxRecords = None
 
 
@@ -77,13 +78,12 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
         margin = over_rival(written.total.double())  # [read]
         self.gap = max(self.gap, float((shares.sum(1) - margin).abs().max()))
         self.largest = max(self.largest, float(margin.abs().max()))
-        column = self.inputs.task.slice_name
-        for value, chosen in reads.by_slice().items():
+        for value, chosen in reads.by_slice(self.slice).items():
             for part, share in zip(written.parts, shares[chosen].T, strict=True):
                 yield {
                     "step": point.step,
                     "part": part,
-                    column: value,
+                    self.slice: value,
                     "reads": len(share),
                     "contribution": float(share.mean()),
                     "positive_in": float((share > 0).double().mean()),
@@ -92,8 +92,7 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                 }
 
     def conclude(self, rows: list[Row]) -> Findings:
-        column = self.inputs.task.slice_name
-        whole = [row for row in rows if row[column] == "all"]
+        whole = [row for row in rows if row[self.slice] == "all"]
         steps = list(dict.fromkeys(row["step"] for row in whole))
         of = {(row["part"], row["step"]): row for row in whole}
         parts = []

@@ -287,8 +287,14 @@ class OfCheckpoints(Report[C]):
     def total(self) -> int:
         return len(self.options.checkpoints)
 
+    @property
+    def slice(self) -> str:
+        """The fact by which figures are given apart: the one asked for, or the task's first."""
+        return getattr(self.options, "slice", None) or self.inputs.task.slice_name
+
     def provenance(self) -> dict[str, Any]:
-        return {**self.inputs.provenance(), "parameters_sha256": self.digests}
+        of_inputs = self.inputs.provenance() | {"slice": self.slice}
+        return {**of_inputs, "parameters_sha256": self.digests}
 
 
 # --- running and writing --------------------------------------------------------------------------

@@ -70,6 +70,7 @@ class SubspaceOptions(options.ProbeOptions, options.CheckpointOptions):
     group_by: Annotated[
         tuple[str, ...], options.Option("Token by which reads are grouped.", kind="group_by")
     ] = ("answer_value",)
+    slice: options.Slice = None
     max_records: options.MaxRecords = None
     pca_rank: Annotated[int, options.Option("Rank of both bases.", least=1)] = 4
 
@@ -156,7 +157,8 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
         mean = vectors.mean(0)
         reads, rank = self.batch, self.options.pca_rank
         record, key = reads.row.cpu(), reads.asked().cpu()
-        slices = {name: chosen.cpu() for name, chosen in reads.by_slice().items() if name != "all"}
+        masks = reads.by_slice(self.slice).items()
+        slices = {value: mask.cpu() for value, mask in masks if value != "all"}
         of_all = {
             "vector_projection": _share(unit, vector_basis(vectors, rank)),
             "mean_cosine": _mean((unit @ mean / mean.norm()).abs()),
@@ -186,7 +188,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
                 "centroid_reads_other_records": int(scored_other.sum()),
                 "centroid_accuracy_key_removed": accuracy_without,
                 "centroid_reads_key_removed": None if is_key else int(scored_without.sum()),
-                f"by_{self.inputs.task.slice_name}": {
+                f"by_{self.slice}": {
                     value: {
                         "reads": int(chosen.sum()),
                         "centroid_accuracy": _mean(right[scored & chosen]),

@@ -119,6 +119,7 @@ class RescueOptions(options.ProbeOptions, options.CheckpointOptions):
         options.Option("Share of the reads that bases and maps are fitted on.", above=0, below=1),
     ] = 0.75
     ridge_lambda: Annotated[float, options.Option("Penalty of the maps.", above=0)] = 1e-3
+    slice: options.Slice = None
     max_records: options.MaxRecords = None
     batch_size: Annotated[int, options.Option("Reads of one forward pass, one a row.", least=1)] = (
         32
@@ -271,11 +272,11 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
     def _of_reads(self, step: int, values: Mapping[str, Tensor]) -> Iterator[Row]:
         """One row a condition and evaluation read."""
         reads = self.batch.select(self.held_out.to(self.batch.tokens.device))
-        slices = reads.slice_values()
+        slices = reads.slice_values(self.slice)
         columns = {
             "sample_id": [self.batch.sample_ids[row] for row in reads.row.tolist()],
             "read_index": reads.index.tolist(),
-            **({} if slices is None else {self.inputs.task.slice_name: slices.tolist()}),
+            **({} if slices is None else {self.slice: slices.tolist()}),
             "answer": reads.answer.tolist(),
         }
         rows = zip(*columns.values(), strict=True)

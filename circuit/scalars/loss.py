@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.options import Option
+from circuit.options import Option, Slices
 from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.family import ScalarFamily
-from circuit.tasks.base import Task
 from circuit.tasks.examples import UNPREDICTED, Examples
 
 if TYPE_CHECKING:
@@ -29,33 +28,25 @@ class Loss(ScalarFamily):
     scope: Annotated[
         Scope, Option("full_lm (what training predicts) or answer (of every read).")
     ] = "full_lm"
-    by_slice: Annotated[
-        bool,
-        Option(
-            "Also follow the answers of each value of the task's slice (such as lag or position)"
-            " apart; with scope answer."
-        ),
-    ] = False
+    slices: Slices = ()
 
     def check(self) -> None:
         """A slice is of answers."""
         super().check()
-        if self.by_slice and self.scope != "answer":
+        if self.slices and self.scope != "answer":
             raise CircuitError(
-                "only answers have slices", where="`by_slice`", expected="`scope` answer"
+                "only answers have slices", where="`slices`", expected="`scope` answer"
             )
 
-    def check_task(self, task: Task) -> None:
-        """Also refuses slices of a task that has none."""
-        super().check_task(task)
-        if self.by_slice and not task.slices:
-            raise CircuitError("the run's task has no slices", where="`by_slice`")
-
     def build(self, inputs: Inputs) -> list[LossScalar]:
-        """The one scalar, and one a value of the slice."""
-        batch, name = inputs.batch, inputs.task.slice_name
-        groups = batch.by_slice().items() if self.by_slice else ()
-        apart = [(f".{name}{value}", mask) for value, mask in groups if value != "all"]
+        """The one scalar, and one a value of each slice."""
+        batch = inputs.batch
+        apart = [
+            (f".{by}{value}", mask)
+            for by in self.slices
+            for value, mask in batch.by_slice(by).items()
+            if value != "all"
+        ]
         return [
             LossScalar(batch, self.scope),
             *(LossScalar(batch.select(mask), self.scope, suffix) for suffix, mask in apart),

@@ -310,8 +310,9 @@ class QKMatches(ScalarFamily, options.PairOptions):
         ),
     ] = ("source",)
     by_lag: Annotated[
-        bool, options.Option("Also follow the reads of each lag (the task's slice) apart.")
+        bool, options.Option("Also follow the reads of each lag (the task's first slice) apart.")
     ] = False
+    slices: options.Slices = ()
     context_stage: options.ContextStage = None
     layernorm_mode: options.LayernormMode = "head_ln1"
     score_query_role: options.ScoreQueryRole = "prediction"
@@ -368,7 +369,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
             run.check_addressable(int(step[1]))
 
     def reads(self, inputs: Inputs) -> dict[str, ReadMasks]:
-        """The scored reads by suffix of their scalars' names: all, and those of each lag."""
+        """The scored reads by suffix of their scalars' names: all, and those of each slice."""
         pairs = [p for p in inputs.pairs(self) if self.route_pair_type in (None, p.type)]
         batch = inputs.side(pairs, self.record_side)
         reads = ReadMasks.of(
@@ -377,13 +378,13 @@ class QKMatches(ScalarFamily, options.PairOptions):
             support_role=self.support_key_role,
             distractor_role=self.distractor_key_role,
         )
-        if not self.by_lag:
-            return {"": reads}
-        name = inputs.task.slice_name
-        return {
-            "" if value == "all" else f".{name}{value}": reads.where(chosen)
-            for value, chosen in batch.select(reads.chosen).by_slice().items()
-        }
+        scored, found = batch.select(reads.chosen), {"": reads}
+        first = (inputs.task.slice_name,) if self.by_lag else ()
+        for by in dict.fromkeys((*first, *self.slices)):
+            for value, chosen in scored.by_slice(by).items():
+                if value != "all":
+                    found[f".{by}{value}"] = reads.where(chosen)
+        return found
 
     def build(self, inputs: Inputs) -> list[QKMatch]:
         """One scalar a head, rank, basis and group of reads."""

@@ -369,8 +369,20 @@ class Task(ABC):
 
     @property
     def slice_name(self) -> str:
-        """What reports call the values by which they give figures apart: the first of `slices`."""
+        """The first of `slices`, by which figures are given apart unless others are asked for."""
         return next(iter(self.slices), "slice")
+
+    @classmethod
+    def check_slice(cls, name: str) -> None:
+        """Refuse a slice that is not declared.
+
+        Raises:
+            CircuitError: lists those that are.
+        """
+        if name not in cls.slices:
+            known = ", ".join(cls.slices)
+            expected = f"one of {known}" if known else "none, as the task has none"
+            raise CircuitError(f"unknown slice '{name}'", expected=expected)
 
     @classmethod
     def single_roles(cls) -> tuple[str, ...]:

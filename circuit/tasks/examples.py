@@ -117,14 +117,24 @@ class Examples:
         """One position an example as a mask."""
         return torch.arange(self.tokens.shape[1], device=position.device) == position[:, None]
 
-    def slice_values(self) -> Int64[Tensor, " example"] | None:
-        """The fact by which reports give figures apart, if the task has one."""
-        fact = next(iter(self.task.slices.values()), None)
-        return None if fact is None else self.facts[fact].long()
+    def slice_values(self, by: str | None = None) -> Int64[Tensor, " example"] | None:
+        """A fact by which reports give figures apart; None if the task has none.
 
-    def by_slice(self) -> dict[str, Bool[Tensor, " example"]]:
+        Args:
+            by: one of the task's slices, the first by default.
+
+        Raises:
+            CircuitError: the task has slices, but not this one.
+        """
+        if not self.task.slices:
+            return None
+        by = by or self.task.slice_name
+        self.task.check_slice(by)
+        return self.facts[self.task.slices[by]].long()
+
+    def by_slice(self, by: str | None = None) -> dict[str, Bool[Tensor, " example"]]:
         """Masks of `all` examples, and of those of each value of `slice_values`."""
-        groups, values = {"all": torch.ones_like(self.row, dtype=torch.bool)}, self.slice_values()
+        groups, values = {"all": torch.ones_like(self.row, dtype=torch.bool)}, self.slice_values(by)
         if values is None:
             return groups
         return groups | {str(value): values == value for value in torch.unique(values).tolist()}

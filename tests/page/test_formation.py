@@ -85,12 +85,18 @@ def test_learning_and_lag_are_the_metrics(told_once: Path, page: Page) -> None:
     for panel, data in (("learning", "evaluation"), ("lag", "whole")):
         records = page.records(panel, data)
         assert [key(row, records[0]) for row in evaluated] == [key(r, r) for r in records]
-    lags = [
-        {"step": row["step"], "split": row["split"], "lag": lag, **found}
-        for row in evaluated
-        for lag, found in row["by_slice"]["lag"].items()
+    varying = [
+        by
+        for by in evaluated[0]["by_slice"]
+        if any(len(row["by_slice"][by]) > 1 for row in evaluated)
     ]
-    assert page.records("lag", "lag") == lags
+    assert {"lag", "writes_before"} <= set(varying)
+    for by in varying:
+        assert page.records(by, by) == [
+            {"step": row["step"], "split": row["split"], by: value, **found}
+            for row in evaluated
+            for value, found in row["by_slice"][by].items()
+        ]
     trained = [row for row in rows if row["kind"] == "train"]
     records = page.records("learning", "training")
     assert [key(row, records[0]) for row in trained] == [key(r, r) for r in records]
@@ -122,6 +128,7 @@ def test_the_examples_attention_is_the_models(
             assert run.vocabulary.tokens[best] == told_so["token"]
             assert example["tokens"][read["position"] + 1] == read["answer"]
             assert example["tokens"][read["support"]] == read["answer"]
+            assert list(read["slices"]) == list(split.task.slices)
 
 
 def test_the_page_holds_everything_that_it_needs(page: Page) -> None:

@@ -145,7 +145,12 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Attribute) -> None:
     # the whole is the mean of the lags, weighted by their reads
     config = load_config(CONFIG, TrainConfig)
     inputs = traced_inputs(config, PROBES, ReplayedRun.open("trace"))
-    reads = QKMatches(min_pairs_per_type=4, by_lag=True).reads(inputs)
+    family = QKMatches(min_pairs_per_type=4, by_lag=True, slices=("lag", "active_keys"))
+    reads = family.reads(inputs)
+    parts = {by: [len(reads[name]) for name in reads if by in name] for by in family.slices}
+    assert {by: sum(counts) for by, counts in parts.items()} == dict.fromkeys(
+        family.slices, len(reads[""])
+    )
     for step in (1, 3):
         own = {row["scalar"]: row["path"] for row in rows if row["step"] == step}
         for name in names:
@@ -274,24 +279,19 @@ def test_an_adaptive_rule_says_what_it_took_and_its_shards_merge(
     assert of_one == {
         "mean": sum(nodes) / len(nodes),
         "most": max(nodes),
+        "steps_within_rounding": sum(row["rounded"] for row in rows),
         "steps_without_agreement": missed,
     }
     every = rows_of("whole")
     said = f"path rule auto:1e-3, {sum(r['nodes'] for r in every) / len(every):.1f} nodes a step on"
     assert (
-        "steps_within_rounding": sum(row["rounded"] for row in rows),
         f"{said} average, {max(r['nodes'] for r in every)} at most: in "
         in report_of("whole")["law"]
     )
-    # an impossible tolerance ends at the finest level, and that is said
     result = qk("hard", end_step=2, path="auto:1e-15")
     assert "in 0 of 2 rows two levels agree within 1e-15 of the step's change; " in result.law
     assert qk("easy", end_step=2, path="simpson").law.endswith("path rule simpson, 3 nodes a step")
 
-
-@pytest.mark.usefixtures("shards")
-def test_shards_of_schema_1_merge_too(circuit: Circuit) -> None:
-    """Parameters under their names of then, without a digest."""
 
 def test_the_law_says_in_how_many_rows_more_nodes_would_not_have_helped() -> None:
     """Rows of before, which do not tell `rounded`, are read as they were."""
@@ -312,6 +312,10 @@ def test_the_law_says_in_how_many_rows_more_nodes_would_not_have_helped() -> Non
     assert series.summary()["nodes"]["steps_without_agreement"] == 1
     assert path_words(path_rule("auto:1e-3"), [series.window(1, 2)]).endswith("cannot better")
 
+
+@pytest.mark.usefixtures("shards")
+def test_shards_of_schema_1_merge_too(circuit: Circuit) -> None:
+    """Parameters under their names of then, without a digest."""
 
     def earlier(payload: dict[str, Any]) -> None:
         new, pairs = payload["parameters"], {"types": ["support_value"]}

@@ -284,6 +284,33 @@ def test_bad_options_are_refused_in_one_line_that_names_the_field(command: str) 
                 kind(**{name: one for name, one in given.items() if name != field})
 
 
+@pytest.mark.parametrize(
+    "command", [name for name in sorted(KINDS) if "slice" in KINDS[name].Options.model_fields]
+)
+def test_figures_are_given_apart_by_any_slice_of_the_task(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Those over all reads are the same, and each value has its own reads."""
+    monkeypatch.setattr(Chart, "svg", lambda _: "<svg/>")
+    usual, by = written(command), "writes_before"
+    options = options_of(command).model_copy(update={"slice": by})
+    result = run_report(KINDS[command], open_run(RUN), options, tmp_path / "out")
+    assert read_report(result.report).payload["provenance"]["slice"] == by
+
+    def over_all(rows: Sequence[Any], name: str) -> list[Any]:
+        """Rows without those of one value, and without what names the value."""
+        kept = [row for row in rows if not isinstance(row.get(name), str) or row[name] == "all"]
+        return [{k: v for k, v in row.items() if k not in (name, f"by_{name}")} for row in kept]
+
+    values = set()
+    for before, after in zip(usual.rows, result.rows, strict=True):
+        one, other = read_jsonl(before), read_jsonl(after)
+        assert over_all(one, "lag") == over_all(other, by)
+        values |= {str(row[by]) for row in other if by in row}
+        values |= {value for row in other for value in row.get(f"by_{by}", {})}
+    assert len(values - {"all"}) > 2
+
+
 SINGLE = SymbolicKV.single_roles()
 OF_TASK: dict[str, tuple[str, Sequence[str]]] = {
     "role": ("nonsense", tuple(SymbolicKV.roles)),
@@ -291,6 +318,7 @@ OF_TASK: dict[str, tuple[str, Sequence[str]]] = {
     "pair_type": ("nonsense", tuple(SymbolicKV.pair_types)),
     "group_by": ("causal_prefix", SINGLE),
     "subspace": ("embedding_op_identity", ("embedding_key_identity", "full_residual")),
+    "task_slice": ("nonsense", tuple(SymbolicKV.slices)),
 }
 """By kind of an option: a value that the run's task does not have, and names that it has."""
 NARROWER = {

@@ -210,5 +210,5 @@ def test_pairs_are_of_different_layers_the_earlier_first() -> None:
 
 def test_slices_of_the_loss_are_of_answers() -> None:
     with pytest.raises(CircuitError, match="only answers have slices"):
-        parse_scalars("loss,by_slice=true")
-    assert parse_scalars("loss,scope=answer,by_slice=true")
+        parse_scalars("loss,slice=position")
+    assert parse_scalars("loss,scope=answer,slice=position,slice=distance")

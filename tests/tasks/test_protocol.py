@@ -20,6 +20,8 @@ from circuit.tasks.base import Record, Task
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark, write_benchmark
 from circuit.tasks.examples import UNPREDICTED, Examples
 from circuit.tasks.groups import group_tokens, groups_of
+from circuit.tasks.induction.task import Induction
+from circuit.tasks.modular_addition.task import ModularAddition
 from circuit.tasks.pairs import SIDES, PairSet, build_pairs, pair_batch, record_of
 from circuit.tasks.probes import draw_probe_set, metadata_path, read_probe_set, write_probe_set
 from circuit.tasks.registry import BUILT_IN, find_task
@@ -179,12 +181,29 @@ def test_kinds_cover_the_prefix_no_further(batches: list[Examples]) -> None:
 
 def test_slices_part_the_examples(batches: list[Examples]) -> None:
     for batch in batches:
-        whole, *parts = batch.by_slice().values()
-        assert whole.all()
-        assert len(whole) == len(batch)
-        assert bool(parts) == bool(batch.task.slices)
-        if parts:
-            assert torch.equal(torch.stack(parts).sum(0), torch.ones_like(batch.row))
+        for by, fact in (*batch.task.slices.items(), (None, "")):
+            whole, *parts = batch.by_slice(by).values()
+            assert whole.all()
+            assert len(whole) == len(batch)
+            assert bool(parts) == bool(batch.task.slices)
+            if parts:
+                assert torch.equal(torch.stack(parts).sum(0), torch.ones_like(batch.row))
+            if by is not None:
+                assert torch.equal(batch.slice_values(by), batch.facts[fact].long())
+        if batch.task.slices:
+            with pytest.raises(CircuitError, match="'nothing'; expected one of") as refused:
+                batch.by_slice("nothing")
+            assert all(name in str(refused.value) for name in batch.task.slices)
+
+
+def test_what_slices_mean(batches: list[Examples]) -> None:
+    for batch in batches:
+        facts, task = batch.facts, batch.task
+        if isinstance(task, ModularAddition):
+            total = facts["first"] + facts["second"]
+            assert torch.equal(facts["is_wrapped"], total != batch.answer)
+        if isinstance(task, Induction):
+            assert torch.equal(facts["distance"], batch.at - batch.position("support_key"))
 
 
 def test_targets_are_the_next_tokens_or_the_answers_alone(batches: list[Examples]) -> None:

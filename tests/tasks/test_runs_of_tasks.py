@@ -114,6 +114,7 @@ def test_what_the_task_has_not_is_refused_with_what_it_has(
     for words, known in (
         (["--subspace", "full_residual", "--position-role", "nowhere"], ", ".join(kind.roles)),
         (["--subspace", "embedding_nothing_identity", "--rank", "1"], f"embedding_{sets}_identity"),
+        (["--subspace", "full_residual", "--slice", "nothing"], ", ".join(kind.slices)),
     ):
         done = circuit(*intervene, *words)
         assert done.code == 2
@@ -122,12 +123,19 @@ def test_what_the_task_has_not_is_refused_with_what_it_has(
         assert not Path("out").exists()
     done = circuit(*intervene, "--subspace", f"embedding_{sets}_identity", "--rank", "1")
     assert done.code == 0
+    evaluate = ["evaluate", "--config", str(RUN), "--checkpoint", f"{RUN}/checkpoints/best.pt"]
+    refused = circuit(*evaluate, "--slice", "nothing")
+    assert (refused.code, ", ".join(kind.slices) in refused.err) == (2, True)
+    told = circuit(*evaluate, *(word for name in kind.slices for word in ("--slice", name)))
+    assert told.code == 0
+    assert all(name in told.out for name in kind.slices)
 
 
-def test_roles_and_pair_types_are_completed(task: str, circuit: Callable[..., Done]) -> None:
+def test_roles_subspaces_and_slices_are_completed(task: str, circuit: Callable[..., Done]) -> None:
     train(config(task))
     kind = find_task(task)
-    for flag, names in (("--position-role", list(kind.roles)), ("--subspace", None)):
+    flags = {"--position-role": list(kind.roles), "--slice": list(kind.slices)}
+    for flag, names in (*flags.items(), ("--subspace", None)):
         words = f"circuit geometry-subspace-intervention --config {RUN} {flag} "
         asked = {"_CIRCUIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "5"}
         with pytest.MonkeyPatch.context() as patch:

@@ -117,8 +117,9 @@ class Induction(Task):
         "position": False,
         "repeated": False,
         "unseen": False,
+        "distance": False,
     }
-    slices: ClassVar[Mapping[str, str]] = {"position": "position"}
+    slices: ClassVar[Mapping[str, str]] = {"position": "position", "distance": "distance"}
     shortcuts = ("repeated", "unseen")
     shortcut_words = "the token asked about (k 1), or the smallest one not repeated yet (k 2)"
     pair_types: ClassVar[Mapping[str, PairRule]] = {
@@ -163,8 +164,9 @@ class Induction(Task):
     def parse(self, record: Record, through: int | None = None) -> Parsed:
         """The questions of a record; see `Task.parse`.
 
-        `position` counts the second half from 0; `repeated` is the token asked about, `unseen` the
-        smallest of the string that its second half has not shown yet.
+        `position` counts the second half from 0, `distance` back to the first occurrence;
+        `repeated` is the token asked about, `unseen` the smallest of the string that its second
+        half has not shown yet.
         """
         tokens = record.tokens
         length, least, most = len(tokens) // 2, self.config.shortest, self.config.length
@@ -196,6 +198,7 @@ class Induction(Task):
                 "position": number,
                 "repeated": tokens[at],
                 "unseen": min(tokens[number + 1 : length]),
+                "distance": length,
             }
             site = Site(tokens, at, self.vocabulary)
             questions.append(Question(number, at, tokens[at + 1], facts, site))

@@ -98,8 +98,9 @@ class ModularAddition(Task):
         "first": False,
         "second": False,
         "is_mirrored": True,
+        "is_wrapped": True,
     }
-    slices: ClassVar[Mapping[str, str]] = {"mirrored": "is_mirrored"}
+    slices: ClassVar[Mapping[str, str]] = {"mirrored": "is_mirrored", "wrapped": "is_wrapped"}
     shortcuts = ("first", "second")
     shortcut_words = "the first number (k 1), or the second one (k 2)"
     pair_types: ClassVar[Mapping[str, PairRule]] = {
@@ -140,9 +141,10 @@ class ModularAddition(Task):
         return Drawn(splits)
 
     def parse(self, record: Record, through: int | None = None) -> Parsed:
-        """The sum of a record; see `Task.parse`. `mirrored`: training has it the other way round.
+        """The sum of a record; see `Task.parse`.
 
-        A model that knows addition to be commutative has seen the answer of a mirrored sum.
+        `mirrored`: training has it the other way round, so that a model that knows addition to be
+        commutative has seen the answer. `wrapped`: as integers the two sum to p or more.
         """
         p, tokens = self.modulus, record.tokens
         if len(tokens) != len(KINDS) or max(*tokens[:2], tokens[3]) >= p or tokens[2] != p:
@@ -159,5 +161,6 @@ class ModularAddition(Task):
                 expected=f"{(a + b) % p}, the sum modulo {p}",
             )
         mirrored = a != b and self.is_trained(b, a)
-        facts = {"first_pos": 0, "second_pos": 1, "first": a, "second": b, "is_mirrored": mirrored}
+        facts = {"first_pos": 0, "second_pos": 1, "first": a, "second": b}
+        facts |= {"is_mirrored": mirrored, "is_wrapped": a + b >= p}
         return Parsed([Question(0, 2, answer, facts, Site(self, a, b))], range(len(KINDS)))
