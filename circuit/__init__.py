@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from circuit.runs.opening import open_run
     from circuit.runs.rows import read_rows
     from circuit.training.imported import import_checkpoints
+    from circuit.training.recipe import Batch, Recipe
 
 __version__ = "0.2.0"
 
@@ -29,7 +30,9 @@ if not (Path(__file__).parent / "cli").is_dir():
     import_module("circuit.clone")
 
 _HOME = {
+    "Batch": "circuit.training.recipe",
     "Edit": "circuit.core.edit",
+    "Recipe": "circuit.training.recipe",
     "Run": "circuit.runs.base",
     "attribute": "circuit.attribution.window",
     "counterfactual": "circuit.attribution.counterfactual",
@@ -42,8 +45,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Batch",
     "CircuitError",
     "Edit",
+    "Recipe",
     "Run",
     "__version__",
     "attribute",

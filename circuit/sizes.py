@@ -224,40 +224,45 @@ ROW, EVALUATION_ROW = 250, 2500
 """Bytes of a row of `metrics.jsonl`: of a step, of a split's evaluation."""
 
 
-def training_disk(config: TrainConfig, vocabulary: int, *, done: int = 0) -> dict[str, int]:
-    """The files that a run is going to write from step `done` on."""
+def saved_bytes(config: TrainConfig, vocabulary: int) -> int:
+    """A checkpoint of a run of a task."""
+    # the description beside a state's payload has a few hundred bytes a tensor
+    tensors = (3 + 16 * config.model.layers) * (1 + count_moments(config))
+    return state_bytes(config, vocabulary) + 400 * tensors + 2000
+
+
+def training_disk(config: TrainConfig, saved: int, *, done: int = 0) -> dict[str, int]:
+    """The files that a run is going to write from step `done` on.
+
+    Args:
+        saved: bytes of a checkpoint.
+    """
 
     def times(every: int) -> int:
         return max(config.steps // every - done // every, 0) + 1
 
-    # the description beside a state's payload has a few hundred bytes a tensor
-    tensors = (3 + 16 * config.model.layers) * (1 + count_moments(config))
-    saved = state_bytes(config, vocabulary) + 400 * tensors + 2000
     rows = ROW * times(config.log_every)
-    rows += EVALUATION_ROW * len(config.tracked_splits) * times(config.eval_every)
+    if config.tracked_splits:
+        rows += EVALUATION_ROW * len(config.tracked_splits) * times(config.eval_every)
     return {
         "checkpoints (steps, checkpoint_every)": (1 + times(config.checkpoint_every)) * saved,
         "metrics (steps, log_every, eval_every)": rows,
     }
 
 
-def trace_disk(
-    config: TrainConfig, vocabulary: int, *, steps: int, stored: int, listed: int
-) -> dict[str, int]:
+def trace_disk(saved: int, batch: int, *, steps: int, stored: int, listed: int) -> dict[str, int]:
     """The files of a trace.
 
     Args:
-        vocabulary: number of tokens.
+        saved: bytes of a checkpoint.
+        batch: examples in it.
         steps: recorded, one row each.
         stored: states.
         listed: parameters in every row.
     """
-    saved = state_bytes(config, vocabulary) + 400 * 16 * config.model.layers * 3 + 4000
-    tensors = min(listed, 3 + 16 * config.model.layers)
     return {
         "anchors (anchor_every, checkpoint_every, storage)": stored * saved,
-        "rows (steps, batch_size, top_k_parameters)": steps
-        * (1400 + 7 * config.batch_size + 120 * tensors),
+        "rows (steps, batch_size, top_k_parameters)": steps * (1400 + 7 * batch + 120 * listed),
     }
 
 

@@ -13,6 +13,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidatorFunctionWrapHandler,
     model_serializer,
@@ -194,8 +195,9 @@ class Recipe(Config):
 
     def recipe_difference(self, theirs: Recipe) -> str | None:
         """The first field of this recipe that another one has otherwise, with both values."""
-        if isinstance(theirs, ImportedConfig) != isinstance(self, ImportedConfig):
-            return "one of them was trained elsewhere and imported"
+        for kind, what in _VARIETIES.values():
+            if isinstance(theirs, kind) != isinstance(self, kind):
+                return f"one of them {what}"
         other = theirs.deciding()
         for field, value in self.deciding().items():
             if other.get(field) != value:
@@ -233,9 +235,37 @@ class Bookkeeping(Config):
 class TrainConfig(Bookkeeping, Recipe, Machine, Places):
     """One training run: four roles in one flat file."""
 
+    @property
+    def module_words(self) -> str:
+        """What was trained, to read."""
+        shape = self.model
+        return (
+            f"{shape.layers} layers, {shape.heads} heads, d_model {shape.d_model},"
+            f" {self.kernels} kernels"
+        )
+
+    @property
+    def optimizer_words(self) -> str:
+        """What trained it."""
+        return self.optimizer.name
+
     def digest(self) -> str:
         """sha256 of what the run is; not of where it lies."""
         return digest_of(self.model_dump(mode="json", exclude=set(Places.model_fields)))
+
+    def executing(self, code: str | None) -> Self:
+        """Itself: nothing but this package's code is executed for it; see `RecipeConfig`.
+
+        Raises:
+            CircuitError: a recipe is named.
+        """
+        if code is not None:
+            raise CircuitError(
+                f"is of a task, and `recipe` {code} is named",
+                where=f"run {self.name}",
+                fix="leave it out",
+            )
+        return self
 
     def provenance(self, benchmark_digest: str) -> dict[str, Any]:
         """What a report records of the run that it is about; equal recipes are one run."""
@@ -248,10 +278,12 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _trained_elsewhere(cls, payload: Any, read: ValidatorFunctionWrapHandler) -> TrainConfig:
-        """A file with `imported` is that of an `ImportedConfig`."""
-        if cls is TrainConfig and isinstance(payload, dict) and "imported" in payload:
-            return ImportedConfig.model_validate(payload)
+    def _of_a_variety(cls, payload: Any, read: ValidatorFunctionWrapHandler) -> TrainConfig:
+        """A file with `imported` is that of an `ImportedConfig`, one with `recipe` of a recipe."""
+        if cls is TrainConfig and isinstance(payload, dict):
+            for key, (kind, _) in _VARIETIES.items():
+                if key in payload:
+                    return kind.model_validate(payload)
         return cast(TrainConfig, read(payload))
 
     @model_validator(mode="before")
@@ -275,7 +307,7 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if isinstance(self, ImportedConfig):
+        if isinstance(self, PartialConfig):
             return self
         if self.best.split not in self.tracked_splits:
             raise ValueError(
@@ -326,11 +358,34 @@ def _unknown() -> Any:
     return Field(default=None, exclude=True)
 
 
-class ImportedConfig(TrainConfig):
+class PartialConfig(TrainConfig):
+    """A run that lacks some of a config's fields: whoever asks for one is refused."""
+
+    def refusal(self, name: str) -> CircuitError:
+        """Why there is no such field, and what works without it."""
+        raise NotImplementedError
+
+    def __getattribute__(self, name: str) -> Any:
+        field = type(self).model_fields.get(name)
+        if field is not None and field.exclude:
+            raise self.refusal(name)
+        return super().__getattribute__(name)
+
+    @model_validator(mode="after")
+    def _unknown_stays_so(self) -> Self:
+        lacking = {name for name, field in type(self).model_fields.items() if field.exclude}
+        given = sorted(lacking & self.model_fields_set)
+        if given:
+            raise ValueError(f"'{given[0]}' {self._no_such_field}")
+        return self
+
+    _no_such_field: ClassVar[str]
+
+
+class ImportedConfig(PartialConfig):
     """A run of which weights at some steps are known, and no recipe (circuit/training/imported.py).
 
-    Whoever asks for a field of the recipe is refused with the reason: what only needs the weights
-    works, and whatever would take a step does not.
+    What only needs the weights works, and whatever would take a step does not.
     """
 
     imported: Imported
@@ -347,23 +402,17 @@ class ImportedConfig(TrainConfig):
     checkpoint_every: PositiveInt = _unknown()
     best: BestConfig = _unknown()
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in _UNKNOWN:
-            raise CircuitError(
-                f"'{name}' is not known: the run was trained elsewhere and imported, so no step of"
-                " it can be taken, neither to train on nor to trace",
-                where=f"config {self.name}",
-                expected="a run of `circuit train`",
-                fix="reports on its checkpoints work",
-            )
-        return super().__getattribute__(name)
+    _no_such_field = "belongs to a recipe, and an imported run has none"
 
-    @model_validator(mode="after")
-    def _no_recipe(self) -> Self:
-        given = sorted(_UNKNOWN & self.model_fields_set)
-        if given:
-            raise ValueError(f"'{given[0]}' belongs to a recipe, and an imported run has none")
-        return self
+    def refusal(self, name: str) -> CircuitError:
+        """See `PartialConfig.refusal`."""
+        return CircuitError(
+            f"'{name}' is not known: the run was trained elsewhere and imported, so no step of"
+            " it can be taken, neither to train on nor to trace",
+            where=f"config {self.name}",
+            expected="a run of `circuit train`",
+            fix="reports on its checkpoints work",
+        )
 
     def deciding(self) -> dict[str, Any]:
         """What decides the weights: the files that they were read from, and their shape."""
@@ -380,7 +429,96 @@ class ImportedConfig(TrainConfig):
         return made
 
 
-_UNKNOWN = {name for name, field in ImportedConfig.model_fields.items() if field.exclude}
+class RecipeFile(Config):
+    """A class of somebody's own that says what steps are made of (circuit/training/own_recipe.py).
+
+    Nothing is ever executed because a config names it: whoever runs the code names it again.
+    """
+
+    file: str
+    """Its name, without its folder."""
+    name: str
+    """The class."""
+    sha256: Sha256
+    """Of the file."""
+
+    @property
+    def word(self) -> str:
+        """`FILE:NAME`, as a command line has it."""
+        return f"{self.file}:{self.name}"
+
+
+class RecipeConfig(PartialConfig):
+    """A run of a recipe of somebody's own: module, batches, losses and optimizer are its code."""
+
+    recipe: RecipeFile
+    tracked_splits: list[str] = Field(default=[], max_length=0)
+    benchmark_dir: FolderName = _unknown()
+    kernels: Kernels = _unknown()
+    model: ModelConfig = _unknown()
+    batch_size: PositiveInt = _unknown()
+    train_split: str = _unknown()
+    optimizer: AdamWConfig | SGDConfig = _unknown()
+    schedule: ScheduleConfig = _unknown()
+    gradient_clip: float | None = _unknown()
+    eval_every: PositiveInt = _unknown()
+    best: BestConfig = _unknown()
+
+    _no_such_field = "belongs to a task, and a run of a recipe has none"
+    _code: str | None = PrivateAttr(default=None)
+
+    @property
+    def code(self) -> str | None:
+        """`FILE:NAME`, where whoever uses the config has named it; only then it is executed."""
+        return self._code
+
+    def executing(self, code: str | None) -> Self:
+        """A copy whose recipe may be executed, from a file that is named here and now."""
+        made = self.model_copy()
+        made._code = code
+        return made
+
+    def remembering(self, other: Config) -> Self:
+        """See `Config.remembering`; the code that may be executed stays, too."""
+        made = super().remembering(other)
+        made._code = other.code if isinstance(other, RecipeConfig) else None
+        return made
+
+    @property
+    def module_words(self) -> str:
+        """See `TrainConfig.module_words`."""
+        return f"of the recipe {self.recipe.word}"
+
+    @property
+    def optimizer_words(self) -> str:
+        """See `TrainConfig.optimizer_words`."""
+        return f"that of {self.recipe.word}"
+
+    def refusal(self, name: str) -> CircuitError:
+        """See `PartialConfig.refusal`."""
+        return CircuitError(
+            f"has no {_WORDS.get(name, name)}: it is of the recipe {self.recipe.word}, and of no"
+            " task",
+            where=f"run {self.name}",
+            expected="a run of a task",
+            fix="what needs none works: trace show, verify, checkout, attribute, data, influence"
+            " and counterfactual",
+        )
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the weights: the code, and the seed that it is given."""
+        return {"recipe": {"name": self.recipe.name, "sha256": self.recipe.sha256}} | {
+            "seed": self.seed
+        }
+
+
+_WORDS = {"benchmark_dir": "benchmark"}
+
+_VARIETIES: dict[str, tuple[type[PartialConfig], str]] = {
+    "imported": (ImportedConfig, "was trained elsewhere and imported"),
+    "recipe": (RecipeConfig, "is of a recipe file"),
+}
+"""By the field that tells them."""
 
 
 RUN_CONFIG = "run_config.json"

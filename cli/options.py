@@ -17,6 +17,23 @@ TrainConfigPath = Annotated[
     Path,
     typer.Option("--config", help="Training config (JSON).", autocompletion=complete.train_config),
 ]
+TrainConfigPathOrNone = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Training config (JSON), or a run; needed without --recipe.",
+        autocompletion=complete.train_config,
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE.py:CLASS",
+        help="Recipe of your own, a circuit.Recipe, whose code is executed; a run of one is"
+        " executed only where it is named.",
+    ),
+]
 BenchmarkConfigPath = Annotated[
     Path,
     typer.Option(

@@ -25,6 +25,8 @@ READING = {
     "config": (options.TrainConfigPath, inspect.Parameter.empty),
     "overrides": (options.Set, None),
 }
+RECIPE = {"recipe": (options.Recipe, None)}
+"""Of reports that also read a run of a recipe."""
 COMPUTING = {"device": (options.Device, None), "threads": (options.Threads, None)}
 """Options of every report that reads a run."""
 WRITING = {
@@ -40,7 +42,9 @@ def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         run = None
         if kind.reads_run:
-            run = load_train_config(*(given.pop(name) for name in (*READING, *COMPUTING)))
+            path, overrides, device, threads = (given.pop(n) for n in (*READING, *COMPUTING))
+            recipe = given.pop("recipe", None)
+            run = load_train_config(path, overrides, device, threads, recipe=recipe)
         folder, overwrite, as_json = (given.pop(name) for name in WRITING)
         run_and_print(kind, run, given, folder, overwrite=overwrite, as_json=as_json)
 
@@ -49,7 +53,8 @@ def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
     }
     needed = {**declared, **WRITING}
     if kind.reads_run:
-        needed = {**READING, **declared, **COMPUTING, **WRITING}
+        of_recipe = RECIPE if kind.of_recipes else {}
+        needed = {**READING, **of_recipe, **declared, **COMPUTING, **WRITING}
     parameters = [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

@@ -80,9 +80,10 @@ RequireHistoricalReplay = Annotated[
 
 
 def record(
-    config: options.TrainConfigPath,
     output_dir: Annotated[Path, typer.Option(help="Folder of the trace.")],
+    config: options.TrainConfigPathOrNone = None,
     overrides: options.Set = None,
+    recipe: options.Recipe = None,
     from_initialization: FromInitialization = False,
     resume_checkpoint: Annotated[
         Path | None,
@@ -125,7 +126,10 @@ def record(
         raise CircuitError("give one of --from-initialization and --resume-checkpoint")
     if storage not in ("anchors", "dense"):
         raise CircuitError(f"unknown --storage '{storage}'", expected="'anchors' or 'dense'")
-    settings = load_train_config(config, overrides, device, threads, train_split=train_split)
+    anew = {} if config else {"output_dir": output_dir}  # the run is nowhere but in its trace
+    settings = load_train_config(
+        config, overrides, device, threads, train_split=train_split, recipe=recipe, **anew
+    )
     from circuit.reports.optimizer_update_trace import optimizer_update_trace
     from circuit.trace.record import RecordOptions
 
@@ -174,13 +178,11 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
 
     store = TraceStore(folder)
     manifest, environment = store.manifest, store.manifest.environment
-    shape = manifest.config.model
     size = trace_bytes(store)
     facts = {
         "run": manifest.config.name,
-        "model": f"{shape.layers} layers, {shape.heads} heads, d_model {shape.d_model},"
-        f" {manifest.config.kernels} kernels",
-        "optimizer": manifest.config.optimizer.name,
+        "model": manifest.config.module_words,
+        "optimizer": manifest.config.optimizer_words,
         "steps": f"{manifest.start_step} to {store.last_step}"
         + ("" if store.complete else f" (stopped; planned to {manifest.end_step})"),
         "anchors": f"{len(manifest.anchors())}, {_every(manifest.anchor_every)}",
@@ -202,8 +204,11 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
         )
         return
     if losses:
-        course = sparkline([math.log(x) for x in losses])
-        facts["loss (log)"] = f"{losses[0]:.3f} {course} {losses[-1]:.3f}"
+        logarithmic = min(losses) > 0  # one of somebody's own may be less
+        course = sparkline([math.log(x) for x in losses] if logarithmic else losses)
+        facts["loss (log)" if logarithmic else "loss"] = (
+            f"{losses[0]:.3f} {course} {losses[-1]:.3f}"
+        )
     print_facts(str(store.root), facts)
 
 
@@ -212,6 +217,7 @@ def verify(
     steps: Annotated[
         str | None, typer.Option(help="Window a:b; takes state a to state b. All by default.")
     ] = None,
+    recipe: options.Recipe = None,
     as_json: options.Json = False,
 ) -> None:
     """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
@@ -221,8 +227,8 @@ def verify(
         return
     from circuit.trace.replay import ReplayedRun
 
-    trace = ReplayedRun.open(folder)
     with progress_bar(not as_json) as bar:
+        trace = ReplayedRun.open(folder, recipe=recipe)
         last = trace.store.last_step if end is None else end
         found = trace.verify(start, end, progress=StepBar(bar, "replaying", last))
     if as_json:
@@ -259,6 +265,7 @@ def checkout(
         bool,
         typer.Option("--allow-drift", help="Go on where the replay differs, and say where."),
     ] = False,
+    recipe: options.Recipe = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -270,13 +277,13 @@ def checkout(
     from circuit.trace.replay import ReplayedRun
     from circuit.training.checkpoints import encode_checkpoint
 
-    trace = ReplayedRun.open(folder, allow_drift=allow_drift)
+    trace = ReplayedRun.open(folder, allow_drift=allow_drift, recipe=recipe)
     if output is None:
         trace.state(step, cache=True)
         if trace.drifts:
             raise CircuitError(
-                f"the replayed state of step {step} is not the recorded one, so the trace does not"
-                " keep it",
+                f"the replayed state of step {step} is not the recorded one, so the trace does"
+                " not keep it",
                 fix="pass --output to write it elsewhere",
             )
         path = trace.store.checkpoint_path(step)

@@ -43,8 +43,16 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    config: options.TrainConfigPath,
+    config: options.TrainConfigPathOrNone = None,
     overrides: options.Set = None,
+    recipe: options.Recipe = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run, with --recipe.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Last step, with --recipe; else the recipe's own.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="With --recipe; 0 by default.")] = None,
     overwrite: options.Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")
@@ -73,7 +81,16 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train a run: metrics, checkpoints and summary go to the config's output_dir."""
-    settings = load_train_config(config, overrides, device, threads)
+    settings = load_train_config(
+        config,
+        overrides,
+        device,
+        threads,
+        recipe=recipe,
+        output_dir=output_dir,
+        steps=steps,
+        seed=seed,
+    )
     if task is not None:
         from circuit.tasks.benchmark import ensure_benchmark
 
@@ -158,7 +175,8 @@ def print_trace(report: TraceReport) -> None:
 
 def _print_training(result: TrainResult, recorder: TraceRecorder | None) -> None:
     settings = result.config
-    print_evaluations(list(result.evaluations.values()), result.task)
+    if result.task is not None:
+        print_evaluations(list(result.evaluations.values()), result.task)
     steps = result.step - result.first_step
     if result.first_step:
         stdout.print(f"resumed from the checkpoint of step {result.first_step}")
@@ -262,13 +280,20 @@ def evaluate(
 
 
 def load_train_config(
-    path: Path,
+    path: Path | None,
     overrides: Sequence[str] | None = None,
     device: str | None = None,
     threads: int | None = None,
     train_split: str | None = None,
+    recipe: str | None = None,
+    **of_recipe: Any,
 ) -> TrainConfig:
     """The config with the command line's values in it.
+
+    Args:
+        path: of the config, or the run; None where a recipe is to be run anew.
+        recipe: `FILE:NAME`, which may be executed.
+        of_recipe: further arguments of `recipe_config`, where there is no path.
 
     Raises:
         CircuitError: as `load_config`, or a field has an option and a --set of its own: one of
@@ -277,7 +302,17 @@ def load_train_config(
     from circuit.overrides import parse_override
     from circuit.train_config import load_run_config
 
-    settings = load_run_config(path, overrides or ())
+    if path is None:
+        settings = _new_config(recipe, overrides or (), **of_recipe)
+    else:
+        told = [name for name, value in of_recipe.items() if value is not None]
+        if told:
+            flag = told[0].replace("_", "-")
+            raise CircuitError(
+                f"--{flag} goes with --recipe alone, and --config is given, too",
+                fix=f"set the config's field: --set {told[0]}=...",
+            )
+        settings = load_run_config(path, overrides or ()).executing(recipe)
     said = {parse_override(text)[0][0]: text for text in overrides or ()}
     given = {"device": device, "threads": threads, "train_split": train_split}
     for name, value in given.items():
@@ -291,6 +326,21 @@ def load_train_config(
         device = settings.device  # said here and now, so the variable does not count
     changes = {name: value for name, value in given.items() if value is not None}
     return settings.replace(**changes | {"device": options.resolve_device(device, settings.device)})
+
+
+def _new_config(
+    recipe: str | None, overrides: Sequence[str], output_dir: Path | None = None, **values: Any
+) -> TrainConfig:
+    """Of a recipe that is run anew."""
+    if recipe is None:
+        raise CircuitError(
+            "is missing", where="--config", fix="give it, or a recipe of your own with --recipe"
+        )
+    if output_dir is None:
+        raise CircuitError("is missing", where="--output-dir", expected="the folder of the run")
+    from circuit.training.own_recipe import recipe_config
+
+    return recipe_config(recipe, output_dir, overrides=overrides, **values)
 
 
 class TrainBar:

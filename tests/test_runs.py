@@ -37,7 +37,8 @@ def test_a_runs_models_are_its_checkpoints(trained: TrainConfig) -> None:
     run = open_run(RUN)
     assert run.config == trained
     assert run.steps == [4, 8]
-    assert repr(run) == f"CheckpointedRun({RUN}: 1 layers, 2 heads, 2 checkpoints, 4 to 8)"
+    shape = "1 layers, 2 heads, d_model 16, fast kernels"
+    assert repr(run) == f"CheckpointedRun({RUN}: {shape}, 2 checkpoints, 4 to 8)"
     for step in (4, 8, "best"):
         name = "best.pt" if step == "best" else f"step_{step:06d}.pt"
         saved = load_checkpoint(RUN / "checkpoints" / name)

@@ -102,7 +102,7 @@ class _Noted:
     step: int
     clip: float
     keep: float
-    coupled: float | Flat
+    coupled: float | Flat | None
     objective: Objective
     past: Flat | None
     """Of the window's first step."""
@@ -158,7 +158,7 @@ class CreditPass:
             totals.actual += noted.actual
             totals.rounding += noted.rounding
             totals.decay += noted.decay
-            if noted.coupled:  # decay entered the momentum, and is carried on as gradients are
+            if noted.coupled is not None:  # decay in the momentum is carried on as gradients are
                 totals.decay -= carried @ (noted.coupled * theta.double())
             totals.credit += credit.sum((1, 2))
             totals.apart += (credit.sum((1, 2)) - batch).abs()
@@ -174,16 +174,17 @@ class CreditPass:
         assert attribution.average is not None, "the attributor was made with `averages`"
         shares = dict(zip(attribution.terms, attribution.path.sum(2).T, strict=True))
         decay = shares["weight_decay"]
+        coupled = form.coupled if torch.as_tensor(form.coupled).any() else None
         kernel = (attribution.average * form.gain).to(self.losses.dtype)
         noted = _Noted(
             step=step.step,
             clip=step.clip,
             keep=form.keep,
-            coupled=form.coupled,
+            coupled=coupled,
             objective=step.objective,
             past=form.past if step.step == self.start + 1 else None,
             actual=attribution.actual,
-            decay=torch.zeros_like(decay) if form.coupled else decay,
+            decay=decay if coupled is None else torch.zeros_like(decay),
             rounding=shares["rounding"],
         )
         return noted, [step.before.parameters, step.gradient, kernel]

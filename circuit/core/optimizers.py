@@ -9,7 +9,7 @@ settings and count follows a rule of its own (`circuit.core.update`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from circuit.core.flat import ParameterLayout
@@ -61,6 +61,7 @@ class TakenStep:
         past, memory: what the optimizer remembered before and after.
         outside: parameters as they were left by the step before, where something other than an
             optimizer has changed them since.
+        raw: the gradient before it was clipped, where that is known.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class TakenStep:
     past: Past
     memory: Past
     outside: Mapping[str, Tensor]
+    raw: Mapping[str, Tensor] = field(default_factory=dict)
 
     def terms(self, layout: ParameterLayout, columns: Sequence[str] = ()) -> UpdateTerms:
         """The update and its terms; they sum to what has changed since the step before.
@@ -114,7 +116,7 @@ class TakenStep:
                     OptimizerStep(
                         before=part.flatten(self.before),
                         after=part.flatten(self.after),
-                        gradient=None,
+                        gradient=part.flatten(self.raw) if self.raw else None,
                         clipped=gradient,
                         moments_before={} if fresh else moments_of(self.past, part),
                         moments_after=moments_of(self.memory, part),
@@ -131,12 +133,12 @@ def moments_of(past: Past, layout: ParameterLayout) -> dict[str, Tensor]:
     A parameter of which nothing is remembered yet has zeros, as torch starts from.
     """
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    of_shape: dict[str, bool] = {}  # factored moments have it of some parameters by chance
-    for name, shape in shapes.items():
+    held: dict[str, dict[str, Tensor]] = {}
+    for name in shapes:
         for key, value in past.get(name, {}).items():
-            if isinstance(value, torch.Tensor) and key not in _COUNTS:
-                of_shape[key] = of_shape.get(key, True) and tuple(value.shape) == shape
-    keys = [key for key, every in of_shape.items() if every]
+            if isinstance(value, torch.Tensor):
+                held.setdefault(key, {})[name] = value
+    keys = [key for key, tensors in held.items() if is_moment(key, tensors, shapes)]
 
     def vector(name: str, key: str) -> Tensor:
         value = past.get(name, {}).get(key)
@@ -145,6 +147,17 @@ def moments_of(past: Past, layout: ParameterLayout) -> dict[str, Tensor]:
         return value.detach().reshape(-1).cpu()
 
     return {key: torch.cat([vector(name, key) for name in layout.names]) for key in keys}
+
+
+def is_moment(
+    key: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether what is remembered under a key has the shape of every parameter that it is of.
+
+    Factored moments have it of some parameters by chance.
+    """
+    fits = (tuple(tensor.shape) == shapes.get(name) for name, tensor in tensors.items())
+    return key not in _COUNTS and all(fits)
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
@@ -206,6 +219,80 @@ def past_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Past:
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+
+
+def counts_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, int]:
+    """The steps that are counted for each parameter of which something is remembered; else 1."""
+    return {
+        names[id(parameter)]: int(remembered.get("step", 1))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (remembered := optimizer.state.get(parameter))
+    }
+
+
+def remember(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], past: Past
+) -> None:
+    """Give an optimizer a copy of what one like it remembered of each parameter.
+
+    Tensors stand as torch keeps them: beside their parameter; counts on the CPU, but for fused
+    kernels.
+    """
+    fused = {
+        id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, remembered in past.items():
+        parameter = parameters[name]
+
+        def placed(value: Any, parameter: nn.Parameter = parameter) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            beside = value.ndim or fused[id(parameter)]
+            return value.to(parameter.device if beside else "cpu", copy=True)
+
+        if remembered:
+            optimizer.state[parameter] = {key: placed(value) for key, value in remembered.items()}
+
+
+def term_names(kind: str, groups: Sequence[Group], decoupled: bool = False) -> tuple[str, ...]:
+    """The columns of all groups' terms."""
+    rules = (rule_of(kind, group.settings, decoupled) for group in groups)
+    return tuple(dict.fromkeys(name for rule in rules for name in rule.names))
+
+
+def shared_rule(
+    kind: str,
+    groups: Sequence[Group],
+    moved: Mapping[str, int],
+    step: int,
+    layout: ParameterLayout,
+    decoupled: bool = False,
+) -> tuple[UpdateRule, Hyper] | None:
+    """The one rule that all parameters followed in a step, with rate and decay of each.
+
+    What has not moved has the rate 0. None where groups or counts differ, so that parts of the
+    parameters follow rules of their own (`TakenStep.terms`).
+
+    Args:
+        moved: parameters that had a gradient, with the steps that are counted for them.
+        step: the count of a parameter that has moved in every step.
+    """
+    rules = {rule_of(kind, group.settings, decoupled) for group in groups}
+    counted = not isinstance(next(iter(rules)), SGDRule)
+    if len(rules) > 1 or (counted and any(count != step for count in moved.values())):
+        return None
+    (rule,) = rules
+    each = [hyper_of(group.settings) for group in groups]
+    if len(moved) == len(layout.names) and all(hyper == each[0] for hyper in each):
+        return rule, each[0]
+    rate, decay = torch.zeros(2, layout.size, dtype=torch.float64)
+    for group, hyper in zip(groups, each, strict=True):
+        for name in group.names:
+            if name in moved:
+                at = slice(*layout.range(name))
+                rate[at], decay[at] = hyper.rate, hyper.decay
+    return rule, Hyper(rate, decay)
 
 
 def rule_of(kind: str, settings: Mapping[str, Any], decoupled: bool = False) -> UpdateRule:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from circuit.core.digests import tensor_digest
+from circuit.core.digests import tensor_digest, tensors_digest
 from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.optimizers import is_moment
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +20,8 @@ Moments: TypeAlias = "dict[str, dict[str, Tensor]]"
 
 MOMENT_STAGES = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}
 """The optimizer's moments under the names of definitions.md section 4."""
+STATE_STAGES = ("parameters", "m", "v", "memory")
+"""What a state is digested as."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +76,49 @@ class FlatState:
 
     Attributes:
         buffers: of the module, by name, where it has some that training changes.
+        memory: digest of what the optimizer remembers beside m and v; empty where that is nothing.
     """
 
     step: int
     parameters: Flat
     moments: dict[str, Flat]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: str = ""
 
     @classmethod
     def of(cls, state: State) -> FlatState:
         """The vectors of a state; raises as `State.past_moments`."""
-        layout = ParameterLayout.of_shapes({n: t.shape for n, t in state.parameters.items()})
-        return cls(
-            state.step,
-            layout.flatten(state.parameters),
-            {name: layout.flatten(tensors) for name, tensors in state.past_moments().items()},
-        )
+        return cls.of_tensors(state.step, state.parameters, state.past_moments())
+
+    @classmethod
+    def of_tensors(
+        cls,
+        step: int,
+        parameters: Mapping[str, Tensor],
+        moments: Mapping[str, Mapping[str, Tensor]],
+    ) -> FlatState:
+        """The vectors of tensors by name, which are copied.
+
+        A parameter of which nothing is remembered yet has zeros, as torch starts from.
+        """
+        layout = ParameterLayout.of_shapes({n: t.shape for n, t in parameters.items()})
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        flat: dict[str, Flat] = {}
+        rest: dict[str, Tensor] = {}
+        for moment, tensors in moments.items():
+            whole = is_moment(moment, tensors, shapes)
+            if whole:
+                absent = {n: torch.zeros_like(parameters[n]) for n in shapes if n not in tensors}
+                flat[moment] = layout.flatten({**tensors, **absent})
+            if not whole or moment not in MOMENT_STAGES:
+                rest |= {f"{moment} {name}": tensor for name, tensor in tensors.items()}
+        memory = tensors_digest(rest) if rest else ""
+        return cls(step, layout.flatten(parameters), flat, memory=memory)
 
     def stages(self) -> dict[str, str]:
-        """sha256 of the parameters and of each moment, by stage."""
-        return {"parameters": tensor_digest(self.parameters)} | {
-            MOMENT_STAGES[name]: tensor_digest(vector) for name, vector in self.moments.items()
-        }
+        """sha256 of the parameters, of m and v, and of what else is remembered, by stage."""
+        digests = {"parameters": tensor_digest(self.parameters)}
+        for name, vector in self.moments.items():
+            if name in MOMENT_STAGES:
+                digests[MOMENT_STAGES[name]] = tensor_digest(vector)
+        return digests | ({"memory": self.memory} if self.memory else {})

@@ -272,7 +272,8 @@ class AdamWRule:
         kept = 1 - self.beta1
         denominator = self._denominator(taken.moments_after["exp_avg_sq"], taken.step)
         gain = taken.hyper.rate / (1 - self.beta1**taken.step) * kept / denominator
-        past = _double(taken.moments_before["exp_avg"]).div_(kept)
+        mean = taken.moments_before.get("exp_avg", torch.zeros_like(taken.clipped))
+        past = _double(mean).div_(kept)
         return MomentumForm(self.beta1, gain, past, 0.0)
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:
@@ -354,7 +355,7 @@ class SGDRule:
         """`M` is torch's buffer, `gain` the rate; see `DifferentiableRule`."""
         _refuse_flags(self)
         none = torch.zeros_like(taken.before)
-        past = _double(taken.moments_before["momentum_buffer"] if self.momentum else none)
+        past = _double(taken.moments_before.get("momentum_buffer", none) if self.momentum else none)
         return MomentumForm(self.momentum, taken.hyper.rate, past, taken.hyper.decay)
 
     def start(self, parameters: Float[Tensor, "scalar parameter"]) -> Adjoint:

@@ -10,11 +10,10 @@ from circuit.lazy import torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
-    from transformer_lens import HookedTransformer
+    from torch import Tensor, nn
 
 
-def named_tensors(model: HookedTransformer) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters by name, detached, in their fixed order."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -37,7 +36,7 @@ def layer_weights(
     return torch.stack([tensors[one] for one in names])
 
 
-def load_tensors(model: HookedTransformer, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy named tensors into the model's parameters.
 
     Raises:

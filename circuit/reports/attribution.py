@@ -25,7 +25,6 @@ from circuit.figures.charts import Chart
 from circuit.options import Option
 from circuit.quoting import markdown_text
 from circuit.reports.attribution_law import closing_law, path_words, percent
-from circuit.reports.inputs import Inputs
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import PathOptions, Scalars, TracedReport
@@ -122,7 +121,7 @@ class Attribution(TracedReport[A]):
         names = self.family.declared()
         return (self.family(**{name: getattr(self.options, name) for name in names}),)
 
-    def scalar_facts(self, inputs: Inputs) -> dict[str, Any]:
+    def scalar_facts(self, inputs: Any) -> dict[str, Any]:
         """What the families say of what they read."""
         (family,) = self.followed
         return family.provenance(inputs)

@@ -93,6 +93,7 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
     command = "counterfactual-training"
     names = ("trace counterfactual",)
     Options = CounterfactualOptions
+    of_recipes = True
     panel = "Attribution"
     title = "Trainings in which something was otherwise"
     question = "What would the numbers have become without some examples, or some of the update?"

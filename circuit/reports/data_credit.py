@@ -50,6 +50,7 @@ class DataCredit(TracedReport[DataCreditOptions]):
     command = "data-credit"
     names = ("trace data",)
     Options = DataCreditOptions
+    of_recipes = True
     panel = "Attribution"
     title = "Credit of the training examples"
     question = (

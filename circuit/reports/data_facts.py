@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from circuit.artifacts import Row, dump_row
 from circuit.lazy import torch
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from circuit.training.recipe import NamedExamples
+
+Batch: TypeAlias = "Examples | NamedExamples"
+"""Of a task, or of a recipe."""
 SHOWN = 8
 """Examples at either end of a ranking."""
 SEVERAL = "several"
@@ -23,13 +27,17 @@ Facts = Mapping[str, Mapping[str, "Float[Tensor, ' scalar']"]]
 """Sums by fact and value."""
 
 
-def by_fact(shares: Float[Tensor, "scalar record pos"], batch: Examples) -> Facts:
+def by_fact(shares: Float[Tensor, "scalar record pos"], batch: Batch) -> Facts:
     """Sums of shares by each fact, over the answers that it is of, or over whole records.
+
+    Of a batch of which no task says anything there are none.
 
     Args:
         shares: by position that predicts, or one position a record: then a record counts under the
             value that all of its questions have, or under `several`.
     """
+    if not isinstance(batch, Examples):
+        return {}
     facts = _values(batch)
     if shares.shape[2] == 1:
         whole = shares[:, :, 0]
@@ -73,7 +81,7 @@ def _grouped(shares: Float[Tensor, "scalar one"], labels: list[str]) -> dict[str
 
 
 def example_lines(
-    step: int, scalar: str, name: str, shares: Float[Tensor, "record pos"], batch: Examples
+    step: int, scalar: str, name: str, shares: Float[Tensor, "record pos"], batch: Batch
 ) -> list[str]:
     """A row a record of one step and scalar, as text.
 
@@ -85,13 +93,17 @@ def example_lines(
         line = {"step": step, "scalar": scalar, "row": row, "example": batch.sample_ids[row]}
         line[name] = share
         if shares.shape[1] > 1:
-            line["positions"] = shares[row, : int(batch.lengths[row]) - 1].tolist()
+            known = isinstance(batch, Examples)
+            last = int(batch.lengths[row]) - 1 if known else shares.shape[1]
+            line["positions"] = shares[row, :last].tolist()
         lines.append(dump_row(line))
     return lines
 
 
-def text_of(batch: Examples, row: int) -> str:
-    """The tokens of a record."""
+def text_of(batch: Batch, row: int) -> str:
+    """The tokens of a record, where it has some."""
+    if not isinstance(batch, Examples):
+        return ""
     ids = batch.tokens[row, : int(batch.lengths[row])].tolist()
     return batch.task.vocabulary.decode(ids)
 
@@ -111,7 +123,7 @@ class Sums:
     facts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _texts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, shares: Float[Tensor, "scalar record pos"], batch: Examples) -> Facts:
+    def add(self, shares: Float[Tensor, "scalar record pos"], batch: Batch) -> Facts:
         """The shares of one step; gives those by fact."""
         of_records = shares.sum(2).T
         for row, (name, share) in enumerate(zip(batch.sample_ids, of_records, strict=True)):

@@ -61,6 +61,7 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
     command = "data-influence"
     names = ("trace influence",)
     Options = DataInfluenceOptions
+    of_recipes = True
     panel = "Attribution"
     title = "Influence of the training examples"
     question = (

@@ -60,6 +60,7 @@ def evaluate_checkpoint(
     """
     checkpoint = Path(checkpoint)
     setup = Setup(config, checkpoint)
+    setup.require_task()
     states = States(setup)
     header = states.header(checkpoint)
     names = list(dict.fromkeys(splits or config.tracked_splits))

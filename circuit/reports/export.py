@@ -77,6 +77,7 @@ def export_checkpoint(
     with OutputFolder(output_dir, COMMAND, writes=[WEIGHTS, CONFIG], overwrite=overwrite) as folder:
         folder.refuse_foreign([WEIGHTS, CONFIG])
         setup = Setup(config, checkpoint)
+        setup.require_task()
         states = States(setup)
         setup.check(states.header(checkpoint))
         state = states.state(checkpoint)

@@ -24,7 +24,7 @@ from circuit.tasks.pairs import Pair, build_pairs, pair_batch
 from circuit.tasks.probes import ProbeSet, read_probe_set
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.states import States
-from circuit.train_config import TrainConfig
+from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_step,
@@ -239,6 +239,53 @@ def traced_inputs(
     Raises:
         CircuitError: config or probe set belong to another run than the trace.
     """
+    _refuse_another(config, run)
+    setup = Setup(config, probe_set)
+    if setup.benchmark.digest != run.manifest.benchmark_digest:
+        raise CircuitError(
+            f"the benchmark in {config.benchmark_dir} is not the one that was traced",
+            where=run.path,
+        )
+    run.setup = setup.with_config(run.config)  # both share what is read and built
+    threads = run.manifest.environment["threads"]
+    recorded = run.config.replace(threads=threads).remembering(config)
+    return replace(_inputs(setup.with_config(recorded), probe_set, splits), run=run)
+
+
+@dataclass(frozen=True)
+class RecipeInputs:
+    """What scalars of a recipe's run are made of: functions of its module, and no task.
+
+    Attributes:
+        config: of the run, which names the code.
+        run: the trace.
+    """
+
+    config: RecipeConfig
+    run: ReplayedRun
+
+    def provenance(self) -> dict[str, Any]:
+        """Digests of what was read, and the config's overrides."""
+        return self.config.provenance(self.config.recipe.sha256)
+
+
+def recipe_inputs(config: RecipeConfig, run: ReplayedRun) -> RecipeInputs:
+    """The same of a recipe's run, whose code the config names; see `traced_inputs`.
+
+    Raises:
+        CircuitError: config or device are not those of the trace; or nobody has named the code.
+    """
+    _refuse_another(config, run)
+    run.setup = Setup(run.config.executing(config.code), run.path)
+    run.setup.recipe()
+    threads = run.manifest.environment["threads"]
+    recorded = run.config.replace(threads=threads).remembering(config)
+    assert isinstance(recorded, RecipeConfig), "it has this recipe"
+    return RecipeInputs(recorded, run)
+
+
+def _refuse_another(config: TrainConfig, run: ReplayedRun) -> None:
+    """Refuse a config that is not the trace's, and another device."""
     difference = config.recipe_difference(run.config)
     if difference is not None:
         raise CircuitError(
@@ -252,16 +299,6 @@ def traced_inputs(
             where=run.path,
             fix="replay is exact on the recording's device only; leave `device` out",
         )
-    setup = Setup(config, probe_set)
-    if setup.benchmark.digest != run.manifest.benchmark_digest:
-        raise CircuitError(
-            f"the benchmark in {config.benchmark_dir} is not the one that was traced",
-            where=run.path,
-        )
-    run.setup = setup.with_config(run.config)  # both share what is read and built
-    threads = run.manifest.environment["threads"]
-    recorded = run.config.replace(threads=threads).remembering(config)
-    return replace(_inputs(setup.with_config(recorded), probe_set, splits), run=run)
 
 
 def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = None) -> Inputs:

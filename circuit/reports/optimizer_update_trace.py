@@ -126,13 +126,17 @@ def _course(
     y_title: str,
     shade: alt.Color | None = None,
 ) -> Chart:
-    (key,) = data
+    ((key, rows),) = data.items()
+    positive = all(row[y] > 0 for row in rows)  # a loss of somebody's own may be less than 0
     lines = (
         named(key)
         .mark_line(strokeWidth=1.3, color=INK)
         .encode(
             x=steps(),
-            y=alt.Y(f"{y}:Q").title(y_title).scale(type="log", nice=False).axis(tickCount=5),
+            y=alt.Y(f"{y}:Q")
+            .title(y_title)
+            .scale(type="log" if positive else "linear", nice=False)
+            .axis(tickCount=5),
             tooltip=exact("step", *(["term"] if shade else []), y),
         )
     )
@@ -266,7 +270,7 @@ def summarize(store: TraceStore, history: Sequence[int]) -> dict[str, Any]:
         "end_step": manifest.end_step,
         "steps": len(rows),
         "anchors": len(manifest.anchors()),
-        "optimizer": manifest.config.optimizer.name,
+        "optimizer": manifest.config.optimizer_words,
         "first_loss": rows[0]["loss"],
         "last_loss": rows[-1]["loss"],
         "mean_clip_factor": fmean(row["clip_factor"] for row in rows),

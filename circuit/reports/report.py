@@ -36,7 +36,7 @@ from circuit.reports.tables import Table
 from circuit.sealed import sealed
 from circuit.strict_json import parse_json
 from circuit.tasks.base import Task
-from circuit.train_config import ModelConfig, TrainConfig
+from circuit.train_config import ModelConfig, RecipeConfig, TrainConfig
 
 O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
 Progress = Callable[[int, int, str], None]
@@ -137,6 +137,7 @@ class Report(Generic[O]):
         further: patterns of files whose names do not begin with the report's.
         panel: heading of the command in `--help`.
         reads_run: whether it takes a run's config.
+        of_recipes: whether the run may be one of a recipe, which has no task.
         generated: whether `run_report` makes it, and the command line its command; else both are
             of its own.
         title, question: of its panel on the page.
@@ -153,6 +154,7 @@ class Report(Generic[O]):
     further: ClassVar[tuple[str, ...]] = ()
     panel: ClassVar[str] = "Circuits"
     reads_run: ClassVar[bool] = True
+    of_recipes: ClassVar[bool] = False
     generated: ClassVar[bool] = True
     title: ClassVar[str] = ""
     question: ClassVar[str] = ""
@@ -172,6 +174,11 @@ class Report(Generic[O]):
         assert self._config is not None, f"{self.command} reads a run"
         return self._config
 
+    @property
+    def recipe(self) -> bool:
+        """Whether the run is one of a recipe."""
+        return isinstance(self._config, RecipeConfig)
+
     @classmethod
     def stem(cls) -> str:
         """Of its files, and its module."""
@@ -188,8 +195,8 @@ class Report(Generic[O]):
 
     def check(self) -> None:
         """Refuse what the options and the run's config tell, before anything is opened."""
-        if self._config is not None:
-            self.options.check_model(self._config.model)
+        if self._config is not None and not (self.of_recipes and self.recipe):
+            self.options.check_model(self._config.model)  # of a recipe there is none: refused
 
     def prepare(self) -> None:
         """Open what is read, and refuse what headers tell; nothing here needs torch yet."""

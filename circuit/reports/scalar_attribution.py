@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from circuit.reports.attribution import Attribution, AttributionOptions
-from circuit.reports.inputs import Inputs
 from circuit.reports.traced import Scalars, WordOptions, parse_words
 
 
@@ -19,10 +18,11 @@ class ScalarAttribution(Attribution[ScalarAttributionOptions]):
     command = "scalar-attribution"
     names = ("trace attribute",)
     Options = ScalarAttributionOptions
+    of_recipes = True
 
     def families(self) -> tuple[Scalars, ...]:
         return parse_words(self.options.scalars)
 
-    def scalar_facts(self, inputs: Inputs) -> dict[str, Any]:
+    def scalar_facts(self, inputs: Any) -> dict[str, Any]:
         facts = [family.provenance(inputs) for family in self.followed]
         return {"scalars": facts}

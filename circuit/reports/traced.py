@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from circuit.core.paths import RULES, path_rule
+from circuit.errors import CircuitError
 from circuit.options import Option, ProbeOptions
-from circuit.reports.inputs import Inputs, traced_inputs
+from circuit.reports.inputs import Inputs, RecipeInputs, recipe_inputs, traced_inputs
 from circuit.reports.report import Report
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
 from circuit.trace.replay import ReplayedRun
-from circuit.train_config import TrainConfig
+from circuit.train_config import RecipeConfig, TrainConfig
+from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from circuit.scalars.base import Scalar
@@ -78,16 +80,21 @@ class TracedScalars:
     """The scalars of some families on a trace (a `ScalarSource`)."""
 
     config: TrainConfig
-    probe_set: Path
+    probe_set: Path | None
     families: tuple[Scalars, ...]
     splits: tuple[str, ...] = ()
 
-    def inputs(self, run: ReplayedRun) -> Inputs:
+    def inputs(self, run: ReplayedRun) -> Inputs | RecipeInputs:
         """What they are made of, after what the trace does not have is refused.
 
         Raises:
-            CircuitError: names the step; or config or probe set are of another run.
+            CircuitError: names the step; or config or probe set are of another run, or there is
+                none.
         """
+        if isinstance(self.config, RecipeConfig):
+            return recipe_inputs(self.config, run)
+        if self.probe_set is None:
+            raise CircuitError("is missing", where="`probe_set`")
         for family in self.families:
             family.check_run(run)
         inputs = traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
@@ -95,8 +102,10 @@ class TracedScalars:
             family.check_task(inputs.task)
         return inputs
 
-    def scalars(self, inputs: Inputs) -> list[Scalar]:
+    def scalars(self, inputs: Inputs | RecipeInputs) -> list[Scalar]:
         """All of them, family by family."""
+        if isinstance(inputs, RecipeInputs):
+            return [family.measure() for family in self.families if isinstance(family, OwnScalars)]
         return [scalar for family in self.families for scalar in family.build(inputs)]
 
 
@@ -114,22 +123,34 @@ class TracedReport(Report[T]):
 
     run: ReplayedRun
     source: TracedScalars
-    inputs: Inputs
+    inputs: Inputs | RecipeInputs
     origin: Mapping[str, Any]
 
     def families(self) -> Sequence[Scalars]:
         """What is followed."""
         raise NotImplementedError
 
-    def scalar_facts(self, inputs: Inputs) -> dict[str, Any]:
+    def scalar_facts(self, inputs: Any) -> dict[str, Any]:
         """What the families say of what they read."""
         return {"scalars": [family.provenance(inputs) for family in self.followed]}
 
     def check(self) -> None:
         super().check()
+        if self.recipe:
+            Setup(self.config).recipe()  # before scalars, which may import its file
         self.followed = tuple(self.families())
         for family in self.followed:
-            family.check_model(self.config.model)
+            if not self.recipe:
+                family.check_model(self.config.model)
+            elif isinstance(family, OwnScalars):
+                family.measure()
+            else:
+                raise CircuitError(
+                    f"scalar {type(family).__module__.rpartition('.')[2]} reads records of a task,"
+                    " and a run of a recipe has none",
+                    where="`scalars`",
+                    expected="module:name, a function of the run's module that gives numbers",
+                )
 
     def prepare(self) -> None:
         asked = self.options
@@ -173,8 +194,16 @@ class TracedReport(Report[T]):
 
 
 class WordOptions(TracedOptions):
-    """A window of a trace, and scalars by their words."""
+    """A window of a trace, and scalars by their words.
 
+    Attributes:
+        probe_set: None of a run of a recipe alone, whose scalars are functions of its module.
+    """
+
+    probe_set: Annotated[  # type: ignore[assignment]
+        Path | None,
+        Option("Probe set (JSONL).", kind="probe_set", unset="none, for a run of a recipe,"),
+    ] = None
     scalars: ScalarWords
 
     def check(self) -> None:

@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     from circuit.tasks.examples import Examples
 
 
-def open_folder(where: str | Path) -> CheckpointedRun:
+def open_folder(where: str | Path, recipe: str | None = None) -> CheckpointedRun:
     """Open the folder of a run that was trained here (or its `run_config.json`).
+
+    Args:
+        recipe: `FILE:NAME` of a run of a recipe, whose code is executed only if it is named.
 
     Raises:
         CircuitError: there is no run, or its config is damaged.
@@ -51,7 +54,8 @@ def open_folder(where: str | Path) -> CheckpointedRun:
             expected="the folder of a run",
             fix="train one with `circuit train` or `circuit quickstart`",
         )
-    return CheckpointedRun(folder, load_run_config(folder), folder / "checkpoints")
+    config = load_run_config(folder).executing(recipe)
+    return CheckpointedRun(folder, config, folder / "checkpoints")
 
 
 class CheckpointedRun:
@@ -69,10 +73,10 @@ class CheckpointedRun:
         self.setup = Setup(config, path)
 
     def __repr__(self) -> str:
-        steps, shape = self.steps, self.config.model
+        steps = self.steps
         span = f"{len(steps)} checkpoints, {steps[0]} to {steps[-1]}" if steps else "no checkpoints"
         name = type(self).__name__
-        return f"{name}({self.path}: {shape.layers} layers, {shape.heads} heads, {span})"
+        return f"{name}({self.path}: {self.config.module_words}, {span})"
 
     @property
     def config(self) -> TrainConfig:

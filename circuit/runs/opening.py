@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 @overload
-def open_run(where: str | Path, *, allow_drift: bool = False) -> CheckpointedRun | ReplayedRun: ...
+def open_run(
+    where: str | Path, *, allow_drift: bool = False, recipe: str | None = None
+) -> CheckpointedRun | ReplayedRun: ...
 
 
 @overload
@@ -50,6 +52,7 @@ def open_run(
     allow_drift: bool = False,
     module: nn.Module | Callable[[], nn.Module] | None = None,
     optimizers: Sequence[type] = (),
+    recipe: str | None = None,
 ) -> CheckpointedRun | ReplayedRun | RecordedRun:
     """Open a run: its folder or `run_config.json`, a trace, a folder of checkpoints, a recording.
 
@@ -61,6 +64,8 @@ def open_run(
         module: of a recording by `circuit.watch`: the module that was trained, or a function that
             makes one like it.
         optimizers: of a recording: the classes of its optimizers, where they are not torch's.
+        recipe: of a run of a recipe: `FILE:NAME`; its code is executed only if it is named, for
+            modules and steps. States need none.
 
     Raises:
         CircuitError: there is nothing of a run, or its description is damaged.
@@ -78,10 +83,11 @@ def open_run(
             fix="record one with circuit.watch(module, optimizer, folder)",
         )
     if (holder / MANIFEST).is_file():
-        return ReplayedRun.open(holder, allow_drift=allow_drift)
+        return ReplayedRun.open(holder, allow_drift=allow_drift, recipe=recipe)
     if (holder / RUN_CONFIG).is_file():
-        return open_folder(holder)
+        return open_folder(holder, recipe)
     saved = list_checkpoints(path) if path.is_dir() else {}
     if saved:
-        return CheckpointedRun(path, read_header(saved[max(saved)]).config, path)
+        config = read_header(saved[max(saved)]).config.executing(recipe)
+        return CheckpointedRun(path, config, path)
     return open_folder(path)  # which says what is missing

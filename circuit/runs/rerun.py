@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import ParameterLayout
-from circuit.core.optimizers import Group, Past, TakenStep, class_name, past_of
+from circuit.core.optimizers import Group, Past, TakenStep, class_name, past_of, remember
 from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -92,15 +92,7 @@ class Rerun:
                 expected="an optimizer whose arguments stand in its groups",
                 fix="keep states instead of gradients",
             ) from None
-        for group in groups:
-            for name in group.names:
-                parameter = self.parameters[name]
-                fused = bool(group.settings.get("fused"))
-                if past[name]:
-                    optimizer.state[parameter] = {
-                        key: _placed(value, parameter.device, fused)
-                        for key, value in past[name].items()
-                    }
+        remember(optimizer, self.parameters, past)
         return optimizer
 
     def advance(self, step: StoredStep) -> None:
@@ -206,10 +198,3 @@ def _class_of(kind: str, classes: Sequence[type]) -> type[torch.optim.Optimizer]
             fix=f"pass it: circuit.open_run(folder, optimizers=[{name}])",
         )
     return kind_class  # type: ignore[no-any-return]
-
-
-def _placed(value: Any, device: torch.device, fused: bool) -> Any:
-    """Memory as torch keeps it: beside its parameter; counts on the CPU, but for fused kernels."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device if value.ndim or fused else "cpu", copy=True)

@@ -29,17 +29,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.options import Options
 from circuit.reading import file_digest
+from circuit.scalars.base import Measured
 from circuit.tasks.base import Task
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from circuit.reports.inputs import Inputs
     from circuit.scalars.base import Scalar
     from circuit.trace.replay import ReplayedRun
@@ -229,7 +232,30 @@ class OwnScalars:
                 raise CircuitError(what, where=self.name, expected=expected)
         return scalars
 
-    def provenance(self, inputs: Inputs) -> dict[str, Any]:
+    def measure(self) -> Scalar:
+        """The scalar of a run that has no task: the name is a function of the run's module.
+
+        Raises:
+            CircuitError: it cannot be imported, is a family's class, or does not take a key.
+        """
+        target = self._target()
+        if isinstance(target, ScalarFamily):
+            raise CircuitError(
+                "makes scalars of a task's records, and the run has none",
+                where=self.name,
+                expected="a function of the run's module that gives numbers",
+            )
+
+        def numbers(module: nn.Module) -> Tensor:
+            try:
+                return target(module)
+            except Exception as error:  # it is anybody's code
+                raise CircuitError(f"raised {_told(error)}", where=self.name) from error
+
+        keys = (f"{key}={one}" for key, several in self.given.items() for one in several)
+        return cast("Scalar", Measured(numbers, ".".join([self.name.partition(":")[2], *keys])))
+
+    def provenance(self, inputs: Any) -> dict[str, Any]:
         """The module's digest, for its code decides the rows."""
         return {"scalar_module_sha256": file_digest(str(self._module().__file__))}
 
@@ -248,7 +274,7 @@ class OwnScalars:
                 expected="module:name, importable from the current folder",
             ) from error
 
-    def _target(self) -> ScalarFamily | Callable[[Inputs], Any]:
+    def _target(self) -> ScalarFamily | Callable[[Any], Any]:
         """The family with its options, or the function with its keywords."""
         target: Any = self._module()
         for part in self.name.partition(":")[2].split("."):

@@ -6,17 +6,16 @@ A package installs one by an entry point of the group `circuit.tasks`, whose nam
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import find_near
 from circuit.config import load_config, read_config
 from circuit.errors import CircuitError
+from circuit.plugins import import_file
 from circuit.reading import checked_path, file_digest
 from circuit.tasks.base import Task, TaskConfig
 
@@ -101,20 +100,7 @@ def _imported(module: str, near: Path | None, *, installed: bool) -> Any:
     try:
         if installed:
             return import_module(module)
-        path = checked_path(find_near(module, near))
-        digest = file_digest(path, missing=_NO_FILE)
-        name = f"circuit_task_{digest[:16]}"
-        if name not in sys.modules:
-            spec = spec_from_file_location(name, path)
-            if spec is None or spec.loader is None:
-                raise ImportError("it is no Python file")
-            sys.modules[name] = made = module_from_spec(spec)
-            try:
-                spec.loader.exec_module(made)
-            except BaseException:
-                del sys.modules[name]
-                raise
-        return sys.modules[name]
+        return import_file(find_near(module, near), missing=_NO_FILE)
     except CircuitError:
         raise
     except (Exception, SystemExit) as error:  # it is anybody's code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,18 +40,26 @@ def state_difference(one: State, other: State) -> Difference | None:
         ("parameters", one.parameters, other.parameters)
     ]
     past, others = one.past_moments(), other.past_moments()
-    groups += [(MOMENT_STAGES[moment], past[moment], others[moment]) for moment in past]
+    groups += [
+        (MOMENT_STAGES.get(moment, moment), past.get(moment, {}), others.get(moment, {}))
+        for moment in {**past, **others}
+    ]
     for stage, ours, theirs in groups:
-        for name, tensor in ours.items():
-            apart = _bits(tensor) != _bits(theirs[name])
+        for name in {**ours, **theirs}:
+            tensor, their = ours.get(name), theirs.get(name)
+            if tensor is None or their is None:  # remembered of a parameter by one of them alone
+                size = (their if tensor is None else tensor).numel()
+                return Difference(stage, name, size, size, math.inf)
+            apart = _bits(tensor) != _bits(their)
             if apart.any():
-                gap = (tensor.double() - theirs[name].double()).abs().max()
+                gap = (tensor.double() - their.double()).abs().max()
                 return Difference(stage, name, int(apart.sum()), tensor.numel(), float(gap))
     return None
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int64 if tensor.element_size() == 8 else torch.int32)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
 
 
 def first_stage_that_differs(step: TracedStep, row: Mapping[str, Any]) -> str | None:
@@ -75,5 +84,6 @@ CAUSES = {
     "parameters": "the optimizer's flags or implementation",
     "m": "the optimizer's flags or implementation",
     "v": "the optimizer's flags or implementation",
+    "memory": "the optimizer's flags or implementation",
 }
 """What usually moves each stage first (docs/exactness.md)."""

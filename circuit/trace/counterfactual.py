@@ -11,7 +11,6 @@ from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.trace.step import TracedStep, Tracer
-from circuit.training.optimizers import update_rule
 from circuit.training.session import TrainingSession
 
 
@@ -22,8 +21,8 @@ def train_otherwise(session: TrainingSession, edit: Edit, end: int) -> FlatState
         CircuitError: the edit goes beyond the end, the optimizer has no such term, an example
             occurs in no step of the edit, or the training diverges.
     """
-    _check(session, edit, end)
     tracer = Tracer(session)
+    _check(tracer, edit, end)
     while session.step < end:
         step = session.step + 1
         if not edit.holds(step):
@@ -37,13 +36,13 @@ def train_otherwise(session: TrainingSession, edit: Edit, end: int) -> FlatState
     return tracer.state
 
 
-def _check(session: TrainingSession, edit: Edit, end: int) -> None:
+def _check(tracer: Tracer, edit: Edit, end: int) -> None:
     """Refuse what the steps do not have, before one of them is taken."""
     if edit.end > end:
         raise CircuitError(
             f"an edit of steps {edit.start}:{edit.end}", expected=f"steps up to {end}, the end"
         )
-    names = (*update_rule(session.config.optimizer).names, "rounding")
+    names = (*tracer.terms, "rounding")
     unknown = next((name for name in edit.terms if name not in names), None)
     if unknown is not None:
         raise CircuitError(
@@ -53,7 +52,7 @@ def _check(session: TrainingSession, edit: Edit, end: int) -> None:
     for step in range(edit.start + 1, edit.end + 1):
         if not missing:
             return
-        missing -= set(session.recipe.examples(step).sample_ids)
+        missing -= set(tracer.session.recipe.examples(step).sample_ids)
     if missing:
         raise CircuitError(
             f"example '{min(missing)}' occurs in no step of {edit.start}:{edit.end}",

@@ -127,7 +127,7 @@ def record_trace(
     with outputs as folder:
         setup = Setup(config)
         states = States(setup)
-        setup.check_split(config.train_split)  # refused before anything heavy is imported
+        setup.check_steps()  # refused before anything heavy is imported
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)
         start = options.resume_checkpoint
         header = None if start is None else states.header(start)
@@ -234,8 +234,8 @@ def make_manifest(
     )
     require_disk(
         trace_disk(
-            config,
-            session.model.cfg.d_vocab,
+            session.setup.saved_bytes(),
+            len(session.recipe.batch(1).examples),
             steps=end - start,
             stored=manifest.most_anchors,
             listed=options.top_k_parameters,

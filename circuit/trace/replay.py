@@ -93,7 +93,12 @@ class ReplayedRun:
     """
 
     def __init__(
-        self, store: TraceStore, *, allow_drift: bool = False, setup: Setup | None = None
+        self,
+        store: TraceStore,
+        *,
+        allow_drift: bool = False,
+        setup: Setup | None = None,
+        recipe: str | None = None,
     ) -> None:
         """Read nothing but the manifest.
 
@@ -101,10 +106,15 @@ class ReplayedRun:
             store: the files.
             allow_drift: as said.
             setup: of a run; taken where it is this one.
+            recipe: `FILE:NAME` of a recipe's trace, whose code is executed only if it is named.
+
+        Raises:
+            CircuitError: the trace is of a task, where a recipe is named.
         """
         self.store = store
         manifest = store.manifest
-        self.setup = Setup(manifest.config, store.root, benchmark_digest=manifest.benchmark_digest)
+        config = manifest.config.executing(recipe)
+        self.setup = Setup(config, store.root, benchmark_digest=manifest.benchmark_digest)
         if setup is not None and setup.is_of(manifest.config, manifest.benchmark_digest):
             self.setup = setup.with_config(manifest.config)
         self.allow_drift = allow_drift
@@ -115,20 +125,25 @@ class ReplayedRun:
 
     @classmethod
     def open(
-        cls, where: str | Path, *, allow_drift: bool = False, setup: Setup | None = None
+        cls,
+        where: str | Path,
+        *,
+        allow_drift: bool = False,
+        setup: Setup | None = None,
+        recipe: str | None = None,
     ) -> Self:
         """Open a trace's folder or manifest; for the arguments see `__init__`.
 
         Raises:
             CircuitError: there is no trace, or its manifest is damaged.
         """
-        return cls(TraceStore(where), allow_drift=allow_drift, setup=setup)
+        return cls(TraceStore(where), allow_drift=allow_drift, setup=setup, recipe=recipe)
 
     def __repr__(self) -> str:
         m = self.manifest
         return (
             f"ReplayedRun({self.store.root}: steps {m.start_step} to {self.store.last_step} of"
-            f" {m.end_step}, {len(m.anchors())} anchors, {m.config.optimizer.name})"
+            f" {m.end_step}, {len(m.anchors())} anchors, {m.config.optimizer_words})"
         )
 
     @property

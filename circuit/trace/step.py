@@ -6,20 +6,40 @@ is recorded and what is replayed is one piece of code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from circuit.core.digests import tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.optimizers import (
+    Group,
+    Past,
+    TakenStep,
+    counts_of,
+    groups_of,
+    kind_of,
+    names_by_id,
+    shared_rule,
+    term_names,
+)
 from circuit.core.state import FlatState
-from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, OptimizerStep, UpdateTerms
+from circuit.core.update import (
+    AnyRule,
+    DifferentiableRule,
+    Hyper,
+    MomentumForm,
+    OptimizerStep,
+    UpdateRule,
+    UpdateTerms,
+)
+from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.model.weights import named_tensors
 from circuit.tasks.examples import Examples
-from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState
-from circuit.training.optimizers import read_moments, update_rule
+from circuit.training.recipe import NamedExamples
 from circuit.training.session import TrainingSession
 
 if TYPE_CHECKING:
@@ -30,8 +50,28 @@ if TYPE_CHECKING:
     from circuit.training.recipe import Batch, Recipe
     from circuit.training.step import StepOutcome
 
-STAGES = ("batch", "logits", "loss", "gradient", "grad_norm", "parameters", "m", "v")
+STAGES = ("batch", "logits", "loss", "gradient", "grad_norm", "parameters", "m", "v", "memory")
 """What is compared between two executions of a step, in the order in which it is computed."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What an optimizer did beside the vectors of a step.
+
+    Attributes:
+        kind: its class.
+        decoupled: see `Recipe.decoupled_decay`.
+        groups: with the settings of the step.
+        names: of the parameters that had a gradient.
+        before, after: steps that were counted for each parameter of which something was remembered.
+    """
+
+    kind: str
+    decoupled: bool
+    groups: tuple[Group, ...]
+    names: tuple[str, ...]
+    before: Mapping[str, int]
+    after: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -40,11 +80,11 @@ class BatchLoss:
 
     recipe: Recipe
     batch: Batch
-    examples: Callable[[], Examples]
+    examples: Callable[[], Examples | NamedExamples]
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        """Sample ids of the records."""
+        """Names of the examples."""
         return self.examples().sample_ids
 
     @property
@@ -63,9 +103,8 @@ class TracedStep:
     """Step `t`, which took `before` (`theta_{t-1}`) to `after` (`theta_t`)."""
 
     step: int
-    config: TrainConfig
     layout: ParameterLayout
-    examples: Callable[[], Examples]
+    examples: Callable[[], Examples | NamedExamples]
     """Those of the batch again, with what they ask."""
     before: FlatState
     after: FlatState
@@ -74,6 +113,7 @@ class TracedStep:
     clipped: Flat
     """`c g`, what the optimizer used."""
     outcome: StepOutcome
+    moved: Moved
 
     @property
     def lr(self) -> float:
@@ -113,20 +153,45 @@ class TracedStep:
     @property
     def answers(self) -> Bool[Tensor, "batch pos"]:
         """Where the answers stand in the batch."""
-        return self.examples().is_answer()
+        examples = self.examples()
+        if not isinstance(examples, Examples):
+            raise CircuitError(
+                "the batches of a recipe have no answers", expected="the loss scope full_lm"
+            )
+        return examples.is_answer()
+
+    @cached_property
+    def _shared(self) -> tuple[UpdateRule, Hyper] | None:
+        """The rule of all parameters, where they share one."""
+        moved = {name: self.moved.after.get(name, 1) for name in self.moved.names}
+        of = self.moved
+        return shared_rule(of.kind, of.groups, moved, self.step, self.layout, of.decoupled)
 
     @property
     def rule(self) -> DifferentiableRule:
-        """Of the optimizer."""
-        return update_rule(self.config.optimizer)
+        """Of the optimizer.
+
+        Raises:
+            CircuitError: its update is not split, or not all parameters follow one rule.
+        """
+        shared = self._shared
+        if shared is None or isinstance(shared[0], AnyRule):
+            name = self.moved.kind.rpartition(".")[2]
+            raise CircuitError(
+                f"data cannot be credited through {name} "
+                + ("whose parameters follow several rules" if shared is None else "as a whole"),
+                where=f"step {self.step}",
+                expected="AdamW, Adam or SGD, of whose settings groups differ in rate and decay",
+                fix="trace attribute and trace counterfactual work",
+            )
+        return cast("DifferentiableRule", shared[0])
 
     @property
     def hyper(self) -> Hyper:
-        """Rate and decay of the step."""
-        return Hyper(self.lr, self.config.optimizer.weight_decay)
+        """Rate and decay of the step, of each parameter where they differ."""
+        return Hyper(self.lr, 0.0) if self._shared is None else self._shared[1]
 
-    @property
-    def taken(self) -> OptimizerStep:
+    def _taken(self, hyper: Hyper) -> OptimizerStep:
         """What the optimizer read and wrote."""
         return OptimizerStep(
             before=self.before.parameters,
@@ -136,18 +201,44 @@ class TracedStep:
             moments_before=self.before.moments,
             moments_after=self.after.moments,
             step=self.step,
-            hyper=self.hyper,
+            hyper=hyper,
         )
 
     @cached_property
     def update(self) -> UpdateTerms:
         """The update and its terms; computed when first asked for."""
-        return self.rule.terms(self.taken)
+        if self._shared is not None:
+            rule, hyper = self._shared
+            return rule.terms(self._taken(hyper))
+        of, flat = self.moved, self.layout.unflatten
+        clipped, raw = flat(self.clipped), flat(self.gradient)
+        step = TakenStep(
+            kind=of.kind,
+            decoupled=of.decoupled,
+            groups=of.groups,
+            before=flat(self.before.parameters),
+            after=flat(self.after.parameters),
+            gradient={name: clipped[name] for name in of.names},
+            past=self._past(self.before, of.before),
+            memory=self._past(self.after, of.after),
+            outside={},
+            raw=raw,
+        )
+        return step.terms(self.layout, term_names(of.kind, of.groups, of.decoupled))
+
+    def _past(self, state: FlatState, counts: Mapping[str, int]) -> Past:
+        """What the optimizer remembered, by name: views of a state's vectors."""
+        named = {key: self.layout.unflatten(vector) for key, vector in state.moments.items()}
+        held = {name: {key: parts[name] for key, parts in named.items()} for name in counts}
+        return {
+            name: {**held[name], "step": counts[name]} if name in held else {}
+            for name in self.layout.names
+        }
 
     @property
     def momentum(self) -> MomentumForm:
-        """The update as a sum over the gradients so far."""
-        return self.rule.momentum_form(self.taken)
+        """The update as a sum over the gradients so far; raises as `rule`."""
+        return self.rule.momentum_form(self._taken(self.hyper))
 
     @property
     def objective(self) -> BatchLoss:
@@ -187,12 +278,20 @@ class Tracer:
         self.session = session
         self.layout = ParameterLayout.of_model(session.model)
         self._parameters = dict(session.model.named_parameters())
-        self._state = self._read()
+        self._names = names_by_id(session.model)
+        self._kind = kind_of(session.optimizer)
+        self._state, self._counts = self._read(), counts_of(session.optimizer, self._names)
 
     @property
     def state(self) -> FlatState:
         """The present weights and moments."""
         return self._state
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the update's terms."""
+        groups = groups_of(self.session.optimizer, self._names)
+        return term_names(self._kind, groups, self.session.recipe.decoupled_decay)
 
     def advance(self, *, weights: Float[Tensor, " batch"] | None = None) -> TracedStep:
         """Take the next step and say everything about it.
@@ -200,7 +299,7 @@ class Tracer:
         Args:
             weights: of the records' losses, in a step that is not as it was.
         """
-        session, before = self.session, self._state
+        session, before, counts = self.session, self._state, self._counts
         gradient: dict[str, Flat] = {}
 
         def keep_gradient() -> None:
@@ -208,13 +307,12 @@ class Tracer:
 
         step = session.step + 1
         outcome = session.advance(weights=weights, on_gradient=keep_gradient)
-        self._state = self._read()
+        self._state, self._counts = self._read(), counts_of(session.optimizer, self._names)
         clipped = gradient["raw"]
         if outcome.clip_factor != 1.0:
             clipped = self._flatten_gradient()
         return TracedStep(
             step=step,
-            config=session.config,
             layout=self.layout,
             examples=partial(session.recipe.examples, step),
             before=before,
@@ -222,7 +320,22 @@ class Tracer:
             gradient=gradient["raw"],
             clipped=clipped,
             outcome=outcome,
+            moved=Moved(
+                self._kind,
+                session.recipe.decoupled_decay,
+                groups_of(session.optimizer, self._names),
+                self._with_gradient(),
+                counts,
+                self._counts,
+            ),
         )
+
+    def _with_gradient(self) -> tuple[str, ...]:
+        """The parameters that the optimizer has moved."""
+        groups = self.session.optimizer.param_groups
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        graded = self._parameters.items()
+        return tuple(name for name, p in graded if id(p) in held and p.grad is not None)
 
     def put(self, parameters: Flat) -> None:
         """Go on from other weights, with the moments that there are."""
@@ -237,12 +350,8 @@ class Tracer:
 
     def _read(self) -> FlatState:
         session = self.session
-        moments = read_moments(session.model, session.optimizer, session.config.optimizer)
-        return FlatState(
-            session.step,
-            self.layout.flatten(self._parameters),
-            {name: self.layout.flatten(tensors) for name, tensors in moments.items()},
-        )
+        moments = session.recipe.memory(session.model, session.optimizer)
+        return FlatState.of_tensors(session.step, named_tensors(session.model), moments)
 
     def _flatten_gradient(self) -> Flat:
         return self.layout.flatten(

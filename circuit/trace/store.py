@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from circuit.artifacts import dump_json, read_jsonl
 from circuit.config import NonNegativeInt, PositiveInt, Sha256, digest_of
+from circuit.core.state import STATE_STAGES
 from circuit.environment import RecordedFacts
 from circuit.errors import CircuitError
 from circuit.reading import MissingFileError, checked_path, read_json, validated
@@ -46,8 +47,9 @@ class TraceManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
-    config: TrainConfig
+    config: SerializeAsAny[TrainConfig]
     benchmark_digest: str
+    """Of what the examples are made of (`Setup.digest`)."""
     start_step: StepNumber
     end_step: StepNumber
     anchor_every: PositiveInt
@@ -146,7 +148,8 @@ class TraceRow(BaseModel):
 
     step: StepNumber
     loss: float
-    token_accuracy: float
+    token_accuracy: float | None
+    """Null where a recipe says nothing of accuracy."""
     lr: float
     grad_norm: float
     clip_factor: float
@@ -241,7 +244,9 @@ class TraceStore:
         if step == self.manifest.start_step:
             return self.manifest.start_digests
         recorded = self.row(step)["digests"]
-        return {stage: recorded.get(stage, "none") for stage in self.manifest.start_digests}
+        # an optimizer may remember nothing at the start
+        lacking = dict.fromkeys(self.manifest.start_digests, "none")
+        return lacking | {stage: recorded[stage] for stage in STATE_STAGES if stage in recorded}
 
     def checkpoint_path(self, step: int) -> Path:
         """Where a step's state stands, or would stand."""

@@ -31,7 +31,7 @@ from circuit.sealed import sealed
 from circuit.sizes import require_disk, training_disk
 from circuit.tasks.base import Task
 from circuit.tasks.examples import Split
-from circuit.train_config import RUN_CONFIG, TrainConfig
+from circuit.train_config import RUN_CONFIG, RecipeConfig, TrainConfig
 from circuit.training.checkpoints import (
     STEP_FILES,
     DivergedError,
@@ -104,8 +104,8 @@ class TrainResult:
     """A run that reached its last step, or the step that it was asked to stop at."""
 
     config: TrainConfig
-    task: Task
-    """Of its benchmark."""
+    task: Task | None
+    """Of its benchmark, where it is of one."""
     step: int
     first_step: int
     """The step that this call started from (0, or a checkpoint's on resume)."""
@@ -174,8 +174,9 @@ def train(
                 "there is no run to resume", where=folder.root, fix="check the folder"
             )
         setup = Setup(config)
-        for name in (config.train_split, *config.tracked_splits):
-            setup.check_split(name)  # refused before anything heavy is imported
+        setup.check_steps()  # refused before anything heavy is imported
+        for name in config.tracked_splits:
+            setup.check_split(name)
         setup.require_training_memory(traced=recorder is not None)
         for name in config.tracked_splits:
             setup.require_evaluation_memory(name)
@@ -205,7 +206,7 @@ def train(
             folder.write_text(RUN_CONFIG, config.to_json(origin=True))
             facts = environment_facts(config.device)
             folder.write_text(ENVIRONMENT, dump_json(sealed(facts)))
-        loop = _Loop(config, folder, session, tracked, notes, last, stop, progress, recorder)
+        loop = _Loop(setup, folder, session, tracked, notes, last, stop, progress, recorder)
         return loop.run(rows)
 
 
@@ -213,7 +214,7 @@ def _require_disk(setup: Setup, folder: OutputFolder, earlier: EarlierRun | None
     """Refuse a run whose files the disk cannot hold."""
     config, done = setup.config, max(earlier.states, default=0) if earlier is not None else 0
     require_disk(
-        training_disk(config, setup.benchmark.vocabulary.size, done=done),
+        training_disk(config, setup.saved_bytes(), done=done),
         folder.root,
         freed=folder.owned_bytes() if earlier is None else 0,
         where=f"config {config.name}",
@@ -231,7 +232,7 @@ class _Loop:
 
     def __init__(
         self,
-        config: TrainConfig,
+        setup: Setup,
         folder: OutputFolder,
         session: TrainingSession,
         tracked: dict[str, Split],
@@ -241,7 +242,7 @@ class _Loop:
         progress: Callable[[Progress], None] | None,
         recorder: Recorder | None,
     ) -> None:
-        self.config = config
+        self.setup, self.config = setup, setup.config
         self.folder = folder
         self.session = session
         self.notes = notes
@@ -265,7 +266,8 @@ class _Loop:
             if self.recorder is not None:
                 self.recorder.begin()
             if first == 0:
-                self._evaluate(log)
+                if self.tracked:
+                    self._evaluate(log)
             elif self._checkpoint_due() and not self._checkpoint().exists():
                 self._save_checkpoint(log)  # of a run that ended between its best and this one
             while session.step < self.last:
@@ -281,7 +283,7 @@ class _Loop:
         seconds = time.perf_counter() - began
         result = TrainResult(
             config,
-            session.recipe.split.task,
+            None if isinstance(config, RecipeConfig) else self.setup.benchmark.task,
             session.step,
             first,
             self.evaluations,
@@ -303,7 +305,7 @@ class _Loop:
         end = step == config.steps
         if step % config.log_every == 0 or end:
             self._write(log, self._step_row(outcome))
-        if step % config.eval_every == 0 or end:
+        if self.tracked and (step % config.eval_every == 0 or end):
             self._evaluate(log)
         elif step == self.last:
             self._measure()  # of where it stops; refused before it is saved

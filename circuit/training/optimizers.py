@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from circuit.core.optimizers import Past, names_by_id, past_of, remember
 from circuit.core.state import Moments
 from circuit.core.update import AdamWRule, DifferentiableRule, SGDRule
 from circuit.errors import CircuitError
@@ -116,6 +117,54 @@ def write_moments(
                 # torch keeps the count on the CPU, wherever the parameters are
                 state["step"] = torch.tensor(float(step), dtype=torch.float32)
             optimizer.state[parameter] = state
+
+
+NUMBER = " (number)"
+"""Behind the name of what an optimizer remembers as a number, which is stored as a tensor."""
+
+
+def read_memory(module: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    """All that any optimizer remembers, by its own names; nothing before the first step.
+
+    Raises:
+        CircuitError: it remembers what is neither tensor nor number.
+    """
+    memory: Moments = {}
+    for name, remembered in past_of(optimizer, names_by_id(module)).items():
+        for key, value in remembered.items():
+            if isinstance(value, torch.Tensor):
+                memory.setdefault(key, {})[name] = value
+            elif isinstance(value, bool | int | float):
+                dtype = torch.float64 if isinstance(value, float) else None  # of its own type
+                memory.setdefault(key + NUMBER, {})[name] = torch.tensor(value, dtype=dtype)
+            elif value is not None:  # as torch does where a setting leaves a tensor out
+                raise CircuitError(
+                    f"{type(optimizer).__name__} remembers {key} of {name}, a"
+                    f" {type(value).__name__}",
+                    expected="tensors and numbers, which a checkpoint can hold",
+                )
+    return memory
+
+
+def write_memory(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    memory: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Put what `read_memory` gave into a fresh optimizer of the same kind.
+
+    Raises:
+        CircuitError: a name is none of a parameter that the optimizer moves.
+    """
+    parameters = dict(module.named_parameters())
+    past: Past = {name: {} for name in past_of(optimizer, names_by_id(module))}
+    for key, tensors in memory.items():
+        for name, tensor in tensors.items():
+            if name not in past:
+                raise CircuitError(f"{key} of {name}: the optimizer moves no such parameter")
+            number = key.endswith(NUMBER)
+            past[name][key.removesuffix(NUMBER)] = tensor.item() if number else tensor
+    remember(optimizer, parameters, past)
 
 
 def check_moments(

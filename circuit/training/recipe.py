@@ -7,7 +7,8 @@ at any time: a recipe keeps nothing between steps, and draws nothing but from (s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,12 +16,20 @@ from typing import TYPE_CHECKING, TypeAlias
 from circuit.lazy import torch
 from circuit.tasks.examples import UNPREDICTED, Examples, Split, Stream
 from circuit.training.data_order import Indices, batch_indices
-from circuit.training.optimizers import build_optimizer, learning_rate
+from circuit.training.optimizers import (
+    build_optimizer,
+    learning_rate,
+    read_memory,
+    read_moments,
+    write_memory,
+    write_moments,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from circuit.core.state import Moments
     from circuit.training.setup import Setup
 
     Losses: TypeAlias = Float[Tensor, "example *where"]
@@ -43,15 +52,41 @@ class Batch:
     examples: Indices
     whole: Batch | None = None
 
+    @property
+    def size(self) -> int:
+        """Examples of the whole batch: what a mean over them divides by."""
+        return len((self.whole or self).inputs)
+
+
+@dataclass(frozen=True)
+class NamedExamples:
+    """A batch of which no task says anything.
+
+    Attributes:
+        sample_ids: names of the examples: their numbers.
+    """
+
+    sample_ids: tuple[str, ...]
+
 
 class Recipe(ABC):
     """What decides the weights of every step.
 
     Attributes:
+        seed: of all that is drawn.
         clip: largest norm of the gradient, which is scaled down to it; None: as it is.
+        decoupled_decay: whether the weight decay of an optimizer that is not torch's is decoupled.
+        steps, checkpoint_every, log_every: of a run that is not told otherwise.
     """
 
     clip: float | None = None
+    decoupled_decay: bool = False
+    steps: int = 1000
+    checkpoint_every: int = 250
+    log_every: int = 50
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -86,6 +121,39 @@ class Recipe(ABC):
         """Share of the targets that the outputs hit, where that means something."""
         return None
 
+    def examples(self, step: int) -> NamedExamples | Examples:
+        """Those of a step, by name, with what a task says of them."""
+        return NamedExamples(tuple(map(str, self.batch(step).examples.tolist())))
+
+    def prove(self) -> None:  # noqa: B027  a task's are functions of the step
+        """Refuse weights and batches that are others when they are asked for again."""
+
+    # --- what a checkpoint holds, and what a step may not change ---
+
+    def memory(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+        """What the optimizer remembers."""
+        return read_memory(module, optimizer)
+
+    def restore(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        memory: Mapping[str, Mapping[str, Tensor]],
+        step: int,
+    ) -> None:
+        """Put what was remembered after a step into a fresh optimizer.
+
+        Raises:
+            CircuitError: it is not this module's and this optimizer's.
+        """
+        write_memory(module, optimizer, memory)
+
+    def watched(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    ) -> AbstractContextManager[None]:
+        """What goes around a step."""
+        return nullcontext()
+
 
 class TaskRecipe(Recipe):
     """A `HookedTransformer` on a task, as a training config says it."""
@@ -97,6 +165,7 @@ class TaskRecipe(Recipe):
             CircuitError: there is none, or its records are too long for the model.
         """
         self.setup, self.config = setup, setup.config
+        super().__init__(self.config.seed)
         self.clip = self.config.gradient_clip
         self.split: Split | Stream = setup.training_split()
 
@@ -160,6 +229,20 @@ class TaskRecipe(Recipe):
     def _exact(self, logits: Tensor) -> Tensor:
         """A small loss would round to 0, and its gradient with it: some tasks ask for float64."""
         return logits.double() if self._float64 else logits
+
+    def memory(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+        """Moments of every parameter, also before the first step: the names of all checkpoints."""
+        return read_moments(module, optimizer, self.config.optimizer)
+
+    def restore(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        memory: Mapping[str, Mapping[str, Tensor]],
+        step: int,
+    ) -> None:
+        """See `Recipe.restore`."""
+        write_moments(module, optimizer, self.config.optimizer, memory, step)
 
     @cached_property
     def _float64(self) -> bool:

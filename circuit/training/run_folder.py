@@ -11,7 +11,13 @@ from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.environment import changed_facts, recorded_facts
 from circuit.errors import CircuitError
 from circuit.reading import values_of
-from circuit.train_config import RUN_CONFIG, Bookkeeping, TrainConfig, load_run_config
+from circuit.train_config import (
+    RUN_CONFIG,
+    Bookkeeping,
+    RecipeConfig,
+    TrainConfig,
+    load_run_config,
+)
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_name,
@@ -124,10 +130,12 @@ class EarlierRun:
         self.config = load_run_config(path)
         difference = config.recipe_difference(self.config)
         if difference is not None:
+            own = isinstance(config, RecipeConfig)
+            with_it = "the recipe's file as it was" if own else "the run's own run_config.json"
             raise CircuitError(
                 f"cannot resume with another config: {difference}",
                 where=path,
-                fix="resume with the run's own run_config.json, or start anew with `overwrite`",
+                fix=f"resume with {with_it}, or start anew with `overwrite`",
             )
         self.facts = recorded_facts(self.root / ENVIRONMENT)
         self.states = saved_states(self.root)
@@ -188,8 +196,10 @@ class EarlierRun:
     def notes(self, state: TrainState) -> dict[str, Any]:
         """The loop's notes, without a best evaluation that is no longer asked for."""
         best = state.notes.get("best")
+        if best is None:
+            return {}
         asked = self.wanted.best
-        if best is None or (best["split"], best["metric"]) != (asked.split, asked.metric):
+        if (best["split"], best["metric"]) != (asked.split, asked.metric):
             return {}
         return {"best": best}
 

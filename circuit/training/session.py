@@ -6,19 +6,17 @@ Train, trace and replay differ in what they do between steps; the session is wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
 from circuit.training.checkpoints import DivergedError, TrainState
-from circuit.training.optimizers import read_moments, write_moments
-from circuit.training.recipe import TaskRecipe
+from circuit.training.recipe import Recipe
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
-    from transformer_lens import HookedTransformer
+    from torch import Tensor, nn
 
     from circuit.training.step import StepOutcome
 
@@ -31,7 +29,7 @@ class TrainingSession:
         setup: Setup,
         *,
         state: TrainState | None = None,
-        recipe: TaskRecipe | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         """Put the session together.
 
@@ -43,10 +41,13 @@ class TrainingSession:
         Raises:
             CircuitError: the state belongs to another recipe or benchmark, or is unsound.
         """
-        self.config = config = setup.config
-        self.benchmark_digest = setup.benchmark.digest
-        self.recipe = recipe or TaskRecipe(setup)
-        self.model: HookedTransformer = cast("HookedTransformer", self.recipe.module())
+        self.setup, self.config = setup, setup.config
+        config = setup.config
+        self.benchmark_digest = setup.digest
+        self.recipe: Recipe = recipe or setup.recipe()
+        if state is None:
+            self.recipe.prove()
+        self.model: nn.Module = self.recipe.module()
         self.step = 0
         if state is not None:
             setup.check(state)
@@ -61,7 +62,7 @@ class TrainingSession:
             self.step = state.step
         self.optimizer: torch.optim.Optimizer = self.recipe.optimizer(self.model)
         if state is not None:
-            write_moments(self.model, self.optimizer, config.optimizer, moments, state.step)
+            self.recipe.restore(self.model, self.optimizer, moments, state.step)
 
     def advance(
         self,
@@ -80,14 +81,15 @@ class TrainingSession:
         from circuit.training.step import training_step
 
         step = self.step + 1
-        outcome = training_step(
-            self.recipe,
-            self.model,
-            self.optimizer,
-            step,
-            weights=None if weights is None else weights.to(self.config.device),
-            on_gradient=on_gradient,
-        )
+        with self.recipe.watched(self.model, self.optimizer, step):
+            outcome = training_step(
+                self.recipe,
+                self.model,
+                self.optimizer,
+                step,
+                weights=None if weights is None else weights.to(self.config.device),
+                on_gradient=on_gradient,
+            )
         self.step = step
         if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):
             raise DivergedError(
@@ -100,7 +102,7 @@ class TrainingSession:
 
     def state(self, notes: dict[str, Any] | None = None) -> TrainState:
         """The present state, copied to the CPU."""
-        moments = read_moments(self.model, self.optimizer, self.config.optimizer)
+        moments = self.recipe.memory(self.model, self.optimizer)
         return TrainState(
             step=self.step,
             config=self.config,

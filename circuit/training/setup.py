@@ -9,23 +9,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from circuit.artifacts import find_folder
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
-from circuit.sizes import reading_memory, require_memory, training_memory, weights_memory
+from circuit.sizes import (
+    reading_memory,
+    require_memory,
+    saved_bytes,
+    training_memory,
+    weights_memory,
+)
 from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark, load_benchmark
 from circuit.tasks.examples import Split, Stream
-from circuit.train_config import RUN_CONFIG, ImportedConfig, ModelConfig, TrainConfig
+from circuit.train_config import (
+    RUN_CONFIG,
+    ImportedConfig,
+    ModelConfig,
+    RecipeConfig,
+    TrainConfig,
+)
 from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.evaluate import BATCH
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformer_lens import HookedTransformer
+
+    from circuit.training.recipe import Recipe
 
 
 class Setup:
@@ -61,19 +76,43 @@ class Setup:
         self._splits: dict[str, Split] = {}
         self._benchmark = [] if benchmark is None else [benchmark]
         self._model: list[HookedTransformer] = []
+        self._recipe: list[Recipe] = []
 
     def with_config(self, config: TrainConfig) -> Setup:
         """The same with another config of the same recipe; what is built is shared."""
         made = copy.copy(self)
         made.config = config
         if config.device != self.config.device:
-            made._model = []
+            made._model, made._recipe = [], []
         return made
 
     def is_of(self, config: TrainConfig, benchmark_digest: str) -> bool:
         """Whether a run with this recipe on this benchmark is the same run."""
         same = self.config.recipe_difference(config) is None
-        return same and self.benchmark.digest == benchmark_digest
+        return same and self.digest == benchmark_digest
+
+    @property
+    def digest(self) -> str:
+        """Of what the examples are made of: the benchmark, or the recipe's file."""
+        config = self.config
+        return config.recipe.sha256 if isinstance(config, RecipeConfig) else self.benchmark.digest
+
+    def recipe(self) -> Recipe:
+        """What the steps execute.
+
+        Raises:
+            CircuitError: as `training_split`; or the config is of a recipe file that nobody has
+                named here, or that cannot be used.
+        """
+        if not isinstance(self.config, RecipeConfig):
+            from circuit.training.recipe import TaskRecipe
+
+            return TaskRecipe(self)
+        if not self._recipe:
+            from circuit.training.own_recipe import load_recipe
+
+            self._recipe.append(load_recipe(self.config))
+        return self._recipe[0]
 
     @property
     def benchmark(self) -> Benchmark:
@@ -105,6 +144,24 @@ class Setup:
             self._splits[name] = encode_split(self.benchmark, name, self.config.model)
         return self._splits[name]
 
+    def check_steps(self) -> None:
+        """Refuse what the steps cannot read, before anything heavy is imported.
+
+        Raises:
+            CircuitError: as `check_split` of the training split; or as `check_code`.
+        """
+        if isinstance(self.config, RecipeConfig):
+            from circuit.training.own_recipe import check_code
+
+            check_code(self.config)
+        else:
+            self.check_split(self.config.train_split)
+
+    def require_task(self) -> None:
+        """Refuse a run of a recipe, which has no task."""
+        if isinstance(self.config, RecipeConfig):
+            raise self.config.refusal("task")
+
     def check_split(self, name: str) -> None:
         """Read a split's records, unless they are drawn at need; nothing here needs torch.
 
@@ -132,10 +189,12 @@ class Setup:
 
     def check(self, header: StateHeader) -> None:
         """Refuse a state of another recipe or another benchmark; see `check_state`."""
-        check_state(header, self.config, self.benchmark.digest)
+        check_state(header, self.config, self.digest)
 
     def initial_model(self) -> HookedTransformer:
         """A model with the initial weights, on the config's device."""
+        if isinstance(self.config, RecipeConfig):
+            return cast("HookedTransformer", self.recipe().module())  # where it is one
         if not self._model:
             self._model.append(self._build())
         return copy.deepcopy(self._model[0])
@@ -143,7 +202,9 @@ class Setup:
     def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
         """A model whose weights may be overwritten, on the config's device."""
         model = self.initial_model()
-        return model if dtype is None else model.to(dtype, print_details=False)
+        if not isinstance(self.config, RecipeConfig):
+            return model if dtype is None else model.to(dtype, print_details=False)
+        return evaluated(model, dtype)
 
     def model(self, state: TrainState, *, untied: bool = False) -> HookedTransformer:
         """The model of a state, on the config's device.
@@ -158,6 +219,8 @@ class Setup:
         self.check(state)
         model = self.initial_model()
         load_tensors(model, state.parameters)
+        if isinstance(self.config, RecipeConfig):
+            return evaluated(model)
         if untied:
             from circuit.model.standard import standard_model
 
@@ -170,11 +233,20 @@ class Setup:
         Raises:
             CircuitError: says what it would need, and what there is.
         """
+        if isinstance(self.config, RecipeConfig):
+            return  # what a module of somebody's own takes is not known
         config, longest = self.config, self.benchmark.task.streams.get(self.config.train_split)
         if longest is None:
             longest = longest_of(self.benchmark.records(config.train_split))
         need = training_memory(config, self.benchmark.vocabulary.size, longest, traced=traced)
         require_memory(need, where=f"config {config.name}")
+
+    def saved_bytes(self) -> int:
+        """A checkpoint, about; of a recipe's run with two moments of every parameter."""
+        if not isinstance(self.config, RecipeConfig):
+            return saved_bytes(self.config, self.benchmark.vocabulary.size)
+        tensors = list(self.recipe().module().parameters())
+        return sum(3 * (t.numel() * t.element_size() + 400) for t in tensors) + 2000
 
     def require_reading_memory(
         self, records: Sequence[Record], *, where: object, rows: int | None = None, kept: int = 0
@@ -219,6 +291,14 @@ class Setup:
             kernels=config.kernels,
             device=config.device,
         )
+
+
+def evaluated(module: nn.Module, dtype: torch.dtype | None = None) -> HookedTransformer:
+    """A module of somebody's own for evaluation, all of whose parameters have gradients."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    return cast("HookedTransformer", module if dtype is None else module.to(dtype))
 
 
 def encode_split(benchmark: Benchmark, split: str, model: ModelConfig | None = None) -> Split:
@@ -268,7 +348,7 @@ def check_state(state: StateHeader, config: TrainConfig, benchmark_digest: str) 
             f"the checkpoint of step {state.step} belongs to another config: {difference}",
             fix="pass the run_config.json that stands beside the checkpoint's folder",
         )
-    if state.benchmark_digest != benchmark_digest:
+    if state.benchmark_digest != benchmark_digest:  # of a recipe's file it is one of the fields
         raise CircuitError(
             f"the checkpoint of step {state.step} was trained on another benchmark: digest"
             f" {state.benchmark_digest[:12]} there and {benchmark_digest[:12]} in"

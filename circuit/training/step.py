@@ -78,7 +78,7 @@ def training_step(
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
     batch = recipe.batch(step)
-    optimizer.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)  # also what the optimizer does not move: it would add up
     with torch.enable_grad():  # a notebook may have switched gradients off
         outputs = recipe.outputs(module, batch)
         if weights is None:

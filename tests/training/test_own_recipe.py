@@ -1,0 +1,324 @@
+"""Recipes of somebody's own: trained, resumed, traced, replayed, attributed as any other run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import type_and_read
+
+import circuit
+from circuit.artifacts import read_jsonl
+from circuit.errors import CircuitError
+from circuit.trace.compare import state_difference
+from circuit.trace.record import RecordOptions, record_trace
+from circuit.trace.replay import ReplayedRun
+from circuit.trace.store import MANIFEST
+from circuit.trace.while_training import DEFAULT_FOLDER, TraceRecorder
+from circuit.train_config import RecipeConfig, TrainConfig, load_run_config
+from circuit.training.loop import train
+from circuit.training.own_recipe import recipe_config
+
+RECIPE = """
+import torch
+from torch import nn
+
+import circuit
+
+torch.manual_seed(0)
+pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+sums = pairs.sum(1) % 5
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["mean"], state["taken"] = torch.zeros_like(p), 0
+                state["taken"] += 1
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_((0.9 * state["mean"] + 0.1 * p.grad).sign(), alpha=-group["lr"])
+                state["mean"].mul_(0.99).add_(p.grad, alpha=0.01)
+
+
+class Sums(circuit.Recipe):
+    steps, checkpoint_every, log_every, clip = 8, 4, 1, 0.5
+    decoupled_decay = True
+
+    def module(self):
+        module = nn.Sequential(
+            nn.Embedding(5, 4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 6), nn.Tanh(),
+            nn.Linear(6, 5),
+        )
+        module[5].bias.requires_grad_(False)  # frozen
+        return module
+
+    def batch(self, step):
+        rows = torch.randint(len(pairs), (6,))
+        return circuit.Batch(pairs[rows], sums[rows], rows)
+
+    def losses(self, outputs, batch):
+        each = nn.functional.cross_entropy(outputs, batch.targets, reduction="none")
+        return each / batch.size
+
+    def optimizer(self, module):
+        weights = [p for p in module.parameters() if p.ndim > 1]
+        others = [p for p in module.parameters() if p.ndim < 2 and p.requires_grad]
+        return OPTIMIZER
+"""
+RATES = """
+    def rates(self, step):
+        return [0.01 * step, 0.02]
+"""
+GROUPS = '[{"params": weights, "weight_decay": 0.1}, {"params": others, "lr": 0.02}]'
+SHARED = {
+    "adamw": f"torch.optim.AdamW({GROUPS}, lr=0.01, weight_decay=0)",
+    "sgd": f"torch.optim.SGD({GROUPS}, lr=0.1, momentum=0.9)",
+}
+"""One rule with rates and decays by group: through these data can be credited."""
+SPLIT = {
+    **SHARED,
+    "adam": f"torch.optim.Adam({GROUPS}, lr=0.01, amsgrad=True)",
+    "nesterov": "torch.optim.SGD(others, lr=0.1, momentum=0.9, dampening=0.1)",
+}
+OTHERS = {
+    "lion": "Lion(weights + others, 0.01)",
+    "adafactor": "torch.optim.Adafactor(weights + others, lr=0.01)",
+    "rmsprop": "torch.optim.RMSprop(weights + others, lr=0.01, momentum=0.5)",
+}
+OPTIMIZERS = SPLIT | OTHERS
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An own folder; what is imported is forgotten again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name in ("my_run", "my_scalars") or name.startswith("circuit_file_"):
+            del sys.modules[name]
+
+
+def written(optimizer: str = SHARED["adamw"], *changes: tuple[str, str], more: str = "") -> str:
+    """A recipe file, and the word that names it."""
+    text = RECIPE.replace("OPTIMIZER", optimizer) + more
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    Path("my_run.py").write_text(text)
+    return "my_run.py:Sums"
+
+
+def trained(code: str, folder: str = "run", **switches: Any) -> RecipeConfig:
+    """A run of a recipe, traced in the same pass."""
+    config = recipe_config(code, folder, seed=3)
+    train(config, recorder=TraceRecorder(None, RecordOptions(anchor_every=3)), **switches)
+    return config
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    """Of what equal runs share."""
+    kinds = ("*.pt", "*.jsonl", MANIFEST, "run_config.json")
+    files = [path for kind in kinds for path in folder.rglob(kind)]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_of_a_recipe_is_exact(name: str) -> None:
+    """Resumed: the bytes of the straight run; traced after it: those of the trace in the pass.
+
+    Every step replays, and the terms sum to the update.
+    """
+    rates = RATES if GROUPS in OPTIMIZERS[name] else ""
+    code = written(OPTIMIZERS[name], more=rates)
+    config = trained(code)
+    straight = bytes_below(Path("run"))
+    assert len(straight) == 2 + 4 + 2 + 2  # checkpoints, anchors, rows, documents
+    trained(code, overwrite=True, stop_at=5)
+    trained(code, resume=True)
+    again = bytes_below(Path("run"))
+    del again["checkpoints/step_000005.pt"]  # where it stopped
+    assert again == straight
+    record_trace(config, "trace", RecordOptions(end_step=8, anchor_every=3))
+    assert bytes_below(Path("trace")) == bytes_below(Path("run") / DEFAULT_FOLDER)
+    trace = ReplayedRun.open("trace", recipe=code)
+    found = trace.verify()
+    assert found.equal
+    assert found.compared_anchors == 3
+    assert all(row["rounding_ulps"] <= 8 for row in trace.store.rows)
+    assert trace.store.rows[0]["token_accuracy"] is None
+    states = circuit.open_run("run")
+    assert state_difference(states.state(4), trace.state(4)) is None
+    for step in trace.replay(0, 8):
+        total = sum(step.update.named().values())
+        torch.testing.assert_close(total, step.update.total, rtol=0, atol=1e-12)
+
+
+def shift(module: torch.nn.Module) -> torch.Tensor:
+    """A number of the weights, without a kink."""
+    outputs: torch.Tensor = module(torch.tensor([[1, 2], [3, 4], [0, 2]]))
+    return outputs[:, 0] - outputs[:, 1]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_terms_and_examples_add_up(name: str) -> None:
+    """Without dropout, which the loss of one example cannot draw again."""
+    code = written(SHARED[name], ("nn.Dropout(0.2)", "nn.Identity()"))
+    trained(code)
+    run = circuit.open_run("run", recipe=code)
+    whole = circuit.attribute(run, [shift], 0, 8, dtype=torch.float64)["shift"]
+    assert whole.closure().path < 1e-4
+    parts = [circuit.attribute(run, [shift], *w, dtype=torch.float64) for w in ((0, 4), (4, 8))]
+    assert torch.equal(
+        torch.as_tensor(whole.actual),
+        torch.cat([torch.as_tensor(part["shift"].actual) for part in parts]),
+    )
+    credit = circuit.credit(run, [shift], 0, 8, dtype=torch.float64)["shift"]
+    assert credit.totals["closure"] is not None
+    assert credit.totals["closure"] < 1e-4
+    assert credit.totals["examples_error"] is not None
+    assert credit.totals["examples_error"] < 1e-5
+    assert set(credit.by_example()) <= set(map(str, range(25)))
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "adam"])
+def test_data_are_credited_through_no_other_optimizer(name: str) -> None:
+    code = written(OPTIMIZERS[name], ("nn.Dropout(0.2)", "nn.Identity()"))
+    trained(code)
+    run = circuit.open_run("run", recipe=code)
+    with pytest.raises(CircuitError, match="data cannot be credited through"):
+        circuit.credit(run, [shift], 0, 4)
+
+
+def test_code_is_executed_only_where_it_is_named() -> None:
+    """Opening, showing and reading states execute nothing; a changed file is never executed."""
+    trained(written())
+    mark = "\nopen('executed', 'w').close()\n"
+    Path("my_run.py").write_text(Path("my_run.py").read_text() + mark)
+    run = circuit.open_run("run")
+    assert run.state(4).step == 4
+    assert "my_run.py:Sums" in repr(run)
+    trace = circuit.open_run(Path("run") / DEFAULT_FOLDER)
+    assert trace.state(3).step == 3
+    for ask in (
+        lambda: trace.state(4),
+        lambda: run.model(4),
+        lambda: list(run.replay(0, 2)),
+        lambda: train(load_run_config("run"), resume=True),
+    ):
+        with pytest.raises(CircuitError, match=r"executed only where it is named.*`recipe`"):
+            ask()
+    named = circuit.open_run("run", recipe="my_run.py:Sums")
+    with pytest.raises(CircuitError, match=r"my_run\.py: has changed since the run: sha256"):
+        named.model(4)
+    with pytest.raises(CircuitError, match="of another class, Sums"):
+        circuit.open_run("run", recipe="my_run.py:Other").model(4)
+    assert not Path("executed").exists()
+    Path("kept.py").write_text(Path("my_run.py").read_text().removesuffix(mark))
+    assert circuit.open_run("run", recipe="kept.py:Sums").model(4) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (("nn.Tanh()", "nn.BatchNorm1d(6)"), r"step 1 has changed the buffer 4\.running_mean"),
+        (("rows = torch", "pairs.add_(1).remainder_(5); rows = torch"), "batch.1. gives other inp"),
+        (("return module\n", "module[3].bias.data += id(module) % 7e5; return module\n"), "module"),
+        (('reduction="none"', 'reduction="sum"'), r"losses\(\) gives \[\].*\[6, \.\.\.\]"),
+        (("batch.targets, red", "batch.targts, red"), r"my_run\.py:\d+: losses\(\) raised Attrib"),
+        (("def module", "def modul"), "'Sums' does not define module"),
+        (("pairs[rows], sums", "pairs[rows][:2], sums"), "gives 2 inputs, 6 targets and 6"),
+        (("class Sums(circuit.Recipe)", "class Sums"), "'Sums' is no recipe"),
+        (("import torch\n", "import torch, nowhere\n"), "the file raised ModuleNotFoundError"),
+        (("nn.Embedding(5, 4)", "nn.Embedding(5, 4).half()"), "module.. has torch.float16"),
+        (("steps, ch", "steps, seed, ch"), "raised"),
+    ],
+)
+def test_what_cannot_be_taken_again_is_refused(changes: tuple[str, str], says: str) -> None:
+    """In one line, before a step or at the first one."""
+    code = written(SHARED["adamw"], changes)
+    with pytest.raises(CircuitError, match=says) as refusal:
+        train(recipe_config(code, "run"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_settings_that_an_optimizer_changes_are_refused() -> None:
+    growing = (
+        "for group in self.param_groups:\n",
+        'for group in self.param_groups:\n            group["weight_decay"] *= 2\n',
+    )
+    code = written(OTHERS["lion"], growing)
+    with pytest.raises(CircuitError, match="step 1 has changed 'weight_decay' of a parameter"):
+        train(recipe_config(code, "run"))
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file to an attribution in shards; what needs a task says so in one line."""
+    code = written(SHARED["adamw"], ("nn.Dropout(0.2)", "nn.Identity()"))
+    Path("my_scalars.py").write_text(
+        "from my_run import pairs\n\n\ndef first(module, by: float = 1.0):\n"
+        "    return by * module(pairs[:4])[:, 0]\n"
+    )
+    trace = f"run/{DEFAULT_FOLDER}"
+    reading = f"--config run --recipe {code} --optimizer-trace-dir {trace}"
+    scalar = "--scalar my_scalars:first,by=2"
+
+    def typed(words: str) -> Any:
+        return type_and_read(words.split(), capsys)
+
+    assert typed(f"train --recipe {code} --output-dir run --seed 2 --steps 6 --trace").code == 0
+    config = load_run_config("run")
+    assert (config.seed, config.steps, config.name) == (2, 6, "Sums")
+    assert typed(f"trace show {trace}").code == 0
+    assert "0 bits differ" in typed(f"trace verify {trace} --recipe {code}").out
+    assert typed(f"trace checkout {trace} --step 5 --recipe {code}").code == 0
+    for folder, start, end in (("whole", 0, 6), ("a", 0, 2), ("b", 2, 6)):
+        window = f"--start-step {start} --end-step {end} --output-dir {folder}"
+        done = typed(f"trace attribute {reading} {scalar} {window}")
+        assert done.code == 0, done.err
+    assert typed("trace merge merged a b").code == 0
+    rows = "scalar_attribution_rows.jsonl"
+    assert Path("merged", rows).read_bytes() == Path("whole", rows).read_bytes()
+    assert read_jsonl(Path("whole", rows))[0]["scalar"] == "first.by=2"
+    done = typed(f"trace data {reading} {scalar} --output-dir credit --by position")
+    assert done.code == 0, done.err
+    edit = "--edit none,scale=weight_decay*0 --output-dir otherwise"
+    assert "0 bits differ" in typed(f"trace counterfactual {reading} {scalar} {edit}").out
+    for words, says in (
+        (f"trace verify {trace}", f"--recipe {code}"),
+        ("train", "--config: is missing"),
+        (f"train --recipe {code}", "--output-dir: is missing"),
+        (f"train --config run --recipe {code} --seed 3 --resume", "--seed goes with --recipe"),
+        (f"trace attribute {reading} --scalar loss --output-dir x", "reads records of a task"),
+        ("page run", "of no task"),
+        ("weight-svd-trace --config run --checkpoint-dir run/checkpoints --output-dir x", "model"),
+        ("evaluate --config run --checkpoint run/checkpoints/step_000006.pt", "has no task"),
+    ):
+        done = typed(words)
+        assert (done.code, done.err.count("\n")) == (2, 1), words
+        assert says in done.err, done.err
+
+
+def test_a_config_of_a_recipe_has_no_task() -> None:
+    """Whatever is asked of it that belongs to a task is refused; the digest is of the code."""
+    config: TrainConfig = recipe_config(written(), "run")
+    for name in ("model", "benchmark_dir", "optimizer", "train_split", "best"):
+        with pytest.raises(CircuitError, match=r"of the recipe my_run\.py:Sums, and of no task"):
+            getattr(config, name)
+    other = recipe_config(written(OTHERS["lion"]), "run")
+    assert "sha256" in str(config.recipe_difference(other))
+    assert config.recipe_difference(config.replace(steps=3, log_every=2)) is None
+    with pytest.raises(CircuitError, match="field 'model'"):
+        recipe_config("my_run.py:Sums", "run", overrides=["model=1"])
