@@ -138,7 +138,7 @@ class DataCredit(TracedReport[DataCreditOptions]):
     @classmethod
     def notes(cls, results: Results[DataCreditOptions]) -> list[str]:
         lead = lead_of(results)
-        return [
+        notes = [
             "Credit divides what happened among the examples that were there, with learning rates,"
             " clip factors and denominators as they were; what momentum carried on counts where its"
             " gradient was taken. It does not say what would have happened without an example.",
@@ -152,6 +152,7 @@ class DataCredit(TracedReport[DataCreditOptions]):
                 " `several`."
             ),
         ]
+        return notes if lead["facts"] else notes[:1]  # a recipe's examples have none
 
     @classmethod
     def tables(cls, results: Results[DataCreditOptions]) -> list[Table]:

@@ -16,8 +16,9 @@ from circuit.artifacts import read_jsonl
 PAGE = Path(__file__).parents[2] / "docs" / "your_model.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SHORTER = {"logit_margin], 100, 200": "logit_margin], 100, 120", "range(60)": "range(20)"}
+SHORTER |= {"steps, checkpoint_every = 300, 100": "steps, checkpoint_every = 20, 10"}
 SHORTER |= {"[copying], 0, 60": "[copying], 0, 20"}
-"""Fewer steps than the page's are attributed."""
+"""Fewer steps than the page's are taken and attributed."""
 
 
 @pytest.mark.filterwarnings("ignore")  # of the Trainer and of nn.TransformerEncoderLayer
@@ -31,6 +32,9 @@ def test_the_page_runs(
         text = text.replace(long, short)
     names: dict[str, Any] = {"__name__": "mine"}
     for kind, block in re.findall(r"```(python|sh)\n(.*?)```", text, re.DOTALL):
+        if kind == "python" and (file := re.match(r"# (my_\w+\.py)\n", block)):
+            Path(file[1]).write_text(block)
+            continue
         if kind == "python":
             exec(compile(block, str(PAGE), "exec"), names)
             continue
