@@ -105,6 +105,16 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             handle.seek(record[BYTES], os.SEEK_CUR)
 
 
+def cut_behind(path: Path, last: int) -> None:
+    """Drop the records of a journal behind the last one whose `step` is at most `last`."""
+    end = 0
+    for record, start in read_records(path):
+        if record["step"] > last:
+            break
+        end = start + record[BYTES]
+    os.truncate(path, end)
+
+
 def read_payload(path: Path, record: Mapping[str, Any], start: int) -> bytes:
     """The bytes of a record.
 

@@ -29,7 +29,8 @@ def show(folder: Path, as_json: bool) -> None:
     if as_json:
         payload = m.model_dump(mode="json", exclude={"parameters"})
         size = {"numbers": recording.layout.size, "bytes": recording.size}
-        anchors = {"last_step": recording.last_step, "anchors": recording.anchors}
+        anchors = {"last_step": recording.last_step, "ended": recording.ended}
+        anchors |= {"anchors": recording.anchors}
         print_json({**payload, **anchors, **size})
         return
     shape = f"{recording.layout.size} numbers in {len(m.parameters)} parameters"
@@ -38,7 +39,8 @@ def show(folder: Path, as_json: bool) -> None:
         {
             "module": f"{m.module}, {shape}",
             "optimizer": ", ".join(one.kind.rpartition(".")[2] for one in m.optimizers),
-            "steps": f"0 to {recording.last_step}",
+            "steps": f"0 to {recording.last_step}"
+            + ("" if recording.ended else " (cut off: the loop has not ended)"),
             "kept": "the gradients of every step"
             if m.keep == "gradients"
             else f"the state of every {m.every} steps",

@@ -84,6 +84,7 @@ def watch(
     steps: int | None = None,
     decoupled_decay: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Iterator[Watching]:
     """Watch the optimizer steps of a training loop, which stays as it is.
 
@@ -109,14 +110,19 @@ def watch(
         decoupled_decay: whether the weight decay of an optimizer that is not torch's multiplies
             the weights by `1 - lr * weight_decay`, as that of Lion does.
         overwrite: replace an earlier recording in the folder.
+        resume: go on with the recording in the folder, or begin one where there is none. Module and
+            optimizers have to be in the state that one of its steps left, bit for bit, as from the
+            loop's own checkpoint; what it holds of later steps is recorded again.
 
     Raises:
-        CircuitError: on entering: an argument is none of these; the optimizer's parameters are not
+        CircuitError: on entering: an argument is none of these; there is nothing of the recording
+            to go on from; the optimizer's parameters are not
             the module's, or half precision; the folder is not free, or the disk is too small. At a
             step: it cannot be taken again from its gradient, or written.
     """
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     _check(keep, every, anchor_every, steps, optimizers)
+    _check_resume(resume, overwrite, keep, folder)
     watcher = Watcher(module, optimizers, decoupled_decay=decoupled_decay)
     size = watcher.layout.size * (8 if watcher.dtype == "torch.float64" else 4)
     # of a state's moments nothing is known before the first step: AdamW's two count
@@ -128,10 +134,18 @@ def watch(
         if folder is not None:
             storage = stack.enter_context(
                 Storage(
-                    folder, keep=keep, every=every, anchor_every=anchor_every, overwrite=overwrite
+                    folder,
+                    keep=keep,
+                    every=every,
+                    anchor_every=anchor_every,
+                    overwrite=overwrite,
+                    resume=resume,
                 )
             )
-            storage.prepare(watcher.manifest(keep, every, anchor_every), disk)
+            manifest = watcher.manifest(keep, every, anchor_every)
+            earlier = storage.prepare(manifest, disk)
+            if earlier is not None:
+                storage.go_on(watcher.go_on(earlier, manifest))
             watcher.store(storage)
         a_step = size if keep == "gradients" else 0
         watching = Watching(watcher, storage, (a_step, 0 if keep == "rows" else 3 * size))
@@ -161,6 +175,15 @@ def _check(
             where="`optimizer`",
             expected="a torch.optim.Optimizer, or several",
             fix="of a wrapper, pass what it wraps (usually wrapper.optimizer)",
+        )
+
+
+def _check_resume(resume: bool, overwrite: bool, keep: str, folder: object) -> None:
+    if resume and (overwrite or keep == "rows" or folder is None):
+        raise CircuitError(
+            "with `overwrite`" if overwrite else f"with keep '{keep}' and folder {folder}",
+            where="`resume`",
+            expected="a folder, and gradients or states of its steps, of which the restart is one",
         )
 
 

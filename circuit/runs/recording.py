@@ -1,6 +1,7 @@
 """What `circuit.watch` keeps on the disk of somebody's own training loop, and its reader.
 
     recording.json              what was watched, and on what machine (RecordingManifest)
+    ended.json                  there where the loop was left as it should be, and not cut off
     steps/from_NNNNNN.journal   records (circuit/journal.py): a state after NNNNNN steps, then steps
     watch_rows.jsonl            numbers of every so many steps: rates, norms, scalars
 
@@ -38,7 +39,8 @@ COMMAND = "watch"
 MANIFEST = RECORDING
 ROWS = "watch_rows.jsonl"
 JOURNAL = ".journal"
-FILES = (MANIFEST, ROWS, f"steps/from_*{JOURNAL}")
+ENDED = "ended.json"
+FILES = (MANIFEST, ROWS, ENDED, f"steps/from_*{JOURNAL}")
 """Patterns of the names in a recording's folder."""
 
 Keep = Literal["gradients", "states", "rows"]
@@ -321,6 +323,28 @@ class Recording:
     def anchor_before(self, step: int) -> int:
         """The last stored state at or before a step."""
         return max(anchor for anchor in self.anchors if anchor <= step)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the loop was left as it should be; one that was cut off has lost its last step.
+
+        Raises:
+            CircuitError: the note of it is damaged.
+        """
+        try:
+            payload = read_json(self.root / ENDED, fix="remove it")
+        except MissingFileError:
+            return False
+        if not isinstance(payload, dict):
+            raise CircuitError("is no note of an end", where=self.root / ENDED, fix="remove it")
+        return unsealed(payload, where=self.root / ENDED, fix="remove it") == {
+            "last_step": self.last_step
+        }
+
+    def digest(self, step: int) -> str | None:
+        """Of the parameters that a step left; None where that is not stored."""
+        stored = self._records["step"].get(step)
+        return None if stored is None else str(stored[1]["digest"])
 
     def begins_anew(self, step: int) -> bool:
         """Whether a state is stored there that the step before it has not left."""

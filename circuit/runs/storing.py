@@ -9,14 +9,16 @@ from typing import Any, Self
 
 from circuit.artifacts import OutputFolder, RowLog, dump_json
 from circuit.core.flat import Flat
-from circuit.journal import Journal, check_journal
+from circuit.journal import Journal, check_journal, cut_behind
 from circuit.runs.recording import (
     COMMAND,
+    ENDED,
     FILES,
     JOURNAL,
     MANIFEST,
     ROWS,
     Keep,
+    Recording,
     RecordingManifest,
     StoredState,
     StoredStep,
@@ -45,14 +47,19 @@ class Storage:
         every: int,
         anchor_every: int,
         overwrite: bool,
+        resume: bool = False,
     ) -> None:
         """Describe it; entering it does the rest."""
+        self._resume = resume
+        self._kept_rows: int | None = None
         self.keep, self._every, self._anchor_every = keep, every, anchor_every
         self._folder = OutputFolder(
             folder,
             COMMAND,
             writes=FILES,
             overwrite=overwrite,
+            resume=resume,
+            resumable=True,
             appended={JOURNAL: check_journal},
         )
         self._journal: Journal | None = None
@@ -71,13 +78,15 @@ class Storage:
     def __exit__(self, *error: Any) -> None:
         if self._journal is not None:
             self._journal.close()
+            if error[0] is None:
+                self._folder.write_text(ENDED, dump_json(sealed({"last_step": self._last})))
         if self._rows is not None:
             self._rows.sync()
             self._rows.close()
         self._folder.__exit__(*error)
 
-    def prepare(self, manifest: RecordingManifest, need: Mapping[str, int]) -> None:
-        """Drop an earlier recording, and say what this one is.
+    def prepare(self, manifest: RecordingManifest, need: Mapping[str, int]) -> Recording | None:
+        """Drop an earlier recording, and say what this one is; or give the one that is to go on.
 
         Args:
             manifest: what is watched; of rows alone none is written.
@@ -87,10 +96,30 @@ class Storage:
             CircuitError: a file is not ours; or the disk cannot hold it.
         """
         require_disk(need, self.root, freed=self._folder.owned_bytes(), where="circuit.watch")
+        if self._resume and (self.root / MANIFEST).exists():
+            return Recording(self.root)
         self._folder.clear()
         if self.keep != "rows":
             payload = sealed(manifest.model_dump(mode="json"))
             self._folder.write_text(MANIFEST, dump_json(payload))
+        return None
+
+    def go_on(self, step: int) -> None:
+        """Drop what an earlier recording holds of later steps: it is going to be written again.
+
+        Killed at any point, it is a recording up to that step or a later one.
+        """
+        self._folder.remove([ENDED] if ENDED in self._folder.owned else [])
+        starts = {path: int(path.stem.removeprefix("from_")) for path in self._journals()}
+        for path in sorted(starts, key=lambda path: -starts[path]):
+            if starts[path] > step:
+                self._folder.remove([path.relative_to(self.root).as_posix()])
+            elif starts[path] < step:
+                cut_behind(path, step)
+        self._kept_rows = step
+
+    def _journals(self) -> list[Path]:
+        return list((self.root / "steps").glob(f"from_*{JOURNAL}"))
 
     def is_anchor(self, step: int) -> bool:
         """Whether a state is stored behind a step, beside its gradient."""
@@ -110,7 +139,7 @@ class Storage:
         name = f"steps/from_{state.step:06d}{JOURNAL}"
         self._folder.claim([name])
         self._journal = Journal(self._folder.path(name), *state_record(state, anew=anew))
-        self._states = 1
+        self._states, self._last = 1, state.step
 
     def add_state(self, state: StoredState) -> None:
         """Store a state, in a file of its own every so often."""
@@ -118,18 +147,19 @@ class Storage:
             self.begin(state)
             return
         self._journal.append(*state_record(state))
-        self._states += 1
+        self._states, self._last = self._states + 1, state.step
 
     def add_step(self, step: StoredStep, absent: Iterable[str], gradient: Flat) -> None:
         """Store a step; see `circuit.runs.recording.step_record`."""
         assert self._journal is not None, "a state comes first"
         self._journal.append(*step_record(step, absent, gradient))
+        self._last = step.step
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Write the numbers of a step; null where one is not finite, as of a loop that diverges."""
         if self._rows is None:
             self._folder.claim([ROWS])
-            self._rows = RowLog(self._folder.path(ROWS))
+            self._rows = RowLog(self._folder.path(ROWS), last_step=self._kept_rows)
         self._rows.append(_finite(row))
 
 

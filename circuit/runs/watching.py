@@ -29,12 +29,14 @@ from circuit.lazy import torch
 from circuit.runs.recorded import RecordedStep
 from circuit.runs.recording import (
     Keep,
+    Recording,
     RecordingManifest,
     StoredState,
     StoredStep,
     WatchedOptimizer,
 )
 from circuit.runs.rerun import Rerun
+from circuit.runs.resuming import check_manifest, same_buffer, step_of
 from circuit.runs.storing import Storage
 
 if TYPE_CHECKING:
@@ -146,6 +148,22 @@ class Watcher:
         self._anew = False
         self._first: StoredState | None = None
         self._hooks: list[Any] = []
+
+    def go_on(self, recording: Recording, manifest: RecordingManifest) -> int:
+        """Go on behind the recorded step at which module and optimizers stand; see `step_of`.
+
+        Raises:
+            CircuitError: there is none, or the recording was begun otherwise.
+        """
+        check_manifest(manifest, recording)
+        now = self.state()  # with all buffers
+        step = step_of(now, recording, [type(one) for one in self.optimizers])
+        first = recording.state(0).buffers
+        self._changed_buffers = {
+            name for name, value in now.buffers.items() if not same_buffer(value, first[name])
+        }
+        self.step = step
+        return step
 
     def store(self, storage: Storage) -> None:
         """Store what is watched, once it is entered."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import circuit
-import circuit.trace.step as trace_step
 from circuit.errors import CircuitError
 from circuit.reports.evaluation import evaluate_checkpoint
 from circuit.reports.optimizer_update_trace import summarize
@@ -475,7 +474,7 @@ def test_a_file_of_another_step_is_refused(trace_folder: Path) -> None:
 def test_verify_names_the_tensor_beyond_its_window(
     trace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trace_step.read_moments
+    real = recipe_module.read_moments
     calls = []
 
     def perturbed(*args: Any) -> Any:
@@ -485,7 +484,7 @@ def test_verify_names_the_tensor_beyond_its_window(
             args[0].ln_final.w.data[0] += 1e-3
         return moments
 
-    monkeypatch.setattr(trace_step, "read_moments", perturbed)
+    monkeypatch.setattr(recipe_module, "read_moments", perturbed)
     found = ReplayedRun.open(trace_folder).verify(0, 3)
     assert found.steps == 3
     assert [drift.step for drift in found.drifts] == [2, 3]
