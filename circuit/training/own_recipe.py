@@ -231,7 +231,7 @@ class OwnRecipe(Recipe):
         if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
             held = ", ".join(sorted(dtypes)) or "no parameters"
             raise CircuitError(f"module() has {held}", where=self.code, expected=expected)
-        return module.to(self.device)
+        return torch.nn.Module.to(module, self.device)  # a HookedTransformer's own prints
 
     def batch(self, step: int) -> Batch:
         """See `Recipe.batch`; the forward pass that follows draws from the same generators."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from circuit.artifacts import find_folder
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.model.weights import load_tensors
 from circuit.sizes import (
     reading_memory,
@@ -36,7 +37,6 @@ from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.evaluate import BATCH
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformer_lens import HookedTransformer
 
@@ -81,6 +81,8 @@ class Setup:
     def with_config(self, config: TrainConfig) -> Setup:
         """The same with another config of the same recipe; what is built is shared."""
         made = copy.copy(self)
+        if isinstance(self.config, RecipeConfig) and isinstance(config, RecipeConfig):
+            config = config.executing(config.code or self.config.code)  # by sha256 the same
         made.config = config
         if config.device != self.config.device:
             made._model, made._recipe = [], []
@@ -298,7 +300,8 @@ def evaluated(module: nn.Module, dtype: torch.dtype | None = None) -> HookedTran
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(True)
-    return cast("HookedTransformer", module if dtype is None else module.to(dtype))
+    placed = module if dtype is None else torch.nn.Module.to(module, dtype)
+    return cast("HookedTransformer", placed)
 
 
 def encode_split(benchmark: Benchmark, split: str, model: ModelConfig | None = None) -> Split:

@@ -159,6 +159,7 @@ def test_a_run_of_a_recipe_is_exact(name: str) -> None:
     assert found.compared_anchors == 3
     assert all(row["rounding_ulps"] <= 8 for row in trace.store.rows)
     assert trace.store.rows[0]["token_accuracy"] is None
+    assert [step.step for step in circuit.open_run("run", recipe=code).replay(2, 4)] == [3, 4]
     states = circuit.open_run("run")
     assert state_difference(states.state(4), trace.state(4)) is None
     for step in trace.replay(0, 8):
@@ -264,51 +265,76 @@ def test_settings_that_an_optimizer_changes_are_refused() -> None:
         train(recipe_config(code, "run"))
 
 
-def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """From a file to an attribution in shards; what needs a task says so in one line."""
+TRACE = f"run/{DEFAULT_FOLDER}"
+READING = f"--config run --recipe my_run.py:Sums --optimizer-trace-dir {TRACE}"
+SCALAR = "--scalar my_scalars:first,by=2"
+
+
+def typed(words: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A command line that is taken."""
+    done = type_and_read(words.split(), capsys)
+    assert done.code == 0, done.err
+    return done
+
+
+def typed_run(capsys: pytest.CaptureFixture[str]) -> str:
+    """A traced run, and a scalar that imports its file."""
     code = written(SHARED["adamw"], ("nn.Dropout(0.2)", "nn.Identity()"))
     Path("my_scalars.py").write_text(
         "from my_run import pairs\n\n\ndef first(module, by: float = 1.0):\n"
         "    return by * module(pairs[:4])[:, 0]\n"
     )
-    trace = f"run/{DEFAULT_FOLDER}"
-    reading = f"--config run --recipe {code} --optimizer-trace-dir {trace}"
-    scalar = "--scalar my_scalars:first,by=2"
+    typed(f"train --recipe {code} --output-dir run --seed 2 --steps 6 --trace", capsys)
+    return code
 
-    def typed(words: str) -> Any:
-        return type_and_read(words.split(), capsys)
 
-    assert typed(f"train --recipe {code} --output-dir run --seed 2 --steps 6 --trace").code == 0
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file to an attribution; what needs a task says so in one line."""
+    code = typed_run(capsys)
     config = load_run_config("run")
     assert (config.seed, config.steps, config.name) == (2, 6, "Sums")
-    assert typed(f"trace show {trace}").code == 0
-    assert "0 bits differ" in typed(f"trace verify {trace} --recipe {code}").out
-    assert typed(f"trace checkout {trace} --step 5 --recipe {code}").code == 0
-    for folder, start, end in (("whole", 0, 6), ("a", 0, 2), ("b", 2, 6)):
-        window = f"--start-step {start} --end-step {end} --output-dir {folder}"
-        done = typed(f"trace attribute {reading} {scalar} {window}")
-        assert done.code == 0, done.err
-    assert typed("trace merge merged a b").code == 0
-    rows = "scalar_attribution_rows.jsonl"
-    assert Path("merged", rows).read_bytes() == Path("whole", rows).read_bytes()
-    assert read_jsonl(Path("whole", rows))[0]["scalar"] == "first.by=2"
-    done = typed(f"trace data {reading} {scalar} --output-dir credit --by position")
-    assert done.code == 0, done.err
-    edit = "--edit none,scale=weight_decay*0 --output-dir otherwise"
-    assert "0 bits differ" in typed(f"trace counterfactual {reading} {scalar} {edit}").out
+    assert code in typed(f"trace show {TRACE}", capsys).out
+    assert "0 bits differ" in typed(f"trace verify {TRACE} --recipe {code}", capsys).out
+    typed(f"trace checkout {TRACE} --step 5 --recipe {code}", capsys)
+    typed(f"trace attribute {READING} {SCALAR} --output-dir whole", capsys)
+    rows = read_jsonl(Path("whole/scalar_attribution_rows.jsonl"))
+    assert {row["scalar"] for row in rows} == {"first.by=2"}
     for words, says in (
-        (f"trace verify {trace}", f"--recipe {code}"),
+        (f"trace verify {TRACE}", f"--recipe {code}"),
         ("train", "--config: is missing"),
         (f"train --recipe {code}", "--output-dir: is missing"),
         (f"train --config run --recipe {code} --seed 3 --resume", "--seed goes with --recipe"),
-        (f"trace attribute {reading} --scalar loss --output-dir x", "reads records of a task"),
+        (f"trace attribute {READING} --scalar loss --output-dir x", "reads records of a task"),
         ("page run", "of no task"),
         ("weight-svd-trace --config run --checkpoint-dir run/checkpoints --output-dir x", "model"),
         ("evaluate --config run --checkpoint run/checkpoints/step_000006.pt", "has no task"),
     ):
-        done = typed(words)
+        done = type_and_read(words.split(), capsys)
         assert (done.code, done.err.count("\n")) == (2, 1), words
         assert says in done.err, done.err
+
+
+@pytest.mark.system
+def test_shards_examples_and_edits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards of traces that were recorded apart are merged into the rows of the whole."""
+    code = typed_run(capsys)
+    part = f"trace record --config run --recipe {code} --num-steps 4 --output-dir part"
+    typed(f"{part} --resume-checkpoint {TRACE}/checkpoints/step_000002.pt", capsys)
+    for trace, folder, window in (
+        (TRACE, "whole", ""),
+        (TRACE, "a", "--end-step 2"),
+        ("part", "b", "--start-step 2"),
+    ):
+        reading = READING.replace(TRACE, trace)
+        typed(f"trace attribute {reading} {SCALAR} {window} --output-dir {folder}", capsys)
+    typed("trace merge merged a b", capsys)
+    rows = "scalar_attribution_rows.jsonl"
+    assert Path("merged", rows).read_bytes() == Path("whole", rows).read_bytes()
+    typed(f"trace data {READING} {SCALAR} --output-dir credit --by position", capsys)
+    typed(f"trace influence {READING} {SCALAR} --output-dir influence --check 1", capsys)
+    edit = "--edit none,scale=weight_decay*0 --edit out,drop=3 --output-dir otherwise"
+    done = typed(f"trace counterfactual {READING} {SCALAR} {edit}", capsys)
+    assert "0 bits differ" in done.out
 
 
 def test_a_config_of_a_recipe_has_no_task() -> None:
