@@ -5,12 +5,16 @@ A sink is one of
 - an object with `log(numbers, step=step)`: what `wandb.init(...)` returns, or the module `trackio`;
 - one with `add_scalar(name, value, step)`: TensorBoard's `SummaryWriter`.
 
-None of them is imported here, and what they do with the numbers is theirs.
+On a command line it is a word, `KIND:WHERE` (`open_sinks`): `tensorboard:FOLDER`, `wandb:PROJECT`
+or `trackio:PROJECT`. None of the trackers is imported before one is asked for, and what they do
+with the numbers is theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any, Protocol, TypeAlias
 
 from circuit.errors import CircuitError
@@ -69,3 +73,71 @@ def flattened(row: Mapping[str, Any], prefix: str = "") -> Numbers:
         elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
             numbers[prefix + name] = float(value)
     return numbers
+
+
+def _tensorboard(where: str) -> tuple[Writer, Callable[[], Any]]:
+    writer = _imported("torch.utils.tensorboard").SummaryWriter(where)
+    return writer, writer.close
+
+
+def _wandb(where: str) -> tuple[Log, Callable[[], Any]]:
+    run = _imported("wandb").init(project=where)  # WANDB_MODE=offline is its own word for that
+    return run, run.finish
+
+
+def _trackio(where: str) -> tuple[Log, Callable[[], Any]]:
+    trackio = _imported("trackio")
+    trackio.init(project=where)
+    return trackio, trackio.finish
+
+
+KINDS: dict[str, Callable[[str], tuple[Sink, Callable[[], Any]]]] = {
+    "tensorboard": _tensorboard,
+    "trackio": _trackio,
+    "wandb": _wandb,
+}
+"""What a word may name: how it is opened, and closed."""
+
+
+def check_word(word: str) -> tuple[str, str]:
+    """Kind and place of a word.
+
+    Raises:
+        CircuitError: it names no sink.
+    """
+    kind, colon, where = word.partition(":")
+    if kind not in KINDS or not colon or not where:
+        raise CircuitError(
+            f"'{word}'",
+            where="`sinks`",
+            expected="tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT",
+        )
+    return kind, where
+
+
+@contextmanager
+def open_sinks(words: Sequence[str]) -> Iterator[list[Sink]]:
+    """The sinks that words name, closed at the end of the block.
+
+    Raises:
+        CircuitError: a word names none, or its tracker is not installed.
+    """
+    named = [check_word(word) for word in words]
+    with ExitStack() as stack:
+        sinks = []
+        for kind, where in named:
+            sink, close = KINDS[kind](where)
+            stack.callback(close)
+            sinks.append(sink)
+        yield sinks
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise CircuitError(
+            f"{module.rpartition('.')[2]} cannot be imported ({error})",
+            where="`sinks`",
+            fix="pip install 'circuit[sinks]'",
+        ) from None

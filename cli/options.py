@@ -104,6 +104,17 @@ Task = Annotated[
     ),
 ]
 
+Sinks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sink",
+        metavar="KIND:WHERE",
+        help="Where metrics go besides: tensorboard:FOLDER, wandb:PROJECT, trackio:PROJECT;"
+        " repeatable.",
+        autocompletion=complete.values("tensorboard:", "wandb:", "trackio:"),
+    ),
+]
+
 Trace = Annotated[
     str | None,
     typer.Option(

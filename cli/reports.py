@@ -12,7 +12,14 @@ import typer
 from circuit.quoting import plain_text
 
 from . import complete, options
-from .output import print_json, print_table, print_written, progress_bar, stdout
+from .output import (
+    flags_for_fields,
+    print_json,
+    print_table,
+    print_written,
+    progress_bar,
+    stdout,
+)
 from .training import load_train_config
 
 if TYPE_CHECKING:

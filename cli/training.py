@@ -14,6 +14,7 @@ from circuit.quoting import shell_line
 
 from . import options, signals
 from .output import (
+    flags_for_fields,
     interrupted_says,
     percent,
     print_json,
@@ -76,6 +77,7 @@ def train(
     trace_checkpoint_every: options.TraceCheckpointEvery = None,
     trace_top_k_parameters: options.TraceTop = None,
     task: options.Task = None,
+    sink: options.Sinks = None,
     device: options.Device = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -102,8 +104,12 @@ def train(
         checkpoint_every=trace_checkpoint_every,
         top_k_parameters=trace_top_k_parameters,
     )
+    from circuit.sinks import open_sinks
+
     with (
         interrupted_says("go on from the last checkpoint with --resume"),  # the second time
+        flags_for_fields({"sinks": "--sink"}),
+        open_sinks(sink or ()) as sinks,
         progress_bar(not as_json) as bar,
         signals.stop_on_first() as interrupted,
     ):
@@ -117,6 +123,7 @@ def train(
             stop_at=stop_at_step,
             stop=interrupted,
             progress=TrainBar(bar, settings, resumes=resume),
+            sinks=sinks,
         )
     if as_json:
         print_json(train_payload(result, report))
@@ -395,9 +402,10 @@ def print_evaluations(evaluations: list[Evaluation], task: Task) -> None:
         "token %": lambda e: share(e.token_accuracy),
         "answer %": lambda e: share(e.answer_accuracy),
     }
-    if task.attended is not None:
-        columns["q"] = lambda e: f"{e.q:.2f}"
-    columns |= {"r": lambda e: f"{e.r:.2f}", "w": lambda e: f"{e.w:.2f}"}
+    for name in ("q", "r"):  # attention, where the task has the role and the module has heads
+        if any(getattr(e, name) is not None for e in evaluations):
+            columns[name] = lambda e, name=name: f"{getattr(e, name):.2f}"  # type: ignore[misc]
+    columns["w"] = lambda e: f"{e.w:.2f}"
     if task.shortcuts:
         columns |= {
             "k": lambda e: str(e.shortcut),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from circuit.environment import (
 )
 from circuit.errors import CircuitError
 from circuit.sealed import sealed
+from circuit.sinks import Numbers, Sink, as_function, flattened
 from circuit.sizes import require_disk, training_disk
 from circuit.tasks.base import Task
 from circuit.tasks.examples import Split
@@ -129,6 +130,7 @@ def train(
     stop: Callable[[], bool] | None = None,
     progress: Callable[[Progress], None] | None = None,
     recorder: Recorder | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> TrainResult:
     """Train a run, or go on with it.
 
@@ -146,10 +148,12 @@ def train(
         stop: asked after every step; True stops there, with a checkpoint.
         progress: called with a `Progress`.
         recorder: takes the steps, and records them; the run's bytes do not change.
+        sinks: where every row of `metrics.jsonl` goes, too, as it is written (`circuit.sinks`).
 
     Raises:
         CircuitError: bad input, a folder that holds another run, or a changed environment.
     """
+    told = [as_function(sink) for sink in sinks]
     if overwrite and resume:
         raise CircuitError("`overwrite` and `resume` exclude each other", fix="pass one of them")
     last = config.steps if stop_at is None else stop_at
@@ -207,6 +211,7 @@ def train(
             facts = environment_facts(config.device)
             folder.write_text(ENVIRONMENT, dump_json(sealed(facts)))
         loop = _Loop(setup, folder, session, tracked, notes, last, stop, progress, recorder)
+        loop.sinks = told
         return loop.run(rows)
 
 
@@ -253,6 +258,7 @@ class _Loop:
         self.evaluated_at: int | None = None
         self.tracked = tracked
         self.recorder = recorder
+        self.sinks: list[Callable[[int, Numbers], Any]] = []
 
     def run(self, kept_rows: int) -> TrainResult:
         """Every step; of a resumed run's rows so many stay."""
@@ -299,6 +305,9 @@ class _Loop:
     def _write(self, log: RowLog, row: dict[str, Any]) -> None:
         log.append(row)
         self.rows += 1
+        of = row.get("split", "train")  # whose numbers they are
+        for sink in self.sinks:
+            sink(row["step"], flattened(row, f"{of}/"))
 
     def _after_step(self, outcome: StepOutcome, log: RowLog) -> None:
         config, step = self.config, outcome.step
