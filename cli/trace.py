@@ -13,6 +13,7 @@ from circuit import CircuitError
 
 from . import complete, options, recordings
 from .output import (
+    flags_for_fields,
     interrupted_says,
     print_facts,
     print_json,
@@ -43,6 +44,7 @@ def register(app: typer.Typer) -> None:
     group.command("checkout")(checkout)
     group.command("prune")(prune)
     group.command("merge")(merge)
+    group.command("arrays")(arrays)
     app.add_typer(group, rich_help_panel=PANEL)
 
 
@@ -356,6 +358,26 @@ def merge(
             progress=ReportBar(bar, "merging"),
         )
     print_result(result, as_json)
+
+
+def arrays(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of an attribution.", autocompletion=complete.attribution),
+    ],
+    output: Annotated[Path, typer.Option(help="netCDF file (.nc) to write.")],
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write an attribution as arrays with coordinates, which xarray.open_dataset opens."""
+    from circuit.reports.shards import attribution_arrays
+
+    path = attribution_arrays(folder, output, overwrite=overwrite)
+    if as_json:
+        print_json({"paths": [str(path)]})
+        return
+    print_written([path])
+    stdout.print(f"opens with xarray.open_dataset({str(path)!r})", soft_wrap=True)
 
 
 def _every(steps: int) -> str:

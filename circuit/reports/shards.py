@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuit.attribution.series import check_windows
+from circuit.artifacts import OutputFolder
+from circuit.attribution.arrays import as_netcdf
+from circuit.attribution.series import Series, check_windows
 from circuit.errors import CircuitError
 from circuit.reports.attribution import Attribution, AttributionOptions, KeptRows, parse_windows
 from circuit.reports.report import Progress, ReportResult, open_report
@@ -74,6 +76,26 @@ def merge_attributions(
                     expected=f"{first.start}:{last.end}, as the reports say",
                 )
         return writer.write(report, kept.findings(windows, report.options.path, series))
+
+
+def attribution_arrays(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an attribution's rows as arrays (circuit/attribution/arrays.py).
+
+    Args:
+        folder: of the report.
+        output: netCDF file.
+        overwrite: replace a file that an earlier call wrote.
+
+    Raises:
+        CircuitError: the folder holds no attribution, or the name is not free.
+    """
+    output = Path(output)
+    if output.suffix != ".nc":
+        raise CircuitError(f"{output}", where="`output`", expected="a name that ends in .nc")
+    series = Series.collect(_read_shard(Path(folder)).report.results.rows())
+    command = f"trace-arrays.{output.stem}"
+    with OutputFolder(output.parent, command, writes=[output.name], overwrite=overwrite) as place:
+        return place.write_bytes(output.name, as_netcdf(series))
 
 
 @dataclass(frozen=True)
