@@ -13,7 +13,6 @@ from circuit.quoting import plain_text
 
 from . import complete, options
 from .output import (
-    flags_for_fields,
     print_json,
     print_table,
     print_written,

@@ -13,7 +13,6 @@ from circuit import CircuitError
 
 from . import complete, options, recordings
 from .output import (
-    flags_for_fields,
     interrupted_says,
     print_facts,
     print_json,
