@@ -169,27 +169,3 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     shown = enabled and stderr.is_terminal  # else rich leaves an empty line
     with Progress(*columns, console=stderr, disable=not shown, transient=True) as bar:
         yield bar
-
-
-class flags_for_fields:  # noqa: N801  a context manager
-    """Within the block, a refusal that names fields in backticks names the options instead."""
-
-    def __init__(self, flags: Mapping[str, str]) -> None:
-        self.flags = flags
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, CircuitError):
-            raise CircuitError(
-                self._named(error.what) or "",
-                where=self._named(error.where),
-                expected=self._named(error.expected),
-                fix=self._named(error.fix),
-            ) from None
-
-    def _named(self, text: str | None) -> str | None:
-        if text is None:
-            return None
-        return re.sub(r"`(\w+)`", lambda found: self.flags.get(found[1], found[0]), text)

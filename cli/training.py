@@ -14,7 +14,6 @@ from circuit.quoting import shell_line
 
 from . import options, signals
 from .output import (
-    flags_for_fields,
     interrupted_says,
     percent,
     print_json,
@@ -77,7 +76,7 @@ def train(
     trace_checkpoint_every: options.TraceCheckpointEvery = None,
     trace_top_k_parameters: options.TraceTop = None,
     task: options.Task = None,
-    sink: options.Sinks = None,
+    sinks: options.Sinks = None,
     device: options.Device = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -108,8 +107,7 @@ def train(
 
     with (
         interrupted_says("go on from the last checkpoint with --resume"),  # the second time
-        flags_for_fields({"sinks": "--sink"}),
-        open_sinks(sink or ()) as sinks,
+        open_sinks(sinks or ()) as opened,
         progress_bar(not as_json) as bar,
         signals.stop_on_first() as interrupted,
     ):
@@ -123,7 +121,7 @@ def train(
             stop_at=stop_at_step,
             stop=interrupted,
             progress=TrainBar(bar, settings, resumes=resume),
-            sinks=sinks,
+            sinks=opened,
         )
     if as_json:
         print_json(train_payload(result, report))
