@@ -107,7 +107,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("my_run", "my_scalars") or name.startswith("circuit_file_"):
+        if name in ("my_run", "scalars_of_sums") or name.startswith("circuit_file_"):
             del sys.modules[name]
 
 
@@ -267,7 +267,7 @@ def test_settings_that_an_optimizer_changes_are_refused() -> None:
 
 TRACE = f"run/{DEFAULT_FOLDER}"
 READING = f"--config run --recipe my_run.py:Sums --optimizer-trace-dir {TRACE}"
-SCALAR = "--scalar my_scalars:first,by=2"
+SCALAR = "--scalar scalars_of_sums:first,by=2"
 
 
 def typed(words: str, capsys: pytest.CaptureFixture[str]) -> Any:
@@ -280,7 +280,7 @@ def typed(words: str, capsys: pytest.CaptureFixture[str]) -> Any:
 def typed_run(capsys: pytest.CaptureFixture[str]) -> str:
     """A traced run, and a scalar that imports its file."""
     code = written(SHARED["adamw"], ("nn.Dropout(0.2)", "nn.Identity()"))
-    Path("my_scalars.py").write_text(
+    Path("scalars_of_sums.py").write_text(
         "from my_run import pairs\n\n\ndef first(module, by: float = 1.0):\n"
         "    return by * module(pairs[:4])[:, 0]\n"
     )
