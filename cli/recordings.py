@@ -29,7 +29,7 @@ def show(folder: Path, as_json: bool) -> None:
     if as_json:
         payload = m.model_dump(mode="json", exclude={"parameters"})
         size = {"numbers": recording.layout.size, "bytes": recording.size}
-        anchors = {"last_step": recording.last_step, "ended": recording.ended}
+        anchors: dict[str, Any] = {"last_step": recording.last_step, "ended": recording.ended}
         anchors |= {"anchors": recording.anchors}
         print_json({**payload, **anchors, **size})
         return

@@ -93,8 +93,7 @@ def example_lines(
         line = {"step": step, "scalar": scalar, "row": row, "example": batch.sample_ids[row]}
         line[name] = share
         if shares.shape[1] > 1:
-            known = isinstance(batch, Examples)
-            last = int(batch.lengths[row]) - 1 if known else shares.shape[1]
+            last = int(batch.lengths[row]) - 1 if isinstance(batch, Examples) else shares.shape[1]
             line["positions"] = shares[row, :last].tolist()
         lines.append(dump_row(line))
     return lines

@@ -200,10 +200,10 @@ class WordOptions(TracedOptions):
         probe_set: None of a run of a recipe alone, whose scalars are functions of its module.
     """
 
-    probe_set: Annotated[  # type: ignore[assignment]
+    probe_set: Annotated[
         Path | None,
         Option("Probe set (JSONL).", kind="probe_set", unset="none, for a run of a recipe,"),
-    ] = None
+    ] = None  # type: ignore[assignment]
     scalars: ScalarWords
 
     def check(self) -> None:

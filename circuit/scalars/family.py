@@ -248,9 +248,10 @@ class OwnScalars:
 
         def numbers(module: nn.Module) -> Tensor:
             try:
-                return target(module)
+                values: Tensor = target(module)
             except Exception as error:  # it is anybody's code
                 raise CircuitError(f"raised {_told(error)}", where=self.name) from error
+            return values
 
         keys = (f"{key}={one}" for key, several in self.given.items() for one in several)
         return cast("Scalar", Measured(numbers, ".".join([self.name.partition(":")[2], *keys])))

@@ -48,7 +48,7 @@ def state_difference(one: State, other: State) -> Difference | None:
         for name in {**ours, **theirs}:
             tensor, their = ours.get(name), theirs.get(name)
             if tensor is None or their is None:  # remembered of a parameter by one of them alone
-                size = (their if tensor is None else tensor).numel()
+                size = next(one.numel() for one in (tensor, their) if one is not None)
                 return Difference(stage, name, size, size, math.inf)
             apart = _bits(tensor) != _bits(their)
             if apart.any():

@@ -153,8 +153,8 @@ class ReplayedRun:
 
     @property
     def config(self) -> TrainConfig:
-        """Of the run."""
-        return self.manifest.config
+        """Of the run; of a recipe's with the code that was named."""
+        return self.setup.config
 
     @property
     def manifest(self) -> TraceManifest:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from circuit.artifacts import OutputFolder, RowLog, dump_json
 from circuit.environment import (
@@ -53,6 +53,8 @@ from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
     from circuit.training.step import StepOutcome
 
 COMMAND = "train"
@@ -345,8 +347,9 @@ class _Loop:
     def _measure(self) -> None:
         """Evaluate the splits; refuse a run that has diverged."""
         self.evaluated_at = self.session.step
+        model = cast("HookedTransformer", self.session.model)  # where splits are tracked
         for name, split in self.tracked.items():
-            evaluation = self.evaluations[name] = evaluate(self.session.model, split, name)
+            evaluation = self.evaluations[name] = evaluate(model, split, name)
             if not (math.isfinite(evaluation.loss) and math.isfinite(evaluation.w)):
                 raise DivergedError(
                     f"training diverged: {name} loss {evaluation.loss} at step {self.session.step}",

@@ -222,7 +222,7 @@ class OwnRecipe(Recipe):
         """See `Recipe.module`."""
         _seed_all(self.seed, 0)
         with _told(self.code, "module()"):
-            module = self.of.module()
+            module: Any = self.of.module()
         expected = "an nn.Module with parameters of float32 or float64, all of one dtype"
         if not isinstance(module, torch.nn.Module):
             what = f"module() gives {type(module).__name__}"
@@ -231,13 +231,15 @@ class OwnRecipe(Recipe):
         if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
             held = ", ".join(sorted(dtypes)) or "no parameters"
             raise CircuitError(f"module() has {held}", where=self.code, expected=expected)
-        return torch.nn.Module.to(module, self.device)  # a HookedTransformer's own prints
+        # a HookedTransformer's own `to` prints
+        placed: nn.Module = torch.nn.Module.to(module, self.device)
+        return placed
 
     def batch(self, step: int) -> Batch:
         """See `Recipe.batch`; the forward pass that follows draws from the same generators."""
         _seed_all(self.seed, step)
         with _told(self.code, "batch()"):
-            batch = self.of.batch(step)
+            batch: Any = self.of.batch(step)
         if not isinstance(batch, Batch):
             what = f"batch() gives {type(batch).__name__}"
             raise CircuitError(what, where=self.code, expected="a circuit.Batch")
@@ -255,7 +257,8 @@ class OwnRecipe(Recipe):
                 where=self.code,
                 expected="one input, one target and one number, from 0, of each example",
             )
-        return replace(batch, inputs=inputs, targets=targets, examples=numbers)
+        held: Batch = replace(batch, inputs=inputs, targets=targets, examples=numbers)
+        return held
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
         """See `Recipe.outputs`."""
@@ -296,14 +299,15 @@ class OwnRecipe(Recipe):
                 updates are not split.
         """
         with _told(self.code, "optimizer()"):
-            optimizer = self.of.optimizer(module)
+            optimizer: Any = self.of.optimizer(module)
         if not isinstance(optimizer, torch.optim.Optimizer):
             what = f"optimizer() gives {type(optimizer).__name__}"
             raise CircuitError(what, where=self.code, expected="a torch.optim.Optimizer")
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         for group in groups_of(optimizer, names_by_id(module)):
             rule_of(kind, group.settings, self.decoupled_decay)
-        return optimizer
+        checked: torch.optim.Optimizer = optimizer
+        return checked
 
     def rates(self, step: int) -> Sequence[float] | None:
         """See `Recipe.rates`."""

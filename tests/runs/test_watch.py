@@ -538,7 +538,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one name twice": (lambda out: watched(out, {"scalars": [first, first]}), "each name once"),
     "a folder in use": (
         lambda out: (watched(out), watched(out)),
-        "holds 2 files of an earlier `circuit watch`",
+        "holds 3 files of an earlier `circuit watch`",
     ),
 }
 

@@ -74,7 +74,8 @@ def test_a_trace_replays_with_the_kernels_of_its_recording(
     recording(make_config(kernels=kernels), "trace")
     trace = ReplayedRun.open("trace")
     (replayed,) = trace.replay(11, 12)
-    assert replayed.config.kernels == kernels
+    assert replayed.step == 12
+    assert trace.config.kernels == kernels
     assert trace.verify().equal
 
 

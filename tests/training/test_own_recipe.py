@@ -104,6 +104,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An own folder; what is imported is forgotten again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("my_run", "my_scalars"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
