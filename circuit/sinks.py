@@ -139,5 +139,5 @@ def _imported(module: str) -> Any:
         raise CircuitError(
             f"{module.rpartition('.')[2]} cannot be imported ({error})",
             where="`sinks`",
-            fix="pip install 'circuit[sinks]'",
+            fix="pip install 'circuit-formation[sinks]'",
         ) from None
