@@ -94,6 +94,6 @@ def test_on_the_command_line(
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    message = r"trackio cannot be imported .*circuit\[sinks\]"
+    message = r"trackio cannot be imported .*circuit-formation\[sinks\]"
     with pytest.raises(CircuitError, match=message), open_sinks(["trackio:x"]):
         pass
