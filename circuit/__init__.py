@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from circuit.attribution.live import watch
     from circuit.attribution.window import attribute
     from circuit.core.edit import Edit
+    from circuit.reports.import_recording import import_recording
     from circuit.runs.base import Run
     from circuit.runs.opening import open_run
     from circuit.runs.rows import read_rows
@@ -38,6 +39,7 @@ _HOME = {
     "counterfactual": "circuit.attribution.counterfactual",
     "credit": "circuit.attribution.credit",
     "import_checkpoints": "circuit.training.imported",
+    "import_recording": "circuit.reports.import_recording",
     "influence": "circuit.attribution.influence",
     "open_run": "circuit.runs.opening",
     "read_rows": "circuit.runs.rows",
@@ -55,6 +57,7 @@ __all__ = [
     "counterfactual",
     "credit",
     "import_checkpoints",
+    "import_recording",
     "influence",
     "open_run",
     "read_rows",

@@ -136,7 +136,8 @@ def read_config(path: Path) -> Any:
             else "is a folder that holds no run_config.json",
             where=path,
             expected="a config file, or the folder of a run",
-            fix="circuit trace show, verify and checkout take it, and circuit.open_run in Python"
+            fix="say what made its module with `circuit import-recording`; without that circuit"
+            " trace show, verify and checkout take it, and circuit.open_run in Python"
             if recorded
             else None,
         )

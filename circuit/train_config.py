@@ -236,6 +236,11 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
     """One training run: four roles in one flat file."""
 
     @property
+    def shape(self) -> ModelConfig | None:
+        """The shape of the model, where it is known to be a HookedTransformer."""
+        return self.model
+
+    @property
     def module_words(self) -> str:
         """What was trained, to read."""
         shape = self.model
@@ -267,14 +272,15 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
             )
         return self
 
-    def provenance(self, benchmark_digest: str) -> dict[str, Any]:
-        """What a report records of the run that it is about; equal recipes are one run."""
-        return {
-            **self.origin(),
-            "config_digest": self.digest(),
-            "recipe_digest": self.recipe_digest(),
-            "benchmark_digest": benchmark_digest,
-        }
+    def provenance(self, benchmark_digest: str | None) -> dict[str, Any]:
+        """What a report records of the run that it is about; equal recipes are one run.
+
+        Args:
+            benchmark_digest: None of a recording without a task.
+        """
+        of = {} if benchmark_digest is None else {"benchmark_digest": benchmark_digest}
+        digests = {"config_digest": self.digest(), "recipe_digest": self.recipe_digest()}
+        return {**self.origin(), **digests, **of}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -485,6 +491,10 @@ class RecipeConfig(PartialConfig):
         return made
 
     @property
+    def shape(self) -> None:
+        """None: of a recipe's module nothing is known."""
+
+    @property
     def module_words(self) -> str:
         """See `TrainConfig.module_words`."""
         return f"of the recipe {self.recipe.word}"
@@ -512,11 +522,89 @@ class RecipeConfig(PartialConfig):
         }
 
 
+class Recorded(Config):
+    """Which recording a run is, and what makes the module that was trained."""
+
+    module: str
+    """`FILE.py:NAME` of a module, or of a function that makes one."""
+    optimizers: list[str] = Field(default=[])
+    """`FILE.py:NAME` of the classes of optimizers that are not torch's."""
+    last_step: StepNumber
+    parameters_sha256: Sha256
+    """Of the parameters after the last step."""
+
+
+class RecordedConfig(PartialConfig):
+    """A run of what `circuit.watch` recorded (circuit/reports/import_recording.py)."""
+
+    recorded: Recorded
+    benchmark_dir: FolderName | None = None  # type: ignore[assignment]  # `Setup` refuses to read it
+    """Of its task, if it has one."""
+    model: ModelConfig | None = None  # type: ignore[assignment]  # whoever reads it is refused
+    """The shape of a HookedTransformer that reads whole records; null of any other module."""
+    tracked_splits: list[str] = Field(default=[])
+    kernels: Kernels = "plain"
+    seed: RunSeed = _unknown()
+    steps: int = _unknown()
+    batch_size: PositiveInt = _unknown()
+    train_split: str = _unknown()
+    optimizer: AdamWConfig | SGDConfig = _unknown()
+    schedule: ScheduleConfig = _unknown()
+    gradient_clip: float | None = _unknown()
+    log_every: PositiveInt = _unknown()
+    eval_every: PositiveInt = _unknown()
+    checkpoint_every: PositiveInt = _unknown()
+    best: BestConfig = _unknown()
+
+    _no_such_field = "belongs to a recipe, and a recording has none"
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == "model" and value is None:
+            raise CircuitError(
+                "the recorded module is no HookedTransformer that reads whole records, of which"
+                " heads, stages and activations are known by name",
+                where=f"config {self.name}",
+                expected="a report on logits or on numbers of your own",
+                fix="attribute a scalar of your own, answer_scalar or loss; evaluate checkpoints",
+            )
+        return value
+
+    def refusal(self, name: str) -> CircuitError:
+        """See `PartialConfig.refusal`."""
+        return CircuitError(
+            f"'{name}' is not known: the run was recorded from a loop of somebody's own, so no step"
+            " of it can be taken, neither to train on nor to trace",
+            where=f"config {self.name}",
+            expected="a run of `circuit train`",
+            fix="attribution of its steps and reports on its checkpoints work",
+        )
+
+    @property
+    def shape(self) -> ModelConfig | None:
+        """Of a HookedTransformer; None of any other module."""
+        return cast("ModelConfig | None", self.__dict__["model"])
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the weights: which recording it is, and the module's shape."""
+        payload = self.model_dump(mode="json")
+        which = {name: payload["recorded"][name] for name in ("last_step", "parameters_sha256")}
+        return {"recorded": which, "model": payload["model"]}
+
+    @model_serializer(mode="wrap")
+    def _without_initialization(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        made: dict[str, Any] = dump(self)
+        for unknown in ("initialization", "embedding_std"):
+            (made["model"] or {}).pop(unknown, None)
+        return made
+
+
 _WORDS = {"benchmark_dir": "benchmark"}
 
 _VARIETIES: dict[str, tuple[type[PartialConfig], str]] = {
     "imported": (ImportedConfig, "was trained elsewhere and imported"),
     "recipe": (RecipeConfig, "is of a recipe file"),
+    "recorded": (RecordedConfig, "was recorded from a loop of somebody's own"),
 }
 """By the field that tells them."""
 

@@ -22,6 +22,7 @@ series = Commands(name="series", help="Series of checkpoints, of which only weig
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command("import-checkpoints", rich_help_panel=PANEL)(import_checkpoints)
+    app.command("import-recording", rich_help_panel=PANEL)(import_recording)
     app.command("export", rich_help_panel=PANEL)(export)
     app.add_typer(series, rich_help_panel=PANEL)  # its commands are reports
 
@@ -74,6 +75,84 @@ def import_checkpoints(
         )
         return
     _print_import(result)
+
+
+def import_recording(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of what circuit.watch recorded.", autocompletion=complete.trace
+        ),
+    ],
+    module: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.py:NAME", help="The module, or a function that makes one like it."
+        ),
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task that says what the inputs mean, or FILE.py:Class of your own; none: numbers"
+            " of the module alone.",
+            autocompletion=complete.task,
+        ),
+    ] = None,
+    benchmark_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of its benchmark; drawn with the task's defaults where there is none,"
+            " by default in FOLDER/benchmark.",
+            autocompletion=complete.benchmark,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="Class of an optimizer that is not torch's; repeatable.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between checkpoints; every stored state by default."),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Say what made the module of a recording, and its task: then reports and pages work on it."""
+    from circuit.reports.import_recording import import_recording as describe
+
+    with progress_bar(not as_json) as bar:
+        shown = bar.add_task("checkpoints", total=None, note="")
+        result = describe(
+            folder,
+            module,
+            task=task,
+            benchmark_dir=benchmark_dir,
+            optimizers=optimizer or (),
+            checkpoint_every=checkpoint_every,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+    paths = [result.folder / name for name in result.files]
+    if as_json:
+        print_json(
+            {
+                "name": result.config.name,
+                "config": result.config.model_dump(mode="json"),
+                "paths": list(map(str, paths)),
+            }
+        )
+        return
+    print_written(paths)
+    if result.without_checkpoints:
+        stdout.print(f"no checkpoints: {result.without_checkpoints}", soft_wrap=True)
+    shape, of = result.config.shape, result.config.benchmark_dir
+    kind = "its own class" if shape is None else f"{shape.layers} layers"
+    task = "no task" if of is None else f"the task of {of}"
+    steps = result.config.recorded.last_step
+    stdout.print(f"{steps} steps of a module of {kind}; {task}", soft_wrap=True)
 
 
 def _print_import(result: ImportResult) -> None:

@@ -88,7 +88,7 @@ def checkout(folder: Path, step: int, output: Path | None, overwrite: bool, as_j
     run = RecordedRun(Recording(folder))
     command = f"trace-checkout.{output.stem}"
     with OutputFolder(output.parent, command, writes=[output.name], overwrite=overwrite) as outputs:
-        path = outputs.write_bytes(output.name, weights_file(run.state(step)))
+        path = outputs.write_bytes(output.name, weights_file(run.state(step), run.recording))
     if as_json:
         print_json({"step": step, "drifts": [], "paths": [str(path)]})
         return

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_ar
 
 from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.module import load_buffers
 from circuit.core.paths import PathRule, Quadrature, path_rule
 from circuit.core.step import Step
 from circuit.errors import CircuitError
@@ -333,13 +334,8 @@ class Attributor:
 
     def _load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """A step's change is that of its parameters, at the buffers that it found."""
-        if buffers:
-            named = dict(self.model.named_buffers())
-            with torch.no_grad():
-                for name, value in buffers.items():
-                    if not torch.equal(named[name].cpu(), value.to(named[name].dtype).cpu()):
-                        named[name].resize_(value.shape).copy_(value)
-                        self._last = None
+        if buffers and load_buffers(self.model, buffers):
+            self._last = None
 
     def values(self, theta: Flat, bound: Sequence[BoundScalar]) -> Float[Tensor, " scalar"]:
         """Values of bound scalars at some weights, in float64."""

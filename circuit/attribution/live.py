@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from circuit.attribution.attribute import Attributor
 from circuit.core.flat import ParameterLayout, norm
+from circuit.core.module import evaluated, load_buffers
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.runs.recorded import RecordedStep, evaluated
+from circuit.plugins import refuse_while_importing
+from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import KEEPS, Keep
 from circuit.runs.storing import Storage
 from circuit.runs.watching import Watcher
@@ -120,6 +122,7 @@ def watch(
             the module's, or half precision; the folder is not free, or the disk is too small. At a
             step: it cannot be taken again from its gradient, or written.
     """
+    refuse_while_importing("trains under circuit.watch")
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     _check(keep, every, anchor_every, steps, optimizers)
     _check_resume(resume, overwrite, keep, folder)
@@ -241,14 +244,25 @@ class _Measure:
             row["scalars"] = {one["scalar"]: one["after"] for one in rows}
             row["attribution"] = {one["scalar"]: _shares(one) for one in rows}
         elif self.copy is not None:
-            copy: Any = self.copy
-            _follow(copy, self.module)
+            copy: Any = self._followed(self.copy)
             with torch.no_grad():
                 row["scalars"] = {
                     scalar.name: float(evaluate_scalar(scalar, copy).double().mean())
                     for scalar in self.scalars
                 }
         return row
+
+    def _followed(self, copy: nn.Module) -> nn.Module:
+        """The copy, with the module's weights and buffers; a new one if those are others."""
+        buffers = dict(self.module.named_buffers())
+        if buffers.keys() != dict(copy.named_buffers()).keys():
+            self.copy = evaluated(self.module)
+            return self.copy
+        with torch.no_grad():
+            for ours, theirs in zip(copy.parameters(), self.module.parameters(), strict=True):
+                ours.copy_(theirs)
+        load_buffers(copy, buffers)
+        return copy
 
 
 def _of_step(step: RecordedStep) -> dict[str, Any]:
@@ -264,6 +278,7 @@ def _of_step(step: RecordedStep) -> dict[str, Any]:
     norms = {column: math.sqrt(square) for column, square in squares.items()}
     return {
         "lr": step.lr,
+        **({"lr_by_group": step.lr_by_group} if len(taken.groups) > 1 else {}),
         **{f"{of}_norm": norms.pop(f"/{of}", 0.0) for of in ("gradient", "parameter", "update")},
         "term_norms": norms,
         "rounding_ulps": ulps,
@@ -278,19 +293,6 @@ def _shares(row: dict[str, Any]) -> dict[str, Any]:
         "terms": row["path"],
         "groups": {name: sum(of["path"].values()) for name, of in groups.items()},
     }
-
-
-def _follow(copy: nn.Module, module: nn.Module) -> None:
-    """The weights and buffers of the module, into its copy."""
-    with torch.no_grad():
-        for ours, theirs in (
-            (copy.parameters(), module.parameters()),
-            (copy.buffers(), module.buffers()),
-        ):
-            for tensor, value in zip(ours, theirs, strict=True):
-                if tensor.shape != value.shape:  # a buffer that grows
-                    tensor.resize_(value.shape)
-                tensor.copy_(value)
 
 
 def _cuda(module: nn.Module) -> list[torch.device]:

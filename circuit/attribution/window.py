@@ -22,10 +22,10 @@ from circuit.core.paths import path_rule
 from circuit.environment import end_with_parent
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.runs.base import Run
+from circuit.runs.base import Replayable, Run
+from circuit.runs.opening import open_steps
 from circuit.scalars.base import Measure, Scalar, measured
 from circuit.sinks import Sink, as_function, flattened
-from circuit.trace.replay import ReplayedRun
 
 Rows = list[dict[str, Any]]
 
@@ -33,7 +33,7 @@ Rows = list[dict[str, Any]]
 class ScalarSource(Protocol):
     """Makes the scalars of an attribution; picklable, for it is called in every process."""
 
-    def inputs(self, run: ReplayedRun) -> Any:
+    def inputs(self, run: Replayable) -> Any:
         """What the scalars are made of, read once.
 
         Raises:
@@ -68,16 +68,16 @@ class Job:
         for partition in self.partitions:
             check_partition(partition)
 
-    def prepare(self, run: ReplayedRun | None = None, inputs: Any = None) -> Worker:
+    def prepare(self, run: Replayable | None = None, inputs: Any = None) -> Worker:
         """Build the scalars in this process, on the run and the inputs if they are open already."""
-        run = run or ReplayedRun.open(self.trace)
+        run = run or open_steps(self.trace)
         return Worker(self, run, self.source.inputs(run) if inputs is None else inputs)
 
 
 class Worker:
     """An opened job; attributes any piece of the trace."""
 
-    def __init__(self, job: Job, run: ReplayedRun, inputs: Any) -> None:
+    def __init__(self, job: Job, run: Replayable, inputs: Any) -> None:
         self.job = job
         self.run = run
         run.prepare()
@@ -190,15 +190,15 @@ def attribute_window(worker: Worker, start: int, end: int, *, workers: int = 1) 
 
 
 def cut_at_anchors(
-    run: ReplayedRun, start: int, end: int, *, at_least: int
+    run: Replayable, start: int, end: int, *, at_least: int
 ) -> list[tuple[int, int]]:
     """At least so many consecutive pieces of a window, cut at anchors, if there are so many.
 
     Raises:
         CircuitError: the window is not recorded.
     """
-    run.store.check_window(start, end)
-    inner = [step for step in run.manifest.anchors() if start < step < end]
+    run.check_window(start, end)
+    inner = [step for step in run.anchors if start < step < end]
     stride = max(1, (len(inner) + 1) // at_least)
     cuts = [start, *inner[stride - 1 :: stride], end]
     return list(itertools.pairwise(cuts))

@@ -7,14 +7,19 @@ no task. The *competitor* of a read is the best of the other value tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformer_lens import HookedTransformer
+
+
+LOGITS = "unembed.hook_out"
+"""Hook point of the logits; what any module gives stands for it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,39 @@ class Answers:
     def is_value(self) -> Bool[Tensor, "*read"]:
         """Whether the argmax over the value tokens is the answer."""
         return self.margin > 0
+
+
+def readable(model: nn.Module, tokens: Int[Tensor, "row pos"]) -> Int[Tensor, "row read"]:
+    """What a model reads of records: a HookedTransformer all, where it takes so many positions.
+
+    Any other reads what it would in training: the last token is only predicted.
+    """
+    whole = hasattr(model, "hook_dict") and tokens.shape[1] <= cast("Any", model).cfg.n_ctx
+    return tokens if whole else tokens[:, :-1]
+
+
+def logits_of(model: nn.Module, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row at vocab"]:
+    """What a model of any class predicts behind each token that it reads (`readable`).
+
+    One that is no HookedTransformer may give `[row, vocab]`, the logits of what follows the
+    sequence; where it says nothing they are NaN, which no report takes.
+
+    Raises:
+        CircuitError: it gives something else.
+    """
+    read = readable(model, tokens)
+    logits = model(read)
+    logits = getattr(logits, "logits", logits)  # of Hugging Face's models
+    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if isinstance(logits, torch.Tensor) and logits.shape[:-1] == read.shape:
+        return logits
+    if isinstance(logits, torch.Tensor) and logits.shape[:-1] == read.shape[:1]:
+        before = logits.new_full((*read.shape[:1], read.shape[1] - 1, logits.shape[-1]), torch.nan)
+        return torch.cat([before, logits[:, None]], 1)  # [row, pos-1, vocab]
+    raise CircuitError(
+        f"the module gives {shape} of tokens {list(read.shape)}",
+        expected=f"logits [{read.shape[0]}, {read.shape[1]}, token], or [{read.shape[0]}, token]",
+    )
 
 
 def read_answers(

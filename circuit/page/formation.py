@@ -11,11 +11,11 @@ from circuit.page.example import example_panel
 from circuit.page.html import render
 from circuit.page.learning import METRICS, learning_panel, slice_names, slice_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps
-from circuit.page.reports import Reports, report_panels, with_inputs
+from circuit.page.reports import Reports, attribution_asked_for, report_panels, with_inputs
 from circuit.reading import values_of
 from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
-from circuit.train_config import ImportedConfig, TrainConfig
+from circuit.train_config import ImportedConfig, RecordedConfig, TrainConfig
 
 COMMAND = "page"
 FILE = "formation.html"
@@ -69,12 +69,10 @@ def formation_page(
         reports = Reports(opened)
         panels, further, steps = _panels(opened, reports, progress)
         config = opened.config
-        shape = config.model
         text = render(
             title=config.name,
             facts=[
-                f"{_several(shape.layers, 'layer')}, {_several(shape.heads, 'head')}",
-                f"width {shape.d_model}",
+                *_model_facts(config),
                 *_training_facts(config),
                 *left_out_fact(reports.left_out),
             ],
@@ -95,7 +93,20 @@ def left_out_fact(reports: Sequence[str]) -> list[str]:
     return [f"left out, as reports of another run: {', '.join(reports)}"] if reports else []
 
 
+def _model_facts(config: TrainConfig) -> list[str]:
+    shape = config.shape
+    if shape is None:
+        return []
+    return [
+        f"{_several(shape.layers, 'layer')}, {_several(shape.heads, 'head')}",
+        f"width {shape.d_model}",
+    ]
+
+
 def _training_facts(config: TrainConfig) -> list[str]:
+    if isinstance(config, RecordedConfig):
+        recorded = config.recorded
+        return [f"recorded from a loop of its own, {recorded.last_step} steps of {recorded.module}"]
     if isinstance(config, ImportedConfig):
         return [f"trained elsewhere, {len(config.imported.files)} states imported"]
     optimizer = config.optimizer
@@ -117,14 +128,18 @@ def metrics_of(run: CheckpointedRun) -> list[Row]:
 def _panels(
     run: CheckpointedRun, reports: Reports, progress: Callable[[int, int], None] | None
 ) -> tuple[list[Panel], list[Source], list[int]]:
-    folder = run.config.output_dir
-    rows = metrics_of(run)
+    folder, panels = run.config.output_dir, list[Panel]()
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
-    with values_of(run.path / METRICS, fix=TRAINED_ANEW):
-        panels = [learning_panel(rows, folder)]
-        panels += [slice_panel(rows, folder, by, reports.task()) for by in slice_names(rows)]
+    if isinstance(run.config, RecordedConfig):  # its loop logs elsewhere
+        panels += attribution_asked_for(reports)
+    else:
+        rows = metrics_of(run)
+        with values_of(run.path / METRICS, fix=TRAINED_ANEW):
+            panels.append(learning_panel(rows, folder))
+            panels += [slice_panel(rows, folder, by, reports.task()) for by in slice_names(rows)]
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
-    panels.append(example_panel(run, folder, reports.head(), progress))
+    if run.config.shape is not None and run.config.benchmark_dir is not None:
+        panels.append(example_panel(run, folder, reports.head(), progress))
     panels = _told_first(panels)
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
     drawn = {source.file for panel in panels for source in panel.sources}

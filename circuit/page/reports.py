@@ -16,12 +16,13 @@ from circuit.reports.report import Place, Report, all_reports
 from circuit.reports.written import ANEW, SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.base import Task
-from circuit.train_config import RUN_CONFIG, ImportedConfig
+from circuit.train_config import RUN_CONFIG, ImportedConfig, RecordedConfig
 from circuit.training.run_folder import Identity
 
 PROBES = 96
 """Records of the probe set that the page asks for, at most."""
 TRACE = "optimizer-update-trace"
+ATTRIBUTION = "scalar-attribution"
 TRACE_FOLDER = "analysis/optimizer_update_trace"
 MATCH = "bilinear-qk-match-separation"
 """The head that is named where none is known to stand out."""
@@ -105,7 +106,9 @@ class Reports:
         return not kind.task or (task is not None and task.config.benchmark_type == kind.task)
 
     def trace(self) -> str | None:
-        """The folder of the longest trace, relative to the run's."""
+        """The folder of the longest trace, relative to the run's; a recording is its own."""
+        if isinstance(self.run.config, RecordedConfig):
+            return "."
 
         def length(report: Written) -> tuple[int, float]:
             with values_of(report.path, fix=ANEW):
@@ -146,6 +149,9 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
     shown = reports.shown(kind)
     if not shown and (kind.place is None or not reports.is_of_task(kind)):
         return []
+    config = reports.run.config
+    if not shown and (config.shape is None or config.benchmark_dir is None):
+        return []  # of a recorded module that it cannot be asked of
     if not shown:
         try:
             return [Panel(name, title, question, missing=[asked_for(reports, kind)])]
@@ -209,11 +215,29 @@ def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
     return Missing(kind.title or kind.command, shell_line(words))
 
 
+def attribution_asked_for(reports: Reports) -> list[Panel]:
+    """The panel of a recording of which nothing has been attributed yet."""
+    kind = next(kind for kind in all_reports() if kind.command == ATTRIBUTION)
+    if reports.of(kind):
+        return []
+    folder = reports.run.config.output_dir
+    words = ["circuit", *kind.names[0].split(), "--config", folder]
+    words += ["--optimizer-trace-dir", folder, "--scalar", "FILE.py:NAME"]
+    words += ["--output-dir", f"{folder}/analysis/NAME"]
+    missing = Missing("a number of the module, named FILE.py:NAME", shell_line(words))
+    return [Panel(kind.stem(), kind.title, kind.question, missing=[missing])]
+
+
 def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
     """The same, after the probe set and the trace that the commands read and that do not exist."""
     run, folder = reports.run, reports.run.config.output_dir
-    if isinstance(run.config, ImportedConfig):  # it takes no step, so it has neither log nor trace
-        stepping = ("circuit train ", "--optimizer-trace-dir")
+    if isinstance(
+        run.config, ImportedConfig | RecordedConfig
+    ):  # it takes no step, so it has no log
+        stepping = (
+            "circuit train ",
+            *(("--optimizer-trace-dir",) if reports.trace() is None else ()),
+        )
         missing = [one for one in missing if not any(text in one.command for text in stepping)]
     needed = []
     probe_set = run.path / "analysis/probe_set.jsonl"

@@ -28,8 +28,8 @@ from circuit.reports.attribution_law import closing_law, path_words, percent
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import PathOptions, Scalars, TracedReport
+from circuit.runs.base import Replayable
 from circuit.scalars.family import ScalarFamily
-from circuit.trace.replay import ReplayedRun
 
 _WINDOW = re.compile(r"(\d+):(\d+)")
 SHORT_TERMS = {
@@ -74,7 +74,7 @@ class AttributionOptions(PathOptions):
         super().check()
         parse_windows(self.windows)
 
-    def within(self, trace: ReplayedRun) -> tuple[int, int]:
+    def within(self, trace: Replayable) -> tuple[int, int]:
         """Also refuses windows that are not within the steps."""
         start, end = super().within(trace)
         check_windows(parse_windows(self.windows), start, end)

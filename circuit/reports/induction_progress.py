@@ -22,11 +22,11 @@ from circuit.artifacts import Row
 from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
 from circuit.lazy import no_grad, torch
 from circuit.model.components import all_heads, parse_component
+from circuit.model.readout import LOGITS
 from circuit.model.subspaces import head_factors
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
-from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
 from circuit.scalars.induction import (
     COMPOSITION,

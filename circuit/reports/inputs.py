@@ -11,22 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
 from circuit.options import PairOptions
+from circuit.runs.base import Replayable
 from circuit.tasks.base import Record, Task, Vocabulary
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.examples import Examples
 from circuit.tasks.pairs import Pair, build_pairs, pair_batch
 from circuit.tasks.probes import ProbeSet, read_probe_set
-from circuit.trace.replay import ReplayedRun
 from circuit.trace.states import States
 from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.checkpoints import (
     TrainState,
+    checkpoint_name,
     checkpoint_step,
     list_checkpoints,
     read_description,
@@ -56,15 +57,16 @@ class Inputs:
         setup: the run's config, with its benchmark.
         states: by the names of checkpoints.
         records: the probe records of the chosen splits, in file order.
+        probe: None of a recording without a task, whose `task` is refused.
         run: the trace that is attributed, if one is.
     """
 
     setup: Setup
     states: States
-    probe: ProbeSet
+    probe: ProbeSet | None
     records: list[Record]
     splits: tuple[str, ...] | None
-    run: ReplayedRun | None = None
+    run: Replayable | None = None
     _pairs: dict[tuple[tuple[str, ...], int, int], list[Pair]] = field(
         default_factory=dict, repr=False
     )
@@ -151,13 +153,15 @@ class Inputs:
             CircuitError: the step does not replay.
         """
         assert self.run is not None, "only a report on a trace asks for its steps"
-        state = self.run.state(step)
-        path = self.run.store.checkpoint_path(step)
-        digest = tensors_digest(state.parameters)
-        return Checkpointed(step, path, digest, self.setup.model(state))
+        digest = tensors_digest(self.run.state(step).parameters)
+        path = self.run.path / "checkpoints" / checkpoint_name(step)
+        model = cast("HookedTransformer", self.run.model(step))
+        return Checkpointed(step, path, digest, model)
 
     def provenance(self) -> dict[str, Any]:
         """Digests of what was read, and the config's overrides."""
+        if self.probe is None:
+            return self.config.provenance(None)
         return {
             **self.config.provenance(self.benchmark.digest),
             "probe_set_sha256": self.probe.metadata.sha256,
@@ -229,7 +233,10 @@ def open_inputs(
 
 
 def traced_inputs(
-    config: TrainConfig, probe_set: Path, run: ReplayedRun, splits: Sequence[str] | None = None
+    config: TrainConfig,
+    probe_set: Path | None,
+    run: Replayable,
+    splits: Sequence[str] | None = None,
 ) -> Inputs:
     """The inputs of a report on a trace, with the trace's config and the recording's threads.
 
@@ -240,14 +247,16 @@ def traced_inputs(
         CircuitError: config or probe set belong to another run than the trace.
     """
     _refuse_another(config, run)
+    if probe_set is None:
+        return Inputs(run.setup, States(run.setup), None, [], None, run)
     setup = Setup(config, probe_set)
-    if setup.benchmark.digest != run.manifest.benchmark_digest:
+    if setup.benchmark.digest != run.benchmark_digest:
         raise CircuitError(
             f"the benchmark in {config.benchmark_dir} is not the one that was traced",
             where=run.path,
         )
-    run.setup = setup.with_config(run.config)  # both share what is read and built
-    threads = run.manifest.environment["threads"]
+    run.share(setup)
+    threads = run.environment["threads"]
     recorded = run.config.replace(threads=threads).remembering(config)
     return replace(_inputs(setup.with_config(recorded), probe_set, splits), run=run)
 
@@ -262,29 +271,29 @@ class RecipeInputs:
     """
 
     config: RecipeConfig
-    run: ReplayedRun
+    run: Replayable
 
     def provenance(self) -> dict[str, Any]:
         """Digests of what was read, and the config's overrides."""
         return self.config.provenance(self.config.recipe.sha256)
 
 
-def recipe_inputs(config: RecipeConfig, run: ReplayedRun) -> RecipeInputs:
+def recipe_inputs(config: RecipeConfig, run: Replayable) -> RecipeInputs:
     """The same of a recipe's run, whose code the config names; see `traced_inputs`.
 
     Raises:
         CircuitError: config or device are not those of the trace; or nobody has named the code.
     """
     _refuse_another(config, run)
-    run.setup = Setup(run.config.executing(config.code), run.path)
+    run.share(Setup(run.config.executing(config.code), run.path))
     run.setup.recipe()
-    threads = run.manifest.environment["threads"]
+    threads = run.environment["threads"]
     recorded = run.config.replace(threads=threads).remembering(config)
     assert isinstance(recorded, RecipeConfig), "it has this recipe"
     return RecipeInputs(recorded, run)
 
 
-def _refuse_another(config: TrainConfig, run: ReplayedRun) -> None:
+def _refuse_another(config: TrainConfig, run: Replayable) -> None:
     """Refuse a config that is not the trace's, and another device."""
     difference = config.recipe_difference(run.config)
     if difference is not None:

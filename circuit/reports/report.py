@@ -137,6 +137,7 @@ class Report(Generic[O]):
         further: patterns of files whose names do not begin with the report's.
         panel: heading of the command in `--help`.
         reads_run: whether it takes a run's config.
+        any_module: whether a recorded module of any class will do, or a HookedTransformer.
         of_recipes: whether the run may be one of a recipe, which has no task.
         generated: whether `run_report` makes it, and the command line its command; else both are
             of its own.
@@ -154,6 +155,7 @@ class Report(Generic[O]):
     further: ClassVar[tuple[str, ...]] = ()
     panel: ClassVar[str] = "Circuits"
     reads_run: ClassVar[bool] = True
+    any_module: ClassVar[bool] = False
     of_recipes: ClassVar[bool] = False
     generated: ClassVar[bool] = True
     title: ClassVar[str] = ""
@@ -195,8 +197,10 @@ class Report(Generic[O]):
 
     def check(self) -> None:
         """Refuse what the options and the run's config tell, before anything is opened."""
-        if self._config is not None and not (self.of_recipes and self.recipe):
-            self.options.check_model(self._config.model)  # of a recipe there is none: refused
+        if self._config is None or (self.of_recipes and self.recipe):
+            return
+        if self._config.shape is not None or self.recipe or not self.any_module:
+            self.options.check_model(self._config.model)  # where there is none it is refused
 
     def prepare(self) -> None:
         """Open what is read, and refuse what headers tell; nothing here needs torch yet."""

@@ -18,7 +18,9 @@ class ScalarAttribution(Attribution[ScalarAttributionOptions]):
     command = "scalar-attribution"
     names = ("trace attribute",)
     Options = ScalarAttributionOptions
+    any_module = True
     of_recipes = True
+    every = True
 
     def families(self) -> tuple[Scalars, ...]:
         return parse_words(self.options.scalars)

@@ -12,8 +12,9 @@ from circuit.errors import CircuitError
 from circuit.options import Option, ProbeOptions
 from circuit.reports.inputs import Inputs, RecipeInputs, recipe_inputs, traced_inputs
 from circuit.reports.report import Report
+from circuit.runs.base import Replayable
+from circuit.runs.opening import open_steps
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
-from circuit.trace.replay import ReplayedRun
 from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.setup import Setup
 
@@ -40,21 +41,23 @@ class TracedOptions(ProbeOptions):
         start_step, end_step: states that the steps take one to the other; the trace's ends.
     """
 
-    optimizer_trace_dir: Annotated[Path, Option("Folder of a trace.", kind="trace")]
+    optimizer_trace_dir: Annotated[
+        Path, Option("Folder of a trace, or of an imported recording.", kind="trace")
+    ]
     start_step: Annotated[
         int | None, Option("First state.", least=0, unset="the trace's first")
     ] = None
     end_step: Annotated[int | None, Option("Last state.", least=1, unset="the trace's last")] = None
 
-    def within(self, trace: ReplayedRun) -> tuple[int, int]:
+    def within(self, trace: Replayable) -> tuple[int, int]:
         """The steps in a trace; all of it by default.
 
         Raises:
             CircuitError: they are not recorded.
         """
-        start = trace.manifest.start_step if self.start_step is None else self.start_step
-        end = trace.store.last_step if self.end_step is None else self.end_step
-        trace.store.check_window(start, end)
+        start = trace.first_step if self.start_step is None else self.start_step
+        end = trace.last_step if self.end_step is None else self.end_step
+        trace.check_window(start, end)
         return start, end
 
 
@@ -84,7 +87,7 @@ class TracedScalars:
     families: tuple[Scalars, ...]
     splits: tuple[str, ...] = ()
 
-    def inputs(self, run: ReplayedRun) -> Inputs | RecipeInputs:
+    def inputs(self, run: Replayable) -> Inputs | RecipeInputs:
         """What they are made of, after what the trace does not have is refused.
 
         Raises:
@@ -93,12 +96,12 @@ class TracedScalars:
         """
         if isinstance(self.config, RecipeConfig):
             return recipe_inputs(self.config, run)
-        if self.probe_set is None:
+        if self.probe_set is None and self.config.benchmark_dir is not None:
             raise CircuitError("is missing", where="`probe_set`")
         for family in self.families:
             family.check_run(run)
         inputs = traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
-        for family in self.families:
+        for family in self.families if inputs.probe is not None else ():
             family.check_task(inputs.task)
         return inputs
 
@@ -121,7 +124,7 @@ class TracedReport(Report[T]):
         origin: provenance.
     """
 
-    run: ReplayedRun
+    run: Replayable
     source: TracedScalars
     inputs: Inputs | RecipeInputs
     origin: Mapping[str, Any]
@@ -141,7 +144,8 @@ class TracedReport(Report[T]):
         self.followed = tuple(self.families())
         for family in self.followed:
             if not self.recipe:
-                family.check_model(self.config.model)
+                if self.config.shape is not None or not family.any_module:
+                    family.check_model(self.config.model)
             elif isinstance(family, OwnScalars):
                 family.measure()
             else:
@@ -154,21 +158,21 @@ class TracedReport(Report[T]):
 
     def prepare(self) -> None:
         asked = self.options
-        self.run = trace = ReplayedRun.open(asked.optimizer_trace_dir)
+        self.run = trace = open_steps(asked.optimizer_trace_dir)
         start, end = asked.within(trace)
         self.options = asked.model_copy(update={"start_step": start, "end_step": end})
         self.source = TracedScalars(self.config, asked.probe_set, self.followed, asked.splits)
         self.inputs = self.source.inputs(trace)
-        store = trace.store
+        of_task = {"benchmark_digest": trace.benchmark_digest} if trace.benchmark_digest else {}
         self.origin = {
             **self.inputs.provenance(),
             **self.scalar_facts(self.inputs),
             "trace": {
-                "config_digest": store.manifest.config.digest(),
-                "benchmark_digest": store.manifest.benchmark_digest,
-                "state_at_start": store.state_digests(start),
-                "state_at_end": store.state_digests(end),
-                "environment": store.manifest.environment,
+                "config_digest": trace.config.digest(),
+                **of_task,
+                "state_at_start": trace.state_digests(start),
+                "state_at_end": trace.state_digests(end),
+                "environment": dict(trace.environment),
             },
         }
 
@@ -197,12 +201,17 @@ class WordOptions(TracedOptions):
     """A window of a trace, and scalars by their words.
 
     Attributes:
-        probe_set: None of a run of a recipe alone, whose scalars are functions of its module.
+        probe_set: None of a run of a recipe or a recording without a task, whose scalars are
+            functions of its module.
     """
 
     probe_set: Annotated[
         Path | None,
-        Option("Probe set (JSONL).", kind="probe_set", unset="none, for a run of a recipe,"),
+        Option(
+            "Probe set (JSONL).",
+            kind="probe_set",
+            unset="none, for a run of a recipe or a recording without a task,",
+        ),
     ] = None  # type: ignore[assignment]
     scalars: ScalarWords
 

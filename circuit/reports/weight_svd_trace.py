@@ -137,7 +137,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
         )
 
     def provenance(self) -> dict[str, Any]:
-        own = self.config.provenance(self.setup.benchmark.digest)
+        own = self.config.provenance(self.setup.benchmark_digest)
         return {**own, "parameters_sha256": self.digests}
 
     @classmethod

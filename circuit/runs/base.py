@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState, State
@@ -86,3 +86,38 @@ class Run(Protocol):
         Raises:
             CircuitError: as `replay`; or the edit names a term or example that there is not.
         """
+
+
+class Replayable(Run, Protocol):
+    """A run whose steps can be executed again: a trace, or a recording that was imported."""
+
+    @property
+    def first_step(self) -> int:
+        """The first state."""
+
+    @property
+    def last_step(self) -> int:
+        """The last state."""
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Facts of the machine that it was recorded on."""
+
+    @property
+    def benchmark_digest(self) -> str | None:
+        """Of its task's benchmark; None of a recording without a task."""
+
+    def check_addressable(self, step: int) -> None:
+        """Refuse a step whose state it cannot give."""
+
+    def check_window(self, start: int, end: int) -> None:
+        """Refuse steps that are not recorded."""
+
+    def state_digests(self, step: int) -> dict[str, str]:
+        """Of the parts of a state."""
+
+    def prepare(self) -> None:
+        """Give this process the thread count of the recording."""
+
+    def share(self, setup: Setup) -> None:
+        """Use what another setup of the same run has read and built."""

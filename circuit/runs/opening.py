@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, overload
 
 from circuit.errors import CircuitError
 from circuit.reading import checked_path
+from circuit.runs.base import Replayable
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.runs.recorded import RecordedRun
 from circuit.runs.recording import MANIFEST as RECORDING
@@ -91,3 +92,16 @@ def open_run(
         config = read_header(saved[max(saved)]).config.executing(recipe)
         return CheckpointedRun(path, config, path)
     return open_folder(path)  # which says what is missing
+
+
+def open_steps(where: str | Path) -> Replayable:
+    """Steps that can be executed again: a trace, or a recording that was imported.
+
+    Raises:
+        CircuitError: there is neither, or its description is damaged.
+    """
+    path = checked_path(where)
+    holder = path.parent if path.name in (MANIFEST, RECORDING) else path
+    if (holder / RECORDING).is_file():
+        return RecordedRun(Recording(holder))
+    return ReplayedRun.open(path)

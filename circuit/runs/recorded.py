@@ -2,111 +2,40 @@
 
 The steps are executed by the optimizer alone over the stored gradients, and every one of them is
 held against the digest of the parameters that it left. How the gradients came about is not known:
-there is no config, no batch and no task.
+there is no recipe and no batch; a task only where the recording was imported with one.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from circuit.core.digests import same_bits
+from circuit.core.digests import same_bits, tensor_digest
 from circuit.core.edit import Edit
-from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.optimizers import Past, TakenStep, moments_of, shared_rate
-from circuit.core.state import FlatState, State
-from circuit.core.update import UpdateTerms
-from circuit.environment import require_device
+from circuit.core.flat import ParameterLayout
+from circuit.core.module import evaluated, made_module
+from circuit.core.optimizers import Past, moments_of
+from circuit.environment import prepare_process, require_device
 from circuit.errors import CircuitError
 from circuit.lazy import no_grad, torch
+from circuit.plugins import import_name
+from circuit.runs.recorded_step import (
+    RecordedState,
+    RecordedStep,
+    Verification,
+    refused_without,
+)
 from circuit.runs.recording import Recording, StoredState
 from circuit.runs.rerun import ElsewhereError, Rerun
+from circuit.train_config import RUN_CONFIG, RecordedConfig, load_run_config
+from circuit.training.checkpoints import StateHeader
+from circuit.training.own_module import load_state
+from circuit.training.setup import NO_BENCHMARK, Setup
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """Step `t`, which took `before` to `after`; a `circuit.core.step.Step`.
-
-    Attributes:
-        step: `t`, counted from 1.
-        layout: of the flat vectors.
-        taken: what the optimizer read and wrote.
-        buffers: of the module, as the step found them.
-        columns: terms that are told of every step, zero or not.
-    """
-
-    step: int
-    layout: ParameterLayout
-    taken: TakenStep
-    buffers: Mapping[str, Tensor]
-    columns: tuple[str, ...] = ()
-
-    @property
-    def lr(self) -> float:
-        """`lr_t`, of the first group."""
-        return shared_rate(self.taken.groups)
-
-    @property
-    def clip(self) -> float:
-        """1: the gradient is recorded as the optimizer read it, behind any clipping."""
-        return 1.0
-
-    @cached_property
-    def before(self) -> FlatState:
-        """As the step before left it."""
-        left = {**self.taken.before, **self.taken.outside}
-        moments = moments_of(self.taken.past, self.layout)
-        return FlatState(self.step - 1, self.layout.flatten(left), moments, self.buffers)
-
-    @cached_property
-    def after(self) -> FlatState:
-        """After the step."""
-        moments = moments_of(self.taken.memory, self.layout)
-        parameters = self.layout.flatten(self.taken.after)
-        return FlatState(self.step, parameters, moments, self.buffers)
-
-    @property
-    def gradient(self) -> Flat:
-        """As the optimizer read it; zero where a parameter had none."""
-        parameters = self.taken.before
-        return self.layout.flatten(
-            {
-                name: self.taken.gradient.get(name, torch.zeros_like(tensor, device="cpu"))
-                for name, tensor in parameters.items()
-            }
-        )
-
-    @cached_property
-    def update(self) -> UpdateTerms:
-        """The update and its terms; computed when first asked for."""
-        return self.taken.terms(self.layout, self.columns)
-
-    @property
-    def tokens(self) -> NoReturn:
-        """Refused: the batch is not known."""
-        raise _without("batch", "the recording")
-
-    answers = objective = rule = hyper = momentum = tokens
-
-
-@dataclass(frozen=True)
-class RecordedState(State):
-    """A state of a recording, with what else the next step depends on.
-
-    Attributes:
-        buffers: of the module.
-        pasts: what each optimizer remembers.
-    """
-
-    buffers: dict[str, Tensor]
-    pasts: tuple[Past, ...]
 
 
 class RecordedRun:
@@ -134,8 +63,8 @@ class RecordedRun:
             CircuitError: the module has other parameters.
         """
         self.recording = recording
-        self._module = _made(module)
-        self._classes = tuple(optimizers)
+        self._module = None if module is None else made_module(module)
+        self._given_classes = tuple(optimizers)
         self._walk: Rerun | None = None
         if self._module is not None:
             _check_module(self._module, recording)
@@ -158,19 +87,69 @@ class RecordedRun:
         """Of the flat vectors."""
         return self.recording.layout
 
-    @property
-    def config(self) -> NoReturn:
-        """Refused: the loop was somebody's own."""
-        raise _without("config", self.path)
+    @cached_property
+    def setup(self) -> Setup:
+        """Module and task, as `circuit import-recording` was told them.
+
+        Raises:
+            CircuitError: it was not, or it has been recorded anew since.
+        """
+        if not (self.path / RUN_CONFIG).is_file():
+            raise refused_without("config", self.path)
+        config = load_run_config(self.path)
+        last = self.recording.last_step
+        if not isinstance(config, RecordedConfig) or (
+            (config.recorded.last_step, config.recorded.parameters_sha256)
+            != (last, self.state_digests(last)["parameters"])
+        ):
+            raise CircuitError(
+                f"{RUN_CONFIG} is not of this recording, which was made after it",
+                where=self.path,
+                fix="import it again: circuit import-recording, with --overwrite",
+            )
+        return Setup(config, self.path, module=self._module)
 
     @property
-    def setup(self) -> NoReturn:
-        """Refused as `config`."""
-        raise _without("task", self.path)
+    def config(self) -> RecordedConfig:
+        """What is known of it; raises as `setup`."""
+        return cast("RecordedConfig", self.setup.config)
 
-    def header(self, step: int) -> NoReturn:
-        """Refused as `config`."""
-        raise _without("config", self.path)
+    @property
+    def benchmark_digest(self) -> str | None:
+        """Of its task's benchmark; None without a task. Raises as `setup`."""
+        return self.setup.benchmark_digest
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Where it was recorded."""
+        return self.recording.manifest.environment
+
+    def share(self, setup: Setup) -> None:
+        """Use what another setup of the same run has read and built."""
+        self.setup = setup.with_config(self.config)
+
+    def prepare(self) -> None:
+        """Give this process the thread count of the recording."""
+        prepare_process(threads=self.environment["threads"], device=self.environment["device"])
+
+    def header(self, step: int) -> StateHeader:
+        """Whose state that of a step is; raises as `setup`."""
+        self.check_addressable(step)
+        return StateHeader(step, self.config, self.benchmark_digest or NO_BENCHMARK)
+
+    @property
+    def first_step(self) -> int:
+        """The first state."""
+        return 0
+
+    @property
+    def last_step(self) -> int:
+        """The last state."""
+        return self.recording.last_step
+
+    def state_digests(self, step: int) -> dict[str, str]:
+        """Of the parameters after a step."""
+        return {"parameters": tensor_digest(self.layout.flatten(self.state(step).parameters))}
 
     @property
     def steps(self) -> list[int]:
@@ -186,7 +165,7 @@ class RecordedRun:
 
     def counterfactual(self, edit: Edit, end: int) -> NoReturn:
         """Refused: what another step would have read is not known."""
-        raise _without("batch", self.path)
+        raise refused_without("batch", self.path)
 
     def state(self, step: int) -> RecordedState:
         """The state after a step: stored, or reached from the one before it and verified.
@@ -196,7 +175,7 @@ class RecordedRun:
         Raises:
             CircuitError: there is none, it is damaged, or it cannot be reached.
         """
-        self._check(step)
+        self.check_addressable(step)
         if step in self.recording.anchors:
             stored = self.recording.state(step)
             return _named(step, stored.parameters, stored.buffers, stored.pasts, self.layout)
@@ -210,13 +189,17 @@ class RecordedRun:
         Raises:
             CircuitError: the recording was opened without one.
         """
-        if self._module is None:
+        if self._module is not None:
+            return evaluated(self._module, dtype)
+        if not (self.path / RUN_CONFIG).is_file():
             raise CircuitError(
                 "was opened without a module",
                 where=self.path,
-                fix="circuit.open_run(folder, module=the_module)",
+                fix="circuit.open_run(folder, module=the_module), or circuit import-recording",
             )
-        return evaluated(self._module, dtype)
+        module = self.setup.module(dtype)
+        _check_module(module, self.recording)
+        return module
 
     def model(self, step: int) -> nn.Module:
         """The module with the weights and buffers of a step, in evaluation mode.
@@ -225,15 +208,7 @@ class RecordedRun:
             CircuitError: as `state` and `module`.
         """
         state, module = self.state(step), self.module()
-        with torch.no_grad():
-            for named, values in (
-                (dict(module.named_parameters()), state.parameters),
-                (dict(module.named_buffers()), state.buffers),
-            ):
-                for name, tensor in named.items():
-                    if tensor.shape != values[name].shape:  # a buffer that grows
-                        tensor.resize_(values[name].shape)
-                    tensor.copy_(values[name])
+        load_state(module, state.parameters, state.buffers, self.path)
         return module
 
     @no_grad
@@ -244,7 +219,7 @@ class RecordedRun:
             CircuitError: the window is not recorded, or gradients were not stored; or a step does
                 not leave the parameters that it left when it was recorded.
         """
-        self._check_window(start, end)
+        self.check_window(start, end)
         rerun = self._rerun_at(self.recording.anchor_before(start))
         while rerun.step < end:
             stored = self.recording.step(rerun.step + 1)
@@ -273,7 +248,7 @@ class RecordedRun:
         """
         first = 0 if start is None else start
         last = self.recording.last_step if end is None else end
-        self._check_window(first, last)
+        self.check_window(first, last)
         compared = 0
         try:
             rerun = self._rerun_at(self.recording.anchor_before(first))
@@ -317,12 +292,25 @@ class RecordedRun:
         return Rerun(
             manifest.optimizers,
             self.recording.state(anchor),
-            classes=self._classes,
+            classes=self._classes(),
             device=device,
             environment=manifest.environment,
         )
 
-    def _check(self, step: int) -> None:
+    def _classes(self) -> tuple[type, ...]:
+        """Of the optimizers that are not torch's: given, or as the recording was imported with."""
+        if self._given_classes or not (self.path / RUN_CONFIG).is_file():
+            return self._given_classes
+        named = load_run_config(self.path)
+        names = named.recorded.optimizers if isinstance(named, RecordedConfig) else []
+        return tuple(import_name(n, self.path, what="the optimizer") for n in names)
+
+    def check_addressable(self, step: int) -> None:
+        """Refuse a step whose state the recording cannot give.
+
+        Raises:
+            CircuitError: says which it can.
+        """
         if step not in self.steps:
             raise CircuitError(
                 f"the recording has no state of step {step}",
@@ -333,7 +321,12 @@ class RecordedRun:
                 f" {self.recording.last_step}",
             )
 
-    def _check_window(self, start: int, end: int) -> None:
+    def check_window(self, start: int, end: int) -> None:
+        """Refuse steps that are not recorded.
+
+        Raises:
+            CircuitError: says which are.
+        """
         if self.recording.manifest.keep == "states":
             raise CircuitError(
                 "holds states alone, and none of the steps between them",
@@ -348,60 +341,15 @@ class RecordedRun:
             )
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Steps that were executed again.
-
-    Attributes:
-        compared_anchors: stored states among them.
-        difference: of the last of them, if it differs.
-    """
-
-    start: int
-    end: int
-    compared_anchors: int
-    difference: str | None = None
-
-    @property
-    def law(self) -> str:
-        """The closing sentence."""
-        steps = f"executed {self.end - self.start} steps from their gradients"
-        return (
-            f"{steps}, 0 bits differ" if self.difference is None else f"{steps}; {self.difference}"
-        )
-
-
-def weights_file(state: RecordedState) -> bytes:
-    """Parameters and buffers of a state as a safetensors file."""
+def weights_file(state: RecordedState, recording: Recording) -> bytes:
+    """A state as a safetensors file that holds what `module.state_dict()` would, name for name."""
     from safetensors.torch import save
 
     tensors = {**state.parameters, **state.buffers}
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def evaluated(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a module, in evaluation mode, whose parameters all have gradients.
-
-    Raises:
-        CircuitError: it cannot be copied.
-    """
-    try:
-        copied = copy.deepcopy(module).eval()
-    except (RuntimeError, TypeError) as error:
-        raise CircuitError(
-            f"{type(module).__name__} cannot be copied ({error})",
-            expected="a module that copy.deepcopy copies",
-            fix="pass a function that makes one",
-        ) from None
-    for parameter in copied.parameters():
-        parameter.requires_grad_(True)
-        parameter.grad = None
-    return copied if dtype is None else torch.nn.Module.to(copied, dtype)
-
-
-def _made(module: nn.Module | Callable[[], nn.Module] | None) -> nn.Module | None:
-    """The module that was given, or is made."""
-    return module if module is None or isinstance(module, torch.nn.Module) else module()
+    tensors |= {name: tensors[first] for name, first in recording.manifest.tied.items()}
+    saved = {name: t for name, t in tensors.items() if name not in recording.not_saved}
+    # each name stores numbers of its own: safetensors takes no tensors that share them
+    return save({name: t.detach().cpu().contiguous().clone() for name, t in saved.items()})
 
 
 def _check_module(module: nn.Module, recording: Recording) -> None:
@@ -452,12 +400,3 @@ def _difference(rerun: Rerun, stored: StoredState) -> str | None:
                 if not same:
                     return f"{key} of {name}"
     return None
-
-
-def _without(what: str, where: object) -> CircuitError:
-    return CircuitError(
-        f"was recorded from a loop of somebody's own, which has no {what} here",
-        where=where,
-        expected="what states and steps can tell: states, replay, circuit.attribute",
-        fix="trace a run of `circuit train` for the rest",
-    )

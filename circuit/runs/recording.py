@@ -74,6 +74,10 @@ class RecordingManifest(BaseModel):
     dtype: Literal["torch.float32", "torch.float64"]
     optimizers: Annotated[list[WatchedOptimizer], Field(min_length=1)]
     environment: dict[str, Any]
+    tied: dict[str, str] = Field(default={})
+    """Further names of parameters and buffers in the module's `state_dict`, and their first."""
+    not_saved: list[str] = Field(default=[])
+    """Buffers that are there before the first step and not part of the `state_dict`."""
 
     @property
     def layout(self) -> ParameterLayout:
@@ -91,6 +95,7 @@ class StoredState:
             out of later ones.
         groups: of each optimizer.
         pasts: what each optimizer remembers.
+        not_saved: buffers that the loop has made, and that are not part of the `state_dict`.
     """
 
     step: int
@@ -98,6 +103,7 @@ class StoredState:
     buffers: Mapping[str, Tensor]
     groups: tuple[tuple[Group, ...], ...]
     pasts: tuple[Past, ...]
+    not_saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class StoredStep:
             an optimizer, as this step found them.
         gradient: as it was read, by name.
         digest: of the flat vector of the parameters after it.
+        not_saved: as of a state, those that are new to the step.
     """
 
     step: int
@@ -121,6 +128,7 @@ class StoredStep:
     buffers: Mapping[str, Tensor]
     gradient: Mapping[str, Tensor]
     digest: str
+    not_saved: tuple[str, ...] = ()
 
 
 Record = tuple[dict[str, Any], list[memoryview]]
@@ -158,6 +166,7 @@ def state_record(state: StoredState, *, anew: bool = False) -> Record:
         ],
         "numbers": numbers,
         "tensors": [[group, name, *_kind(tensor)] for (group, name), tensor in tensors.items()],
+        **({"not_saved": list(state.not_saved)} if state.not_saved else {}),
     }
     return line, [as_bytes(tensor) for tensor in tensors.values()]
 
@@ -180,6 +189,7 @@ def step_record(step: StoredStep, absent: Iterable[str], gradient: Flat) -> Reco
         "buffers": [[name, *_kind(buffer)] for name, buffer in step.buffers.items()],
         "absent": list(absent),
         "digest": step.digest,
+        **({"not_saved": list(step.not_saved)} if step.not_saved else {}),
     }
     return line, [as_bytes(tensor) for tensor in (*changed, gradient)]
 
@@ -319,6 +329,23 @@ class Recording:
         ]
         moved = any(line["parameters"] for _, line, _ in self._records["step"].values())
         return (*dict.fromkeys(names), *((OUTSIDE,) if moved else ()))
+
+    @cached_property
+    def moved_buffers(self) -> list[str]:
+        """Buffers that have changed since the first state."""
+        of_steps = (line["buffers"] for _, line, _ in self._records["step"].values())
+        moved = {name: None for buffers in of_steps for name, _, _ in buffers}
+        for step, (_, line, _) in self._records["state"].items():
+            if step:  # later states hold those that have changed
+                moved |= {name: None for group, name, _, _ in line["tensors"] if group == "buffers"}
+        return list(moved)
+
+    @cached_property
+    def not_saved(self) -> frozenset[str]:
+        """Buffers that are not part of the module's `state_dict`."""
+        lines = (line for of in self._records.values() for _, line, _ in of.values())
+        made = (name for line in lines for name in line.get("not_saved", ()))
+        return frozenset((*self.manifest.not_saved, *made))
 
     def anchor_before(self, step: int) -> int:
         """The last stored state at or before a step."""

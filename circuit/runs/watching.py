@@ -26,7 +26,7 @@ from circuit.core.optimizers import (
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.runs.recorded import RecordedStep
+from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import (
     Keep,
     Recording,
@@ -144,6 +144,8 @@ class Watcher:
         self._last: Flat | None = None
         self._buffers: dict[str, _Buffer] = {}
         self._changed_buffers: set[str] = set()
+        self._not_saved: tuple[str, ...] = ()
+        self._not_told: tuple[str, ...] = ()
         self._call: _Call | None = None
         self._anew = False
         self._first: StoredState | None = None
@@ -202,6 +204,9 @@ class Watcher:
 
     def manifest(self, keep: Keep, every: int, anchor_every: int) -> RecordingManifest:
         """What is watched."""
+        saved = self.module.state_dict(keep_vars=True)
+        buffers = dict(self.module.named_buffers())
+        first = {id(tensor): name for name, tensor in (*self._parameters.items(), *buffers.items())}
         return RecordingManifest(
             keep="states" if keep == "states" else "gradients",
             every=every,
@@ -211,6 +216,12 @@ class Watcher:
             dtype="torch.float64" if self.dtype == "torch.float64" else "torch.float32",
             optimizers=self.watched,
             environment=environment_facts(torch.device(self.device).type),
+            tied={
+                name: first[id(tensor)]
+                for name, tensor in saved.items()
+                if first.get(id(tensor), name) != name
+            },
+            not_saved=[name for name in buffers if name not in saved],
         )
 
     def state(self) -> StoredState:
@@ -228,6 +239,7 @@ class Watcher:
             {name: buffer.detach().clone() for name, buffer in changed.items()},
             groups,
             tuple(past_of(one, self._names) for one in self.optimizers),
+            self._not_saved,
         )
 
     # --- before a step ----------------------------------------------------------------------------
@@ -314,13 +326,18 @@ class Watcher:
 
     def _moved_buffers(self) -> dict[str, Tensor]:
         """Buffers that are others than when they were last looked at."""
-        moved = {}
+        moved, made = {}, []
         for name, buffer in self.module.named_buffers():
             known = self._buffers.get(name)
             if known is None or not known.is_of(buffer):
                 self._buffers[name] = _Buffer.of(buffer)
                 self._changed_buffers.add(name)
                 moved[name] = self._buffers[name].value
+                made += [name] if known is None else []
+        if made:
+            saved = self.module.state_dict(keep_vars=True)
+            self._not_told = tuple(name for name in made if name not in saved)
+            self._not_saved += self._not_told
         return moved
 
     # --- behind it --------------------------------------------------------------------------------
@@ -358,7 +375,9 @@ class Watcher:
             call.buffers,
             {},
             tensor_digest(self._last),
+            self._not_told,
         )
+        self._not_told = ()
         members = {name for group in call.groups for name in group.names}
         self._storage.add_step(step, sorted(members - set(call.names)), call.gradient)
         if self._first is not None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from circuit import options
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.model.readout import read_answers
+from circuit.model.readout import LOGITS, logits_of, read_answers
 from circuit.scalars.answers import (
     ANSWER_SCALARS,
     FIXED_SOURCE,
-    LOGITS,
     MOVING,
     OF_THE_TARGET,
     Competitors,
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
     from circuit.reports.inputs import Inputs
-    from circuit.trace.replay import ReplayedRun
+    from circuit.runs.base import Replayable
 
 
 class AnswerScalar:
@@ -79,7 +78,7 @@ class AnswerScalar:
             own = self.reads.answer if self._competitors is None else self._competitors
             return BoundAnswerScalar(self, own, constant=True)
         with torch.no_grad():
-            logits = model(self._tokens)[self.reads.row, self.reads.at]
+            logits = logits_of(model, self._tokens)[self.reads.row, self.reads.at]
         competitor = read_answers(logits, self.reads.answer, self.values_range).competitor
         return BoundAnswerScalar(self, competitor, constant=False)
 
@@ -105,6 +104,8 @@ class BoundAnswerScalar:
 
 class AnswerScalars(ScalarFamily, options.PairOptions):
     """Which answer scalars are followed, over one side of pairs (definitions.md section 5)."""
+
+    any_module: ClassVar[bool] = True
 
     scalars: Annotated[
         tuple[str, ...],
@@ -139,7 +140,7 @@ class AnswerScalars(ScalarFamily, options.PairOptions):
                     fix="give `target_step`",
                 )
 
-    def check_run(self, run: ReplayedRun) -> None:
+    def check_run(self, run: Replayable) -> None:
         """The steps of the competitors have to be addressable."""
         for step in (self.source_step, self.target_step):
             if step is not None:
@@ -154,7 +155,7 @@ class AnswerScalars(ScalarFamily, options.PairOptions):
             if step is None:
                 return None
             with torch.no_grad():
-                logits = inputs.point(step).model(batch.tokens)[batch.row, batch.at]
+                logits = logits_of(inputs.point(step).model, batch.tokens)[batch.row, batch.at]
             return read_answers(logits, batch.answer, values).competitor
 
         of_end = {False: competitors(self.source_step), True: competitors(self.target_step)}

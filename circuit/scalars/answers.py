@@ -54,8 +54,6 @@ ScalarNames = Annotated[
 OF_THE_TARGET = (FIXED_TARGET, "target_best_wrong_logit")
 """Those whose competitor only the target of an interval has."""
 
-LOGITS = "unembed.hook_out"
-
 
 @dataclass(frozen=True)
 class Competitors:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, cast
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.components import Hook, parse_component
+from circuit.model.readout import LOGITS, logits_of, readable
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -224,6 +225,8 @@ def forward_activations(
     def keep(value: Tensor, hook: HookPoint) -> None:  # run_with_cache would detach
         kept[str(hook.name)] = value
 
+    if not hasattr(model, "hook_dict"):
+        return {LOGITS: _logits_alone(model, tokens, hooks, ablated)}
     missing = sorted(hooks - model.hook_dict.keys())
     if missing:
         raise CircuitError(
@@ -236,12 +239,24 @@ def forward_activations(
     if ablated is not None:
         wanted = [parse_component(ablated, model).ablation(), *wanted]
     model.run_with_hooks(
-        tokens,
+        readable(model, tokens),
         return_type="logits" if last is None else None,
         stop_at_layer=None if last is None else last + 1,
         fwd_hooks=wanted,
     )
     return kept
+
+
+def _logits_alone(
+    module: nn.Module, tokens: Tensor, hooks: frozenset[str], ablated: str | None
+) -> Tensor:
+    """What any module tells: its logits."""
+    if hooks != {LOGITS} or ablated is not None:
+        raise CircuitError(
+            f"{type(module).__name__} has no activations by name",
+            expected="a HookedTransformer, or a scalar of logits alone",
+        )
+    return logits_of(module, tokens)
 
 
 def evaluate_scalar(scalar: Scalar, model: HookedTransformer) -> Float[Tensor, " example"]:

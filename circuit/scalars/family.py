@@ -11,9 +11,10 @@ make scalars; there is no list of them to keep:
 
 On a command line a family is one word, `loss,scope=answer`: the module's name, and its options by
 the names of their flags; a key that stands several times has several values. Where the name is
-`module:name`, the module is anybody's that can be imported from the current folder, and the name is
-a family's class, or a function or class that is called with the inputs first and the word's keys as
-keywords, and gives a scalar or several:
+`module:name` or `FILE.py:name`, the module is anybody's that can be imported from the current
+folder, and the name is a family's class, or a function or class that is called with the inputs
+first and the word's keys as keywords, and gives a scalar or several; one whose first parameter is
+called `module` or `model` is itself the scalar, a number of the module:
 
     def copying(inputs: Inputs, layer: int, head: int = 0) -> Scalar: ...
 """
@@ -29,12 +30,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.options import Options
+from circuit.plugins import import_named_file, is_file_name
 from circuit.reading import file_digest
 from circuit.scalars.base import Measured
 from circuit.tasks.base import Task
@@ -44,14 +46,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from circuit.reports.inputs import Inputs
+    from circuit.runs.base import Replayable
     from circuit.scalars.base import Scalar
-    from circuit.trace.replay import ReplayedRun
 
 
 class ScalarFamily(Options):
-    """Options that make scalars; picklable, for every process of an attribution makes its own."""
+    """Options that make scalars; picklable, for every process of an attribution makes its own.
 
-    def check_run(self, run: ReplayedRun) -> None:
+    Attributes:
+        any_module: whether they read logits alone, which modules of any class have.
+    """
+
+    any_module: ClassVar[bool] = False
+
+    def check_run(self, run: Replayable) -> None:
         """Refuse what the steps of a trace do not have.
 
         Raises:
@@ -112,7 +120,7 @@ def parse_scalars(word: str) -> ScalarFamily | OwnScalars:
         return OwnScalars(name, given)
     family = find_family(name)
     if family is None:
-        expected = f"one of {', '.join(family_names())}, or module:name of your own"
+        expected = f"one of {', '.join(family_names())}, or FILE.py:NAME (module:name) of your own"
         raise CircuitError(f"unknown scalar '{name}'", expected=expected)
     return _with_options(family, name, given)
 
@@ -182,6 +190,8 @@ class OwnScalars:
 
     name: str
     given: Given = field(default_factory=dict)
+    any_module: ClassVar[bool] = True
+    """Whatever it reads, it says by itself."""
 
     def check_model(self, shape: ModelConfig) -> None:
         """Import the module; refuse what the model does not have if it gives a family.
@@ -193,7 +203,7 @@ class OwnScalars:
         if isinstance(target, ScalarFamily):
             target.check_model(shape)
 
-    def check_run(self, run: ReplayedRun) -> None:
+    def check_run(self, run: Replayable) -> None:
         """As the family's, if it is one."""
         target = self._target()
         if isinstance(target, ScalarFamily):
@@ -212,6 +222,8 @@ class OwnScalars:
             CircuitError: it fails, or what it gives are no scalars.
         """
         target = self._target()
+        if self._is_number():
+            return [self.measure()]
         expected = "a scalar or several (docs/scalars.md)"
         try:
             made = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
@@ -231,6 +243,13 @@ class OwnScalars:
                 what = f"gave {scalar!r}, which has no {missing[0]}"
                 raise CircuitError(what, where=self.name, expected=expected)
         return scalars
+
+    def _is_number(self) -> bool:
+        """Whether the name is that of a number of the module, by its first parameter."""
+        target = self._named()
+        if not callable(target) or inspect.isclass(target):
+            return False
+        return [one.name for one in _parameters(target)][:1] in (["module"], ["model"])
 
     def measure(self) -> Scalar:
         """The scalar of a run that has no task: the name is a function of the run's module.
@@ -254,13 +273,15 @@ class OwnScalars:
             return values
 
         keys = (f"{key}={one}" for key, several in self.given.items() for one in several)
-        return cast("Scalar", Measured(numbers, ".".join([self.name.partition(":")[2], *keys])))
+        return cast("Scalar", Measured(numbers, ".".join([self.name.rpartition(":")[2], *keys])))
 
     def provenance(self, inputs: Any) -> dict[str, Any]:
         """The module's digest, for its code decides the rows."""
         return {"scalar_module_sha256": file_digest(str(self._module().__file__))}
 
     def _module(self) -> Any:
+        if is_file_name(self.name):
+            return import_named_file(self.name.rpartition(":")[0], what="the scalar")
         if str(Path.cwd()) not in sys.path:
             sys.path.append(str(Path.cwd()))
         module = self.name.partition(":")[0]
@@ -275,11 +296,16 @@ class OwnScalars:
                 expected="module:name, importable from the current folder",
             ) from error
 
+    def _named(self) -> Any:
+        """What the name names; None where there is nothing."""
+        target: Any = self._module()
+        for part in self.name.rpartition(":")[2].split("."):
+            target = getattr(target, part, None)
+        return target
+
     def _target(self) -> ScalarFamily | Callable[[Any], Any]:
         """The family with its options, or the function with its keywords."""
-        target: Any = self._module()
-        for part in self.name.partition(":")[2].split("."):
-            target = getattr(target, part, None)
+        target = self._named()
         if inspect.isclass(target) and issubclass(target, ScalarFamily):
             return _with_options(target, self.name, self.given)
         if not callable(target):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
     from circuit.reports.inputs import Checkpointed, Inputs
-    from circuit.trace.replay import ReplayedRun
+    from circuit.runs.base import Replayable
     from circuit.train_config import ModelConfig
 
 Target = Literal["post_mlp_total_delta", "mlp_output_delta", "input_delta"]
@@ -350,7 +350,7 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
                 fix="give `scalar_pair_rows` of answer-scalar-residual-diagnosis",
             )
 
-    def check_run(self, run: ReplayedRun) -> None:
+    def check_run(self, run: Replayable) -> None:
         """The reference step has to be addressable."""
         run.check_addressable(self.reference_step)
 

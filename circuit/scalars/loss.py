@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.model.readout import LOGITS
 from circuit.options import Option, Slices
-from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.family import ScalarFamily
 from circuit.tasks.examples import UNPREDICTED, Examples
@@ -24,6 +24,8 @@ Scope = Literal["full_lm", "answer"]
 
 class Loss(ScalarFamily):
     """Which tokens of the probe records are predicted, and which of them apart."""
+
+    any_module: ClassVar[bool] = True
 
     scope: Annotated[
         Scope, Option("full_lm (what training predicts) or answer (of every read).")

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from circuit.core.fourier import power_shares, waves_of
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.model.readout import LOGITS
 from circuit.options import Option
-from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import Cache, Needs, Sequences
 from circuit.scalars.family import ScalarFamily
 from circuit.tasks.base import Task

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
     from circuit.reports.inputs import Inputs
-    from circuit.trace.replay import ReplayedRun
+    from circuit.runs.base import Replayable
 
 LayerNormMode = Literal["head_ln1", "none"]
 LAYERNORM_MODES: tuple[LayerNormMode, ...] = get_args(LayerNormMode)
@@ -363,7 +363,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
         for rank in self.ranks if set(self.bases) != {"full"} else ():
             check_rank("a head", rank, shape.d_model // shape.heads)
 
-    def check_run(self, run: ReplayedRun) -> None:
+    def check_run(self, run: Replayable) -> None:
         """The steps of the bases have to be addressable."""
         for step in filter(None, map(_STEP_BASIS.fullmatch, self.bases)):
             run.check_addressable(int(step[1]))

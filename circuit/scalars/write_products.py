@@ -18,9 +18,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from circuit.lazy import torch
+from circuit.model.readout import LOGITS
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import Basis, vector_basis
-from circuit.scalars.answers import LOGITS, Competitors, fixed_scalars
+from circuit.scalars.answers import Competitors, fixed_scalars
 from circuit.scalars.base import Activations, Cache, forward_activations
 from circuit.scalars.functional_write import (
     ReadScalar,

@@ -7,10 +7,10 @@ runs with the recorded thread count, whatever the machine has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from circuit.artifacts import OutputFolder
 from circuit.core.edit import Edit
@@ -172,6 +172,34 @@ class ReplayedRun:
         """The steps from which a replay starts without executing any before, ascending."""
         return [step for step in self.manifest.anchors() if step <= self.store.last_step]
 
+    @property
+    def first_step(self) -> int:
+        """The first state."""
+        return self.manifest.start_step
+
+    @property
+    def last_step(self) -> int:
+        """The last state."""
+        return self.store.last_step
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Facts of the machine that it was recorded on."""
+        return self.manifest.environment
+
+    @property
+    def benchmark_digest(self) -> str:
+        """Of the benchmark that was traced."""
+        return self.manifest.benchmark_digest
+
+    def check_window(self, start: int, end: int) -> None:
+        """Refuse steps that are not recorded; raises as `TraceStore.check_window`."""
+        self.store.check_window(start, end)
+
+    def state_digests(self, step: int) -> dict[str, str]:
+        """Of the weights and moments of a state, as recorded."""
+        return self.store.state_digests(step)
+
     def header(self, step: int) -> StateHeader:
         """Whose state that of a step is, without making it.
 
@@ -301,6 +329,10 @@ class ReplayedRun:
         self.prepare()  # the thread count is never the cause: replay sets it before every step
         now = environment_facts(self.config.device)
         return changed_facts(self.manifest.environment, now)
+
+    def share(self, setup: Setup) -> None:
+        """Use what another setup of the same run has read and built."""
+        self.setup = setup.with_config(self.config)
 
     def prepare(self) -> None:
         """Give this process the thread count of the recording, and deterministic kernels."""

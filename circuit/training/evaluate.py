@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from circuit.lazy import no_grad, torch
-from circuit.model.readout import read_answers
+from circuit.model.readout import logits_of, read_answers
 from circuit.tasks.base import Task
 from circuit.tasks.examples import UNPREDICTED, Examples, Split
 
@@ -60,8 +60,9 @@ class Evaluation:
     q: float | None
     """Mean over reads of the largest attention over all heads, from the prediction position to the
     task's attended role (lookup: the query key)."""
-    r: float
-    """The same to the task's support (the support value)."""
+    r: float | None
+    """The same to the task's support (the support value); null of a module that is no
+    HookedTransformer."""
     w: float
     """Mean value margin: logit of the right value minus the best other value's."""
     shortcut: int | None
@@ -104,8 +105,12 @@ def evaluate(
 @no_grad
 def _measure(model: HookedTransformer, batch: Examples) -> dict[str, Tensor]:
     """Per-target and per-read figures of one batch, on the CPU."""
-    device, task = model.W_E.device, batch.task
-    logits, attention = logits_and_attention(model, batch.tokens.to(device))
+    device, task = next(model.parameters()).device, batch.task
+    tokens, attention = batch.tokens.to(device), None
+    if hasattr(model, "hook_dict"):
+        logits, attention = logits_and_attention(model, tokens)
+    else:  # of another module's attention nothing is known
+        logits = logits_of(model, tokens)
     targets = batch.targets().to(device)
     real = targets != UNPREDICTED
     exact = logits.double() if task.loss_dtype == "float64" else logits
@@ -116,11 +121,11 @@ def _measure(model: HookedTransformer, batch: Examples) -> dict[str, Tensor]:
     losses = rows.view_as(targets)
     at = logits[batch.row, batch.at].cpu().double()  # [example, vocab]
     answers = read_answers(at, batch.answer.cpu(), task.choices)
-    weights = attention[batch.row, :, batch.at]  # [example, head, key position]
     attended = {}
     for name, role in (("q", task.attended), ("r", task.support)):
-        if role is None:
+        if role is None or attention is None:
             continue
+        weights = attention[batch.row, :, batch.at]  # [example, head, key position]
         mask = batch.role(role).to(device)[:, : weights.shape[-1]]
         attended[name] = torch.einsum("ehp,ep->eh", weights, mask.to(weights.dtype)).amax(1)
     measured = {
@@ -162,7 +167,7 @@ def _combine(name: str, records: int, task: Task, m: dict[str, Tensor]) -> Evalu
         answer_accuracy=_mean(correct),
         value_accuracy=_mean(m["margin"] > 0),
         q=_mean(m["q"]) if "q" in m else None,
-        r=_mean(m["r"]),
+        r=_mean(m["r"]) if "r" in m else None,
         w=_mean(m["margin"]),
         shortcut=None if best is None else best + 1,
         shortcut_accuracy=None if best is None else by_shortcut[best],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from circuit.artifacts import find_folder
+from circuit.core.module import evaluated as copied
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -31,16 +32,22 @@ from circuit.train_config import (
     ImportedConfig,
     ModelConfig,
     RecipeConfig,
+    RecordedConfig,
     TrainConfig,
 )
 from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.evaluate import BATCH
+from circuit.training.own_module import named_module
 
 if TYPE_CHECKING:
     from torch import nn
     from transformer_lens import HookedTransformer
 
     from circuit.training.recipe import Recipe
+
+
+NO_BENCHMARK = "none"
+"""In place of a benchmark's digest, of a recording without a task."""
 
 
 class Setup:
@@ -57,6 +64,7 @@ class Setup:
         *,
         benchmark: Benchmark | None = None,
         benchmark_digest: str | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         """Read nothing yet.
 
@@ -67,6 +75,7 @@ class Setup:
                 is used.
             benchmark: where it has been read already.
             benchmark_digest: that it has to have, where a run or trace has recorded it.
+            module: of a recording, where it is there already.
         """
         self.config = config
         stands = (Path(config.output_dir) / RUN_CONFIG).exists()
@@ -77,6 +86,8 @@ class Setup:
         self._benchmark = [] if benchmark is None else [benchmark]
         self._model: list[HookedTransformer] = []
         self._recipe: list[Recipe] = []
+        if module is not None:
+            self._model.append(cast("HookedTransformer", copied(module)))
 
     def with_config(self, config: TrainConfig) -> Setup:
         """The same with another config of the same recipe; what is built is shared."""
@@ -97,7 +108,14 @@ class Setup:
     def digest(self) -> str:
         """Of what the examples are made of: the benchmark, or the recipe's file."""
         config = self.config
+        if isinstance(config, RecordedConfig):
+            return self.benchmark_digest or NO_BENCHMARK
         return config.recipe.sha256 if isinstance(config, RecipeConfig) else self.benchmark.digest
+
+    @property
+    def benchmark_digest(self) -> str | None:
+        """Of the benchmark; None of a recording without a task. Raises as `benchmark`."""
+        return None if self.config.benchmark_dir is None else self.benchmark.digest
 
     def recipe(self) -> Recipe:
         """What the steps execute.
@@ -125,6 +143,12 @@ class Setup:
         """
         if self._benchmark:
             return self._benchmark[0]
+        if self.config.benchmark_dir is None:
+            raise CircuitError(
+                "the recording has no task, which says what its inputs mean",
+                where=f"config {self.config.name}",
+                fix="import it again with a task, or ask for numbers of the module alone",
+            )
         benchmark = load_benchmark(find_folder(self.config.benchmark_dir, self.near), splits=[])
         if self._digest not in (None, benchmark.digest):
             raise CircuitError(
@@ -143,7 +167,7 @@ class Setup:
             CircuitError: there is no such split, or its records are too long for the model.
         """
         if name not in self._splits:
-            self._splits[name] = encode_split(self.benchmark, name, self.config.model)
+            self._splits[name] = encode_split(self.benchmark, name, self.config.shape)
         return self._splits[name]
 
     def check_steps(self) -> None:
@@ -205,7 +229,9 @@ class Setup:
         """A model whose weights may be overwritten, on the config's device."""
         model = self.initial_model()
         if not isinstance(self.config, RecipeConfig):
-            return model if dtype is None else model.to(dtype, print_details=False)
+            if dtype is not None:
+                torch.nn.Module.to(model, dtype)
+            return model
         return evaluated(model, dtype)
 
     def model(self, state: TrainState, *, untied: bool = False) -> HookedTransformer:
@@ -263,6 +289,8 @@ class Setup:
         Raises:
             CircuitError: as `require_training_memory`.
         """
+        if self.config.shape is None:
+            return  # what a module of one's own takes is not known
         size, length = self.benchmark.vocabulary.size, longest_of(records)
         rows = min(rows or len(records), len(records))
         need = reading_memory(self.config.model, size, length, rows, kept=kept)
@@ -275,11 +303,14 @@ class Setup:
             CircuitError: as `require_training_memory`; or there is no such split.
         """
         records, where = self.benchmark.records(split), f"split {split} of {self.config.name}"
-        kept = self.config.model.layers
+        kept = 0 if self.config.shape is None else self.config.shape.layers
         self.require_reading_memory(records, where=where, rows=BATCH, kept=kept)
 
     def _build(self) -> HookedTransformer:
         config = self.config
+        if isinstance(config, RecordedConfig):
+            module = copied(named_module(config.recorded.module, self.near))
+            return cast("HookedTransformer", torch.nn.Module.to(module, config.device))
         require_memory(
             weights_memory(config.model, self.benchmark.vocabulary.size),
             where=f"config {config.name}",

@@ -20,7 +20,7 @@ from tiny_run import RUN
 from circuit import CircuitError, read_rows
 from circuit.artifacts import read_jsonl
 from circuit.figures.charts import Chart, chart, colour, equals
-from circuit.options import CheckpointOptions, Option, ProbeOptions
+from circuit.options import CheckpointOptions, Option
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
@@ -393,7 +393,7 @@ def test_what_belongs_to_another_run_is_refused(
 ) -> None:
     options, kind = options_of(command), KINDS[command]
     foreign: list[dict[str, Any]] = []
-    if isinstance(options, ProbeOptions):
+    if "probe_set" in kind.Options.declared():
         foreign.append({"probe_set": Path("another/probe_set.jsonl")})
     if isinstance(options, CheckpointOptions):
         paths = tuple(another / path.relative_to(RUN) for path in options.checkpoints)
