@@ -10,7 +10,8 @@ from circuit.core.flat import ParameterLayout
 from circuit.environment import changed_facts
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.runs.recorded import RecordedRun, RecordedState
+from circuit.runs.recorded import RecordedRun
+from circuit.runs.recorded_step import RecordedState
 from circuit.runs.recording import Recording, RecordingManifest, StoredState
 
 if TYPE_CHECKING:
