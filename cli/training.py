@@ -339,7 +339,7 @@ def _new_config(
     """Of a recipe that is run anew."""
     if recipe is None:
         raise CircuitError(
-            "is missing", where="--config", fix="give it, or a recipe of your own with --recipe"
+            "missing option '--config'", fix="give it, or a recipe of your own with --recipe"
         )
     if output_dir is None:
         raise CircuitError("is missing", where="--output-dir", expected="the folder of the run")

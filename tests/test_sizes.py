@@ -86,7 +86,9 @@ def test_memory_of_a_step_is_estimated_within_a_factor_of_two(name: str, kernels
     held += sum(m.nbytes for of in moments.values() for m in of.values())
     assert sizes.state_bytes(config, vocabulary) == held
     saved = len(encode_checkpoint(state))
-    alone = sizes.training_disk(config.replace(checkpoint_every=config.steps), vocabulary)
+    alone = sizes.training_disk(
+        config.replace(checkpoint_every=config.steps), sizes.saved_bytes(config, vocabulary)
+    )
     estimated = alone["checkpoints (steps, checkpoint_every)"] // 3
     print(f"{name}: a checkpoint has {saved:,} bytes, estimated {estimated:,}")
     assert 0.5 < estimated / saved < 2
@@ -137,8 +139,9 @@ def test_files_of_a_run_and_its_trace_are_estimated_within_a_factor_of_two(
     def on_disk(folder: str, pattern: str) -> int:
         return sum(path.stat().st_size for path in Path(folder).glob(pattern))
 
-    run = sizes.training_disk(config, tokens)
-    trace = sizes.trace_disk(config, tokens, steps=12, stored=2, listed=10)
+    one = sizes.saved_bytes(config, tokens)
+    run = sizes.training_disk(config, one)
+    trace = sizes.trace_disk(one, config.batch_size, steps=12, stored=2, listed=10)
     counted = {
         "checkpoints": on_disk("runs/tiny/checkpoints", "*.pt"),
         "metrics": on_disk("runs/tiny", "metrics.jsonl"),

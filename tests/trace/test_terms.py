@@ -66,10 +66,10 @@ def by_tensor(step: TracedStep, vector: Tensor) -> dict[str, Tensor]:
     return {name: part.double() for name, part in step.layout.unflatten(vector).items()}
 
 
-def naive_terms(step: TracedStep) -> dict[str, dict[str, Tensor]]:
+def naive_terms(step: TracedStep, config: TrainConfig) -> dict[str, dict[str, Tensor]]:
     """The table of definitions.md section 4, tensor by tensor in float64, from t-1 and g alone."""
-    optimizer = step.config.optimizer
-    t, lr, clip = step.step, step.lr, step.config.gradient_clip
+    optimizer = config.optimizer
+    t, lr, clip = step.step, step.lr, config.gradient_clip
     g = by_tensor(step, step.gradient)
     theta = by_tensor(step, step.before.parameters)
     moments = {n: by_tensor(step, v) for n, v in step.before.moments.items()}
@@ -109,7 +109,7 @@ def test_each_term_is_its_formula(
         assert step.lr == learning_rate(session.config, step.step)
         clipped_steps += step.clip < 1
         found = {**step.update.named(), **step.update.references()}
-        for column, tensors in naive_terms(step).items():
+        for column, tensors in naive_terms(step, session.config).items():
             for name, part in by_tensor(step, found[column]).items():
                 # c and v_t of the program went through float32, those of the formula did not
                 torch.testing.assert_close(

@@ -303,7 +303,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["scalar"] for row in rows} == {"first.by=2"}
     for words, says in (
         (f"trace verify {TRACE}", f"--recipe {code}"),
-        ("train", "--config: is missing"),
+        ("train", "missing option '--config'"),
         (f"train --recipe {code}", "--output-dir: is missing"),
         (f"train --config run --recipe {code} --seed 3 --resume", "--seed goes with --recipe"),
         (f"trace attribute {READING} --scalar loss --output-dir x", "reads records of a task"),
