@@ -5,9 +5,10 @@
 The executed notebooks go to artifacts/notebooks/, and with --write in place. Another machine trains
 other weights (docs/exactness.md), which would change the committed outputs in their last digits.
 
-They look at the run that `circuit quickstart` makes. Each is executed in a fresh kernel of this
-interpreter, one thread, and keeps outputs only: no clock, no version, no path. And the digest of
-what it says about a much smaller run, so that a test sees cheaply where the program has changed.
+They look at the run that `circuit quickstart` makes, or train for themselves. Each is executed in a
+fresh kernel of this interpreter, one thread, and keeps outputs only: no clock, no version, no path.
+And, of those that look at a run, the digest of what it says about a much smaller one, so that a
+test sees cheaply where the program has changed.
 """
 
 from __future__ import annotations
@@ -101,11 +102,16 @@ def execute(path: Path, folder: Path) -> NotebookNode:
     with tempfile.TemporaryDirectory() as profile:  # a user's own IPython settings stay out
         # nbclient leaves a kernel whose manager it was given running unless told otherwise
         asyncio.run(client.async_execute(env=_environment(profile), cleanup_kc=True))
+    looked_at = {}
+    if looks_at_the_run(notebook):
+        looked_at["best_weights_sha256"] = weights(folder)
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
-            "circuit": {"best_weights_sha256": weights(folder)},
+            "circuit": {"best_weights_sha256": weights(folder)}
+            if looks_at_the_run(notebook)
+            else {},
         }
     )
     for cell in notebook.cells:
@@ -134,6 +140,11 @@ def _environment(profile: str) -> dict[str, str]:
     }
 
 
+def looks_at_the_run(notebook: NotebookNode) -> bool:
+    """Whether it opens the quickstart's run."""
+    return any(f'"{RUN}"' in cell.source for cell in notebook.cells)
+
+
 def weights(folder: Path) -> str:
     """sha256 of the best weights of the run that a notebook in `folder` looks at."""
     run = circuit.open_run(folder / RUN)
@@ -160,20 +171,25 @@ def said_of(notebook: NotebookNode) -> dict[str, str]:
 def main(words: Sequence[str]) -> None:
     """Execute the named notebooks, or all: here, and on the small run."""
     in_place = "--write" in words
+    chosen = [Path(word) for word in words if word != "--write"] or notebooks()
     with tempfile.TemporaryDirectory() as name:
-        with contextlib.chdir(name), small_quickstart():
-            quickstart()
         small = Path(name, FOLDER.name)
         small.mkdir()
-        for path in [Path(word) for word in words if word != "--write"] or notebooks():
+        if any(looks_at_the_run(read(path)) for path in chosen):
+            with contextlib.chdir(name), small_quickstart():
+                quickstart()
+        for path in chosen:
             committed, executed = read(path), execute(path, FOLDER)
             weights = "best_weights_sha256"
-            same = executed.metadata.circuit[weights] == committed.metadata.circuit.get(weights)
-            executed.metadata.circuit.small = said_of(execute(path, small))
+            here = executed.metadata.circuit.get(weights)
+            same = here == committed.metadata.get("circuit", {}).get(weights)
+            if here is not None:
+                executed.metadata.circuit.small = said_of(execute(path, small))
             output = path if in_place else ELSEWHERE / path.name
             output.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(executed, output)
             of = "the weights of the committed one" if same else "other weights"
+            of = of if here is not None else "trained for itself"
             print(f"{output}: {output.stat().st_size / 1024:.0f} KB, {of}")
 
 

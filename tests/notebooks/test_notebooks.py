@@ -30,6 +30,8 @@ def _load(path: Path) -> Any:
 
 tool = _load(ROOT / "notebooks" / "run.py")
 NOTEBOOKS: list[Path] = tool.notebooks()
+OF_A_RUN, ALONE = NOTEBOOKS[:3], NOTEBOOKS[3:]
+"""Those that look at the quickstart, and those that train what they look at."""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -64,8 +66,8 @@ def absolute_paths(text: str) -> list[str]:
     return re.findall(r"(?<![\w.<:/])(?:/[\w.@-]+){2,}|[A-Z]:\\\w+", text)
 
 
-def test_there_are_three() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_"]
+def test_there_are_four() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_"]
 
 
 def test_absolute_paths_are_seen() -> None:
@@ -120,7 +122,7 @@ def test_without_the_run_one_line_says_what_to_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for path in NOTEBOOKS:
+    for path in OF_A_RUN:
         sources = "\n".join(cell.source for cell in code(tool.read(path)))
         (opened,) = re.findall(r'circuit\.open_run\("([^"]+)"\)', sources)
         assert opened == tool.RUN
@@ -170,7 +172,7 @@ def executed(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple
         patch.delenv("CIRCUIT_DEVICE", raising=False)
         made = type_and_read(["quickstart"], capsys)
     assert made.code == 0, made.err
-    for path in NOTEBOOKS:
+    for path in OF_A_RUN:
         committed, found = tool.read(path), tool.execute(path, place)
         assert complaints(found) == []
         assert kinds(found) == kinds(committed)
@@ -193,6 +195,16 @@ def test_notebooks_run_on_a_new_quickstart(
             said, before = tool.said_of(found), committed.metadata.circuit.small
             if said["best_weights_sha256"] == before["best_weights_sha256"]:
                 assert said == before, STALE
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("path", ALONE, ids=[path.stem for path in ALONE])
+def test_notebooks_that_train_for_themselves_run(path: Path, tmp_path: Path) -> None:
+    place = tmp_path / "notebooks"
+    place.mkdir()
+    committed, found = tool.read(path), tool.execute(path, place)
+    assert complaints(found) == []
+    assert kinds(found) == kinds(committed)
 
 
 @pytest.mark.slow
