@@ -43,7 +43,10 @@ def digest_of(payload: dict[str, Any]) -> str:
 class Config(BaseModel):
     """A closed, frozen object of a config file, which remembers what a command line has set."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # no validator is built before a file is read: most commands read one kind or none
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
     _overrides: Overrides | None = PrivateAttr(default=None)
 
     @property

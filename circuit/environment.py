@@ -182,7 +182,7 @@ def _version(distribution: str) -> str | None:
 class RecordedFacts(BaseModel):
     """What a run or trace wrote down; versions differ in what else they did."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, defer_build=True)
 
     torch: str | None = None
     torch_build: str | None = None

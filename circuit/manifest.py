@@ -24,7 +24,7 @@ def digest(payload: bytes) -> str:
 class Claimed(BaseModel):
     """The content of a manifest; those of version 0.1 tell no digests."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     command: str
     files: list[str]

@@ -156,7 +156,7 @@ class Options(BaseModel):
     repeatable, no value may stand twice, and where it has values by default it may not be empty.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, defer_build=True)
 
     if not TYPE_CHECKING:  # the checker knows the fields' types from the declarations
 

@@ -33,7 +33,7 @@ class Overrides(BaseModel):
         earlier: of that file itself, if it is the `run_config.json` of a run with overrides.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     config: str
     set: list[str]

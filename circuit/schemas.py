@@ -52,7 +52,9 @@ class IntervalRow(BaseModel):
         margin_side: side of the pair whose logits are read, `clean` or `corrupted`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     source_step: int
     target_step: int
@@ -77,7 +79,9 @@ class IntervalRow(BaseModel):
 class TokenLogit(BaseModel):
     """One token and its logit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     token: int
     logit: float

@@ -1,7 +1,7 @@
 """The program: its hand-written commands, and those that reports declare.
 
 Nothing here, nor anything imported here, imports torch: help stays quick. A command line gets only
-the commands that its words can mean, for each takes time to build.
+the command that its words name, for each takes time to build, or what there is to list of all.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ from .output import print_error, say_interrupted
 HAND_WRITTEN = (quickstart, page, data, training, checkpoints, trace, reproduce, study)
 
 
-def program(words: Sequence[str] = ()) -> typer.Typer:
-    """The program for a command line; all of it where the words name no command."""
+def program(words: Sequence[str] | None = None) -> typer.Typer:
+    """The program for a command line; all of it in full where none is given.
+
+    Where the words name no command, the program only lists what there is.
+    """
     app = parsing.Commands(
         name="circuit",
         cls=shells.Program,
@@ -58,12 +61,15 @@ def program(words: Sequence[str] = ()) -> typer.Typer:
         info.typer_instance = group = copy(info.typer_instance)
         group.registered_commands = list(group.registered_commands)
         groups[str(group.info.name)] = group
+    if words is None:
+        reports.register(app, groups)
+        return app
+    words = words[1:] if words[:1] == ["--"] else words  # no option stands behind it
     narrow = _narrowed(app, words)
-    within = [info.typer_instance for info in narrow.registered_groups]
-    if narrow is app or within == [groups.get(words[0])]:  # the words name no hand-written command
+    if narrow is None:  # no hand-written command
         reports.register(app, groups, words)
-        return _narrowed(app, words)
-    return narrow
+        narrow = _narrowed(app, words)
+    return narrow or _listed(app)
 
 
 def _version(wanted: bool) -> None:
@@ -80,13 +86,10 @@ def _root(
     """How training writes a circuit into a transformer, step by step and exactly."""
 
 
-def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer:
-    """The program without the commands beside the one that is named, which take time to build.
-
-    Where the words name none, it is the whole program, which says what there is.
-    """
+def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer | None:
+    """The program without the commands beside the one that is named; None where none is."""
     if not words:
-        return whole
+        return None
     name, rest = words[0], words[1:]
     part = copy(whole)
     for command in whole.registered_commands:
@@ -99,8 +102,21 @@ def _narrowed(whole: typer.Typer, words: Sequence[str]) -> typer.Typer:
             chosen = copy(group)
             chosen.typer_instance = _narrowed(inner, rest)
             part.registered_commands, part.registered_groups = [], [chosen]
-            return part
-    return whole
+            return part if chosen.typer_instance else None
+    return None
+
+
+def _listed(whole: typer.Typer) -> typer.Typer:
+    """The program with commands that have a name and a help, and no options."""
+    part = copy(whole)
+    part.registered_commands = [copy(command) for command in whole.registered_commands]
+    for command in part.registered_commands:
+        command.callback = reports.heading(command.callback.__doc__ or "")
+    part.registered_groups = [copy(group) for group in whole.registered_groups]
+    for group in part.registered_groups:
+        assert group.typer_instance is not None
+        group.typer_instance = _listed(group.typer_instance)
+    return part
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from circuit.quoting import plain_text
+from circuit.reports.listing import listed_reports
 
 from . import complete, options
 from .output import (
@@ -175,21 +176,38 @@ def _completer(option: Option) -> Any:
     return complete.values(*option.choices) if option.choices else None
 
 
-def register(app: typer.Typer, groups: dict[str, typer.Typer], words: Sequence[str]) -> None:
-    """Add the commands of reports: the one that the words name, else all.
+def heading(text: str) -> Callable[[], None]:
+    """What Typer lists a command by, where only its name and its help are shown."""
+
+    def command() -> None:
+        pass
+
+    command.__doc__ = text
+    return command
+
+
+def register(
+    app: typer.Typer, groups: dict[str, typer.Typer], words: Sequence[str] | None = None
+) -> None:
+    """Add the commands of reports: that which the words name, and of the others what is listed.
 
     Args:
         groups: of the program, by name.
-        words: of the command line.
+        words: of the command line; None for all commands in full.
     """
-    from circuit.reports.report import all_reports, find_report
-
-    named = find_report(words[0]) if words else None
-    within = words[0] if words and words[0] in groups else ""
-    for kind in [named] if named else all_reports(f'"{within} ' if within else ""):
-        for name in (kind.names or (kind.command,)) if kind.generated else ():
+    for one in listed_reports():
+        for name in one.names:
             group, _, last = name.rpartition(" ")
-            if within in ("", group):
-                place = groups[group] if group else app
-                panel = None if group else kind.panel
-                place.command(last, rich_help_panel=panel)(report_command(kind))
+            place, panel = (groups[group], None) if group else (app, one.panel)
+            parts = name.split()
+            in_full = words is None or list(words[: len(parts)]) == parts
+            function = report_command(_kind(one.command)) if in_full else heading(one.help)
+            place.command(last, rich_help_panel=panel)(function)
+
+
+def _kind(command: str) -> type[Report[Any]]:
+    from circuit.reports.report import find_report
+
+    kind = find_report(command)
+    assert kind is not None, command
+    return kind

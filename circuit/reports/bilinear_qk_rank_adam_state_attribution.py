@@ -15,7 +15,7 @@ class QKAttribution(Attribution[QKAttributionOptions]):
     """Which optimizer term moved a head's QK match: contributions that add up, step by step."""
 
     command = "bilinear-qk-rank-adam-state-attribution"
-    names = (command, "trace qk")
+    names = ("bilinear-qk-rank-adam-state-attribution", "trace qk")
     Options = QKAttributionOptions
     family = QKMatches
     place = 5

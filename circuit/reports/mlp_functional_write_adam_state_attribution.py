@@ -14,6 +14,6 @@ class WriteAttribution(Attribution[WriteAttributionOptions]):
     """Which optimizer term moved what a component writes for the answer, through an MLP."""
 
     command = "mlp-functional-write-adam-state-attribution"
-    names = (command, "trace write")
+    names = ("mlp-functional-write-adam-state-attribution", "trace write")
     Options = WriteAttributionOptions
     family = FunctionalWrites

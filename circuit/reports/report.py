@@ -32,6 +32,7 @@ from circuit.figures.charts import Chart
 from circuit.options import CheckpointOptions, Options, ProbeOptions
 from circuit.quoting import markdown_text
 from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
+from circuit.reports.listing import PANEL
 from circuit.reports.tables import Table
 from circuit.sealed import sealed
 from circuit.strict_json import parse_json
@@ -153,7 +154,7 @@ class Report(Generic[O]):
     Options: ClassVar[type[Options]]
     names: ClassVar[tuple[str, ...]] = ()
     further: ClassVar[tuple[str, ...]] = ()
-    panel: ClassVar[str] = "Circuits"
+    panel: ClassVar[str] = PANEL
     reads_run: ClassVar[bool] = True
     any_module: ClassVar[bool] = False
     of_recipes: ClassVar[bool] = False
@@ -518,16 +519,9 @@ def find_report(command: str) -> type[Report[Any]] | None:
     return next((kind for kind in _declared_in(module) if kind.command == command), None)
 
 
-def all_reports(mentioning: str = "") -> list[type[Report[Any]]]:
-    """Every report, by the name of its module.
-
-    Args:
-        mentioning: text without which a module is not imported.
-    """
-    (folder,) = map(Path, import_module("circuit.reports").__path__)
-    names = [module.name for module in iter_modules([str(folder)])]
-    if mentioning:
-        names = [name for name in names if mentioning in (folder / f"{name}.py").read_text("utf-8")]
+def all_reports() -> list[type[Report[Any]]]:
+    """Every report, by the name of its module."""
+    names = [module.name for module in iter_modules(import_module("circuit.reports").__path__)]
     return [kind for name in names for kind in _declared_in(f"circuit.reports.{name}")]
 
 

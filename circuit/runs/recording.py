@@ -50,7 +50,7 @@ KEEPS: tuple[Keep, ...] = ("gradients", "states", "rows")
 class WatchedOptimizer(BaseModel):
     """One optimizer of a recording."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     kind: str
     """Its class, as `torch.optim.adamw.AdamW`."""
@@ -61,7 +61,9 @@ class WatchedOptimizer(BaseModel):
 class RecordingManifest(BaseModel):
     """What was watched. No clock and no path: equal loops give equal bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     schema_version: Literal[1] = 1
     keep: Literal["gradients", "states"]

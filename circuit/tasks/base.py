@@ -188,7 +188,7 @@ PairRule: TypeAlias = Callable[[Any], Change]
 class Stored(BaseModel):
     """Something of a benchmark's `metadata.json`: closed, frozen, strict."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class SplitSizes(Stored):

@@ -44,7 +44,9 @@ FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", STEP_FILES)
 class TraceManifest(BaseModel):
     """What a trace is. No clock and no path of its own: equal recordings give equal bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     schema_version: Literal[1] = 1
     config: SerializeAsAny[TrainConfig]
@@ -134,7 +136,9 @@ class TraceManifest(BaseModel):
 class ListedParameter(BaseModel):
     """One of the parameters that a step moved most."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     name: str
     update_norm: float
@@ -144,7 +148,9 @@ class ListedParameter(BaseModel):
 class TraceRow(BaseModel):
     """One recorded step (definitions.md section 6, optimizer-update-trace)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     step: StepNumber
     loss: float

@@ -51,7 +51,9 @@ class DivergedError(CircuitError):
 
 
 class _Described(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 class TensorFacts(_Described):
@@ -74,7 +76,7 @@ class Best(_Described):
 class Notes(_Described):
     """Facts of the loop that saved a state."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     best: Best | None = None
     metrics_rows: NonNegativeInt | None = None

@@ -23,7 +23,7 @@ STRONG_SHORTCUT = 0.5
 
 
 class _Figures(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class SplitFigures(_Figures):
