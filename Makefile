@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export MPLBACKEND ?= Agg
+unexport PYTHONDONTWRITEBYTECODE  # modules are compiled once, not by each process of the tests
 
 .PHONY: help environment quickstart test test-system lint types layers unit docs bench
 
