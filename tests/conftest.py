@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from altair.utils import schemapi
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -123,6 +124,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_disk() -> Iterator[None]:
+    """No test pulls the plug, so nobody waits for the disk: fifty times in the tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_command_line() -> Iterator[None]:
     """The commands and their options are put together once, not for every line that is typed."""
     with pytest.MonkeyPatch.context() as patch:
@@ -139,8 +148,15 @@ def _sketches() -> Iterator[None]:
     def sketch(chart: Chart) -> str:
         return f'<svg xmlns="http://www.w3.org/2000/svg"><!-- {chart.title} --></svg>\n'
 
-    with pytest.MonkeyPatch.context() as patch:
+    def setter(setter: Any, of: Any, kind: Any) -> Any:
+        setter.obj, setter.cls = of, kind
+        return setter
+
+    with pytest.MonkeyPatch.context() as patch, schemapi.debug_mode(False):
         patch.setattr(Chart, "svg", sketch)
+        # nor is each part checked on its own (the whole is: test_each_report.py), or the docstring
+        # of each `.scale` of an axis put together, which take a third of what is left
+        patch.setattr(schemapi._PropertySetter, "__get__", setter)
         yield
 
 
