@@ -8,7 +8,8 @@ other weights (docs/exactness.md), which would change the committed outputs in t
 They look at the run that `circuit quickstart` makes, or train for themselves. Each is executed in a
 fresh kernel of this interpreter, one thread, and keeps outputs only: no clock, no version, no path.
 And, of those that look at a run, the digest of what it says about a much smaller one, so that a
-test sees cheaply where the program has changed.
+test sees cheaply where the program has changed; there one kernel executes all, which imports what
+they need once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import hashlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -80,17 +83,22 @@ def read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def execute(path: Path, folder: Path) -> NotebookNode:
-    """A notebook with the outputs that it has in `folder`, without what differs between calls.
+def execute(paths: Sequence[Path], folder: Path) -> list[NotebookNode]:
+    """Notebooks with the outputs that they have in `folder`, without what differs between calls.
+
+    One kernel executes them all, one after the other; none has the names of an earlier one.
 
     Raises:
         CellExecutionError: a cell fails.
     """
-    notebook = read(path)
+    notebooks = [read(path) for path in paths]
+    between = nbformat.v4.new_code_cell("%reset -f")
+    cells = [[*notebook.cells, copy.deepcopy(between)] for notebook in notebooks]
+    whole = nbformat.v4.new_notebook(cells=list(itertools.chain(*cells)))
     specs = KernelSpecManager(kernel_dirs=[])  # ipykernel's own: this interpreter's environment
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
     client = NotebookClient(
-        notebook,
+        whole,
         km=manager,
         timeout=TIMEOUT,
         startup_timeout=TIMEOUT,
@@ -102,23 +110,24 @@ def execute(path: Path, folder: Path) -> NotebookNode:
     with tempfile.TemporaryDirectory() as profile:  # a user's own IPython settings stay out
         # nbclient leaves a kernel whose manager it was given running unless told otherwise
         asyncio.run(client.async_execute(env=_environment(profile), cleanup_kc=True))
-    looked_at = {}
-    if looks_at_the_run(notebook):
-        looked_at["best_weights_sha256"] = weights(folder)
+    for notebook in notebooks:
+        _clean(notebook, weights(folder) if looks_at_the_run(notebook) else None)
+    return notebooks
+
+
+def _clean(notebook: NotebookNode, best: str | None) -> None:
+    """Leave what is the same in every call, and the weights that were looked at."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
-            "circuit": {"best_weights_sha256": weights(folder)}
-            if looks_at_the_run(notebook)
-            else {},
+            "circuit": {} if best is None else {"best_weights_sha256": best},
         }
     )
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
-    return notebook
 
 
 def _smaller(png: str) -> str:
@@ -175,16 +184,19 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         small = Path(name, FOLDER.name)
         small.mkdir()
-        if any(looks_at_the_run(read(path)) for path in chosen):
+        looking = [path for path in chosen if looks_at_the_run(read(path))]
+        of_small = {}
+        if looking:
             with contextlib.chdir(name), small_quickstart():
                 quickstart()
+            of_small = dict(zip(looking, execute(looking, small), strict=True))
         for path in chosen:
-            committed, executed = read(path), execute(path, FOLDER)
+            committed, (executed,) = read(path), execute([path], FOLDER)
             weights = "best_weights_sha256"
             here = executed.metadata.circuit.get(weights)
             same = here == committed.metadata.get("circuit", {}).get(weights)
-            if here is not None:
-                executed.metadata.circuit.small = said_of(execute(path, small))
+            if path in of_small:
+                executed.metadata.circuit.small = said_of(of_small[path])
             output = path if in_place else ELSEWHERE / path.name
             output.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(executed, output)

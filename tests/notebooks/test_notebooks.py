@@ -137,9 +137,10 @@ def test_running_changes_the_committed_notebooks_only_when_told(
     committed = tmp_path / NOTEBOOKS[0].name
     committed.write_bytes(NOTEBOOKS[0].read_bytes())
 
-    def execute(path: Path, _: Path) -> Any:  # as on a machine that trains other weights
-        found = tool.read(path)
-        found.metadata.circuit.best_weights_sha256 = "0" * 64
+    def execute(paths: list[Path], _: Path) -> Any:  # as on a machine that trains other weights
+        found = [tool.read(path) for path in paths]
+        for notebook in found:
+            notebook.metadata.circuit.best_weights_sha256 = "0" * 64
         return found
 
     monkeypatch.setattr(tool, "quickstart", lambda: None)  # which `execute` would look at
@@ -172,8 +173,8 @@ def executed(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple
         patch.delenv("CIRCUIT_DEVICE", raising=False)
         made = type_and_read(["quickstart"], capsys)
     assert made.code == 0, made.err
-    for path in OF_A_RUN:
-        committed, found = tool.read(path), tool.execute(path, place)
+    for path, found in zip(OF_A_RUN, tool.execute(OF_A_RUN, place), strict=True):
+        committed = tool.read(path)
         assert complaints(found) == []
         assert kinds(found) == kinds(committed)
         yield committed, found
@@ -202,7 +203,7 @@ def test_notebooks_run_on_a_new_quickstart(
 def test_notebooks_that_train_for_themselves_run(path: Path, tmp_path: Path) -> None:
     place = tmp_path / "notebooks"
     place.mkdir()
-    committed, found = tool.read(path), tool.execute(path, place)
+    committed, (found,) = tool.read(path), tool.execute([path], place)
     assert complaints(found) == []
     assert kinds(found) == kinds(committed)
 
