@@ -56,7 +56,7 @@ def test_a_recording_killed_at_any_moment_ends_with_the_same_bytes(
     whole = calls_of(record)
     straight = bytes_of("trace")
     assert straight == bytes_of(recorded_once)
-    rng, tries, died, same_bytes = random.Random(0), 20, 0, 0
+    rng, tries, died, same_bytes = random.Random(0), 12, 0, 0
     reached = set()
     for number in range(tries):
         shutil.rmtree("trace")
@@ -66,7 +66,7 @@ def test_a_recording_killed_at_any_moment_ends_with_the_same_bytes(
         same_bytes += bytes_of("trace") == straight
     print(f"killed {died} of {tries}, with {sorted(reached)} rows: equal {same_bytes} of {tries}")
     assert (died, same_bytes) == (tries, tries)
-    assert len(reached) >= 8  # some of the moments lie before the first row and behind the last
+    assert len(reached) >= 6  # some of the moments lie before the first row and behind the last
 
 
 def test_a_recording_killed_again_and_again_ends_with_the_same_bytes(
@@ -82,7 +82,7 @@ def test_a_recording_killed_again_and_again_ends_with_the_same_bytes(
     whole = calls_of(record)
     shutil.rmtree("trace")
     rng = random.Random(1)
-    died = sum(killed_at(whole * rng.uniform(0.3, 0.6), record) for _ in range(6))
+    died = sum(killed_at(whole * rng.uniform(0.3, 0.6), record) for _ in range(4))
     record()
     assert died >= 2
     assert bytes_of("trace") == bytes_of(recorded_once)

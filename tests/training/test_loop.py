@@ -110,24 +110,26 @@ def test_rows_say_what_the_steps_were(workplace: Path, make_config: MakeConfig) 
 def test_stopping_and_resuming_at_every_step_changes_nothing(
     straight: dict[str, bytes], make_config: MakeConfig
 ) -> None:
+    stops = (1, 2, 3, 4, 5, 8, 11)  # at a checkpoint, an evaluation, and neither
     equal = 0
-    for stop in range(1, 12):
+    for stop in stops:
         stopped = train(make_config(), stop_at=stop, overwrite=stop > 1)
         assert (stopped.step, stopped.first_step) == (stop, 0)
         assert not (RUN / "summary.json").exists()
         resumed = train(make_config(), resume=True)
         assert (resumed.step, resumed.first_step) == (12, stop)
         equal += not differing(outputs(), straight)
-    print(f"stopped and resumed: equal {equal} of 11")
-    assert equal == 11
+    print(f"stopped and resumed: equal {equal} of {len(stops)}")
+    assert equal == len(stops)
 
 
 def test_an_interruption_after_any_step_changes_nothing(
     straight: dict[str, bytes], make_config: MakeConfig
 ) -> None:
     """Between a step and its rows: the rows beyond the checkpoint are written again, once."""
+    ends = (1, 2, 3, 4, 5, 8, 12)
     equal = 0
-    for at in range(1, 13):
+    for at in ends:
 
         def interrupt(progress: Progress, at: int = at) -> None:
             if progress.step == at and progress.loss is not None:
@@ -139,8 +141,8 @@ def test_an_interruption_after_any_step_changes_nothing(
         assert last >= (at - 1) // 3 * 3
         assert train(make_config(), resume=True).first_step == last
         equal += outputs() == straight
-    print(f"interrupted and resumed: equal {equal} of 12")
-    assert equal == 12
+    print(f"interrupted and resumed: equal {equal} of {len(ends)}")
+    assert equal == len(ends)
 
 
 def test_an_interruption_after_any_write_changes_nothing(
@@ -178,7 +180,7 @@ def test_a_run_killed_again_and_again_is_the_straight_run(
     workplace: Path, make_config: MakeConfig
 ) -> None:
     def go_on() -> None:
-        train(make_config(steps=40, checkpoint_every=2, eval_every=10), resume=True)
+        train(make_config(steps=20, checkpoint_every=2, eval_every=10), resume=True)
 
     go_on()  # first once, uncounted: it imports what nothing before has used
     expected = outputs()
@@ -192,7 +194,7 @@ def test_a_run_killed_again_and_again_is_the_straight_run(
     print(f"killed {killed} times while training: files that differ {len(wrong)}")
     assert killed >= 2
     assert wrong == []
-    assert len(outputs()) == len(expected) == 23
+    assert len(outputs()) == len(expected) == 13
 
 
 def test_frequencies_do_not_change_the_training(workplace: Path, make_config: MakeConfig) -> None:
