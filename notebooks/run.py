@@ -20,7 +20,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import itertools
 import os
 import sys
 import tempfile
@@ -46,6 +45,8 @@ FOLDER = Path(__file__).parent
 ELSEWHERE = FOLDER.parent / "artifacts" / "notebooks"
 RUN = "../artifacts/runs/quickstart"
 """As the notebooks name it: a kernel starts in its notebook's folder."""
+FORGET = "import torch\ntorch.set_grad_enabled(True)\n%reset -f"
+"""Between two notebooks of one kernel: what the first has set, and its names."""
 TIMEOUT = 600
 """Seconds for one cell, and for a kernel to start."""
 SMALL = {"steps": 40, "eval_every": 20, "checkpoint_every": 8, "batch_size": 32}
@@ -92,9 +93,12 @@ def execute(paths: Sequence[Path], folder: Path) -> list[NotebookNode]:
         CellExecutionError: a cell fails.
     """
     notebooks = [read(path) for path in paths]
-    between = nbformat.v4.new_code_cell("%reset -f")
-    cells = [[*notebook.cells, copy.deepcopy(between)] for notebook in notebooks]
-    whole = nbformat.v4.new_notebook(cells=list(itertools.chain(*cells)))
+    forget = nbformat.v4.new_code_cell(FORGET)
+    whole = nbformat.v4.new_notebook()
+    for notebook in notebooks:
+        whole.cells += copy.deepcopy([*notebook.cells, forget])
+    for number, cell in enumerate(whole.cells):
+        cell.id = str(number)  # several notebooks may have the same
     specs = KernelSpecManager(kernel_dirs=[])  # ipykernel's own: this interpreter's environment
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
     client = NotebookClient(
@@ -110,7 +114,11 @@ def execute(paths: Sequence[Path], folder: Path) -> list[NotebookNode]:
     with tempfile.TemporaryDirectory() as profile:  # a user's own IPython settings stay out
         # nbclient leaves a kernel whose manager it was given running unless told otherwise
         asyncio.run(client.async_execute(env=_environment(profile), cleanup_kc=True))
+    executed = iter(whole.cells)
     for notebook in notebooks:
+        for cell in notebook.cells:
+            cell.update({**next(executed), "id": cell.id})
+        next(executed)
         _clean(notebook, weights(folder) if looks_at_the_run(notebook) else None)
     return notebooks
 
