@@ -155,7 +155,7 @@ def _sketches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, schemapi.debug_mode(False):
         patch.setattr(Chart, "svg", sketch)
         # nor is each part checked on its own (the whole is: test_each_report.py), or the docstring
-        # of each `.scale` of an axis put together, which take a third of what is left
+        # of each `.scale` of an axis put together, which take nearly half of what is left
         patch.setattr(schemapi._PropertySetter, "__get__", setter)
         yield
 
