@@ -27,8 +27,10 @@ from circuit.studies.study import Study
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "reproducibility.txt").read_text(encoding="utf-8")
 RUN = "artifacts/runs/symbolic_kv_reference_formation"
-SCALE = replace(SCALES["smoke"], ablations=None, samples=(256, 128))
-"""The smallest, with all runs of the ablation, and a split that holds the page's 96 probes."""
+SMOKE = SCALES["smoke"]
+SCALE = replace(SMOKE, ablations=None, samples=(256, 128), task={**SMOKE.task, "num_values": 128})
+"""The smallest, with all runs of the ablation, a split that holds the page's 96 probes, and as many
+values as its ranks ask for."""
 FIRST = re.compile(r"export |\$CIRCUIT |find |for |[A-Z_]+=")
 """How a block begins; the page has no other marks."""
 NOT_A_COMMAND = 'export CIRCUIT="PYTHONPATH=src $CIRCUIT_PYTHON -m circuit.cli"'
