@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from circuit.runs.base import Run
     from circuit.runs.opening import open_run
     from circuit.runs.rows import read_rows
+    from circuit.trace.counterfactual import record_counterfactual
     from circuit.training.imported import import_checkpoints
     from circuit.training.recipe import Batch, Recipe
 
@@ -43,6 +44,7 @@ _HOME = {
     "influence": "circuit.attribution.influence",
     "open_run": "circuit.runs.opening",
     "read_rows": "circuit.runs.rows",
+    "record_counterfactual": "circuit.trace.counterfactual",
     "watch": "circuit.attribution.live",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "influence",
     "open_run",
     "read_rows",
+    "record_counterfactual",
     "watch",
 ]
 

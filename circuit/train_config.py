@@ -31,6 +31,7 @@ from circuit.config import (
     load_config,
     parse_config,
 )
+from circuit.core.edit import Edit
 from circuit.errors import CircuitError
 from circuit.reading import checked_path
 
@@ -182,6 +183,15 @@ class Recipe(Config):
     optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
     schedule: ScheduleConfig = ScheduleConfig()
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    edit: Edit | None = None
+    """What some steps of a counterfactual training do otherwise; written only where there is."""
+
+    @model_serializer(mode="wrap")
+    def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = dump(self)
+        if written.pop("edit", None) is not None and self.edit is not None:
+            written["edit"] = self.edit.to_json()
+        return written
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide bits, as JSON: `steps` only where the schedule depends on it."""
@@ -198,10 +208,10 @@ class Recipe(Config):
         for kind, what in _VARIETIES.values():
             if isinstance(theirs, kind) != isinstance(self, kind):
                 return f"one of them {what}"
-        other = theirs.deciding()
-        for field, value in self.deciding().items():
-            if other.get(field) != value:
-                return first_difference(field, other.get(field), value)
+        ours, others = self.deciding(), theirs.deciding()
+        for field in dict.fromkeys((*ours, *others)):
+            if others.get(field) != ours.get(field):
+                return first_difference(field, others.get(field), ours.get(field))
         return None
 
 
@@ -332,12 +342,16 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
             CircuitError: a value is not allowed.
         """
         payload = self.model_dump(mode="json")
-        changed = {
-            key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-            for key, value in changes.items()
-        }
+        changed = {key: _as_written(value) for key, value in changes.items()}
         made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
         return made.remembering(self)
+
+
+def _as_written(value: Any) -> Any:
+    """A value of a config as its file has it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value.to_json() if isinstance(value, Edit) else value
 
 
 class ImportedFile(Config):
@@ -403,6 +417,7 @@ class ImportedConfig(PartialConfig):
     optimizer: AdamWConfig | SGDConfig = _unknown()
     schedule: ScheduleConfig = _unknown()
     gradient_clip: float | None = _unknown()
+    edit: Edit | None = _unknown()
     log_every: PositiveInt = _unknown()
     eval_every: PositiveInt = _unknown()
     checkpoint_every: PositiveInt = _unknown()
@@ -428,7 +443,8 @@ class ImportedConfig(PartialConfig):
         return of | {field: payload[field] for field in ("model", "kernels")}
 
     @model_serializer(mode="wrap")
-    def _without_initialization(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """There is none; nor is it known how the weights began."""
         made: dict[str, Any] = dump(self)
         for unknown in ("initialization", "embedding_std"):
             made["model"].pop(unknown, None)
@@ -516,10 +532,10 @@ class RecipeConfig(PartialConfig):
         )
 
     def deciding(self) -> dict[str, Any]:
-        """What decides the weights: the code, and the seed that it is given."""
-        return {"recipe": {"name": self.recipe.name, "sha256": self.recipe.sha256}} | {
-            "seed": self.seed
-        }
+        """What decides the weights: the code, the seed that it is given, what is otherwise."""
+        edit = {} if self.edit is None else {"edit": self.edit.to_json()}
+        of = {"name": self.recipe.name, "sha256": self.recipe.sha256}
+        return {"recipe": of, "seed": self.seed, **edit}
 
 
 class Recorded(Config):
@@ -551,6 +567,7 @@ class RecordedConfig(PartialConfig):
     optimizer: AdamWConfig | SGDConfig = _unknown()
     schedule: ScheduleConfig = _unknown()
     gradient_clip: float | None = _unknown()
+    edit: Edit | None = _unknown()
     log_every: PositiveInt = _unknown()
     eval_every: PositiveInt = _unknown()
     checkpoint_every: PositiveInt = _unknown()
@@ -592,7 +609,7 @@ class RecordedConfig(PartialConfig):
         return {"recorded": which, "model": payload["model"]}
 
     @model_serializer(mode="wrap")
-    def _without_initialization(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         made: dict[str, Any] = dump(self)
         for unknown in ("initialization", "embedding_std"):
             (made["model"] or {}).pop(unknown, None)

@@ -105,6 +105,8 @@ route_closure_rows = artifact("route_to_margin_closure_rows.jsonl")
 scalar_pair_rows = artifact("answer_scalar_residual_diagnosis_pair_rows.jsonl")
 separation_rows = artifact("bilinear_qk_match_separation_rows.jsonl")
 report = artifact("*_report.json")
+edits = artifact("*edits*.jsonl")
+scores = artifact("*.npz")
 score = values("rank8", "full")
 
 
@@ -266,17 +268,23 @@ def subspace(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def edit(incomplete: str) -> list[str]:
-    """The next key of an edit's word, behind its label, or the terms that can be scaled."""
+    """The next key of an edit's word, behind its label, or what its value begins with."""
     before, comma, last = incomplete.rpartition(",")
     if not comma:
         return []
-    if not last.startswith("scale="):
-        return [f"{before},{key}=" for key in _starting(last, ("drop", "scale", "steps", "weight"))]
+    from circuit.core.edit import DIRECTIONS, SETTINGS
     from circuit.core.update import AdamWRule, SGDRule
+    from circuit.reports.edits import KEYS
 
-    terms = dict.fromkeys((*AdamWRule.names, *SGDRule.names))
-    named = _starting(last.removeprefix("scale="), terms)
-    return [f"{before},scale={term}*" for term in named]
+    key, equals, value = last.partition("=")
+    if not equals:
+        return [f"{before},{name}=" for name in _starting(key, sorted(KEYS))]
+    offered = {
+        "scale": [f"{name}*" for name in dict.fromkeys((*AdamWRule.names, *SGDRule.names))],
+        "set": [f"{name}*" for name in SETTINGS],
+        "direction": DIRECTIONS,
+    }
+    return [f"{before},{key}={one}" for one in _starting(value, offered.get(key, ()))]
 
 
 def scalar(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
 
-from circuit.attribution.groups import Atom, Partition, atoms
 from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.groups import Atom, Partition, atoms
 from circuit.core.module import load_buffers
 from circuit.core.paths import PathRule, Quadrature, path_rule
 from circuit.core.step import Step

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from circuit.attribution.attribute import Attributor, LossScope, check_loss_scope
-from circuit.attribution.groups import Partition, check_partition
 from circuit.attribution.series import Series
+from circuit.core.groups import Partition, check_partition
 from circuit.core.paths import path_rule
 from circuit.environment import end_with_parent
 from circuit.errors import CircuitError

@@ -60,6 +60,12 @@ class ParameterLayout:
         """Named tensors of one device as one new vector on the CPU, in one copy."""
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.names]).cpu()
 
+    def flatten_gradient(self, parameters: Mapping[str, nn.Parameter]) -> Flat:
+        """The gradients that stand in parameters, by name; zero where there is none."""
+        return self.flatten(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        )
+
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector, by name and in shape."""
         parts = vector.split([b - a for a, b in zip(self.starts, self.starts[1:], strict=False)])

@@ -94,9 +94,10 @@ class TakenStep:
             start, stop = layout.range(name)
             moved = self.before[name].double() - value.double()
             change[start:stop] = moved.reshape(-1).cpu()
-        terms = {**update.terms, **({OUTSIDE: change} if self.outside else {})}
-        absent = {name: torch.zeros_like(change) for name in columns if name not in terms}
-        return replace(update, total=update.total + change, terms={**terms, **absent})
+        if self.outside:
+            update = update.with_outside(change)
+        absent = {name: torch.zeros_like(change) for name in columns if name not in update.terms}
+        return replace(update, terms={**update.terms, **absent})
 
     def _parts(self, layout: ParameterLayout, group: Group) -> Iterator[tuple[Tensor, UpdateTerms]]:
         """Of a group: parameters with a gradient, apart by their count and whether it begins."""
@@ -198,9 +199,6 @@ def groups_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tup
         groups.append(Group(tuple(str(name) for name in members), settings))
     return tuple(groups)
 
-
-OUTSIDE = "outside_the_optimizer"
-"""Column of what has changed the parameters between two steps."""
 
 _NAMES = ("param_names",)
 """Entries of a group that say what stands in `params`."""

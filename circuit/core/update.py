@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 from circuit.core.flat import Flat
@@ -20,6 +20,9 @@ from circuit.lazy import torch
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+OUTSIDE = "outside_the_optimizer"
+"""Column of what has changed the parameters beside an optimizer's step."""
 
 TermNames: TypeAlias = tuple[str, str, str]
 """Column names of the decay, of the current gradient and of the history."""
@@ -98,6 +101,11 @@ class UpdateTerms:
     def named(self) -> dict[str, Flat]:
         """The terms under their column names, then `rounding`; they sum to `total`."""
         return {**self.terms, "rounding": self.rounding}
+
+    def with_outside(self, change: Flat) -> UpdateTerms:
+        """With what something other than the optimizer has changed, float64, as one more term."""
+        terms = {**self.terms, OUTSIDE: change}
+        return replace(self, total=self.total + change, terms=terms)
 
     def references(self) -> dict[str, Flat]:
         """The vectors that are not in the sum, by column name."""

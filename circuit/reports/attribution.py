@@ -15,9 +15,9 @@ from pydantic import field_validator
 
 from circuit.artifacts import Row, dump_row, in_row
 from circuit.attribution.attribute import LossScope
-from circuit.attribution.groups import Partition
 from circuit.attribution.series import Collected, Series, check_windows
 from circuit.attribution.window import Job, Rows, attribute_window
+from circuit.core.groups import Partition
 from circuit.core.paths import path_rule
 from circuit.errors import CircuitError
 from circuit.figures.attribution import scalars_chart, series_charts

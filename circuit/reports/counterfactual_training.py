@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from circuit.artifacts import Row
+from circuit.attribution.replays import Replay, Replays, key, share
 from circuit.attribution.window import attributor_of
-from circuit.core.digests import tensor_digest
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
@@ -16,16 +17,15 @@ from circuit.figures.charts import TICKS, Chart, chart, exact, named
 from circuit.lazy import alt, np, torch
 from circuit.options import Option
 from circuit.quoting import markdown_text
+from circuit.reports.edits import WORDS, parse_edit, read_edits
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_words
-from circuit.scalars.family import split_word
+from circuit.trace.counterfactual import record_counterfactual
 
-_SCALED = re.compile(r"(.+)\*([-+.\deE]+)")
-_STEPS = re.compile(r"(\d+):(\d+)")
-WORDS = "label[,drop=EXAMPLE...][,weight=EXAMPLE*FACTOR...][,scale=TERM*FACTOR...][,steps=A:B]"
 NULL = "nothing"
 """Label of the training that changes nothing."""
+_FOLDER = re.compile(r"[\w][\w .+-]*")
 
 
 class CounterfactualOptions(WordOptions):
@@ -34,57 +34,47 @@ class CounterfactualOptions(WordOptions):
     edits: Annotated[
         tuple[str, ...],
         Option(f"{WORDS}; the steps of the window by default.", flag="--edit", kind="edit"),
-    ]
+    ] = ()
+    edits_file: Annotated[
+        Path | None,
+        Option(
+            'JSON Lines of further edits, {"label": ..., "edit": {...}}.',
+            flag="--edits",
+            kind="edits",
+        ),
+    ] = None
+    replays: Annotated[
+        Path | None,
+        Option("Folder that keeps the trainings that are done; a start does what is missing."),
+    ] = None
+    slice: Annotated[
+        str, Option("Every n-th edit from the i-th on, i/n, for one of n workers.")
+    ] = "1/1"
+    runs_dir: Annotated[
+        Path | None,
+        Option("Also leave each training there as a run, in a folder of its label."),
+    ] = None
 
     def check(self) -> None:
-        """Also refuses a word that says nothing, or a label twice."""
+        """Also refuses a word that says nothing, a label twice, or one that is no folder's name."""
         super().check()
         labels = [NULL, *(parse_edit(word, 0, 1)[0] for word in self.edits)]
+        labels += [] if self.edits_file is None else read_edits(self.edits_file)
         for label in labels:
             if labels.count(label) > 1:
                 expected = f"another label for each, and none is '{NULL}'"
                 raise CircuitError(f"label '{label}'", where="`edits`", expected=expected)
-
-
-def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
-    """Label and edit of a word.
-
-    Args:
-        start, end: its steps, unless it says which.
-
-    Raises:
-        CircuitError: it says nothing, or something else.
-    """
-    label, values = split_word(word)
-    dropped = [f"{name}*0" for name in values.pop("drop", ())]
-    examples = _scaled([*dropped, *values.pop("weight", ())])
-    terms = _scaled(values.pop("scale", ()))
-    steps = values.pop("steps", ())
-    if steps:
-        match = _STEPS.fullmatch(steps[0])
-        if match is None or len(steps) > 1:
-            told = ",".join(f"steps={one}" for one in steps)
-            raise CircuitError(told, where="`edits`", expected="steps=A:B, once")
-        start, end = int(match[1]), int(match[2])
-    if values or not (examples or terms):
-        raise CircuitError(f"'{word}'", where="`edits`", expected=WORDS)
-    return label, Edit(start, end, examples, terms)
-
-
-def _scaled(texts: Sequence[str]) -> dict[str, float]:
-    """Factors by name, of `name*factor`."""
-    factors: dict[str, float] = {}
-    for text in texts:
-        match = _SCALED.fullmatch(text)
-        name = match[1] if match else ""
-        try:
-            factor = float(match[2] if match else "")
-        except ValueError:
-            raise CircuitError(f"'{text}'", where="`edits`", expected="NAME*FACTOR") from None
-        if name in factors:
-            raise CircuitError(f"'{name}' twice", where="`edits`", expected="one factor for each")
-        factors[name] = factor
-    return factors
+            if self.runs_dir is not None and not _FOLDER.fullmatch(label):
+                expected = "letters, digits, spaces and .+-_, for a folder has its name"
+                raise CircuitError(f"label '{label}'", where="`edits`", expected=expected)
+        if len(labels) == 1:
+            raise CircuitError("no edit", where="`edits`", expected="one, or more in `edits_file`")
+        if self.runs_dir is not None and self.replays is not None:
+            raise CircuitError(
+                "`replays` and `runs_dir`",
+                expected="one of them: what is kept as a run is not trained again either",
+            )
+        share(labels, self.slice)
 
 
 class CounterfactualTraining(TracedReport[CounterfactualOptions]):
@@ -104,15 +94,20 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
     def prepare(self) -> None:
         super().prepare()
         start, end = self.steps
-        self.edits = {NULL: Edit(start, end)}
-        self.edits |= dict(parse_edit(word, start, end) for word in self.options.edits)
-        for label, edit in self.edits.items():
+        edits = dict(parse_edit(word, start, end) for word in self.options.edits)
+        if self.options.edits_file is not None:
+            edits |= read_edits(self.options.edits_file)
+        for label, edit in edits.items():
             if not start <= edit.start < edit.end <= end:
                 raise CircuitError(
                     f"'{label}' is of steps {edit.start}:{edit.end}",
                     where="`edits`",
                     expected=f"steps within {start}:{end}",
                 )
+        # in the order of their starts, so that they share the replay up to them
+        ordered = sorted(edits.items(), key=lambda item: item[1].start)
+        self.edits = {NULL: Edit(start, end), **dict(share(ordered, self.options.slice))}
+        self.order = [NULL, *(label for label in edits if label in self.edits)]
 
     @property
     def total(self) -> int:
@@ -125,32 +120,49 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
         self.actual_end = FlatState.of(self.run.state(end))
         self.bound = self.attributor.bind(self.actual_end.parameters)
         self.actual = self.attributor.values(self.actual_end.parameters, self.bound)
+        folder = self.options.replays
+        identity = self.identity(self.attributor.scalars, end)
+        self.kept = None if folder is None else Replays(folder, identity)
+        self.done = {} if self.kept is None else self.kept.read()
         yield from self.edits.items()
 
     def measure(self, point: tuple[str, Edit]) -> list[Row]:
         label, edit = point
-        end = self.run.counterfactual(edit, self.steps[1])
-        values = self.attributor.values(end.parameters, self.bound)
-        if label == NULL:
-            self.differ = _differing_bits(end, self.actual_end)
+        replay = None if label == NULL else self.done.get(key(edit))
+        if replay is None:
+            replay = self._train(label, edit)
         return [
             {
                 "edit": label,
                 "start_step": edit.start,
                 "end_step": edit.end,
-                "examples": len(edit.examples),
-                "terms": dict(edit.terms),
+                "parts": {k: v for k, v in edit.to_json().items() if k not in ("start", "end")},
                 "scalar": scalar.name,
                 "actual": float(self.actual[at]),
-                "value": float(values[at]),
-                "change": float(values[at] - self.actual[at]),
-                "parameters_sha256": tensor_digest(end.parameters),
+                "value": replay.values[at],
+                "change": replay.values[at] - float(self.actual[at]),
+                "parameters_sha256": replay.state["parameters"],
             }
             for at, scalar in enumerate(self.attributor.scalars)
         ]
 
+    def _train(self, label: str, edit: Edit) -> Replay:
+        end, folder = self.steps[1], self.options.runs_dir
+        if folder is None or label == NULL:
+            state = self.run.counterfactual(edit, end)
+        else:
+            state = record_counterfactual(self.run, edit, end, folder / label)
+        if label == NULL:
+            self.differ = _differing_bits(state, self.actual_end)
+        values = self.attributor.values(state.parameters, self.bound).tolist()
+        replay = Replay(edit, tuple(values), state.stages())
+        if self.kept is not None and label != NULL:
+            self.kept.add(replay)
+        return replay
+
     def conclude(self, rows: list[Row]) -> Findings:
-        (start, end), edits = self.steps, len(self.options.edits)
+        (start, end), edits = self.steps, len(self.edits) - 1
+        rows = sorted(rows, key=lambda row: self.order.index(row["edit"]))
         summary = {
             "start_step": start,
             "end_step": end,

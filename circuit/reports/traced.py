@@ -192,6 +192,13 @@ class TracedReport(Report[T]):
     def provenance(self) -> dict[str, Any]:
         return dict(self.origin)
 
+    def identity(self, scalars: Sequence[Scalar], end: int) -> dict[str, Any]:
+        """Of which scalars, in which run, values of trainings to state `end` are."""
+        aside = ("overrides", "config_digest", "trace")  # what it is called, which window is asked
+        told = {name: fact for name, fact in self.origin.items() if name not in aside}
+        state = self.run.store.state_digests(end)
+        return {**told, "state": state, "of": [scalar.name for scalar in scalars]}
+
     @property
     def device(self) -> str:
         return str(self.origin["trace"]["environment"]["device"])

@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from circuit.artifacts import read_jsonl
 from circuit.config import RECORDING, NonNegativeInt, PositiveInt
 from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.optimizers import OUTSIDE, Group, Past, rule_of
+from circuit.core.optimizers import Group, Past, rule_of
+from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
 from circuit.journal import read_payload, read_records
 from circuit.lazy import torch

@@ -235,6 +235,11 @@ class Split:
         columns = np.array(flat, dtype=np.int64).reshape(len(flat), 3 + len(task.facts)).T
         self._columns = torch.from_numpy(np.ascontiguousarray(columns))
 
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Of all records, in order."""
+        return self._sample_ids
+
     def __len__(self) -> int:
         """Number of records."""
         return len(self._sample_ids)
@@ -286,13 +291,26 @@ class Split:
         return rows
 
 
+KEPT = 2**14
+"""Records that a stream keeps, at most."""
+
+
 class Stream:
-    """A split without an end, whose records are drawn when a batch asks for them."""
+    """A split without an end, whose records are drawn when a batch asks for them.
+
+    The last batches are kept, for whoever takes the same steps again and again.
+    """
 
     def __init__(self, task: Task, name: str, seed: int) -> None:
         self.task, self.name, self.seed = task, name, seed
+        self._kept: dict[tuple[int, ...], Examples] = {}
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Examples:
         """The records of these numbers, in that order."""
-        drawn = [self.task.drawn_record(self.name, self.seed, int(i)) for i in indices]
-        return self.task.examples(drawn)
+        numbers = tuple(int(i) for i in indices)
+        if numbers not in self._kept:
+            if sum(map(len, self._kept)) + len(numbers) > KEPT:
+                self._kept.clear()
+            drawn = [self.task.drawn_record(self.name, self.seed, number) for number in numbers]
+            self._kept[numbers] = self.task.examples(drawn)
+        return self._kept[numbers]

@@ -1,69 +1,103 @@
 """Counterfactual training: the steps of a run taken again with something otherwise.
 
-The steps are those of training (`training_step`), from a state of the run on; an edit that changes
-nothing gives the run, bit for bit.
+The run with an edit is a run of its own: its config is the run's with that `edit`, and its steps
+are those of training (`training_step`). Up to the edit it is the run, from whose state there it
+starts; an edit that changes nothing gives the run, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from circuit.artifacts import OutputFolder, dump_json, find_folder
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
+from circuit.environment import environment_facts
 from circuit.errors import CircuitError
-from circuit.lazy import torch
-from circuit.trace.step import TracedStep, Tracer
-from circuit.training.session import TrainingSession
+from circuit.sealed import sealed
+from circuit.trace.record import RecordOptions, record_trace
+from circuit.trace.replay import ReplayedRun
+from circuit.trace.step import TracedStep
+from circuit.trace.while_training import DEFAULT_FOLDER
+from circuit.train_config import RUN_CONFIG
+from circuit.training.checkpoints import STEP_FILES, checkpoint_name, encode_checkpoint
+from circuit.training.run_folder import ENVIRONMENT
+
+COMMAND = "counterfactual-run"
+FILES = (RUN_CONFIG, ENVIRONMENT, STEP_FILES)
 
 
-def train_otherwise(session: TrainingSession, edit: Edit, end: int) -> FlatState:
-    """Train on from where a session stands to state `end`.
+def record_counterfactual(
+    run: ReplayedRun,
+    edit: Edit,
+    end: int,
+    folder: str | Path,
+    *,
+    anchor_every: int = 50,
+    overwrite: bool = False,
+    progress: Callable[[TracedStep], None] | None = None,
+) -> FlatState:
+    """Train from state `edit.start` to state `end` with an edit, and leave a run behind.
+
+    The folder is that of any run (`circuit.open_run`): its config, the states at both ends, and the
+    trace of the steps between, which are executed again from the nearest anchor. A recording that
+    was cut off goes on.
+
+    Args:
+        run: the trace of the run that is left.
+        folder: of the new run.
+        anchor_every: steps between stored full states.
+        overwrite: replace an earlier one there, and nothing else.
+        progress: called after every step.
+
+    Returns:
+        The state at the end.
 
     Raises:
-        CircuitError: the edit goes beyond the end, the optimizer has no such term, an example
-            occurs in no step of the edit, or the training diverges.
+        CircuitError: as `ReplayedRun.counterfactual`; or the folder holds another run.
     """
-    tracer = Tracer(session)
-    _check(tracer, edit, end)
-    while session.step < end:
-        step = session.step + 1
-        if not edit.holds(step):
-            tracer.advance()
-            continue
-        factors = None
-        if edit.examples:  # of terms alone no batch need be drawn to know its names
-            factors = edit.weights(session.recipe.examples(step).sample_ids)
-        traced = tracer.advance(weights=None if factors is None else torch.tensor(factors))
-        _scale_terms(tracer, traced, edit)
-    return tracer.state
-
-
-def _check(tracer: Tracer, edit: Edit, end: int) -> None:
-    """Refuse what the steps do not have, before one of them is taken."""
-    if edit.end > end:
-        raise CircuitError(
-            f"an edit of steps {edit.start}:{edit.end}", expected=f"steps up to {end}, the end"
+    root = Path(folder)
+    config = run.otherwise(edit, end).replace(
+        name=f"{run.config.name} with an edit",
+        output_dir=root.as_posix(),
+        benchmark_dir=_benchmark_from(root, run).as_posix(),
+    )
+    outputs = OutputFolder(
+        root, COMMAND, writes=FILES, overwrite=overwrite, resume=not overwrite, resumable=True
+    )
+    with outputs as files:
+        names = [f"checkpoints/{checkpoint_name(step)}" for step in (edit.start, end)]
+        files.refuse_foreign([RUN_CONFIG, ENVIRONMENT, *names])
+        text = config.to_json()
+        if files.owned and not overwrite and (root / RUN_CONFIG).read_text() != text:
+            raise CircuitError(
+                "holds a run with another edit", where=root, fix="choose another folder"
+            )
+        first = replace(run.state(edit.start), config=config)
+        run.prepare()
+        files.write_text(RUN_CONFIG, text)
+        facts = environment_facts(config.device)
+        files.write_text(ENVIRONMENT, dump_json(sealed(facts)))
+        files.write_bytes(names[0], encode_checkpoint(first))
+        recorded = record_trace(
+            config,
+            root / DEFAULT_FOLDER,
+            RecordOptions(
+                resume_checkpoint=root / names[0], end_step=end, anchor_every=anchor_every
+            ),
+            overwrite=overwrite,
+            resume=not overwrite,
+            progress=progress,
         )
-    names = (*tracer.terms, "rounding")
-    unknown = next((name for name in edit.terms if name not in names), None)
-    if unknown is not None:
-        raise CircuitError(
-            f"the update has no term '{unknown}'", expected=f"one of {', '.join(names)}"
-        )
-    missing = set(edit.examples)
-    for step in range(edit.start + 1, edit.end + 1):
-        if not missing:
-            return
-        missing -= set(tracer.session.recipe.examples(step).sample_ids)
-    if missing:
-        raise CircuitError(
-            f"example '{min(missing)}' occurs in no step of {edit.start}:{edit.end}",
-            expected="examples of the batches of these steps",
-        )
+        last = recorded.store.anchor(end)
+        files.write_bytes(names[1], encode_checkpoint(last))
+    return FlatState.of(last)
 
 
-def _scale_terms(tracer: Tracer, traced: TracedStep, edit: Edit) -> None:
-    """Put the weights where the step would have led with its terms scaled."""
-    scaled = {name: factor for name, factor in edit.terms.items() if factor != 1.0}
-    if scaled:
-        terms, after = traced.update.named(), traced.after.parameters
-        moved = after.double() + sum((f - 1) * terms[name] for name, f in scaled.items())
-        tracer.put(moved.to(after.dtype))
+def _benchmark_from(root: Path, run: ReplayedRun) -> Path:
+    """The run's benchmark as a run in that folder names it: as before, where that leads there."""
+    named = run.config.benchmark_dir
+    there = find_folder(named, run.setup.near)
+    return Path(named) if find_folder(named, root / RUN_CONFIG) == there else there.absolute()

@@ -18,6 +18,7 @@ from circuit.errors import CircuitError
 from circuit.options import Option, Options
 from circuit.sizes import require_disk, trace_disk
 from circuit.trace.compare import state_difference
+from circuit.trace.replay import origin_of
 from circuit.trace.states import States
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import (
@@ -268,7 +269,7 @@ def _resumed(folder: OutputFolder, manifest: TraceManifest, setup: Setup) -> Tra
     stored = [s for s in manifest.anchors() if s <= last and store.checkpoint_path(s).exists()]
     if not stored:
         return None
-    return TrainingSession(setup, state=store.anchor(stored[-1]))
+    return TrainingSession(setup, state=store.anchor(stored[-1]), origin=origin_of(store, setup))
 
 
 def stopped_trace(folder: OutputFolder) -> TraceStore | None:

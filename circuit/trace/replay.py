@@ -8,7 +8,7 @@ runs with the recorded thread count, whatever the machine has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +18,6 @@ from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
-from circuit.trace.counterfactual import train_otherwise
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, FILES, TraceManifest, TraceStore
 from circuit.train_config import TrainConfig
@@ -240,14 +239,36 @@ class ReplayedRun:
     def counterfactual(self, edit: Edit, end: int) -> FlatState:
         """The state `end` of a training that leaves the run's at `edit.start`.
 
+        Edits in the order of their starts share the replay up to them.
+
         Raises:
-            CircuitError: the steps are not recorded, or as `train_otherwise`.
+            CircuitError: the steps are not recorded, the edit goes beyond the end or names what
+                there is not, or the training diverges.
         """
-        self.store.check_window(edit.start, end)
+        config = self.otherwise(edit, end)
         if self._left is None or self._left.step != edit.start:
             self._left = self.state(edit.start)
         self.prepare()
-        return train_otherwise(TrainingSession(self.setup, state=self._left), edit, end)
+        setup, state = self.setup.with_config(config), replace(self._left, config=config)
+        session = TrainingSession(setup, state=state)
+        while session.step < end:
+            session.advance()
+        return FlatState.of(session.state())
+
+    def otherwise(self, edit: Edit, end: int) -> TrainConfig:
+        """The config of the training that leaves the run's with an edit; raises as above."""
+        self.store.check_window(edit.start, end)
+        if edit.end > end:
+            raise CircuitError(
+                f"an edit of steps {edit.start}:{edit.end}", expected=f"steps up to {end}, the end"
+            )
+        if self.config.edit is not None:
+            raise CircuitError(
+                "is a counterfactual training itself, with an edit of its own",
+                where=self.store.root,
+                expected="the trace of the run that it left",
+            )
+        return self.config.replace(edit=edit)
 
     def state(self, step: int, *, cache: bool = False) -> TrainState:
         """The state after a step: an anchor, or replayed from the anchor before it and verified.
@@ -372,7 +393,10 @@ class ReplayedRun:
 
     def _tracer_at(self, anchor: int) -> Tracer:
         self.prepare()
-        return Tracer(TrainingSession(self.setup, state=self._stored(anchor)))
+        session = TrainingSession(
+            self.setup, state=self._stored(anchor), origin=origin_of(self.store, self.setup)
+        )
+        return Tracer(session)
 
     def _stored(self, step: int) -> TrainState:
         """A stored state, checked against the digests of its row."""
@@ -405,3 +429,14 @@ class ReplayedRun:
                 " circuit.open_run(path, allow_drift=True)",
             )
         self.drifts.append(drift)
+
+
+def origin_of(store: TraceStore, setup: Setup) -> Callable[[], TrainState]:
+    """The state at which the edit of a counterfactual training starts, from its trace."""
+
+    def state() -> TrainState:
+        edit = setup.config.edit
+        assert edit is not None
+        return ReplayedRun(store, setup=setup).state(edit.start)
+
+    return state

@@ -35,7 +35,6 @@ from circuit.core.update import (
     UpdateTerms,
 )
 from circuit.errors import CircuitError
-from circuit.lazy import torch
 from circuit.model.weights import named_tensors
 from circuit.tasks.examples import Examples
 from circuit.training.checkpoints import TrainState
@@ -63,6 +62,7 @@ class Moved:
         decoupled: see `Recipe.decoupled_decay`.
         groups: with the settings of the step.
         names: of the parameters that had a gradient.
+        edited: whether the training has an edit that takes weights elsewhere.
         before, after: steps that were counted for each parameter of which something was remembered.
     """
 
@@ -70,6 +70,7 @@ class Moved:
     decoupled: bool
     groups: tuple[Group, ...]
     names: tuple[str, ...]
+    edited: bool
     before: Mapping[str, int]
     after: Mapping[str, int]
 
@@ -88,14 +89,24 @@ class BatchLoss:
         return self.examples().sample_ids
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """Inputs of the module, and targets."""
-        return self.batch.inputs, self.batch.targets
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Inputs of the module, and targets; and weights of the losses, where there are some."""
+        weights = self.batch.weights
+        return self.batch.inputs, self.batch.targets, *([] if weights is None else [weights])
 
     def losses(self, model: Any, *inputs: Tensor) -> Float[Tensor, example * where]:
         """Shares of some examples in the batch's loss; see `Recipe.losses`."""
-        part = replace(self.batch, inputs=inputs[0], targets=inputs[1], whole=self.batch)
-        return self.recipe.losses(self.recipe.outputs(model, part), part)
+        from circuit.training.step import weighted_losses  # which imports torch
+
+        read, targets, *weights = inputs
+        part = replace(
+            self.batch,
+            inputs=read,
+            targets=targets,
+            weights=weights[0] if weights else None,
+            whole=self.batch,
+        )
+        return weighted_losses(self.recipe, self.recipe.outputs(model, part), part)
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,15 @@ class TracedStep:
         """Of the optimizer.
 
         Raises:
-            CircuitError: its update is not split, or not all parameters follow one rule.
+            CircuitError: its update is not split, or not all parameters follow one rule; or an edit
+                has taken the weights elsewhere.
         """
+        if self.outcome.led is not None:
+            raise CircuitError(
+                f"an edit has taken the weights of step {self.step} elsewhere than the optimizer,"
+                " so what the step did is no sum over gradients",
+                expected="a window without such steps, where examples are asked about",
+            )
         shared = self._shared
         if shared is None or isinstance(shared[0], AnyRule):
             name = self.moved.kind.rpartition(".")[2]
@@ -191,11 +209,16 @@ class TracedStep:
         """Rate and decay of the step, of each parameter where they differ."""
         return Hyper(self.lr, 0.0) if self._shared is None else self._shared[1]
 
+    @property
+    def _led(self) -> Flat:
+        """Where the optimizer has led."""
+        return self.after.parameters if self.outcome.led is None else self.outcome.led
+
     def _taken(self, hyper: Hyper) -> OptimizerStep:
         """What the optimizer read and wrote."""
         return OptimizerStep(
             before=self.before.parameters,
-            after=self.after.parameters,
+            after=self._led,
             gradient=self.gradient,
             clipped=self.clipped,
             moments_before=self.before.moments,
@@ -206,7 +229,16 @@ class TracedStep:
 
     @cached_property
     def update(self) -> UpdateTerms:
-        """The update and its terms; computed when first asked for."""
+        """The update and its terms; computed when first asked for.
+
+        In a training with an edit that takes weights elsewhere, that is a term of every step.
+        """
+        terms = self._optimizer_terms()
+        if not self.moved.edited:
+            return terms
+        return terms.with_outside(self.after.parameters.double() - self._led.double())
+
+    def _optimizer_terms(self) -> UpdateTerms:
         if self._shared is not None:
             rule, hyper = self._shared
             return rule.terms(self._taken(hyper))
@@ -217,7 +249,7 @@ class TracedStep:
             decoupled=of.decoupled,
             groups=of.groups,
             before=flat(self.before.parameters),
-            after=flat(self.after.parameters),
+            after=flat(self._led),
             gradient={name: clipped[name] for name in of.names},
             past=self._past(self.before, of.before),
             memory=self._past(self.after, of.after),
@@ -287,18 +319,8 @@ class Tracer:
         """The present weights and moments."""
         return self._state
 
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the update's terms."""
-        groups = groups_of(self.session.optimizer, self._names)
-        return term_names(self._kind, groups, self.session.recipe.decoupled_decay)
-
-    def advance(self, *, weights: Float[Tensor, " batch"] | None = None) -> TracedStep:
-        """Take the next step and say everything about it.
-
-        Args:
-            weights: of the records' losses, in a step that is not as it was.
-        """
+    def advance(self) -> TracedStep:
+        """Take the next step and say everything about it."""
         session, before, counts = self.session, self._state, self._counts
         gradient: dict[str, Flat] = {}
 
@@ -306,7 +328,7 @@ class Tracer:
             gradient["raw"] = self._flatten_gradient()
 
         step = session.step + 1
-        outcome = session.advance(weights=weights, on_gradient=keep_gradient)
+        outcome = session.advance(on_gradient=keep_gradient)
         self._state, self._counts = self._read(), counts_of(session.optimizer, self._names)
         clipped = gradient["raw"]
         if outcome.clip_factor != 1.0:
@@ -314,7 +336,7 @@ class Tracer:
         return TracedStep(
             step=step,
             layout=self.layout,
-            examples=partial(session.recipe.examples, step),
+            examples=partial(session.recipe.at(step).examples, step),
             before=before,
             after=self._state,
             gradient=gradient["raw"],
@@ -325,6 +347,7 @@ class Tracer:
                 session.recipe.decoupled_decay,
                 groups_of(session.optimizer, self._names),
                 self._with_gradient(),
+                session.recipe.edit is not None and session.recipe.edit.moves,
                 counts,
                 self._counts,
             ),
@@ -337,13 +360,6 @@ class Tracer:
         graded = self._parameters.items()
         return tuple(name for name, p in graded if id(p) in held and p.grad is not None)
 
-    def put(self, parameters: Flat) -> None:
-        """Go on from other weights, with the moments that there are."""
-        with torch.no_grad():
-            for name, part in self.layout.unflatten(parameters).items():
-                self._parameters[name].copy_(part)
-        self._state = self._read()
-
     def train_state(self, notes: dict[str, Any] | None = None) -> TrainState:
         """The present state by name, for a checkpoint."""
         return self.session.state(notes)
@@ -354,9 +370,4 @@ class Tracer:
         return FlatState.of_tensors(session.step, named_tensors(session.model), moments)
 
     def _flatten_gradient(self) -> Flat:
-        return self.layout.flatten(
-            {
-                name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in self._parameters.items()
-            }
-        )
+        return self.layout.flatten_gradient(self._parameters)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from circuit.core.edit import Edit
+    from circuit.core.flat import Flat
     from circuit.core.state import Moments
     from circuit.training.setup import Setup
 
@@ -45,12 +47,14 @@ class Batch:
         examples: the number of each example, Int64 `[example]`: who a loss is of.
         whole: the batch of which these are some examples, where they are: their losses are shares
             in its loss.
+        weights: factors of the examples' losses, where they are not all 1; float64, on the CPU.
     """
 
     inputs: Tensor
     targets: Tensor
     examples: Indices
     whole: Batch | None = None
+    weights: Float[Tensor, " example"] | None = None
 
     @property
     def size(self) -> int:
@@ -77,6 +81,7 @@ class Recipe(ABC):
         clip: largest norm of the gradient, which is scaled down to it; None: as it is.
         decoupled_decay: whether the weight decay of an optimizer that is not torch's is decoupled.
         steps, checkpoint_every, log_every: of a run that is not told otherwise.
+        edit: what some steps of a counterfactual training do otherwise (`Otherwise`).
     """
 
     clip: float | None = None
@@ -84,9 +89,14 @@ class Recipe(ABC):
     steps: int = 1000
     checkpoint_every: int = 250
     log_every: int = 50
+    edit: Edit | None = None
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+
+    def at(self, step: int) -> Recipe:
+        """What step `step` executes."""
+        return self
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -117,6 +127,19 @@ class Recipe(ABC):
         """The learning rates of a step, of each of the optimizer's groups; None: as they are."""
         return None
 
+    def decays(self, step: int) -> Sequence[float] | None:
+        """The weight decays of a step, like `rates`."""
+        return None
+
+    def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Flat | None:
+        """Take the optimizer's step.
+
+        Returns:
+            Where that alone would have led, if the weights are taken elsewhere.
+        """
+        optimizer.step()
+        return None
+
     def accuracy(self, outputs: Tensor, batch: Batch) -> float | None:
         """Share of the targets that the outputs hit, where that means something."""
         return None
@@ -124,6 +147,10 @@ class Recipe(ABC):
     def examples(self, step: int) -> NamedExamples | Examples:
         """Those of a step, by name, with what a task says of them."""
         return NamedExamples(tuple(map(str, self.batch(step).examples.tolist())))
+
+    def sample_ids(self, step: int) -> Sequence[str]:
+        """Names of a step's examples."""
+        return self.examples(step).sample_ids
 
     def prove(self) -> None:  # noqa: B027  a task's are functions of the step
         """Refuse weights and batches that are others when they are asked for again."""
@@ -177,6 +204,12 @@ class TaskRecipe(Recipe):
         """The records of a step, with what they ask."""
         return self.split.batch(self.indices(step))
 
+    def sample_ids(self, step: int) -> Sequence[str]:
+        """Of the records of a step; of a split with an end no record need be looked at."""
+        if isinstance(self.split, Split):
+            return [self.split.sample_ids[index] for index in self.indices(step).tolist()]
+        return self.examples(step).sample_ids
+
     def indices(self, step: int) -> Indices:
         """Their numbers in the training split, Int64 `[batch]`."""
         size = len(self.split) if isinstance(self.split, Split) else None
@@ -184,8 +217,11 @@ class TaskRecipe(Recipe):
 
     def batch(self, step: int) -> Batch:
         """Tokens `[batch, pos]`; what is predicted behind each but the last (`UNPREDICTED`: no)."""
-        indices, device = self.indices(step), self.config.device
-        examples = self.split.batch(indices)
+        return self.read(self.indices(step))
+
+    def read(self, indices: Indices) -> Batch:
+        """The batch of some records, as `batch`."""
+        device, examples = self.config.device, self.split.batch(indices)
         return Batch(examples.tokens.to(device), examples.targets().to(device), indices)
 
     def outputs(self, module: nn.Module, batch: Batch) -> Float[Tensor, "batch pos-1 vocab"]:
@@ -220,6 +256,10 @@ class TaskRecipe(Recipe):
     def rates(self, step: int) -> Sequence[float]:
         """The schedule's, of the one group."""
         return [learning_rate(self.config, step)]
+
+    def decays(self, step: int) -> Sequence[float]:
+        """The config's, of the one group."""
+        return [self.config.optimizer.weight_decay]
 
     def accuracy(self, outputs: Tensor, batch: Batch) -> float:
         """Share of the targets that the logits' argmax hits."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors, named_tensors
 from circuit.training.checkpoints import DivergedError, TrainState
+from circuit.training.otherwise import Otherwise
 from circuit.training.recipe import Recipe
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor, nn
+    from torch import nn
 
     from circuit.training.step import StepOutcome
 
@@ -30,6 +30,7 @@ class TrainingSession:
         *,
         state: TrainState | None = None,
         recipe: Recipe | None = None,
+        origin: Callable[[], TrainState] | None = None,
     ) -> None:
         """Put the session together.
 
@@ -37,9 +38,12 @@ class TrainingSession:
             setup: of the run.
             state: to go on from; the initial weights by default.
             recipe: what the steps execute; the config's by default.
+            origin: the state at which the config's edit starts; asked where `state` is beyond it
+                and the edit holds on to what was computed there.
 
         Raises:
-            CircuitError: the state belongs to another recipe or benchmark, or is unsound.
+            CircuitError: the state belongs to another recipe or benchmark, or is unsound; or the
+                config's edit names something that there is not.
         """
         self.setup, self.config = setup, setup.config
         config = setup.config
@@ -63,17 +67,14 @@ class TrainingSession:
         self.optimizer: torch.optim.Optimizer = self.recipe.optimizer(self.model)
         if state is not None:
             self.recipe.restore(self.model, self.optimizer, moments, state.step)
+        if isinstance(self.recipe, Otherwise):
+            self.recipe.begin(self.model, self.optimizer, self.step, origin)
 
-    def advance(
-        self,
-        *,
-        weights: Float[Tensor, " example"] | None = None,
-        on_gradient: Callable[[], None] | None = None,
-    ) -> StepOutcome:
+    def advance(self, *, on_gradient: Callable[[], None] | None = None) -> StepOutcome:
         """Take the next step.
 
         Args:
-            weights, on_gradient: as of `training_step`.
+            on_gradient: as of `training_step`.
 
         Raises:
             DivergedError: the training has diverged: loss or gradient are not finite any more.
@@ -81,13 +82,14 @@ class TrainingSession:
         from circuit.training.step import training_step
 
         step = self.step + 1
+        if isinstance(self.recipe, Otherwise):
+            self.recipe.enter(self.model, step)
         with self.recipe.watched(self.model, self.optimizer, step):
             outcome = training_step(
                 self.recipe,
                 self.model,
                 self.optimizer,
                 step,
-                weights=None if weights is None else weights.to(self.config.device),
                 on_gradient=on_gradient,
             )
         self.step = step

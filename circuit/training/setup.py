@@ -83,6 +83,7 @@ class Setup:
         self._digest = benchmark_digest
         # in containers, so that a copy with another config shares also what is built later
         self._splits: dict[str, Split] = {}
+        self._streams: dict[tuple[str, int], Stream] = {}
         self._benchmark = [] if benchmark is None else [benchmark]
         self._model: list[HookedTransformer] = []
         self._recipe: list[Recipe] = []
@@ -124,6 +125,14 @@ class Setup:
             CircuitError: as `training_split`; or the config is of a recipe file that nobody has
                 named here, or that cannot be used.
         """
+        if self.config.edit is None:
+            return self._run_recipe()
+        from circuit.training.otherwise import Otherwise
+
+        return Otherwise(self._run_recipe(), self.config.edit, self.config.steps)
+
+    def _run_recipe(self) -> Recipe:
+        """Without the edit of a counterfactual training."""
         if not isinstance(self.config, RecipeConfig):
             from circuit.training.recipe import TaskRecipe
 
@@ -207,7 +216,10 @@ class Setup:
         if config.train_split not in task.streams:
             return self.split(config.train_split)
         check_length(config.train_split, task.streams[config.train_split], config.model)
-        return Stream(task, config.train_split, config.seed)
+        named = (config.train_split, config.seed)
+        if named not in self._streams:
+            self._streams[named] = Stream(task, *named)
+        return self._streams[named]
 
     def prepare(self, threads: int | None = None) -> None:
         """Give this process the config's threads (or those given), device and determinism."""

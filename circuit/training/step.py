@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from circuit.core.flat import Flat
 from circuit.tasks.examples import UNPREDICTED
 from circuit.training.recipe import Batch, Recipe
 
@@ -27,6 +28,7 @@ class StepOutcome:
 
     step: int
     recipe: Recipe
+    """What the step executed."""
     batch: Batch
     loss: Tensor
     """What was differentiated, before the update; scalar (of a task: mean loss in nats)."""
@@ -34,6 +36,8 @@ class StepOutcome:
     """Euclidean norm of the gradient before clipping; scalar."""
     lr: float
     """Of the optimizer's first group."""
+    led: Flat | None
+    """Where the optimizer alone would have led, if the weights went elsewhere."""
     outputs: Tensor
     """What the loss was computed from (of a task: logits), detached."""
 
@@ -60,42 +64,51 @@ def next_token_loss(
     return functional.cross_entropy(rows, targets.flatten(), ignore_index=unpredicted)
 
 
+def weighted_losses(
+    recipe: Recipe, outputs: Tensor, batch: Batch
+) -> Float[Tensor, example * where]:
+    """The share of each example in the loss, times its weight."""
+    losses = recipe.losses(outputs, batch)
+    if batch.weights is None:
+        return losses
+    weights = batch.weights.to(losses.device, losses.dtype)
+    return losses * weights.view(-1, *[1] * (losses.ndim - 1))
+
+
 def training_step(
     recipe: Recipe,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     *,
-    weights: Float[Tensor, " example"] | None = None,
     on_gradient: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """Take `theta_{step-1}` to `theta_step` in place.
 
     Args:
-        recipe: gives batch, loss, clipping and rates.
+        recipe: gives batch, loss, clipping, rates and what takes the weights on.
         step: counted from 1.
-        weights: of the examples' losses, in a step that is not as it was.
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
     """
+    recipe = recipe.at(step)
     batch = recipe.batch(step)
     module.zero_grad(set_to_none=True)  # also what the optimizer does not move: it would add up
     with torch.enable_grad():  # a notebook may have switched gradients off
         outputs = recipe.outputs(module, batch)
-        if weights is None:
+        if batch.weights is None:
             loss = recipe.loss(outputs, batch)
         else:
-            losses = recipe.losses(outputs, batch)
-            loss = (losses.reshape(len(losses), -1).sum(1) * weights).sum()
+            loss = weighted_losses(recipe, outputs, batch).sum()
         loss.backward()
     if on_gradient is not None:
         on_gradient()
     threshold = float("inf") if recipe.clip is None else recipe.clip
     grad_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), threshold, foreach=False)
-    rates = recipe.rates(step)
-    if rates is not None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-    optimizer.step()
+    for setting, values in (("lr", recipe.rates(step)), ("weight_decay", recipe.decays(step))):
+        if values is not None:
+            for group, value in zip(optimizer.param_groups, values, strict=True):
+                group[setting] = value
+    led = recipe.update(module, optimizer, step)
     return StepOutcome(
         step=step,
         recipe=recipe,
@@ -103,5 +116,6 @@ def training_step(
         loss=loss.detach(),
         grad_norm=grad_norm.detach(),
         lr=optimizer.param_groups[0]["lr"],
+        led=led,
         outputs=outputs.detach(),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from circuit.core.edit import Edit
 from circuit.trace.step import TracedStep, Tracer
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
@@ -23,8 +24,8 @@ class InMemory:
     def module(self, dtype: torch.dtype | None = None) -> Any:
         return self.setup.module(dtype)
 
-    def session(self) -> TrainingSession:
-        return TrainingSession(self.setup)
+    def session(self, edit: Edit | None = None) -> TrainingSession:
+        return TrainingSession(self.setup.with_config(self.setup.config.replace(edit=edit)))
 
     def replay(self, start: int, end: int) -> Iterator[TracedStep]:
         tracer = Tracer(self.session())

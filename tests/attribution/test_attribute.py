@@ -15,9 +15,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from circuit.attribution.attribute import Attributor, StepAttribution, attribute
-from circuit.attribution.groups import PARTITIONS, atoms, check_partition
 from circuit.attribution.series import Closure, Series
 from circuit.core.flat import ParameterLayout
+from circuit.core.groups import PARTITIONS, atoms, check_partition
 from circuit.core.state import FlatState
 from circuit.core.update import UpdateTerms
 from circuit.errors import CircuitError

@@ -14,6 +14,7 @@ from torch import Tensor
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.influence import InfluencePass, influence
 from circuit.attribution.window import attributor_of
+from circuit.core.edit import Edit
 from circuit.errors import CircuitError
 from circuit.scalars.base import measured
 from circuit.scalars.loss import LossScalar
@@ -43,17 +44,15 @@ class InFloat64(InMemory):
 
     anchors: list[int] = field(default_factory=lambda: [0, 5])
 
-    def session(self) -> TrainingSession:
-        session = super().session()
+    def session(self, edit: Edit | None = None) -> TrainingSession:
+        session = super().session(edit)
         session.model.to(torch.float64, print_details=False)
         return session
 
     def end(self, weights: Mapping[str, float]) -> Tensor:
-        session = self.session()
-        for step in range(1, END + 1):
-            ids = session.recipe.examples(step).sample_ids
-            of_batch = torch.tensor([weights.get(name, 1.0) for name in ids], dtype=torch.float64)
-            session.advance(weights=of_batch if step > START else None)
+        session = self.session(Edit(START, END, examples=weights))
+        for _ in range(END):
+            session.advance()
         return torch.cat([p.detach().reshape(-1) for p in session.model.parameters()])
 
 

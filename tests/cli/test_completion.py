@@ -19,7 +19,7 @@ from circuit.cli.app import app
 from typer.main import get_command
 
 from circuit.attribution.attribute import LossScope
-from circuit.attribution.groups import Partition
+from circuit.core.groups import Partition
 from circuit.model.stages import stage_names
 from circuit.reports.geometry_subspace_intervention import Operation, QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
@@ -39,6 +39,9 @@ FREE = {
     "output": "a file to be written",
     "output_dir": "a folder to be written",
     "outcome": "a file to be written",
+    "replays": "a folder to be written",
+    "runs_dir": "a folder to be written",
+    "slice": "any part of the work",
     "window": "any two steps",
     "windows": "any two steps",
     "steps": "any two steps",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from circuit.core.flat import ParameterLayout
 from circuit.core.optimizers import (
-    OUTSIDE,
     TakenStep,
     groups_of,
     kind_of,
@@ -23,6 +22,7 @@ from circuit.core.optimizers import (
     past_of,
     rule_of,
 )
+from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
 
 WORST_ULPS = 8.0

@@ -28,7 +28,7 @@ from torch.nn import functional
 import circuit
 from circuit.artifacts import read_jsonl
 from circuit.core.digests import tensors_digest
-from circuit.core.optimizers import OUTSIDE
+from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
 from circuit.runs.recording import JOURNAL, ROWS, Recording
 

@@ -1,28 +1,64 @@
-"""A training with nothing otherwise is the run; one with something otherwise starts at the edit."""
+"""A training with nothing otherwise is the run; one with something otherwise starts at the edit,
+and is a run of its own."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_run import RUN, traced_once, trained, trained_once
-from torch import Tensor
 
 from circuit.attribution.counterfactual import counterfactual
-from circuit.core.edit import Edit
+from circuit.attribution.credit import credit
+from circuit.core.edit import Edit, selected
+from circuit.core.flat import ParameterLayout
 from circuit.core.state import FlatState
+from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
 from circuit.runs.opening import open_run
 from circuit.scalars.loss import LossScalar
+from circuit.tasks.benchmark import Benchmark
+from circuit.trace.counterfactual import record_counterfactual
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
+from circuit.training.setup import Setup
 
 __all__ = ["traced_once", "trained", "trained_once"]
-END = 9
-MOMENTUM = "adam_historical_momentum"
+START, END = 5, 9
+TERMS = ("weight_decay", "adam_current_gradient", "adam_historical_momentum", "rounding")
+ONE, OTHER = "ONE", "OTHER"
+"""Stand for examples of the run's."""
+NEUTRAL: dict[str, Any] = {
+    "examples": {ONE: 1.0},
+    "terms": dict.fromkeys(TERMS, 1.0),
+    "replaced": {ONE: ONE},
+    "swapped": ((6, 6), (8, 8)),
+    "patterns": {"L0H1": 0.0},
+    "settings": {"rate": 1.0, "decay": 1.0, "clip": 1.0},
+    "direction": {"gradient": 0.0, "momentum": 0.0},
+    "parameters": {"L0": 1.0},
+    "bounds": {"*": 1e30},
+}
+EDITS: list[tuple[str, Any]] = [
+    ("examples", {ONE: 0.0}),
+    ("examples", {ONE: 1.5}),
+    *(("terms", {name: 0.0}) for name in TERMS),
+    ("terms", {"weight_decay": 2.0}),
+    ("replaced", {ONE: OTHER}),
+    ("swapped", ((6, 8),)),
+    ("patterns", {"L0H1": 1.0}),
+    ("patterns", {"L0H1": 0.5, "L1H0": 1.0}),
+    *(("settings", {name: 0.5}) for name in ("rate", "decay", "clip")),
+    *(("direction", {name: 1.0}) for name in ("gradient", "momentum")),
+    ("parameters", {"L0H1.q": 0.0}),
+    ("parameters", {"blocks.*.mlp.W_in": 0.5}),
+    ("bounds", {"embed.W_E": 0.01}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +66,102 @@ def run(traced_once: Path) -> ReplayedRun:
     return ReplayedRun.open(traced_once)
 
 
-def batch_of(run: ReplayedRun, step: int) -> tuple[str, ...]:
-    (traced,) = run.replay(step - 1, step)
-    return traced.objective.ids
+@pytest.fixture(scope="module")
+def names(run: ReplayedRun) -> dict[str, str]:
+    (step,) = run.replay(START, START + 1)
+    (later,) = run.replay(END, END + 1)
+    return {ONE: step.objective.ids[0], OTHER: later.objective.ids[0]}
 
 
-def equal(one: FlatState, other: FlatState) -> bool:
-    return one.stages() == other.stages()
+def edit_of(names: dict[str, str], part: str, value: Any, start: int = START) -> Edit:
+    if isinstance(value, dict):
+        value = {names.get(key, key): names.get(one, one) for key, one in value.items()}
+    return Edit(start, END, **{part: value})
 
 
-def test_an_edit_that_changes_nothing_is_the_run(run: ReplayedRun) -> None:
-    actual = FlatState.of(run.state(END))
-    one, *_ = batch_of(run, 6)
-    terms = dict.fromkeys(("weight_decay", "adam_current_gradient", MOMENTUM, "rounding"), 1.0)
-    for edit in (
-        Edit(5, END),
-        Edit(0, END, examples={one: 1.0}),
-        Edit(2, 4, terms=terms),
-        Edit(5, 6, examples={one: 1.0}, terms=terms),
-    ):
-        assert equal(run.counterfactual(edit, END), actual), edit
+def test_every_part_has_a_neutral_value() -> None:
+    assert [one.name for one in fields(Edit)][2:] == list(NEUTRAL)
+    assert {part for part, _ in EDITS} == set(NEUTRAL)
 
 
-def test_every_kind_of_edit_changes_the_steps_from_its_own_on(run: ReplayedRun) -> None:
-    one, *_ = batch_of(run, 6)
-    ends = []
-    for edit in (
-        Edit(5, 6, examples={one: 0.0}),
-        Edit(5, 6, examples={one: 1.5}),
-        *(Edit(5, 6, terms={term: 0.0}) for term in ("weight_decay", MOMENTUM)),
-        Edit(5, 6, terms={"weight_decay": 2.0}),
-    ):
-        otherwise = run.counterfactual(edit, END)
-        assert otherwise.step == END
-        ends.append(otherwise.stages()["parameters"])
-        before = Edit(edit.start - 2, edit.end, edit.examples, edit.terms)
-        assert before.holds(4)
+@pytest.mark.parametrize("part", NEUTRAL)
+def test_an_edit_that_changes_nothing_is_the_run(
+    run: ReplayedRun, names: dict[str, str], part: str
+) -> None:
+    end = run.counterfactual(edit_of(names, part, NEUTRAL[part]), END)
+    assert end.stages() == FlatState.of(run.state(END)).stages()
+
+
+def test_every_edit_changes_the_end(run: ReplayedRun, names: dict[str, str]) -> None:
+    ends = [FlatState.of(run.state(END)).stages()["parameters"]]
+    for part, value in EDITS:
+        edit = edit_of(names, part, value)
+        ends.append(run.counterfactual(edit, END).stages()["parameters"])
+        assert edit.holds(6)
         assert not edit.holds(5)
     assert len(set(ends)) == len(ends)
-    assert FlatState.of(run.state(END)).stages()["parameters"] not in ends
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("examples", "swapped", "settings"),
+        ("terms", "direction", "parameters", "bounds"),
+        ("replaced", "patterns"),
+    ],
+)
+def test_a_training_with_an_edit_is_a_run_of_its_own(
+    run: ReplayedRun, names: dict[str, str], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One that is opened, replayed from its own anchors, and told apart; with all of the parts."""
+    chosen = {part: value for part, value in EDITS if part in parts}
+    each = [edit_of(names, part, value) for part, value in chosen.items()]
+    edit = Edit(
+        START, END, **{part: getattr(one, part) for part, one in zip(chosen, each, strict=True)}
+    )
+    end = run.counterfactual(edit, END).stages()
+    assert record_counterfactual(run, edit, END, tmp_path, anchor_every=2).stages() == end
+    other = open_run(tmp_path)
+    assert other.config.edit == edit
+    assert other.trace.verify().equal
+    assert FlatState.of(other.state(END)).stages() == end
+    assert FlatState.of(other.state(START)).stages() == run.store.state_digests(START)
+    assert run.config.recipe_difference(other.config) is not None
+    assert other.config.replace(edit=None).recipe_digest() == run.config.recipe_digest()
+    for step in other.replay(START + 2, START + 3):  # from an anchor in the midst of the edit
+        update = step.update
+        torch.testing.assert_close(sum(update.named().values()), update.total, rtol=0, atol=1e-12)
+        assert (OUTSIDE in update.terms) == edit.moves
+
+
+def test_a_recording_that_was_cut_off_goes_on(
+    run: ReplayedRun, names: dict[str, str], tmp_path: Path
+) -> None:
+    edit = edit_of(names, "patterns", {"L1H0": 1.0})
+
+    class CutOffError(Exception):
+        pass
+
+    def cut(step: Any) -> None:
+        if step.step == START + 3:
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        record_counterfactual(run, edit, END, tmp_path / "run", anchor_every=1, progress=cut)
+    end = record_counterfactual(run, edit, END, tmp_path / "run", anchor_every=1)
+    assert end.stages() == run.counterfactual(edit, END).stages()
+    with pytest.raises(CircuitError, match="holds a run with another edit"):
+        record_counterfactual(run, Edit(START, END), END, tmp_path / "run")
+    with pytest.raises(CircuitError, match="is a counterfactual training itself"):
+        open_run(tmp_path / "run").counterfactual(Edit(START, END), END)
+
+
+def test_trained_from_the_start_it_is_the_same(run: ReplayedRun, names: dict[str, str]) -> None:
+    edit = edit_of(names, "terms", {"weight_decay": 0.0})
+    session = TrainingSession(run.setup.with_config(run.config.replace(edit=edit)))
+    for _ in range(END):
+        session.advance()
+    assert FlatState.of(session.state()).stages() == run.counterfactual(edit, END).stages()
 
 
 def test_without_a_term_the_step_is_the_sum_of_the_others(run: ReplayedRun) -> None:
@@ -81,43 +174,129 @@ def test_without_a_term_the_step_is_the_sum_of_the_others(run: ReplayedRun) -> N
         torch.testing.assert_close(otherwise, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_another_direction_has_the_norm_of_the_optimizers(run: ReplayedRun) -> None:
+    (traced,) = run.replay(5, 6)
+    decay, current, history, _ = traced.update.named().values()
+    against = {"gradient": traced.clipped, "momentum": traced.after.moments["exp_avg"]}
+    for name, vector in against.items():
+        end = run.counterfactual(Edit(5, 6, direction={name: 1.0}), 6)
+        moved = end.parameters.double() - traced.before.parameters.double() - decay
+        assert float(moved.norm() / (current + history).norm()) == pytest.approx(1, rel=1e-4)
+        cosine = torch.cosine_similarity(moved, -vector.double(), 0)
+        assert float(cosine) == pytest.approx(1, rel=1e-6)
+
+
+def test_what_is_frozen_stays_and_what_is_bounded_is_within(run: ReplayedRun) -> None:
+    before, after = run.counterfactual(Edit(0, 1), 5), FlatState.of(run.state(END))
+    layout = ParameterLayout.of_model(run.module())
+    of = selected(layout, "L0H1.q")
+    assert 0 < int(of.sum()) < layout.size
+    frozen = run.counterfactual(Edit(5, END, parameters={"L0H1.q": 0.0}), END).parameters
+    assert torch.equal(frozen[of], before.parameters[of])
+    assert not torch.equal(after.parameters[of], before.parameters[of])
+    bounded = run.counterfactual(Edit(5, END, bounds={"L0H1.q": 0.01}), END).parameters
+    assert float(bounded[of].abs().max()) <= 0.01 < float(after.parameters[of].abs().max())
+
+
+def test_a_held_pattern_is_that_of_the_start(run: ReplayedRun) -> None:
+    """So no gradient reaches what makes it, and the first step reads the same loss."""
+    held = Edit(5, END, patterns={"L1H0": 1.0}, settings={"decay": 0.0})
+    layout = ParameterLayout.of_model(run.module())
+    of = selected(layout, "L1H0.q") | selected(layout, "L1H0.k")
+    edited = run.setup.with_config(run.config.replace(edit=held))
+    session = TrainingSession(edited)
+    gradients = []
+    for step in range(1, END + 1):
+        outcome = session.advance()
+        gradient = layout.flatten_gradient(dict(session.model.named_parameters()))
+        gradients.append(bool(gradient[of].any()))
+        if step == 6:
+            (traced,) = run.replay(5, 6)
+            assert float(outcome.loss) == pytest.approx(traced.loss, rel=1e-5)
+    assert gradients == [True] * 5 + [False] * 4
+
+
+def test_swapped_batches_and_replaced_examples_are_what_is_read(
+    run: ReplayedRun, names: dict[str, str]
+) -> None:
+    edit = Edit(START, END, swapped=((6, 8),), replaced={names[ONE]: names[OTHER]})
+    session = TrainingSession(run.setup.with_config(run.config.replace(edit=edit)))
+    read = {step: session.recipe.at(step).examples(step).sample_ids for step in (6, 7, 8, 9)}
+    plain = TrainingSession(run.setup).recipe
+
+    def expected(step: int) -> tuple[str, ...]:
+        ids = plain.examples(step).sample_ids
+        return tuple(names[OTHER] if one == names[ONE] else one for one in ids)
+
+    assert read == {6: expected(8), 7: expected(7), 8: expected(6), 9: expected(9)}
+
+
 def test_removed_examples_leave_the_number_of_targets(
-    session_after: Callable[..., TrainingSession],
+    make_config: Callable[..., TrainConfig], tiny: Benchmark
 ) -> None:
     """So the gradient of a batch is the sum of those of its examples alone."""
-    session = session_after(3)
+    config = make_config()
+    ids = TrainingSession(Setup(config, benchmark=tiny)).recipe.examples(4).sample_ids
 
-    def gradient(weights: Tensor | None) -> Tensor:
-        fresh, parts = copy.deepcopy(session), []
-        parameters = list(fresh.model.parameters())
+    def gradient(kept: tuple[str, ...]) -> torch.Tensor:
+        edit = Edit(3, 4, examples=dict.fromkeys(set(ids) - set(kept), 0.0))
+        session = TrainingSession(Setup(config.replace(edit=edit), benchmark=tiny))
+        for _ in range(3):
+            session.advance()
+        parameters, parts = dict(session.model.named_parameters()), []
+        layout = ParameterLayout.of_model(session.model)
+        session.advance(on_gradient=lambda: parts.append(layout.flatten_gradient(parameters)))
+        return parts[0]
 
-        def look() -> None:
-            parts.extend(p.grad.flatten().clone() for p in parameters if p.grad is not None)
-
-        fresh.advance(weights=weights, on_gradient=look)
-        return torch.cat(parts)
-
-    alone = [gradient(row) for row in torch.eye(len(session.recipe.indices(4)))]
-    torch.testing.assert_close(torch.stack(alone).sum(0), gradient(None), rtol=1e-4, atol=1e-6)
+    alone = [gradient((one,)) for one in ids]
+    torch.testing.assert_close(torch.stack(alone).sum(0), gradient(ids), rtol=1e-4, atol=1e-6)
 
 
-def test_it_says_what_the_scalars_become(run: ReplayedRun) -> None:
+@pytest.fixture(scope="module")
+def scalar(run: ReplayedRun) -> LossScalar:
     task = run.setup.benchmark.task
-    scalar = LossScalar(task.examples(run.setup.benchmark.records("validation_iid")[:4]))
-    one, *_ = batch_of(run, 6)
-    null, edited = counterfactual(
-        run, [Edit(5, 6), Edit(5, END, examples={one: 0.0})], [scalar], END
-    )
+    return LossScalar(task.examples(run.setup.benchmark.records("validation_iid")[:4]))
+
+
+def test_it_says_what_the_scalars_become(
+    run: ReplayedRun, names: dict[str, str], scalar: LossScalar
+) -> None:
+    edits = [Edit(5, 6), edit_of(names, "examples", {ONE: 0.0})]
+    null, edited = counterfactual(run, edits, [scalar], END)
     assert null.changes == {scalar.name: 0.0}
     assert edited.changes[scalar.name] != 0
     assert torch.equal(null.actual, edited.actual)
+
+
+def test_its_examples_can_be_credited(
+    run: ReplayedRun, names: dict[str, str], scalar: LossScalar, tmp_path: Path
+) -> None:
+    """Weights and all; not where weights went elsewhere than the optimizer took them."""
+    edit = edit_of(names, "examples", {ONE: 0.0})
+    record_counterfactual(run, edit, END, tmp_path / "run")
+    other = open_run(tmp_path / "run")
+    one = credit(other, [scalar], START, END, dtype=torch.float64)[scalar.name]
+    assert one.by_example()[names[ONE]] == 0.0
+    assert one.totals["closure"] < 1e-3
+    assert one.totals["examples_error"] < 1e-4
+    edit = edit_of(names, "parameters", {"L0": 0.0})
+    record_counterfactual(run, edit, END, tmp_path / "frozen")
+    with pytest.raises(CircuitError, match="an edit has taken the weights of step 6 elsewhere"):
+        credit(open_run(tmp_path / "frozen"), [scalar], START, END)
 
 
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
         ({"examples": {"nobody": 0.0}}, "'nobody' occurs in no step of 5:9"),
+        ({"replaced": {"nobody": "x"}}, "no example 'nobody' in 'train'"),
         ({"terms": {"decay": 0.0}}, "no term 'decay'; expected one of weight_decay, adam_current"),
+        ({"parameters": {"L7": 0.0}}, "no parameters 'L7'; expected one of embed.W_E, embed, "),
+        ({"patterns": {"L7H0": 1.0}}, "no component 'L7H0'"),
+        ({"patterns": {"L0H0": 2.0}}, "factor 2.0 of L0H0; expected a share from 0 to 1"),
+        ({"settings": {"speed": 2.0}}, "an edit of 'speed'; expected one of rate, decay, clip"),
+        ({"settings": {"clip": 0.0}}, "clip\\*0 leaves no gradient"),
+        ({"swapped": ((6, 10),)}, "the batch of step 10 is swapped; expected a step of the edit"),
         ({"end": 10}, "an edit of steps 5:10; expected steps up to 9, the end"),
         ({"end": 5}, "an edit of steps 5:5; expected start < end"),
         ({"examples": {"x": float("nan")}}, "factor nan of x; expected a finite number"),

@@ -1,0 +1,141 @@
+"""What scalars become in many counterfactual trainings: kept as they are done, by any workers.
+
+    replays.jsonl    of which run and which scalars; then a row a training: its edit, their values
+
+A row is one append under a lock. Workers share a folder, each with its slice of the trainings; a
+start does what is missing, and a writer that was killed leaves at most a torn last line, which the
+next one drops.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from circuit.artifacts import dump_row, open_lock, read_jsonl
+from circuit.config import digest_of
+from circuit.core.edit import Edit
+from circuit.errors import CircuitError
+from circuit.reading import values_of
+
+NAME = "replays.jsonl"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The end of one training.
+
+    Attributes:
+        edit: what was otherwise.
+        values: of each scalar.
+        state: sha256 of the weights and of each moment, by stage.
+    """
+
+    edit: Edit
+    values: tuple[float, ...]
+    state: Mapping[str, str]
+
+
+class Replays:
+    """The trainings of one run that are kept in a folder, to one end."""
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
+        """Open the folder, which is made where there is none.
+
+        Args:
+            identity: of run, end and scalars: JSON that tells which trainings may share a folder.
+
+        Raises:
+            CircuitError: the folder holds trainings of something else, or a damaged row.
+        """
+        self.path = Path(folder) / NAME
+        self.identity = digest_of(dict(identity))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as handle:
+            if not handle.tell():
+                handle.write(self._line({"identity": self.identity}))
+        self.read()
+
+    def read(self) -> dict[str, Replay]:
+        """Those that are done by now, by `key`; also by other workers."""
+        first, *rows = read_jsonl(self.path, tolerate_torn_tail=True)
+        if first != {"identity": self.identity}:
+            raise CircuitError(
+                "holds trainings of another run, or values of other scalars",
+                where=self.path,
+                fix="choose another folder",
+            )
+        replays = {}
+        with values_of(self.path, fix="make it again"):
+            for row in rows:
+                said = row["edit"]
+                pairs = tuple(map(tuple, said.pop("swapped", ())))
+                edit = Edit(**said, swapped=pairs)
+                replays[key(edit)] = Replay(edit, tuple(row["values"]), row["state"])
+        return replays
+
+    def add(self, replay: Replay) -> None:
+        """Keep one more.
+
+        Raises:
+            CircuitError: the disk is full; those before are whole.
+        """
+        row = {
+            "edit": replay.edit.to_json(),
+            "values": list(replay.values),
+            "state": dict(replay.state),
+        }
+        with self._locked() as handle:
+            handle.write(self._line(row))
+
+    @staticmethod
+    def _line(row: Mapping[str, Any]) -> bytes:
+        return (dump_row(row) + "\n").encode()
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file at its end, behind its last whole line."""
+        try:
+            with (
+                open_lock(self.path.with_name(f".{NAME}.lock")) as lock,
+                self.path.open("a+b") as handle,
+            ):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                handle.seek(0)
+                whole = handle.read().rfind(b"\n") + 1
+                if whole < handle.tell():
+                    handle.truncate(whole)
+                handle.seek(whole)
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise CircuitError(
+                f"could not be written ({error.strerror or error})",
+                where=self.path,
+                fix="free space, then start again; the trainings before this one are intact",
+            ) from error
+
+
+def key(edit: Edit) -> str:
+    """By which a training is found again: of equal edits one is done."""
+    return digest_of(edit.to_json())
+
+
+def share(of: Sequence[T], part: str) -> list[T]:
+    """Every n-th of some things, from the i-th on, for the worker `i/n`.
+
+    Raises:
+        CircuitError: it is no such part.
+    """
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if match is None or int(match[1]) > int(match[2]):
+        raise CircuitError(f"slice '{part}'", expected="i/n, from 1/n to n/n")
+    return list(of[int(match[1]) - 1 :: int(match[2])])
