@@ -128,6 +128,29 @@ def checks_chart(scalar: str, rows: Sequence[Record]) -> Chart:
     return chart("checks", title, {"checks": rows}, *layers, height=300)
 
 
+def lds_chart(name: str, title: str, rows: Sequence[Record]) -> Chart:
+    """How well each method orders what happens, with its interval.
+
+    Args:
+        rows: with `method`, `share`, and `lds` between `low` and `high`.
+    """
+    keys = ("method", "share", "lds", "low", "high")
+    records = []
+    for row in rows:
+        share = f"{row['share']:.3g}"
+        of = f"{share}  {row['method']}"
+        records.append({"of": of, **{key: row[key] for key in keys}, "share": share})
+    shares = list(dict.fromkeys(record["share"] for record in records))
+    encoded = named(name).encode(
+        y=alt.Y("of:N").title(None).sort([row["of"] for row in records]).axis(labelLimit=300),
+        color=colour("share", shares, title="removed"),
+        tooltip=exact(*keys),
+    )
+    interval = encoded.mark_rule().encode(x=alt.X("low:Q").title("LDS"), x2="high:Q")
+    points = encoded.mark_point(filled=True, size=50).encode(x="lds:Q")
+    return chart(name, title, {name: records}, interval, points, height=22 * len(records))
+
+
 def _bars(
     name: str, title: str, records: Sequence[Record], what: str, shade: alt.Color | None = None
 ) -> Chart:

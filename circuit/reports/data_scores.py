@@ -1,0 +1,222 @@
+"""Scores of training examples by each method: whose files `circuit.attribution.scores` describes.
+
+Credit, influence and leave-one-out are three questions with three answers (definitions.md section
+7); TracIn and the gradient dot are what is often taken in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from circuit.artifacts import atomic_write_text, dump_json
+from circuit.attribution.credit import CreditPass
+from circuit.attribution.influence import InfluencePass
+from circuit.attribution.losses import Losses
+from circuit.attribution.replays import Replays, key
+from circuit.attribution.window import attributor_of
+from circuit.core.edit import Edit
+from circuit.core.state import FlatState
+from circuit.lazy import np, torch
+from circuit.reading import read_json
+from circuit.trace.replay import ReplayedRun
+from circuit.trace.step import BatchLoss
+from circuit.training.optimizers import learning_rate
+from circuit.training.recipe import TaskRecipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from jaxtyping import Float
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from circuit.attribution.attribute import Attributor
+    from circuit.core.flat import Flat
+    from circuit.scalars.base import Scalar
+
+COSTS, TRAINING = "costs.json", "training"
+CHECKPOINTS = 5
+"""States of the window that TracIn looks at."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The examples of a window's batches.
+
+    Attributes:
+        numbers: in the training split, by sample id.
+        first: the first step of the window that reads each.
+    """
+
+    numbers: dict[str, int]
+    first: dict[str, int]
+
+    @classmethod
+    def within(cls, recipe: TaskRecipe, start: int, end: int) -> Seen:
+        """Those of the steps that take state `start` to state `end`."""
+        numbers: dict[str, int] = {}
+        first: dict[str, int] = {}
+        for step in range(start + 1, end + 1):
+            indices = recipe.indices(step).tolist()
+            for name, number in zip(recipe.sample_ids(step), indices, strict=True):
+                numbers.setdefault(name, number)
+                first.setdefault(name, step)
+        return cls(numbers, first)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What scores are of.
+
+    Attributes:
+        start, end: the states that its steps take one to the other.
+        seen: the examples of its batches.
+        names: those that are scored.
+    """
+
+    run: ReplayedRun
+    scalars: Sequence[Scalar]
+    start: int
+    end: int
+    seen: Seen
+    names: Sequence[str]
+
+    def attributor(self, *, averages: bool = False) -> Attributor:
+        """Of the scalars, on a model of its own."""
+        return attributor_of(self.run, self.scalars, averages=averages)
+
+
+@dataclass
+class Studied:
+    """One window, and what is known of it.
+
+    Attributes:
+        window: what is scored.
+        loo: the trainings without one example, by its name.
+        sets: by share, which examples each set takes away, Bool `[set, example]`.
+        kept: the trainings that are done.
+        actual: values of the scalars at the end of the run.
+    """
+
+    window: Window
+    folder: Path
+    loo: dict[str, Edit]
+    sets: dict[float, NDArray[np.bool_]]
+    kept: Replays
+    actual: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """Its steps."""
+        return f"{self.window.start}:{self.window.end}"
+
+    def edit(self, names: list[str]) -> Edit:
+        """Without some examples, from the first step on that reads one of them."""
+        first = min(self.window.seen.first[name] for name in names)
+        return Edit(first - 1, self.window.end, examples=dict.fromkeys(names, 0.0))
+
+    def spent(self, what: str | None = None, seconds: float = math.inf) -> dict[str, float]:
+        """Processor time of each method, and of a training over the window; the least measured.
+
+        Args:
+            what, seconds: one more that was measured, which is kept beside what it made.
+        """
+        path = self.folder / COSTS
+        costs: dict[str, float] = read_json(path) if path.exists() else {}
+        if what is not None:
+            costs[what] = min(seconds, costs.get(what, math.inf))
+            atomic_write_text(path, dump_json(costs))
+        return costs
+
+    def costs(self) -> dict[str, float]:
+        """Of each method, in trainings over the window; as far as they are known."""
+        costs = self.spent()
+        training = costs.pop(TRAINING, 0.0)
+        if not training:
+            return {}
+        length = self.window.end - self.window.start
+        alone = sum(edit.end - edit.start for edit in self.loo.values()) / length
+        of = {name: seconds / training for name, seconds in costs.items()}
+        of |= {"leave_one_out": alone} if self.loo else {}
+        return {name: round(cost, 2) for name, cost in of.items()} | {"seconds": training}
+
+    def every(self) -> dict[str, Edit]:
+        """All trainings, each once, by their keys."""
+        sets = (edit for part in self.sets for edit in self.edits(part))
+        return {key(edit): edit for edit in (*self.loo.values(), *sets)}
+
+    def edits(self, of: float) -> list[Edit]:
+        """Of the sets of a share."""
+        names = np.array(self.window.names)
+        return [self.edit(names[removed].tolist()) for removed in self.sets[of]]
+
+
+def _summed(
+    window: Window, steps: Iterable[tuple[Sequence[str], Tensor]]
+) -> Float[NDArray[np.float64], "scalar example"]:
+    """The sum of each example's shares `[scalar, example]` over steps."""
+    place = {name: at for at, name in enumerate(window.names)}
+    sums = torch.zeros(len(window.names) + 1, len(window.scalars), dtype=torch.float64)
+    for ids, shares in steps:  # the last row is for who is not asked about
+        at = torch.tensor([place.get(name, len(place)) for name in ids])
+        sums.index_add_(0, at, shares.T)
+    return sums[:-1].T.numpy()
+
+
+def credit(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
+    """What each example has done."""
+    passed = CreditPass(window.run, window.attributor(averages=True), window.start, window.end)
+    return _summed(window, ((one.objective.ids, one.credit.sum(2)) for one in passed))
+
+
+def influence(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
+    """The derivative by each example's weight."""
+    passed = InfluencePass(window.run, window.attributor(), window.start, window.end)
+    return _summed(window, ((one.objective.ids, one.influence.sum(2)) for one in passed))
+
+
+def gradient_dot(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
+    """`- grad C . g_e` at the end of the window."""
+    return _dots(window, [(window.end, 1.0)])
+
+
+def tracin(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
+    """`- sum of lr grad C . g_e` over states of the window (Pruthi et al. 2020, TracInCP)."""
+    chosen = np.linspace(window.start, window.end, CHECKPOINTS, endpoint=False).astype(int)
+    config = window.run.config
+    return _dots(window, [(step, learning_rate(config, step + 1)) for step in map(int, chosen)])
+
+
+METHODS: dict[str, Callable[[Window], NDArray[np.float64]]] = {
+    "credit": credit,
+    "influence": influence,
+    "tracin": tracin,
+    "gradient_dot": gradient_dot,
+}
+
+
+def _dots(
+    window: Window, states: Sequence[tuple[int, float]]
+) -> Float[NDArray[np.float64], "scalar example"]:
+    run, attributor = window.run, window.attributor()
+    recipe = run.setup.recipe()
+    assert isinstance(recipe, TaskRecipe), "the report has refused any other"
+    numbers = np.array([window.seen.numbers[name] for name in window.names])
+    examples = recipe.split.batch(numbers)
+    # one batch of them all, so that each loss is over the same number of targets
+    batch = recipe.read(numbers)
+    objective = BatchLoss(recipe, batch, lambda: examples)
+    losses = Losses(attributor.model)
+    end = FlatState.of(run.state(window.end)).parameters
+    bound = attributor.bind(end)
+    total = torch.zeros(len(window.scalars), len(numbers), dtype=torch.float64)
+    for step, rate in states:
+        theta: Flat = FlatState.of(run.state(step)).parameters
+        _, gradients = attributor.evaluate(theta, bound)
+        dots = losses.derivatives(objective, theta, gradients.double(), "example")
+        total -= rate * dots.sum(2)
+    return total.numpy()
