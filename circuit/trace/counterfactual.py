@@ -21,7 +21,7 @@ from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
 from circuit.trace.while_training import DEFAULT_FOLDER
-from circuit.train_config import RUN_CONFIG
+from circuit.train_config import RUN_CONFIG, RecipeConfig
 from circuit.training.checkpoints import STEP_FILES, checkpoint_name, encode_checkpoint
 from circuit.training.run_folder import ENVIRONMENT
 
@@ -59,11 +59,10 @@ def record_counterfactual(
         CircuitError: as `ReplayedRun.counterfactual`; or the folder holds another run.
     """
     root = Path(folder)
-    config = run.otherwise(edit, end).replace(
-        name=f"{run.config.name} with an edit",
-        output_dir=root.as_posix(),
-        benchmark_dir=_benchmark_from(root, run).as_posix(),
-    )
+    places = {"name": f"{run.config.name} with an edit", "output_dir": root.as_posix()}
+    if not isinstance(run.config, RecipeConfig):
+        places["benchmark_dir"] = _benchmark_from(root, run).as_posix()
+    config = run.otherwise(edit, end).replace(**places)
     outputs = OutputFolder(
         root, COMMAND, writes=FILES, overwrite=overwrite, resume=not overwrite, resumable=True
     )
