@@ -22,6 +22,7 @@ from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_words
 from circuit.trace.counterfactual import record_counterfactual
+from circuit.trace.replay import ReplayedRun
 
 NULL = "nothing"
 """Label of the training that changes nothing."""
@@ -147,11 +148,11 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
         ]
 
     def _train(self, label: str, edit: Edit) -> Replay:
-        end, folder = self.steps[1], self.options.runs_dir
-        if folder is None or label == NULL:
-            state = self.run.counterfactual(edit, end)
+        end, folder, run = self.steps[1], self.options.runs_dir, self.run
+        if folder is None or label == NULL or not isinstance(run, ReplayedRun):
+            state = run.counterfactual(edit, end)
         else:
-            state = record_counterfactual(self.run, edit, end, folder / label)
+            state = record_counterfactual(run, edit, end, folder / label)
         if label == NULL:
             self.differ = _differing_bits(state, self.actual_end)
         values = self.attributor.values(state.parameters, self.bound).tolist()

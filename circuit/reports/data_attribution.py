@@ -32,6 +32,8 @@ from circuit.reports.data_scores import METHODS, TRAINING, Seen, Studied, Window
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_words
+from circuit.trace.replay import ReplayedRun
+from circuit.training.recipe import TaskRecipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -154,11 +156,12 @@ class DataAttribution(TracedReport[AttributionOptions]):
 
     def _study(self, scalars: list[Scalar], start: int, end: int) -> Studied:
         asked = self.options
-        recipe = self.run.setup.recipe()
-        if not isinstance(recipe, TaskRecipe):
+        run = self.run
+        recipe = run.setup.recipe() if isinstance(run, ReplayedRun) else None
+        if not (isinstance(run, ReplayedRun) and isinstance(recipe, TaskRecipe)):
             raise CircuitError(
                 "the examples of a recipe, or of a training with an edit, are scored by no method",
-                where=self.run.path,
+                where=run.path,
                 expected="the trace of a run of a task",
             )
         seen = Seen.within(recipe, start, end)
@@ -172,7 +175,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
             sets[part] = np.zeros((asked.subsets, len(names)), dtype=bool)
             for removed in sets[part]:
                 removed[random.choice(len(names), count, replace=False)] = True
-        window = Window(self.run, scalars, start, end, seen, names.tolist())
+        window = Window(run, scalars, start, end, seen, names.tolist())
         state = FlatState.of(self.run.state(end)).parameters
         self.bound[end] = self.attributor.bind(state)
         values = self.attributor.values(state, self.bound[end]).tolist()

@@ -196,7 +196,7 @@ class TracedReport(Report[T]):
         """Of which scalars, in which run, values of trainings to state `end` are."""
         aside = ("overrides", "config_digest", "trace")  # what it is called, which window is asked
         told = {name: fact for name, fact in self.origin.items() if name not in aside}
-        state = self.run.store.state_digests(end)
+        state = self.run.state_digests(end)
         return {**told, "state": state, "of": [scalar.name for scalar in scalars]}
 
     @property
