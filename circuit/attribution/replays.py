@@ -2,7 +2,7 @@
 
     replays.jsonl    of which run and which scalars; then a row a training: its edit, their values
 
-A row is one append under a lock. Workers share a folder, each with its slice of the trainings; a
+A row is one append under a lock. Workers share a folder, each with its part of the trainings; a
 start does what is missing, and a writer that was killed leaves at most a torn last line, which the
 next one drops.
 """
@@ -137,5 +137,5 @@ def share(of: Sequence[T], part: str) -> list[T]:
     """
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
     if match is None or int(match[1]) > int(match[2]):
-        raise CircuitError(f"slice '{part}'", expected="i/n, from 1/n to n/n")
+        raise CircuitError(f"part '{part}'", expected="i/n, from 1/n to n/n")
     return list(of[int(match[1]) - 1 :: int(match[2])])

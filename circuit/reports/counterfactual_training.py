@@ -48,9 +48,9 @@ class CounterfactualOptions(WordOptions):
         Path | None,
         Option("Folder that keeps the trainings that are done; a start does what is missing."),
     ] = None
-    slice: Annotated[
-        str, Option("Every n-th edit from the i-th on, i/n, for one of n workers.")
-    ] = "1/1"
+    part: Annotated[str, Option("Every n-th edit from the i-th on, i/n, for one of n workers.")] = (
+        "1/1"
+    )
     runs_dir: Annotated[
         Path | None,
         Option("Also leave each training there as a run, in a folder of its label."),
@@ -75,7 +75,7 @@ class CounterfactualOptions(WordOptions):
                 "`replays` and `runs_dir`",
                 expected="one of them: what is kept as a run is not trained again either",
             )
-        share(labels, self.slice)
+        share(labels, self.part)
 
 
 class CounterfactualTraining(TracedReport[CounterfactualOptions]):
@@ -107,7 +107,7 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
                 )
         # in the order of their starts, so that they share the replay up to them
         ordered = sorted(edits.items(), key=lambda item: item[1].start)
-        self.edits = {NULL: Edit(start, end), **dict(share(ordered, self.options.slice))}
+        self.edits = {NULL: Edit(start, end), **dict(share(ordered, self.options.part))}
         self.order = [NULL, *(label for label in edits if label in self.edits)]
 
     @property

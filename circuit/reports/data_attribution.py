@@ -78,12 +78,12 @@ class AttributionOptions(WordOptions):
     ] = ()
     random_vectors: Annotated[int, Option("Random scores, as the null.", least=1)] = 10
     seed: Annotated[int, Option("Of examples, sets and random scores.", least=0)] = 17
-    slice: Annotated[
+    part: Annotated[
         str, Option("Only every n-th training from the i-th on, i/n, for one of n workers.")
     ] = "1/1"
 
     def check(self) -> None:
-        """Also refuses windows, shares and slices that are none."""
+        """Also refuses windows, shares and parts that are none."""
         super().check()
         for one in self.windows:
             if not _STEPS.fullmatch(one):
@@ -95,7 +95,7 @@ class AttributionOptions(WordOptions):
                 raise CircuitError(
                     f"{part:g}", where="`shares`", expected="more than 0, less than 1"
                 )
-        share([], self.slice)
+        share([], self.part)
 
 
 class DataAttribution(TracedReport[AttributionOptions]):
@@ -145,7 +145,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
         self.attributor = attributor_of(self.run, scalars)
         self.studied = [self._study(scalars, *pair) for pair in self.pairs]
         work = [(one, edit) for one in self.studied for edit in self._missing(one)]
-        alone = self.options.slice == "1/1"
+        alone = self.options.part == "1/1"
         methods = [name for name in METHODS if alone and name in self.options.methods]
         scored: list[tuple[Studied, Edit | str]] = [
             (one, method) for one in self.studied for method in methods
@@ -191,7 +191,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
         """The trainings of this worker that are to be done, in the order of their starts."""
         ordered = sorted(one.every().items(), key=lambda item: item[1].start)
         done = one.kept.read()
-        return [edit for name, edit in share(ordered, self.options.slice) if name not in done]
+        return [edit for name, edit in share(ordered, self.options.part) if name not in done]
 
     def measure(self, point: tuple[Studied, Edit | str]) -> list[Row]:
         one, what = point
@@ -223,7 +223,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
             asked = one.every()
             count += len(asked)
             missing += sum(name not in done for name in asked)
-            if not missing and self.options.slice == "1/1":
+            if not missing and self.options.part == "1/1":
                 every = {part: one.edits(part) for part in one.sets}
                 changes = {
                     part: np.array([done[key(edit)].values for edit in edits]) - one.actual
@@ -243,7 +243,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
     def _law(self, rows: list[Row], count: int, missing: int) -> str:
         if not rows:
             return (
-                f"{count - missing} of {count} trainings are done; a start without `slice` does"
+                f"{count - missing} of {count} trainings are done; a start without `part` does"
                 " those that are missing, and judges"
             )
         null = [abs(row["lds"]) for row in rows if row["method"] == RANDOM and row["lds"]]

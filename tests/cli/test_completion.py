@@ -41,7 +41,7 @@ FREE = {
     "outcome": "a file to be written",
     "replays": "a folder to be written",
     "runs_dir": "a folder to be written",
-    "slice": "any part of the work",
+    "part": "any part of the work",
     "window": "any two steps",
     "windows": "any two steps",
     "steps": "any two steps",

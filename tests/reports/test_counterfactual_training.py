@@ -132,7 +132,7 @@ def test_it_tells_of_every_edit_and_of_none(traced: Path, tmp_path: Path) -> Non
 def test_workers_share_what_is_done(
     traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each does its slice; a start does what is missing, and ends with the rows of one alone."""
+    """Each does its part; a start does what is missing, and ends with the rows of one alone."""
     edits = [Edit(at, 9, settings={"rate": 0.5}) for at in (6, 3, 8, 4)]
     lines = [json.dumps({"label": f"e{e.start}", "edit": e.to_json()}) + "\n" for e in edits]
     file = tmp_path / "edits.jsonl"
@@ -155,11 +155,11 @@ def test_workers_share_what_is_done(
     alone = rows("alone")
     assert trained == [2, 3, 4, 6, 8]  # nothing otherwise, then in the order of their starts
     trained.clear()
-    rows("first", replays=folder, slice="1/2")
+    rows("first", replays=folder, part="1/2")
     kept = folder / "replays.jsonl"
     with kept.open("ab") as handle:  # a worker was killed in a write
         handle.write(b'{"edit": {"st')
-    rows("second", replays=folder, slice="2/2")
+    rows("second", replays=folder, part="2/2")
     assert trained == [2, 3, 6, 2, 4, 8]
     trained.clear()
     assert rows("both", replays=folder) == alone
@@ -167,5 +167,5 @@ def test_workers_share_what_is_done(
     with pytest.raises(CircuitError, match="trainings of another run, or values of other scalars"):
         rows("other", replays=folder, scalars=("loss",))
     for part in ("0/2", "3/2", "1", "a/b"):
-        with pytest.raises(CircuitError, match=f"slice '{part}'; expected i/n"):
-            options(traced, "x,drop=a", slice=part)
+        with pytest.raises(CircuitError, match=f"part '{part}'; expected i/n"):
+            options(traced, "x,drop=a", part=part)

@@ -50,8 +50,8 @@ def test_it_judges_methods_by_trainings(
 
     monkeypatch.setattr(ReplayedRun, "counterfactual", counted)
     folder = tmp_path / "replays"
-    first = made(options(traced, folder, slice="1/2"), tmp_path / "worker")
-    assert "a start without `slice`" in first.law
+    first = made(options(traced, folder, part="1/2"), tmp_path / "worker")
+    assert "a start without `part`" in first.law
     assert 6 < first.summary["trainings"] <= 6 + 2 * 4  # equal ones are one
     by_worker = len(trained)
     assert 0 < by_worker < first.summary["trainings"]
