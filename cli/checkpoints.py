@@ -87,7 +87,9 @@ def import_recording(
     module: Annotated[
         str,
         typer.Option(
-            metavar="FILE.py:NAME", help="The module, or a function that makes one like it."
+            metavar="FILE.py:NAME",
+            help="The module, or a function that makes one like it.",
+            autocompletion=complete.own_code,
         ),
     ],
     task: Annotated[
@@ -111,6 +113,7 @@ def import_recording(
         typer.Option(
             metavar="FILE.py:NAME",
             help="Class of an optimizer that is not torch's; repeatable.",
+            autocompletion=complete.own_code,
         ),
     ] = None,
     checkpoint_every: Annotated[

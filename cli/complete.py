@@ -110,6 +110,24 @@ scores = artifact("*.npz")
 score = values("rank8", "full")
 
 
+def own_code(incomplete: str) -> list[str]:
+    """Of `FILE.py:NAME`, once the file is typed, what it defines: it is read, and not executed."""
+    import ast
+
+    name, colon, _ = incomplete.partition(":")
+    path = Path(name)
+    try:
+        if not colon or path.stat().st_size > MOST_BYTES:
+            return []
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    defined = [node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    defined += [target.id for target in targets if isinstance(target, ast.Name)]
+    return _starting(incomplete, (f"{name}:{one}" for one in defined))
+
+
 def attribution(incomplete: str) -> list[str]:
     """Folders of attribution reports under artifacts/."""
     found = Path("artifacts").rglob("*_attribution_report.json")

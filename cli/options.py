@@ -32,6 +32,7 @@ Recipe = Annotated[
         metavar="FILE.py:CLASS",
         help="Recipe of your own, a circuit.Recipe, whose code is executed; a run of one is"
         " executed only where it is named.",
+        autocompletion=complete.own_code,
     ),
 ]
 BenchmarkConfigPath = Annotated[

@@ -78,7 +78,7 @@ def documented(name: str) -> Iterator[tuple[str, Any]]:
     thing = getattr(import_module(module), last)
     yield name, thing
     if inspect.isclass(thing):
-        for member, value in vars(thing).items():
+        for member, value in list(vars(thing).items()):  # a wrapped method is made when it is read
             bare = getattr(value, "fget", None) or getattr(value, "func", None) or value
             bare = getattr(bare, "__func__", bare)
             if not member.startswith("_") and inspect.isfunction(bare):

@@ -45,7 +45,6 @@ FREE = {
     "window": "any two steps",
     "windows": "any two steps",
     "steps": "any two steps",
-    "recipe": "a class in a file of the user's own",
     "route_labels": "whatever the user has called a route",
 }
 """Parameters with text that nothing can be offered for, and what it is."""
