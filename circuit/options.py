@@ -50,6 +50,7 @@ class Option:
             (`Options.check_task`).
         least, most: bounds that belong to the range.
         above, below: bounds that do not.
+        folder: whether it is a folder that is written to.
         unset: what stands for a value that is not given, in words.
         earlier: name of the field in reports of schema 1.
         text: the value as the command line has it.
@@ -63,6 +64,7 @@ class Option:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    folder: bool = False
     unset: str = ""
     earlier: str = ""
     text: Callable[[Any], str] = str
@@ -73,7 +75,7 @@ class Option:
         return self.kind in OF_TASK
 
     def check(self, field: str, value: Any) -> None:
-        """Refuse a value that is no choice, out of range (as NaN is), or that no file could hold.
+        """Refuse a value that is no choice, out of range (as NaN is), or that no path could be.
 
         Raises:
             CircuitError: names the field, the value and what there is.
@@ -85,6 +87,8 @@ class Option:
                 raise CircuitError(repr(str(value)), where=f"`{field}`", expected="UTF-8") from None
         if isinstance(value, Path):
             checked_path(value)
+            if self.folder and value.exists() and not value.is_dir():
+                raise CircuitError(f"{value} is a file", where=f"`{field}`", expected="a folder")
         if self.choices and value not in self.choices:
             raise CircuitError(
                 f"unknown value '{value}'",

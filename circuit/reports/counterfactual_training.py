@@ -46,14 +46,17 @@ class CounterfactualOptions(WordOptions):
     ] = None
     replays: Annotated[
         Path | None,
-        Option("Folder that keeps the trainings that are done; a start does what is missing."),
+        Option(
+            "Folder that keeps the trainings that are done; a start does what is missing.",
+            folder=True,
+        ),
     ] = None
     part: Annotated[str, Option("Every n-th edit from the i-th on, i/n, for one of n workers.")] = (
         "1/1"
     )
     runs_dir: Annotated[
         Path | None,
-        Option("Also leave each training there as a run, in a folder of its label."),
+        Option("Also leave each training there as a run, in a folder of its label.", folder=True),
     ] = None
 
     def check(self) -> None:

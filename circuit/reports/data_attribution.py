@@ -51,7 +51,10 @@ class AttributionOptions(WordOptions):
 
     replays: Annotated[
         Path,
-        Option("Folder that keeps trainings and scores; another start does what is missing."),
+        Option(
+            "Folder that keeps trainings and scores; another start does what is missing.",
+            folder=True,
+        ),
     ]
     windows: Annotated[
         tuple[str, ...],

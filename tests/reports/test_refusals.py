@@ -77,12 +77,16 @@ GOOD = {
 }
 """A value of each option that a command may require."""
 
+NEEDED = {"checkpoint_dir", "config", "probe_set"}
+"""Options that only some runs do without: those of a recipe, or of a module of any class."""
+
 FROM_START = ("--from-initialization", "--end-step", "12")
 FURTHER = {
     "bilinear-qk-rank-adam-state-attribution": ("--head", "L1H0"),
     "trace qk": ("--head", "L1H0"),
     "optimizer-update-trace": FROM_START,
     "trace record": FROM_START,
+    "trace counterfactual": ("--edit", "less,scale=weight_decay*0"),
     "generate-benchmark": ("--set", "output_dir=out"),
     "train": ("--overwrite",),
     "mlp-input-functional-subspace-report": ("--subspace-rank", "1"),
@@ -174,7 +178,7 @@ BAD: dict[str, tuple[str, ...]] = {
 
 REPORTS = {name: kind for kind in all_reports() for name in kind.names or (kind.command,)}
 
-INCOMPLETE = {"trace merge", "study compare-seeds"}
+INCOMPLETE = {"trace merge", "trace arrays", "study compare-seeds", "import-recording trace"}
 INCOMPLETE |= {name for name, kind in REPORTS.items() if kind.task}
 """Commands that read what other commands take long to make, or a run of another task; even their
 good values are refused."""
@@ -291,7 +295,7 @@ def good_values(name: str, declared: tuple[Parameter, ...]) -> dict[str, tuple[s
             "tiny_benchmark.json" if name == "generate-benchmark" else GOOD[one.name]
         )
         for one in declared
-        if one.required or one.name == "checkpoint_dir"
+        if one.required or one.name in NEEDED
     }
 
 
