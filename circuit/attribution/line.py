@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
+from circuit.core.functional import call_with
 from circuit.core.paths import clenshaw_curtis
 from circuit.lazy import no_grad, torch
 
@@ -100,9 +101,7 @@ class Line:
     def logits(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "example vocab"]:
         """Logits at the examples' positions under some weights."""
         parts = [
-            torch.func.functional_call(self.model, dict(parameters), (chunk.tokens,))[
-                chunk.row, chunk.pos
-            ]
+            call_with(self.model, parameters, chunk.tokens)[chunk.row, chunk.pos]
             for chunk in self._chunks
         ]
         return torch.cat(parts)[self._order]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from circuit.core.flat import Flat, ParameterLayout
+from circuit.core.functional import call_with
 from circuit.core.step import Objective
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -62,9 +63,7 @@ class Losses:
         self, parameters: dict[str, Tensor], objective: Objective, *inputs: Tensor
     ) -> Float[Tensor, "example pos"]:
         """See `Objective.losses`."""
-        losses = objective.losses(
-            lambda tokens: torch.func.functional_call(self.model, parameters, (tokens,)), *inputs
-        )
+        losses = objective.losses(lambda tokens: call_with(self.model, parameters, tokens), *inputs)
         return losses.reshape(len(losses), -1)
 
     def derivatives(

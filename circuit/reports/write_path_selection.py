@@ -17,7 +17,7 @@ from circuit.artifacts import Row
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.lazy import torch
-from circuit.model.components import Component, all_heads, parse_component
+from circuit.model.components import Component, Hook, all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
 from circuit.reports.inputs import Checkpointed, open_inputs
@@ -215,6 +215,17 @@ def _stages(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str,
     return cast("Tensor", logits), {name: cache[hook] for name, hook in hooks.items()}
 
 
+def _zeroed(head: Component, rows: slice) -> Hook:
+    """The hook that ablates a head in some rows of the batch."""
+
+    def zero(value: Tensor, hook: HookPoint) -> Tensor:
+        changed = value.clone()
+        changed[rows, :, head.head] = 0
+        return changed
+
+    return head.hook_name, zero
+
+
 def _without(
     model: HookedTransformer, tokens: Tensor, heads: Sequence[Component]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -222,17 +233,9 @@ def _without(
     several = max(1, _ROWS // len(tokens))
     for start in range(0, len(heads), several):
         chosen = heads[start : start + several]
-
-        def zero(value: Tensor, hook: HookPoint, chosen: Sequence[Component] = chosen) -> Tensor:
-            changed = value.clone()
-            for place, head in enumerate(chosen):
-                if head.hook_name == hook.name:
-                    rows = slice(place * len(tokens), (place + 1) * len(tokens))
-                    changed[rows, :, head.head] = 0
-            return changed
-
-        hooks = {head.hook_name for head in chosen}
-        with model.hooks(fwd_hooks=[(name, zero) for name in sorted(hooks)]):
+        width = len(tokens)
+        hooks = [_zeroed(h, slice(i * width, (i + 1) * width)) for i, h in enumerate(chosen)]
+        with model.hooks(fwd_hooks=hooks):
             _, stages = _stages(model, tokens.repeat(len(chosen), 1))
         for place, head in enumerate(chosen):
             rows = slice(place * len(tokens), (place + 1) * len(tokens))

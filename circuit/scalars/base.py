@@ -222,8 +222,11 @@ def forward_activations(
     if not hooks:  # a scalar of the weights alone
         return kept
 
-    def keep(value: Tensor, hook: HookPoint) -> None:  # run_with_cache would detach
-        kept[str(hook.name)] = value
+    def keep(name: str) -> Hook:  # run_with_cache would detach; a point may have other names, too
+        def look(value: Tensor, hook: HookPoint) -> None:
+            kept[name] = value
+
+        return name, look
 
     if not hasattr(model, "hook_dict"):
         return {LOGITS: _logits_alone(model, tokens, hooks, ablated)}
@@ -235,7 +238,7 @@ def forward_activations(
         )
     layers = [_BLOCK.fullmatch(hook) for hook in hooks]
     last = None if None in layers else max(int(m[1]) for m in layers if m)
-    wanted: list[Hook] = [(hook, keep) for hook in sorted(hooks)]
+    wanted: list[Hook] = [keep(hook) for hook in sorted(hooks)]
     if ablated is not None:
         wanted = [parse_component(ablated, model).ablation(), *wanted]
     model.run_with_hooks(
