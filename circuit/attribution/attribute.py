@@ -201,7 +201,7 @@ class Attributor:
         self.loss_scope = loss_scope
         self.averages = averages
         self.layout = ParameterLayout.of_model(model)
-        self.atoms = atoms(self.layout)
+        self.atoms = atoms(self.layout, _heads(model))
         self._parameters = list(model.parameters())
         self._device, self._dtype = self._parameters[0].device, self._parameters[0].dtype
         self.batch = SharedBatch.merge(self.scalars, device=str(self._device))
@@ -378,10 +378,7 @@ class Attributor:
     def _products(self, gradients: Tensor, vectors: Tensor) -> list[Float[Tensor, "scalar term"]]:
         """`gradient . vector` by atom."""
         # to float64 atom by atom, in the cache: all at once it is a step's largest tensor
-        return [
-            gradients[:, atom.start : atom.stop].double() @ vectors[:, atom.start : atom.stop].T
-            for atom in self.atoms
-        ]
+        return [atom.of(gradients).double() @ atom.of(vectors).T for atom in self.atoms]
 
     def _averaged(self, level: Quadrature, products: Mapping[float, list[Tensor]]) -> Shares:
         """The products of a quadrature's nodes, weighted, by scalar, vector and atom."""
@@ -391,6 +388,13 @@ class Attributor:
             for place, product in enumerate(products[node]):
                 total[..., place].add_(product, alpha=weight)
         return total
+
+
+def _heads(model: nn.Module) -> int | None:
+    """Heads of a layer, where queries, keys and values have as many; None if nobody says."""
+    cfg = getattr(model, "cfg", None)
+    grouped = getattr(cfg, "n_key_value_heads", None)
+    return None if grouped else getattr(cfg, "n_heads", None)
 
 
 def _mean(

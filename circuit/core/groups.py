@@ -2,17 +2,23 @@
 
 The flat vector is cut into *atoms*, the finest ranges that any partition speaks of; a partition
 maps every atom to one group, so it is listed in full and adds up to the whole. Heads and MLPs are
-told by TransformerLens's names; of any other module, groups are its submodules.
+told by TransformerLens's names, those of a HookedTransformer or of a bridge; of any other module,
+groups are its submodules.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from circuit.core.flat import ParameterLayout
+from circuit.core.parameter_names import hooked_name
 from circuit.errors import CircuitError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 Partition = Literal["layer", "component", "circuit"]
 PARTITIONS: tuple[Partition, ...] = ("layer", "component", "circuit")
@@ -24,13 +30,24 @@ _NUMBERED = re.compile(r".*?(?:^|\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Atom:
-    """A range of the flat vector that belongs to one group in every partition."""
+    """A part of the flat vector that belongs to one group in every partition."""
 
     start: int
     stop: int
     tensor: str
+    """Its name; of a bridge's parameter, a HookedTransformer's name for it."""
     head: int | None
     """The head that the range belongs to, where a tensor holds several."""
+    columns: tuple[int, int, int] | None = None
+    """How many rows the range has, and which columns of each the atom is; None is all of them."""
+
+    def of(self, vectors: Float[Tensor, "vector parameter"]) -> Float[Tensor, "vector own"]:
+        """The atom's part of flat vectors; a view where it is one range."""
+        part = vectors[:, self.start : self.stop]
+        if self.columns is None:
+            return part
+        rows, first, last = self.columns
+        return part.unflatten(1, (rows, -1))[:, :, first:last].flatten(1)
 
     def group(self, partition: Partition) -> str:
         """The atom's group: `embed`, `L2`, `L2H1`, `L2H1.q`, `L2.b_O`, `L0.mlp`, `norms`, ..."""
@@ -55,19 +72,31 @@ class Atom:
         return f"{layer}H{self.head}" + (f".{kind}" if partition == "circuit" else "")
 
 
-def atoms(layout: ParameterLayout) -> list[Atom]:
-    """The finest ranges of a layout, in order; together they are the whole vector."""
-    found = []
+def atoms(layout: ParameterLayout, heads: int | None = None) -> list[Atom]:
+    """The finest ranges of a layout, in order; together they are the whole vector.
+
+    Args:
+        layout: of the model's parameters.
+        heads: of a layer. A bridge's tensors do not tell it: where it is not known, they are those
+            of any other module.
+    """
+    cut: list[Atom] = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         start, stop = layout.range(name)
-        by_head = bool(_BLOCK.fullmatch(name)) and ".attn." in name and not name.endswith("b_O")
-        count = shape[0] if by_head else 1
+        tensor = name if heads is None else hooked_name(name)
+        by_head = bool(_BLOCK.fullmatch(tensor)) and ".attn." in tensor
+        if not by_head or tensor.endswith("b_O"):
+            cut.append(Atom(start, stop, tensor, None))
+            continue
+        count = shape[0] if tensor == name else heads or 1
+        if tensor != name and tensor.endswith("W_O"):  # [d_model, head d_head]: columns
+            width = shape[1] // count
+            columns = [(shape[0], h * width, (h + 1) * width) for h in range(count)]
+            cut += [Atom(start, stop, tensor, h, columns[h]) for h in range(count)]
+            continue
         width = (stop - start) // count
-        found += [
-            Atom(start + i * width, start + (i + 1) * width, name, i if by_head else None)
-            for i in range(count)
-        ]
-    return found
+        cut += [Atom(start + h * width, start + (h + 1) * width, tensor, h) for h in range(count)]
+    return cut
 
 
 def check_partition(name: str) -> Partition:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.model.shapes import BLOCK, expected_shapes
 from circuit.train_config import ModelConfig
 from circuit.training.unpickle import unpickle
 
@@ -34,7 +35,6 @@ BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out
 """Kinds that a file may leave out in every block: without a bias is with a bias of zero."""
 
 _KIND = "a HookedTransformer with learned positions, one attention a block, one MLP a block or none"
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def read_tensors(path: Path, payload: bytes) -> Tensors:
@@ -156,7 +156,7 @@ def infer_model(
             where=where,
             expected=f"heads whose widths add up to d_model {d_model}",
         )
-    blocks = [found for name in tensors if (found := _BLOCK.fullmatch(name))]
+    blocks = [found for name in tensors if (found := BLOCK.fullmatch(name))]
     has_mlps = any(found[2].startswith("mlp.") for found in blocks)
     payload = {
         "layers": _count_blocks(tensors, where),
@@ -170,7 +170,7 @@ def infer_model(
 
 
 def _count_blocks(tensors: Mapping[str, Tensor], where: Path) -> int:
-    numbers = {block[1] for name in tensors if (block := _BLOCK.fullmatch(name))}
+    numbers = {block[1] for name in tensors if (block := BLOCK.fullmatch(name))}
     for number in range(len(numbers)):
         if str(number) not in numbers:
             raise CircuitError(
@@ -185,42 +185,9 @@ def _held(tensors: Mapping[str, Tensor]) -> str:
     return f"the file holds {', '.join(names[:4])}{more}"
 
 
-def expected_shapes(config: ModelConfig, vocabulary_size: int) -> dict[str, list[int]]:
-    """Names and shapes of the model's parameters, in the order of `named_parameters()`."""
-    d, heads = config.d_model, config.heads
-    width = d // heads
-    block = {"ln1.w": [d], "ln1.b": [d], "ln2.w": [d], "ln2.b": [d]}
-    block |= {"attn.W_Q": [heads, d, width], "attn.W_O": [heads, width, d]}
-    block |= {"attn.b_Q": [heads, width], "attn.b_O": [d]}
-    block |= {"attn.W_K": [heads, d, width], "attn.W_V": [heads, d, width]}
-    block |= {"attn.b_K": [heads, width], "attn.b_V": [heads, width]}
-    block |= {"mlp.W_in": [d, config.d_ff], "mlp.b_in": [config.d_ff]}
-    block |= {"mlp.W_out": [config.d_ff, d], "mlp.b_out": [d]}
-    shapes = {"embed.W_E": [vocabulary_size, d], "pos_embed.W_pos": [config.max_sequence_length, d]}
-    for layer in range(config.layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-    shapes |= {"ln_final.w": [d], "ln_final.b": [d]}
-    shapes |= {"unembed.W_U": [d, vocabulary_size], "unembed.b_U": [vocabulary_size]}
-    return {name: shape for name, shape in shapes.items() if _is_parameter(name, config)}
-
-
-def _is_parameter(name: str, config: ModelConfig) -> bool:
-    """Whether a model of this shape has what the largest one has."""
-    block = _BLOCK.fullmatch(name)
-    part, leaf = (block[2] if block else name).split(".")
-    lacks = {
-        "unembed": config.tied_unembedding,
-        "mlp": config.attention_only,
-        "ln2": config.attention_only,
-    }
-    normless = part.startswith("ln") and config.normalization == "none"
-    biasless = leaf.startswith("b") and not config.biases
-    return not (lacks.get(part, False) or normless or biasless)
-
-
 def absent_biases(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
     """Kinds of biases that no block holds, and that are zero therefore."""
-    held = {found[2] for name in tensors if (found := _BLOCK.fullmatch(name))}
+    held = {found[2] for name in tensors if (found := BLOCK.fullmatch(name))}
     kinds = [kind for kind in BIASES if not (config.attention_only and kind.startswith("mlp."))]
     return [kind for kind in kinds if kind not in held]
 
@@ -256,7 +223,7 @@ def fitted(
     elif "unembed.W_U" not in given:
         given["unembed.W_U"] = given["embed.W_E"].T
     for name in shapes:
-        block = _BLOCK.fullmatch(name)
+        block = BLOCK.fullmatch(name)
         if name not in given and (block[2] in zero if block else name == "unembed.b_U"):
             given[name] = torch.zeros(shapes[name])
     _check_names(given, shapes, where)

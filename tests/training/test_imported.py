@@ -20,6 +20,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.build import build_model
+from circuit.model.shapes import expected_shapes
 from circuit.reports.export import export_checkpoint
 from circuit.runs.opening import open_run
 from circuit.tasks.benchmark import Benchmark
@@ -31,7 +32,7 @@ from circuit.training.checkpoints import (
     load_checkpoint,
     read_description,
 )
-from circuit.training.foreign import _as_float32, expected_shapes, read_tensors
+from circuit.training.foreign import _as_float32, read_tensors
 from circuit.training.imported import import_checkpoints, steps_of
 from circuit.training.loop import train
 
