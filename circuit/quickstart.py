@@ -16,6 +16,7 @@ from circuit.artifacts import read_jsonl
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.model.kinds import installed_kind
 from circuit.page import formation_page
 from circuit.reports.bilinear_qk_match_separation import MatchSeparation, SeparationOptions
 from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
@@ -130,13 +131,20 @@ class QuickstartResult:
 def quickstart_configs(task: str = "symbolic_kv") -> tuple[TaskConfig, TrainConfig]:
     """The two configs of a task that ship with the package.
 
+    What is trained is of the kind that the installed TransformerLens builds.
+
     Raises:
         CircuitError: there is no quickstart of that name.
     """
     shipped, name = Path(str(files("circuit.configs"))), find_tour(task).config
+    bridge = ["model.kind=bridge", "kernels=plain"]
     return (
         load_benchmark_config(shipped / "benchmark" / f"{name}.json"),
-        load_config(shipped / "train" / f"{name}.json", TrainConfig),
+        load_config(
+            shipped / "train" / f"{name}.json",
+            TrainConfig,
+            bridge if installed_kind() == "bridge" else (),
+        ),
     )
 
 

@@ -37,6 +37,7 @@ from circuit.reading import checked_path
 
 Device = Literal["cpu", "cuda", "mps"]
 Kernels = Literal["fast", "plain"]
+ModelKind = Literal["hooked_transformer", "bridge"]
 RunSeed = Annotated[int, Field(ge=0, lt=2**32)]
 """What NumPy's RandomState takes (circuit/training/data_order.py)."""
 
@@ -64,7 +65,7 @@ Float32 = Annotated[float, AfterValidator(_float32)]
 
 
 class ModelConfig(Config):
-    """Shape and initialization of the HookedTransformer (`circuit/model/build.py`)."""
+    """Kind, shape and initialization of the model (`circuit/model/`)."""
 
     layers: PositiveInt
     heads: PositiveInt
@@ -85,8 +86,11 @@ class ModelConfig(Config):
     """Whether linear maps and LayerNorms have biases; else they are zero and no parameters."""
     tied_unembedding: bool = True
     """Whether the unembedding is the embedding."""
+    kind: ModelKind = "hooked_transformer"
+    """What computes it, which decides bits: a HookedTransformer (TransformerLens before 4), or a
+    `bridge` around the native model of TransformerLens 4."""
 
-    unless_usual: ClassVar = ("activation", "normalization", "biases", "tied_unembedding")
+    unless_usual: ClassVar = ("activation", "normalization", "biases", "tied_unembedding", "kind")
     """Fields that are written only where they are not at their default: configs that know nothing
     of them have the dumps and digests that they always had."""
 
@@ -325,6 +329,11 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
     def _consistent(self) -> TrainConfig:
         if isinstance(self, PartialConfig):
             return self
+        if self.model.kind == "bridge" and self.kernels != "plain":
+            raise ValueError(
+                "kernels 'fast' are those of a HookedTransformer, and model.kind is 'bridge': set"
+                " kernels to 'plain'"
+            )
         if self.best.split not in self.tracked_splits:
             raise ValueError(
                 f"best.split {self.best.split!r} is not among tracked_splits {self.tracked_splits}"

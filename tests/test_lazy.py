@@ -8,7 +8,12 @@ import sys
 
 from circuit.lazy import LazyModule
 
-HEAVY_BY_NATURE = {"circuit.model.build", "circuit.model.kernels", "circuit.training.step"}
+HEAVY_BY_NATURE = {
+    "circuit.model.bridge",
+    "circuit.model.build",
+    "circuit.model.kernels",
+    "circuit.training.step",
+}
 IMPORT_ALL = f"""
 import pkgutil, sys
 from importlib import import_module

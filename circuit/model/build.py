@@ -5,41 +5,39 @@ or in none, exact GELU or ReLU. What a config leaves out is no parameter, and st
 TransformerLens code expects: of an unembedding that is tied to the embedding `named_parameters()`
 holds `embed.W_E` once, and without biases every `b_*` (of a LayerNorm `b`) is a buffer of zeros.
 
-Initialization draws every parameter from one generator, seeded by the run's seed, on the CPU, in
-the order of `named_parameters()`:
-
-- `pytorch_default`: embeddings N(0, 1) as `torch.nn.Embedding`; weights and biases of linear maps
-  U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as `torch.nn.Linear`; LayerNorm weight 1, bias 0.
-- `gpt2`: embeddings and weights N(0, 0.02); biases 0; LayerNorm as above.
-- `transformer_lens`: embeddings and weights N(0, 0.8/sqrt(d_model)); biases 0; LayerNorm as above.
-  It is what a HookedTransformer draws by default (`init_mode` "gpt2", `initializer_range` -1), and
-  so what TransformerLens's demonstration of grokking (Nanda et al. 2023) starts from.
-
-`embedding_std` replaces the standard deviation of the embeddings in any of them.
+Initial weights are those of circuit/model/initial.py. TransformerLens 4 has no HookedTransformer:
+there this module refuses to be imported.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.components.embed import Embed
-from transformer_lens.components.unembed import Unembed
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
-from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
 
 from circuit.environment import require_device
-from circuit.model.kernels import use_fast_kernels
+from circuit.model.initial import draw_weights, is_bias
+from circuit.model.kinds import require_kind
+from circuit.model.layout import NORMALIZATIONS
 from circuit.train_config import Kernels, ModelConfig
 
-NORMALIZATIONS = {"layer_norm": "LN", "none": None}
-"""`model.normalization` -> TransformerLens's `normalization_type`."""
+require_kind("hooked_transformer")  # before what another TransformerLens does not have
+
+from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: E402
+from transformer_lens.components.embed import Embed  # noqa: E402
+from transformer_lens.components.unembed import Unembed  # noqa: E402
+from transformer_lens.hook_points import HookPoint  # noqa: E402
+from transformer_lens.pretrained.weight_conversions.gpt2 import (  # noqa: E402
+    convert_gpt2_weights,
+)
+from transformer_lens.pretrained.weight_conversions.neox import (  # noqa: E402
+    convert_neox_weights,
+)
+
+from circuit.model.kernels import use_fast_kernels  # noqa: E402
 
 
 class TiedUnembed(Unembed):
@@ -118,14 +116,9 @@ def _without_biases(model: HookedTransformer) -> None:
     """Every bias becomes a buffer of zeros, where TransformerLens code finds it."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if _is_bias(name):
+            if is_bias(name):
                 delattr(module, name)
                 module.register_buffer(name, torch.zeros_like(parameter))
-
-
-def _is_bias(leaf: str) -> bool:
-    """Of a linear map (`b_Q`), or of a LayerNorm (`b`)."""
-    return leaf == "b" or leaf.startswith("b_")
 
 
 def build_standard(cfg: HookedTransformerConfig) -> HookedTransformer:
@@ -161,26 +154,9 @@ def _construct(cfg: HookedTransformerConfig) -> HookedTransformer:
 
 
 def initialize(model: HookedTransformer, config: ModelConfig, seed: int) -> None:
-    """Draw every parameter, in the order of `named_parameters()` (see the module's docstring)."""
-    generator = torch.Generator().manual_seed(seed)
-    cfg, scheme = model.cfg, config.initialization
-    # of linear maps' weights; torch's own draws them uniformly
-    std = {"gpt2": 0.02, "transformer_lens": 0.8 / math.sqrt(cfg.d_model)}.get(scheme)
-    embedding_std = config.embedding_std or std or 1.0
-    fan_in = {"W_out": cfg.d_mlp, "b_out": cfg.d_mlp, "W_O": cfg.d_model, "b_O": cfg.d_model}
+    """Draw every parameter, in the order of `named_parameters()` (circuit/model/initial.py)."""
+    parameters = dict(model.named_parameters())
+    shapes = ((name, parameter.shape) for name, parameter in parameters.items())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            leaf = name.rsplit(".", 1)[-1]
-            drawn = torch.empty(parameter.shape, dtype=torch.float32)
-            if leaf in ("W_E", "W_pos"):
-                drawn.normal_(0.0, embedding_std, generator=generator)
-            elif leaf == "w":
-                drawn.fill_(1.0)
-            elif leaf == "b" or (std is not None and _is_bias(leaf)):
-                drawn.zero_()
-            elif std is not None:
-                drawn.normal_(0.0, std, generator=generator)
-            else:
-                bound = 1.0 / math.sqrt(cast(int, fan_in.get(leaf, cfg.d_model)))
-                drawn.uniform_(-bound, bound, generator=generator)
-            parameter.copy_(drawn)
+        for name, drawn in draw_weights(shapes, config, seed):
+            parameters[name].copy_(drawn)

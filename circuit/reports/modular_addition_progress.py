@@ -19,6 +19,7 @@ from circuit.artifacts import Row
 from circuit.core.fourier import power_by_frequency, power_shares
 from circuit.figures.charts import Chart, at_step, chart, colour, heat, last_dashed, lines
 from circuit.lazy import no_grad, torch
+from circuit.model.layout import hooked_tensors
 from circuit.options import CheckpointOptions, Option
 from circuit.reports.inputs import Checkpointed, check_headers, models_at, states_at
 from circuit.reports.report import Findings, OfCheckpoints, Results
@@ -111,7 +112,8 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
 
     def _key_of_last(self) -> tuple[int, ...]:
         ((_, state),) = states_at(self.setup, self.states, self.options.checkpoints[-1:])
-        shares = power_shares(state.parameters["embed.W_E"][: self.sums.modulus])
+        tensors = hooked_tensors(state.parameters, self.config.model)
+        shares = power_shares(tensors["embed.W_E"][: self.sums.modulus])
         return tuple(sorted(fewest(shares.tolist())))
 
     @no_grad

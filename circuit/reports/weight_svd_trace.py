@@ -32,6 +32,7 @@ from circuit.figures.charts import (
 )
 from circuit.lazy import alt, torch
 from circuit.model.components import Component
+from circuit.model.layout import hooked_tensors
 from circuit.model.subspaces import svd_of_product
 from circuit.model.weights import layer_weights
 from circuit.options import CheckpointOptions, Option
@@ -114,8 +115,9 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
             yield state
 
     def measure(self, point: TrainState) -> list[Row]:
-        every = weight_spectra(point.parameters, self.config.model)
-        self.gaps.append(max(reconstruction_gap(found, point.parameters) for found in every))
+        tensors = hooked_tensors(point.parameters, self.config.model)
+        every = weight_spectra(tensors, self.config.model)
+        self.gaps.append(max(reconstruction_gap(found, tensors) for found in every))
         top = [found.top(self.options.top_vector_ranks) for found in every]
         self.spectra.append(Point(point.step, top))
         return []  # cosines are to the last one
@@ -269,7 +271,7 @@ def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Sp
     """The SVDs of all `W_QK`, `W_OV` and, where there are MLPs, `W_in` and `W_out`.
 
     Args:
-        tensors: the parameters by name.
+        tensors: the parameters by a HookedTransformer's names.
         shape: of the model.
 
     Raises:

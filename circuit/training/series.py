@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from circuit.errors import CircuitError
 from circuit.model.hugging_face import is_pretrained, load_pretrained
+from circuit.model.kinds import build, installed_kind
 from circuit.reading import checked_path, read_bytes
 from circuit.training.checkpoints import checkpoint_step, load_checkpoint, read_header
 from circuit.training.foreign import SUFFIXES, fitted, read_tensors
@@ -82,7 +83,7 @@ def _is_member(path: Path) -> bool:
 def _load(path: Path) -> HookedTransformer:
     if path.is_dir():
         return load_pretrained(path)
-    from circuit.model.build import build_model
+    from circuit.model.layout import bridge_tensors, hooked_tensors
     from circuit.model.weights import load_tensors
 
     if checkpoint_step(path) is not None and _is_ours(path):
@@ -92,11 +93,13 @@ def _load(path: Path) -> HookedTransformer:
     else:
         raw = read_tensors(path, read_bytes(path, overhead=4))
         config = model_of(raw, path, told_settings([path]))
-        config = config.model_copy(update={"tied_unembedding": False})
+        config = config.model_copy(update={"tied_unembedding": False, "kind": installed_kind()})
         tensors = fitted(raw, config, len(raw["embed.W_E"]), path)
+        if config.kind == "bridge":
+            tensors = bridge_tensors(tensors)
         kernels = "plain"
-    vocabulary = len(tensors["embed.W_E"])
-    model = build_model(config, vocabulary_size=vocabulary, seed=0, kernels=kernels)
+    vocabulary = len(hooked_tensors(tensors, config)["embed.W_E"])
+    model = build(config, vocabulary_size=vocabulary, seed=0, kernels=kernels)
     load_tensors(model, tensors)
     return model
 

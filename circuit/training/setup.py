@@ -16,6 +16,7 @@ from circuit.core.module import evaluated as copied
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.model.kinds import build
 from circuit.model.weights import load_tensors
 from circuit.sizes import (
     reading_memory,
@@ -327,9 +328,7 @@ class Setup:
             weights_memory(config.model, self.benchmark.vocabulary.size),
             where=f"config {config.name}",
         )
-        from circuit.model.build import build_model
-
-        return build_model(
+        return build(
             config.model,
             vocabulary_size=self.benchmark.vocabulary.size,
             seed=0 if isinstance(config, ImportedConfig) else config.seed,
