@@ -201,7 +201,7 @@ class Attributor:
         self.loss_scope = loss_scope
         self.averages = averages
         self.layout = ParameterLayout.of_model(model)
-        self.atoms = atoms(self.layout, _heads(model))
+        self.atoms = atoms(self.layout)
         self._parameters = list(model.parameters())
         self._device, self._dtype = self._parameters[0].device, self._parameters[0].dtype
         self.batch = SharedBatch.merge(self.scalars, device=str(self._device))
@@ -388,13 +388,6 @@ class Attributor:
             for place, product in enumerate(products[node]):
                 total[..., place].add_(product, alpha=weight)
         return total
-
-
-def _heads(model: nn.Module) -> int | None:
-    """Heads of a layer, where queries, keys and values have as many; None if nobody says."""
-    cfg = getattr(model, "cfg", None)
-    grouped = getattr(cfg, "n_key_value_heads", None)
-    return None if grouped else getattr(cfg, "n_heads", None)
 
 
 def _mean(

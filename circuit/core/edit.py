@@ -203,7 +203,7 @@ def selected(layout: ParameterLayout, name: str) -> Tensor:
         names = (atom.tensor, *(atom.group(partition) for partition in PARTITIONS))
         known |= dict.fromkeys(names)
         if any(fnmatchcase(one, name) for one in names):
-            mask[atom.start : atom.stop] = True
+            atom.choose(mask)
     if not mask.any():
         raise CircuitError(f"no parameters '{name}'", expected=f"one of {', '.join(known)}")
     return mask

@@ -27,24 +27,31 @@ class ParameterLayout:
         names: in order.
         shapes: of each.
         starts: first index of each, and the total size last.
+        heads: of a layer, where the model tells it; a bridge's shapes do not.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
+    heads: int | None = None
 
     @classmethod
     def of_model(cls, model: nn.Module) -> ParameterLayout:
         """The layout of a model's parameters."""
-        return cls.of_shapes({name: tuple(p.shape) for name, p in model.named_parameters()})
+        cfg: Any = getattr(model, "cfg", None)
+        grouped = getattr(cfg, "n_key_value_heads", None)  # fewer heads of keys than of queries
+        heads = None if grouped else getattr(cfg, "n_heads", None)
+        return cls.of_shapes({name: tuple(p.shape) for name, p in model.named_parameters()}, heads)
 
     @classmethod
-    def of_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> ParameterLayout:
+    def of_shapes(
+        cls, shapes: Mapping[str, Sequence[int]], heads: int | None = None
+    ) -> ParameterLayout:
         """The layout of tensors with these shapes, in this order."""
         starts = [0]
         for shape in shapes.values():
             starts.append(starts[-1] + torch.Size(shape).numel())
-        return cls(tuple(shapes), tuple(tuple(s) for s in shapes.values()), tuple(starts))
+        return cls(tuple(shapes), tuple(tuple(s) for s in shapes.values()), tuple(starts), heads)
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from circuit.core.parameter_names import hooked_name
 from circuit.errors import CircuitError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 Partition = Literal["layer", "component", "circuit"]
@@ -49,6 +49,15 @@ class Atom:
         rows, first, last = self.columns
         return part.unflatten(1, (rows, -1))[:, :, first:last].flatten(1)
 
+    def choose(self, mask: Bool[Tensor, " parameter"]) -> None:
+        """Set the atom's places in a mask."""
+        part = mask[self.start : self.stop]
+        if self.columns is None:
+            part[:] = True
+        else:
+            rows, first, last = self.columns
+            part.unflatten(0, (rows, -1))[:, first:last] = True
+
     def group(self, partition: Partition) -> str:
         """The atom's group: `embed`, `L2`, `L2H1`, `L2H1.q`, `L2.b_O`, `L0.mlp`, `norms`, ..."""
         match = _BLOCK.fullmatch(self.tensor)
@@ -72,14 +81,14 @@ class Atom:
         return f"{layer}H{self.head}" + (f".{kind}" if partition == "circuit" else "")
 
 
-def atoms(layout: ParameterLayout, heads: int | None = None) -> list[Atom]:
+def atoms(layout: ParameterLayout) -> list[Atom]:
     """The finest ranges of a layout, in order; together they are the whole vector.
 
     Args:
-        layout: of the model's parameters.
-        heads: of a layer. A bridge's tensors do not tell it: where it is not known, they are those
-            of any other module.
+        layout: of the model's parameters; a bridge's are those of any other module where its
+            number of heads is not known.
     """
+    heads = layout.heads
     cut: list[Atom] = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         start, stop = layout.range(name)
