@@ -36,9 +36,10 @@ with pytest.MonkeyPatch.context() as patch:  # of these alone: the hook reads th
     import circuit.tasks.examples
     import circuit.training.step
 
+from installed import of_installed  # noqa: E402
+
 from circuit.config import parse_config  # noqa: E402
 from circuit.figures.charts import Chart  # noqa: E402
-from circuit.model.kinds import installed_kind  # noqa: E402
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark  # noqa: E402
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig  # noqa: E402
 from circuit.train_config import TrainConfig  # noqa: E402
@@ -110,10 +111,7 @@ def tiny_train_payload(**changes: Any) -> dict[str, Any]:
         "tracked_splits": ["validation_iid", "heldout_pairs"],
         "best": {"split": "validation_iid", "metric": "token_accuracy"},
     }
-    made = {**payload, **changes}
-    if installed_kind() == "bridge":  # make test-lens4
-        made["model"], made["kernels"] = {**made["model"], "kind": "bridge"}, "plain"
-    return made
+    return of_installed({**payload, **changes})
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -97,6 +98,16 @@ class NamedBridge(TransformerBridge):
         start = f"{prefix}." if prefix else ""
         for path, parameter in super().named_parameters("", recurse, remove_duplicate):
             yield start + bridge_name(path), parameter
+
+    def to(self, *where: Any, **options: Any) -> NamedBridge:
+        """See `TransformerBridge`; short names such as `ln_final.b` follow what has moved."""
+        super().to(*where, **options)
+        for component in self.modules():
+            for alias, path in getattr(component, "property_aliases", {}).items():
+                if alias in component.__dict__:
+                    of = reduce(getattr, path.split("."), component)
+                    object.__setattr__(component, alias, of)
+        return self
 
 
 def build_bridge(

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
 from circuit.errors import CircuitError
+from circuit.lazy import torch
 from circuit.train_config import Kernels, ModelConfig, ModelKind
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def build(
     seed: int,
     kernels: Kernels = "fast",
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
     """A freshly initialized model of the config's kind.
 
@@ -65,6 +67,7 @@ def build(
         seed: seeds the generator of the initial weights.
         kernels: of a HookedTransformer; see `circuit.model.build.build_model`.
         device: where the model lives.
+        dtype: of its weights; float32 by default.
 
     Returns:
         Either kind: a bridge has the hook points and weight accessors of a HookedTransformer.
@@ -75,10 +78,21 @@ def build(
     if config.kind == "bridge":
         from circuit.model.bridge import build_bridge
 
-        bridge = build_bridge(config, vocabulary_size=vocabulary_size, seed=seed, device=device)
+        bridge = build_bridge(
+            config,
+            vocabulary_size=vocabulary_size,
+            seed=seed,
+            device=device,
+            dtype=dtype or torch.float32,
+        )
         return cast("HookedTransformer", bridge)
     from circuit.model.build import build_model
 
     return build_model(
-        config, vocabulary_size=vocabulary_size, seed=seed, kernels=kernels, device=device
+        config,
+        vocabulary_size=vocabulary_size,
+        seed=seed,
+        kernels=kernels,
+        device=device,
+        dtype=dtype or torch.float32,
     )

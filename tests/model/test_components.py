@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
 from circuit.errors import CircuitError
-from circuit.model.build import build_model
 from circuit.model.components import ablate, all_heads, parse_component
+from circuit.model.kinds import build, installed_kind
 from circuit.train_config import ModelConfig
 
-SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+SHAPE = ModelConfig(
+    layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12, kind=installed_kind()
+)
 
 
 @pytest.fixture
 def model() -> HookedTransformer:
-    return build_model(SHAPE, vocabulary_size=20, seed=1)
+    return build(SHAPE, vocabulary_size=20, seed=1)
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def test_ablating_an_mlp_takes_its_output_away(
 
 def test_without_mlps_there_is_none_to_name() -> None:
     shape = ModelConfig.model_validate({**SHAPE.model_dump(), "d_ff": 0})
-    for given in ({"shape": shape}, {"model": build_model(shape, vocabulary_size=20, seed=1)}):
+    for given in ({"shape": shape}, {"model": build(shape, vocabulary_size=20, seed=1)}):
         assert str(parse_component("L1H0", **given)) == "L1H0"
         with pytest.raises(CircuitError, match=r"no component 'L1MLP', for it has no MLPs"):
             parse_component("L1MLP", **given)

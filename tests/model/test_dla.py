@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from new_shapes import NEW_SHAPES
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from circuit.errors import CircuitError
-from circuit.model.build import build_model
 from circuit.model.dla import (
     attribute_logits,
     dla_hooks,
@@ -21,8 +18,13 @@ from circuit.model.dla import (
     margin_gradient,
     residual_parts,
 )
+from circuit.model.kinds import build, installed_kind
 from circuit.model.readout import lens, read_answers
 from circuit.train_config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.hook_points import HookPoint
 
 VALUES = range(7, 17)
 PARTS = (
@@ -34,8 +36,8 @@ PARTS = (
 def random_model(dtype: torch.dtype = torch.float64, **fields: Any) -> HookedTransformer:
     """A model in which every tensor matters: no bias is 0, no LayerNorm weight 1."""
     shape = {"layers": 2, "heads": 2, "d_model": 16, "d_ff": 32, "max_sequence_length": 12}
-    config = ModelConfig.model_validate(shape | fields)
-    model = build_model(config, vocabulary_size=17, seed=3, dtype=dtype)
+    config = ModelConfig.model_validate(shape | fields | {"kind": installed_kind()})
+    model = build(config, vocabulary_size=17, seed=3, dtype=dtype)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

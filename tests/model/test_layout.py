@@ -8,8 +8,8 @@ import pytest
 import torch
 from new_shapes import NEW_SHAPES
 
-from circuit.attribution.groups import PARTITIONS, atoms
 from circuit.core.flat import ParameterLayout
+from circuit.core.groups import PARTITIONS, atoms
 from circuit.errors import CircuitError
 from circuit.model.bridge import plain_bridge
 from circuit.model.initial import draw_weights
@@ -59,10 +59,13 @@ def test_a_group_of_either_layout_holds_the_same_numbers(name: str, partition: A
     hooked = weights_of(shape_of(name))
     grouped = []
     for tensors in (hooked, bridge_tensors(hooked)):
-        layout = ParameterLayout.of_shapes({key: tuple(t.shape) for key, t in tensors.items()})
+        layout = ParameterLayout.of_shapes({key: t.shape for key, t in tensors.items()}, heads=3)
         vector = torch.cat([t.reshape(-1) for t in tensors.values()])[None]
         groups: dict[str, list[torch.Tensor]] = {}
-        for atom in atoms(layout, heads=3):
+        for atom in atoms(layout):
+            mask = torch.zeros(layout.size, dtype=torch.bool)
+            atom.choose(mask)
+            assert torch.equal(vector[0, mask], atom.of(vector)[0])
             groups.setdefault(atom.group(partition), []).append(atom.of(vector)[0])
         grouped.append({key: torch.cat(parts).sort().values for key, parts in groups.items()})
         assert sum(map(len, grouped[-1].values())) == vector.numel()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from new_shapes import NEW_SHAPES
-from transformer_lens import HookedTransformer
 
 from circuit.errors import CircuitError
-from circuit.model.build import build_model
 from circuit.model.components import ablate
+from circuit.model.kinds import build, installed_kind
 from circuit.model.readout import lens
 from circuit.model.stages import (
     patch,
@@ -23,12 +22,17 @@ from circuit.model.stages import (
 )
 from circuit.train_config import ModelConfig
 
-SHAPE = ModelConfig(layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12)
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+SHAPE = ModelConfig(
+    layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12, kind=installed_kind()
+)
 
 
 @pytest.fixture
 def model() -> HookedTransformer:
-    return build_model(SHAPE, vocabulary_size=20, seed=1)
+    return build(SHAPE, vocabulary_size=20, seed=1)
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ def test_stages_of_every_shape_are_read_patched_and_run_on_from(
     tokens: torch.Tensor, fields: dict[str, Any]
 ) -> None:
     shape = ModelConfig.model_validate({**SHAPE.model_dump(), **fields})
-    model = build_model(shape, vocabulary_size=20, seed=1)
+    model = build(shape, vocabulary_size=20, seed=1)
     names = stage_names(2, attention_only=shape.attention_only)
     logits, found = read_stages(model, tokens, *names)
     assert torch.equal(logits, model(tokens))

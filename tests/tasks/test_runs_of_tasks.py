@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Done, type_and_read
+from installed import of_installed
 from small_benchmarks import HELD, SETTINGS
 
 from circuit.config import parse_config
@@ -58,7 +59,7 @@ def config(task: str, **changes: Any) -> TrainConfig:
         "log_every": 2,
         "checkpoint_every": 4,
     }
-    return parse_config(payload | changes, TrainConfig, where="tiny")
+    return parse_config(of_installed(payload | changes), TrainConfig, where="tiny")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
