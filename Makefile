@@ -2,6 +2,7 @@
 #   make quickstart   create the environment, then train and explain a small lookup circuit
 #   make test         create the environment, then lint, type-check and test
 #   make docs         build the documentation's site in build/site, strictly
+#   make test-lens4   create .venv-lens4 with TransformerLens 4, then test what runs on it
 # Variables:
 #   PYTHON=python3.12   the interpreter that creates the environment
 #   TORCH=cpu           download PyTorch's CPU build (Linux; the default there carries CUDA)
@@ -12,25 +13,26 @@ VENV ?= .venv
 TORCH ?= default
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export MPLBACKEND ?= Agg
 unexport PYTHONDONTWRITEBYTECODE  # modules are compiled once, not by each process of the tests
 
-.PHONY: help environment quickstart test test-system lint types layers unit docs bench
+.PHONY: help environment quickstart test test-lens4 test-system lint types layers unit docs bench
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,9s/^# \{0,1\}//p' Makefile
 
 environment: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "== environment in $(VENV): PyTorch, TransformerLens and tools, a few hundred MB to download"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "make: $(PYTHON) is Python %d.%d; set PYTHON to 3.11, 3.12 or 3.13" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
-	@$(PIP) install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+	@$(PIP) install -c $(CONSTRAINTS) --index-url https://download.pytorch.org/whl/cpu torch
 endif
-	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $(READY)
 
 quickstart: $(READY)
@@ -57,6 +59,23 @@ unit: $(READY)
 	@echo "== pytest"
 	@$(BIN)/pytest -m "not system and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
+# laws that hold for both kinds of model; the files beside them build HookedTransformers
+LENS4 := build/constraints-lens4.txt
+LENS4_TESTS := tests/core/test_parameter_names.py tests/lens4 \
+	$(addprefix tests/model/test_,components.py dla.py layout.py stages.py subspaces.py) \
+	$(addprefix tests/reports/test_,each_report.py induction_progress.py new_shapes.py) \
+	$(addprefix tests/runs/test_,open_run.py watch.py) tests/tasks/test_runs_of_tasks.py \
+	$(addprefix tests/trace/test_,extension.py recording.py terms.py while_training.py) \
+	$(addprefix tests/training/test_,loop.py moments.py)
+
+test-lens4: $(LENS4)
+	@$(MAKE) --no-print-directory environment VENV=.venv-lens4 CONSTRAINTS=$(LENS4)
+	@.venv-lens4/bin/pytest -m "not system and not slow" -n 2 --dist loadfile $(LENS4_TESTS)
+
+$(LENS4): constraints.txt
+	@mkdir -p $(@D)
+	@sed 's/^transformer-lens==.*/transformer-lens==4.3.0/' constraints.txt > $@
+
 test-system: $(READY)
 	@$(BIN)/pytest -m system
 
@@ -67,7 +86,7 @@ docs: $(VENV)/.docs
 	@echo "== open build/site/index.html"
 
 $(VENV)/.docs: $(READY)
-	@$(PIP) install -c constraints.txt -e ".[docs]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
 bench: $(READY)
