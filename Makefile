@@ -63,7 +63,7 @@ unit: $(READY)
 LENS4 := build/constraints-lens4.txt
 LENS4_TESTS := tests/core/test_parameter_names.py tests/lens4 \
 	$(addprefix tests/model/test_,components.py dla.py layout.py stages.py subspaces.py) \
-	$(addprefix tests/reports/test_,each_report.py induction_progress.py new_shapes.py) \
+	$(addprefix tests/reports/test_,each_report.py export.py induction_progress.py new_shapes.py) \
 	$(addprefix tests/runs/test_,open_run.py watch.py) tests/tasks/test_runs_of_tasks.py \
 	$(addprefix tests/trace/test_,extension.py recording.py terms.py while_training.py) \
 	$(addprefix tests/training/test_,loop.py moments.py)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -187,6 +187,13 @@ def export(
     config: options.TrainConfigPath,
     checkpoint: options.Checkpoint,
     output_dir: Annotated[Path, typer.Option(help="Folder of model.safetensors and config.json.")],
+    kind: Annotated[
+        Literal["hooked_transformer", "bridge"] | None,
+        typer.Option(
+            help="Of model that loads them: of TransformerLens before 4, or a bridge, of 4;"
+            " the run's by default."
+        ),
+    ] = None,
     overrides: options.Set = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -195,7 +202,7 @@ def export(
     settings = load_train_config(config, overrides)
     from circuit.reports.export import export_checkpoint
 
-    result = export_checkpoint(settings, checkpoint, output_dir, overwrite=overwrite)
+    result = export_checkpoint(settings, checkpoint, output_dir, kind=kind, overwrite=overwrite)
     if as_json:
         paths = [str(path) for path in result.paths]
         print_json({"law": result.law, "gap": result.gap, "load": result.load, "paths": paths})

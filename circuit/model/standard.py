@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from circuit.lazy import no_grad, torch
+from circuit.model.layout import standard_bridge_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from circuit.train_config import ModelConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 """Files of an exported model."""
@@ -27,6 +31,12 @@ LOAD = (
     "model.load_state_dict(safetensors.torch.load_file({weights!r}))",
 )
 """How plain TransformerLens loads one, behind the imports."""
+LOAD_BRIDGE = (
+    "cfg = json.loads(pathlib.Path({config!r}).read_text())",
+    "model = tl.TransformerBridge.boot_native(cfg)",
+    "model.load_state_dict(safetensors.torch.load_file({weights!r}))",
+)
+"""How TransformerLens 4 does."""
 
 
 def standard_model(model: HookedTransformer) -> HookedTransformer:
@@ -73,6 +83,32 @@ def standard_config(model: HookedTransformer) -> dict[str, Any]:
     }
 
 
+def bridge_weights(tensors: Mapping[str, Tensor], shape: ModelConfig) -> bytes:
+    """The `state_dict` that TransformerLens 4 loads, as a safetensors file.
+
+    Args:
+        tensors: parameters of a model of either kind, by name.
+        shape: of the model.
+    """
+    from safetensors.torch import save
+
+    return save(standard_bridge_tensors(tensors, shape))
+
+
+def load_bridge(config: Mapping[str, Any], weights: bytes) -> TransformerBridge:
+    """What plain TransformerLens, from 3.9 on, makes of such files, on the CPU.
+
+    Args:
+        config: content of `config.json`, of `circuit.model.layout.bridge_config`.
+        weights: content of `model.safetensors`.
+    """
+    from safetensors.torch import load
+
+    from circuit.model.bridge import plain_bridge
+
+    return plain_bridge(config, load(weights))
+
+
 def load_standard(config: Mapping[str, Any], weights: bytes) -> HookedTransformer:
     """What plain TransformerLens makes of an exported model, on the CPU.
 
@@ -91,7 +127,9 @@ def load_standard(config: Mapping[str, Any], weights: bytes) -> HookedTransforme
 
 
 @no_grad
-def logit_gap(model: HookedTransformer, other: HookedTransformer) -> tuple[float, float]:
+def logit_gap(
+    model: HookedTransformer, other: HookedTransformer | TransformerBridge
+) -> tuple[float, float]:
     """Their logits over 8 rows of random tokens of full length (seed 0).
 
     Returns:

@@ -17,6 +17,7 @@ from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.kinds import build
+from circuit.model.layout import bridge_config, standard_bridge_tensors
 from circuit.model.weights import load_tensors
 from circuit.sizes import (
     reading_memory,
@@ -262,11 +263,21 @@ class Setup:
         load_tensors(model, state.parameters)
         if isinstance(self.config, RecipeConfig):
             return evaluated(model)
+        if untied and self.config.model.kind == "bridge":
+            return self._plain_bridge(state)
         if untied:
             from circuit.model.standard import standard_model
 
             return standard_model(model)
         return model
+
+    def _plain_bridge(self, state: TrainState) -> HookedTransformer:
+        from circuit.model.bridge import plain_bridge
+
+        shape, size = self.config.model, self.benchmark.vocabulary.size
+        tensors = standard_bridge_tensors(state.parameters, shape)
+        bridge = plain_bridge(bridge_config(shape, size), tensors)
+        return cast("HookedTransformer", bridge.to(self.config.device, print_details=False))
 
     def require_training_memory(self, *, traced: bool = False) -> None:
         """Refuse a run whose steps the memory cannot hold, before anything of it is allocated.
