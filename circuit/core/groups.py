@@ -47,7 +47,8 @@ class Atom:
         if self.columns is None:
             return part
         rows, first, last = self.columns
-        return part.unflatten(1, (rows, -1))[:, :, first:last].flatten(1)
+        chosen: Tensor = part.unflatten(1, (rows, -1))[:, :, first:last]
+        return chosen.flatten(1)
 
     def choose(self, mask: Bool[Tensor, " parameter"]) -> None:
         """Set the atom's places in a mask."""

@@ -39,13 +39,18 @@ from circuit.model.weights import load_tensors
 from circuit.train_config import ModelConfig
 
 
-class ScoredAttention(NativeAttention):
+class ScoredAttention(NativeAttention):  # type: ignore[misc]  # which mypy takes for Any
     """The native attention, whose scores pass through the bridge's `hook_attn_scores`."""
 
     hook_attn_scores: HookPoint
 
-    def forward(  # type: ignore[override]  # the output alone: the bridge takes a pair for weights
-        self, hidden_states: Tensor, *, pattern_fn: Any = None, **more: Any
+    def forward(  # the output alone: the bridge takes a pair's second for scores
+        self,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        pattern_fn: Any = None,
+        **more: Any,
     ) -> Tensor:
         """The heads' sum plus the output's bias, `[batch, pos, d_model]`."""
         rows, length, _ = hidden_states.shape
@@ -55,32 +60,37 @@ class ScoredAttention(NativeAttention):
             for part in (self.q, self.k, self.v)
         )
         scores = q @ k.mT / math.sqrt(self.d_head)
-        future = self.causal_mask[:length, :length]
-        scores = self.hook_attn_scores(scores.masked_fill(future, -math.inf))
+        unseen = self.causal_mask[:length, :length]
+        if attention_mask is not None:
+            unseen = self._combine_attention_mask(unseen, attention_mask, batch=rows)
+        scores = self.hook_attn_scores(scores.masked_fill(unseen, -math.inf))
         pattern = scores.softmax(-1)
+        if attention_mask is not None:  # a query that sees nothing attends to nothing
+            pattern = pattern.masked_fill(unseen, 0.0)
         if pattern_fn is not None:  # the bridge's hook_pattern
             pattern = pattern_fn(pattern)
         z = (pattern @ v).transpose(1, 2).reshape(rows, length, -1)
         return cast(Tensor, self.o(z))
 
 
-class StagedBlock(NativeBlock):
+class StagedBlock(NativeBlock):  # type: ignore[misc]
     """The native block, with a hook point on the residual stream between attention and MLP."""
 
     hook_resid_mid: HookPoint
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, **more: Any
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any
     ) -> tuple[Tensor]:
         """The residual stream behind the block, `[batch, pos, d_model]`, as a tuple of one."""
-        hidden_states = hidden_states + self.attn(self.ln1(hidden_states))
+        written = self.attn(self.ln1(hidden_states), attention_mask=attention_mask)
+        hidden_states = hidden_states + written
         if not self.cfg.attn_only:
             hidden_states = self.hook_resid_mid(hidden_states)
             hidden_states = hidden_states + self.mlp(self.ln2(hidden_states))
         return (hidden_states,)
 
 
-class NamedBridge(TransformerBridge):
+class NamedBridge(TransformerBridge):  # type: ignore[misc]
     """A bridge whose parameters go by the names of its `state_dict()`."""
 
     def forward(

@@ -20,7 +20,7 @@ import circuit
 from circuit.core.functional import call_with
 from circuit.errors import CircuitError
 from circuit.model.bridge import build_bridge
-from circuit.model.layout import bridge_config, hooked_tensors
+from circuit.model.layout import bridge_config, hooked_tensors, standard_bridge_tensors
 from circuit.model.weights import named_tensors
 from circuit.train_config import ModelConfig
 
@@ -150,6 +150,18 @@ def test_short_names_are_the_parameters_themselves(name: str) -> None:
     assert model.ln_final is not None
     if shape_of(name).normalization != "none":
         assert model.ln_final.b.dtype == torch.float32
+
+
+def test_padding_on_the_left_is_masked_as_in_plain_transformer_lens(tokens: Tensor) -> None:
+    model, shape = model_of("usual"), shape_of("usual")
+    tensors = standard_bridge_tensors(named_tensors(model), shape)
+    plain = TransformerBridge.boot_native(bridge_config(shape, VOCABULARY), dtype=torch.float64)
+    plain.load_state_dict(tensors)
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    ours, theirs = (one(tokens, attention_mask=mask) for one in (model, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(ours[0], model(tokens)[0])
 
 
 def test_a_tied_gradient_is_the_sum_of_both_uses(tokens: Tensor) -> None:
