@@ -63,9 +63,11 @@ unit: $(READY)
 LENS4 := build/constraints-lens4.txt
 LENS4_TESTS := tests/core/test_parameter_names.py tests/lens4 \
 	$(addprefix tests/model/test_,components.py dla.py layout.py stages.py subspaces.py) \
-	$(addprefix tests/reports/test_,each_report.py export.py induction_progress.py new_shapes.py) \
-	$(addprefix tests/runs/test_,open_run.py watch.py) tests/tasks/test_runs_of_tasks.py \
-	$(addprefix tests/trace/test_,extension.py recording.py terms.py while_training.py) \
+	$(addprefix tests/reports/test_,each_report.py export.py induction_progress.py \
+		modular_addition_progress.py new_shapes.py) \
+	tests/runs/test_watch.py tests/tasks/test_runs_of_tasks.py \
+	$(addprefix tests/attribution/test_,credit.py influence.py window.py) \
+	$(addprefix tests/trace/test_,extension.py terms.py) \
 	$(addprefix tests/training/test_,loop.py moments.py)
 
 test-lens4: $(LENS4)

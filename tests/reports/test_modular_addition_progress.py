@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from command_line import Done, type_and_read
+from installed import of_installed
 from tiny_run import RUN as LOOKUP
 from tiny_run import trained, trained_once
 
@@ -60,7 +61,7 @@ def make_run(name: str, **shape: Any) -> None:
         "tracked_splits": ["train", "test"],
         "best": {"split": "test"},
     }
-    train(parse_config(payload, TrainConfig, where="sums"))
+    train(parse_config(of_installed(payload), TrainConfig, where="sums"))
 
 
 @pytest.fixture(scope="module")
