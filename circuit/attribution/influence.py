@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+APART = 0.01
+"""Most that the norm of a step's gradient may differ by, relatively, when it is computed again: a
+module that drops out or draws otherwise is no function of the weights, whose slope could be told.
+"""
 ROUGH = 2
 """The first steps of a run: AdamW's are a sign of the gradient there, which has no useful slope."""
 
@@ -62,6 +66,10 @@ class _Noted:
 
     step: int
     clip: float
+    norm: float
+    """Of the gradient that was taken."""
+    graded: tuple[str, ...]
+    """Parameters that it is of."""
     rule: DifferentiableRule
     hyper: Hyper
     objective: Objective
@@ -127,6 +135,7 @@ class InfluencePass:
         c = noted.clip
 
         def by_gradient(gradient: Flat) -> Tensor:
+            gradient = self._taken(gradient, noted.graded)
             u, adjoint = noted.rule.back(
                 after,
                 clipped=c * gradient,
@@ -135,9 +144,11 @@ class InfluencePass:
                 hyper=noted.hyper,
             )
             before.append(adjoint)  # before the gradient's own way to the weights is added
+            n = gradient.norm()
+            _refuse_another(float(n), noted)
             if c >= 1:
                 return u
-            n = gradient.norm()  # clipping turns with the gradient's norm
+            # clipping turns with the gradient's norm
             along: Tensor = (u @ gradient)[:, None] * gradient / (n * (n + 1e-6))
             return c * (u - along)
 
@@ -145,10 +156,47 @@ class InfluencePass:
         (adjoint,) = before
         return Adjoint(adjoint.parameters + curved, adjoint.moments), influence
 
+    def _taken(self, gradient: Flat, graded: tuple[str, ...]) -> Flat:
+        """Without the frozen parameters, which are no part of the norm by which it is clipped."""
+        layout = self.losses.layout
+        if len(graded) == len(layout.names):
+            return gradient
+        taken = torch.zeros_like(gradient)
+        for name in graded:
+            at = slice(*layout.range(name))
+            taken[at] = gradient[at]
+        return taken
+
     def _note(self, step: Step) -> tuple[_Noted, list[Tensor]]:
         end = step.after.parameters if step.step == self.end else None
-        noted = _Noted(step.step, step.clip, step.rule, step.hyper, step.objective, end)
+        norm = float(step.gradient.double().norm())
+        noted = _Noted(
+            step=step.step,
+            clip=step.clip,
+            norm=norm,
+            graded=step.graded,
+            rule=step.rule,
+            hyper=step.hyper,
+            objective=step.objective,
+            end=end,
+        )
         return noted, [step.before.parameters, *step.after.moments.values()]
+
+
+def _refuse_another(norm: float, noted: _Noted) -> None:
+    """Refuse a gradient that is not the one that was taken.
+
+    Raises:
+        CircuitError: tells both norms.
+    """
+    if abs(norm - noted.norm) > APART * noted.norm:
+        raise CircuitError(
+            f"the gradient of step {noted.step} is another when it is computed again: its norm was"
+            f" {noted.norm:.4g}, and is {norm:.4g}",
+            expected="a module that acts in training as in evaluation, and draws nothing",
+            fix="leave dropout out where influence is asked for; trace attribute and trace"
+            " counterfactual work",
+        )
 
 
 @dataclass(frozen=True)
@@ -201,7 +249,8 @@ def influence(
         One `Influence` a scalar, by name.
 
     Raises:
-        CircuitError: as `circuit.attribute`; or the gradient of a scalar is zero at `end`.
+        CircuitError: as `circuit.attribute`; the gradient of a scalar is zero at `end`; or that of
+            a step is another when it is computed again.
     """
     attributor = attributor_of(run, list(scalars), dtype=dtype)
     whole = InfluencePass(run, attributor, start, end)

@@ -68,6 +68,10 @@ class Step(Protocol):
         """`g`, before clipping."""
 
     @property
+    def graded(self) -> tuple[str, ...]:
+        """Names of the parameters that had a gradient: none is taken of those that are frozen."""
+
+    @property
     def objective(self) -> Objective:
         """Whose gradient `g` is."""
 

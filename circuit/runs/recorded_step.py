@@ -76,6 +76,11 @@ class RecordedStep:
             }
         )
 
+    @property
+    def graded(self) -> tuple[str, ...]:
+        """Parameters that had a gradient."""
+        return tuple(self.taken.gradient)
+
     @cached_property
     def update(self) -> UpdateTerms:
         """The update and its terms; computed when first asked for."""

@@ -61,7 +61,8 @@ class Moved:
         kind: its class.
         decoupled: see `Recipe.decoupled_decay`.
         groups: with the settings of the step.
-        names: of the parameters that had a gradient.
+        names: of the parameters that had a gradient and that the optimizer holds.
+        graded: of all that had a gradient.
         edited: whether the training has an edit that takes weights elsewhere.
         before, after: steps that were counted for each parameter of which something was remembered.
     """
@@ -70,6 +71,7 @@ class Moved:
     decoupled: bool
     groups: tuple[Group, ...]
     names: tuple[str, ...]
+    graded: tuple[str, ...]
     edited: bool
     before: Mapping[str, int]
     after: Mapping[str, int]
@@ -273,6 +275,11 @@ class TracedStep:
         return self.rule.momentum_form(self._taken(self.hyper))
 
     @property
+    def graded(self) -> tuple[str, ...]:
+        """Parameters that had a gradient."""
+        return self.moved.graded
+
+    @property
     def objective(self) -> BatchLoss:
         """The batch's loss, whose gradient was taken."""
         return BatchLoss(self.outcome.recipe, self.outcome.batch, self.examples)
@@ -346,19 +353,19 @@ class Tracer:
                 self._kind,
                 session.recipe.decoupled_decay,
                 groups_of(session.optimizer, self._names),
-                self._with_gradient(),
+                *self._with_gradient(),
                 session.recipe.edit is not None and session.recipe.edit.moves,
                 counts,
                 self._counts,
             ),
         )
 
-    def _with_gradient(self) -> tuple[str, ...]:
-        """The parameters that the optimizer has moved."""
+    def _with_gradient(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The parameters that the optimizer has moved, and all that had a gradient."""
         groups = self.session.optimizer.param_groups
         held = {id(parameter) for group in groups for parameter in group["params"]}
-        graded = self._parameters.items()
-        return tuple(name for name, p in graded if id(p) in held and p.grad is not None)
+        graded = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        return tuple(name for name, p in graded.items() if id(p) in held), tuple(graded)
 
     def train_state(self, notes: dict[str, Any] | None = None) -> TrainState:
         """The present state by name, for a checkpoint."""

@@ -13,7 +13,10 @@ from command_line import type_and_read
 
 import circuit
 from circuit.artifacts import read_jsonl
+from circuit.core.edit import Edit
+from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
+from circuit.model.weights import load_tensors
 from circuit.trace.compare import state_difference
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
@@ -194,6 +197,33 @@ def test_terms_and_examples_add_up(name: str) -> None:
     assert credit.totals["examples_error"] is not None
     assert credit.totals["examples_error"] < 1e-5
     assert set(credit.by_example()) <= set(map(str, range(25)))
+
+
+def test_what_draws_in_training_has_no_influence() -> None:
+    """The slope of a gradient that cannot be computed again would be that of another."""
+    code = written()
+    trained(code)
+    with pytest.raises(CircuitError, match="gradient of step 8 is another when it is computed aga"):
+        circuit.influence(circuit.open_run("run", recipe=code), [shift], 0, 8)
+
+
+def test_influence_is_the_slope_where_parameters_are_frozen() -> None:
+    """Of whole trainings, by central differences; the gradient is clipped without the frozen."""
+    doubled = ("        return module\n", "        return module.double()\n")
+    code = written(SHARED["sgd"], ("nn.Dropout(0.2)", "nn.Identity()"), doubled)
+    trained(code)
+    run = ReplayedRun.open(f"run/{DEFAULT_FOLDER}", recipe=code)
+    assert all(step.clip < 1 for step in run.replay(0, 4))
+    found = circuit.influence(run, [shift], 0, 4)["shift"].by_example()
+    module, layout = run.module(), ParameterLayout.of_model(run.module())
+    for name in list(found)[:2]:
+        values = []
+        for weight in (1 + 1e-4, 1 - 1e-4):
+            end = run.counterfactual(Edit(0, 4, {name: weight}), 4).parameters
+            load_tensors(module, layout.unflatten(end))
+            values.append(float(shift(module).detach().mean()))
+        slope = (values[0] - values[1]) / 2e-4
+        assert found[name] == pytest.approx(slope, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "adam"])
