@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 _NO_FILE = "the recipe's file cannot be read: there is none"
 _DTYPES = ("torch.float32", "torch.float64")
+_ASKED = (
+    *("module", "batch", "outputs", "losses", "loss", "optimizer", "accuracy"),
+    *("rates", "decays"),
+)
+"""What somebody's own recipe says; how steps are taken and kept is the trainer's."""
 
 
 def recipe_config(
@@ -152,6 +157,14 @@ def _class_of(code: str) -> type[Recipe]:
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         raise CircuitError(f"'{name}' does not define {missing}", where=path)
+    for other in vars(Recipe).keys() - {"__init__", *_ASKED}:
+        if callable(method := getattr(kind, other)) and method is not getattr(Recipe, other):
+            raise CircuitError(
+                f"'{name}' defines {other}, which nobody would ask",
+                where=path,
+                expected=f"some of {', '.join(_ASKED)}",
+                fix="call it otherwise",
+            )
     return kind
 
 
@@ -198,9 +211,9 @@ class OwnRecipe(Recipe):
         Raises:
             CircuitError: names what is another at the second call.
         """
-        first, again = (dict(self.module().named_parameters()) for _ in range(2))
-        for name, weight in first.items():
-            if not same_bits(weight, again[name]):
+        first, again = (_tensors(self.module()) for _ in range(2))
+        for name in {**first, **again}:
+            if name not in first or name not in again or not _same(first[name], again[name]):
                 self._refuse(f"module() gives another {name} at its second call")
         batch, _, same = (self.batch(step) for step in (1, 2, 1))
         for what in ("inputs", "targets"):
@@ -286,7 +299,7 @@ class OwnRecipe(Recipe):
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Recipe.loss`; the sum of the losses, unless the recipe sums them up itself."""
-        if type(self.of).loss is Recipe.loss:
+        if not self._says("loss"):
             return self.losses(outputs, batch).sum()
         with _told(self.code, "loss()"):
             return self.of.loss(outputs, batch)
@@ -310,9 +323,33 @@ class OwnRecipe(Recipe):
         return checked
 
     def rates(self, step: int) -> Sequence[float] | None:
-        """See `Recipe.rates`."""
-        with _told(self.code, "rates()"):
-            return self.of.rates(step)
+        """See `Recipe.rates`; raises as `_of_groups`."""
+        return self._of_groups("rates", step)
+
+    def decays(self, step: int) -> Sequence[float] | None:
+        """See `Recipe.decays`; raises as `_of_groups`."""
+        return self._of_groups("decays", step)
+
+    def _of_groups(self, what: str, step: int) -> Sequence[float] | None:
+        """Rates or decays of a step.
+
+        Raises:
+            CircuitError: there are none, and the recipe says some: those of the step before would
+                stay, which no checkpoint holds.
+        """
+        with _told(self.code, f"{what}()"):
+            values: Sequence[float] | None = getattr(self.of, what)(step)
+        if values is None and self._says(what):
+            raise CircuitError(
+                f"{what}({step}) gives None",
+                where=self.code,
+                expected=f"a number of each parameter group at every step, or no {what}() at all",
+            )
+        return values
+
+    def _says(self, what: str) -> bool:
+        """Whether the recipe defines a method that it need not."""
+        return getattr(type(self.of), what) is not getattr(Recipe, what)
 
     def accuracy(self, outputs: Tensor, batch: Batch) -> float | None:
         """See `Recipe.accuracy`."""
@@ -350,16 +387,26 @@ class OwnRecipe(Recipe):
                         f"step {step} has changed '{key}' of a parameter group, which no checkpoint"
                         " holds",
                         where=self.code,
-                        expected="an optimizer whose groups stay as they are; rates() sets rates",
+                        expected="an optimizer whose groups stay as they are; rates() and decays()"
+                        " set theirs",
                     )
 
     def _settings(
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> list[Mapping[str, Any]]:
-        """Of all groups, but for the rates that the recipe itself sets."""
+        """Of all groups, but for the rates and decays that the recipe itself sets."""
         groups = groups_of(optimizer, names_by_id(module))
-        sets = type(self.of).rates is not Recipe.rates
-        return [{k: v for k, v in g.settings.items() if k != "lr" or not sets} for g in groups]
+        sets = [key for what, key in _SETS.items() if self._says(what)]
+        return [{k: v for k, v in group.settings.items() if k not in sets} for group in groups]
+
+
+_SETS = {"rates": "lr", "decays": "weight_decay"}
+"""Methods of a recipe, and the setting of groups that they give."""
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers: what a checkpoint holds of a module, and what it does not."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -82,6 +82,9 @@ class Sums(circuit.Recipe):
 RATES = """
     def rates(self, step):
         return [0.01 * step, 0.02]
+
+    def decays(self, step):
+        return [0.1 / step, 0.2]
 """
 GROUPS = '[{"params": weights, "weight_decay": 0.1}, {"params": others, "lr": 0.02}]'
 SHARED = {
@@ -170,6 +173,10 @@ def test_a_run_of_a_recipe_is_exact(name: str) -> None:
     for step in trace.replay(0, 8):
         total = sum(step.update.named().values())
         torch.testing.assert_close(total, step.update.total, rtol=0, atol=1e-12)
+        settings = [group.settings for group in step.moved.groups]
+        if rates:
+            assert [of["lr"] for of in settings] == [0.01 * step.step, 0.02]
+            assert [of["weight_decay"] for of in settings] == [0.1 / step.step, 0.2]
 
 
 def shift(module: torch.nn.Module) -> torch.Tensor:
@@ -263,6 +270,12 @@ def test_code_is_executed_only_where_it_is_named() -> None:
     assert circuit.open_run("run", recipe="kept.py:Sums").model(4) is not None
 
 
+COUNT = "self.n = getattr(self, 'n', 0) + 1"
+BUFFER = "module.register_buffer('b', torch.tensor(self.n))"
+NAMED = "module.register_parameter(f'b{self.n}', nn.Parameter(torch.ones(1)))"
+BATCH = "    def batch("
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -277,6 +290,16 @@ def test_code_is_executed_only_where_it_is_named() -> None:
         (("import torch\n", "import torch, nowhere\n"), "the file raised ModuleNotFoundError"),
         (("nn.Embedding(5, 4)", "nn.Embedding(5, 4).half()"), "module.. has torch.float16"),
         (("steps, ch", "steps, seed, ch"), "raised"),
+        (("return module\n", f"{COUNT}; {BUFFER}; return module\n"), "module.. gives another b at"),
+        (
+            ("return module\n", f"{COUNT}; {NAMED}; return module\n"),
+            r"module.. gives another b\d at",
+        ),
+        (
+            (BATCH, RATES.replace("0.02]", "0.02] if step < 2 else None") + BATCH),
+            r"rates\(2\) gives",
+        ),
+        ((BATCH, "    def update(self, *_):\n        pass\n\n" + BATCH), "'Sums' defines update"),
     ],
 )
 def test_what_cannot_be_taken_again_is_refused(changes: tuple[str, str], says: str) -> None:
