@@ -92,6 +92,10 @@ class Edit:
             unknown = next((one for one in name if one not in known), None)
             if unknown is not None:
                 raise CircuitError(f"an edit of '{unknown}'", expected=f"one of {', '.join(known)}")
+        if sum(self.direction.values()) > 1:
+            raise CircuitError(
+                f"directions {dict(self.direction)}", expected="shares that are 1 together at most"
+            )
         for step in (step for pair in self.swapped for step in pair):
             if not self.holds(step):
                 raise CircuitError(
@@ -143,6 +147,8 @@ class Edit:
                     added += self.terms.get(name, 1) * terms[name]
             for name, share in steered.items():
                 steer = -_against(name, taken, layout).double()
+                if not steer.any():
+                    raise CircuitError(f"the {name} is zero, which has no direction")
                 moved += share * (steer * (added.norm() / steer.norm()) - added)
             after = moved.to(after.dtype)
         for name, factor in self.parameters.items():

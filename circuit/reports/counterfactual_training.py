@@ -23,6 +23,7 @@ from circuit.reports.tables import Table
 from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_words
 from circuit.trace.counterfactual import record_counterfactual
 from circuit.trace.replay import ReplayedRun
+from circuit.train_config import MAX_STEPS
 
 NULL = "nothing"
 """Label of the training that changes nothing."""
@@ -62,7 +63,7 @@ class CounterfactualOptions(WordOptions):
     def check(self) -> None:
         """Also refuses a word that says nothing, a label twice, or one that is no folder's name."""
         super().check()
-        labels = [NULL, *(parse_edit(word, 0, 1)[0] for word in self.edits)]
+        labels = [NULL, *(parse_edit(word, 0, MAX_STEPS)[0] for word in self.edits)]
         labels += [] if self.edits_file is None else read_edits(self.edits_file)
         for label in labels:
             if labels.count(label) > 1:

@@ -196,8 +196,10 @@ class TracedReport(Report[T]):
         """Of which scalars, in which run, values of trainings to state `end` are."""
         aside = ("overrides", "config_digest", "trace")  # what it is called, which window is asked
         told = {name: fact for name, fact in self.origin.items() if name not in aside}
-        state = self.run.state_digests(end)
-        return {**told, "state": state, "of": [scalar.name for scalar in scalars]}
+        of = {"of": [scalar.name for scalar in scalars], "state": self.run.state_digests(end)}
+        # a name does not tell all that a word does, nor which records are read
+        asked = self.options.model_dump(mode="json", include={"scalars", "splits"})
+        return {**told, **of, **asked}
 
     @property
     def device(self) -> str:

@@ -70,7 +70,8 @@ def record_counterfactual(
         names = [f"checkpoints/{checkpoint_name(step)}" for step in (edit.start, end)]
         files.refuse_foreign([RUN_CONFIG, ENVIRONMENT, *names])
         text = config.to_json()
-        if files.owned and not overwrite and (root / RUN_CONFIG).read_text() != text:
+        there = root / RUN_CONFIG
+        if there.is_file() and not overwrite and there.read_text("utf-8") != text:
             raise CircuitError(
                 "holds a run with another edit", where=root, fix="choose another folder"
             )

@@ -104,6 +104,10 @@ def test_words_that_say_nothing_are_refused(edits: tuple[str, ...], said: str) -
         options(Path("trace"), *edits)
 
 
+def test_a_word_may_leave_its_window_to_the_report() -> None:
+    assert options(Path("trace"), "x,swap=305:310").edits == ("x,swap=305:310",)
+
+
 def test_it_tells_of_every_edit_and_of_none(traced: Path, tmp_path: Path) -> None:
     (step,) = ReplayedRun.open(traced).replay(2, 3)
     edits = (f"less,drop={step.objective.ids[0]}", "no decay,scale=weight_decay*0,steps=8:9")
@@ -166,6 +170,12 @@ def test_workers_share_what_is_done(
     assert trained == [2]
     with pytest.raises(CircuitError, match="trainings of another run, or values of other scalars"):
         rows("other", replays=folder, scalars=("loss",))
+    for more in (  # of the same names
+        {"splits": ("validation_iid",)},
+        {"scalars": ("loss,scope=full_lm", "loss,scope=answer")},
+    ):
+        with pytest.raises(CircuitError, match="trainings of another run, or values of other sc"):
+            rows("other", replays=folder, **more)
     for part in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(CircuitError, match=f"part '{part}'; expected i/n"):
             options(traced, "x,drop=a", part=part)

@@ -24,7 +24,7 @@ from circuit.scalars.loss import LossScalar
 from circuit.tasks.benchmark import Benchmark
 from circuit.trace.counterfactual import record_counterfactual
 from circuit.trace.replay import ReplayedRun
-from circuit.train_config import TrainConfig
+from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
@@ -148,6 +148,7 @@ def test_a_recording_that_was_cut_off_goes_on(
 
     with pytest.raises(CutOffError):
         record_counterfactual(run, edit, END, tmp_path / "run", anchor_every=1, progress=cut)
+    (tmp_path / "run" / RUN_CONFIG).unlink()  # as a kill between its name and its bytes leaves it
     end = record_counterfactual(run, edit, END, tmp_path / "run", anchor_every=1)
     assert end.stages() == run.counterfactual(edit, END).stages()
     with pytest.raises(CircuitError, match="holds a run with another edit"):
@@ -184,6 +185,13 @@ def test_another_direction_has_the_norm_of_the_optimizers(run: ReplayedRun) -> N
         assert float(moved.norm() / (current + history).norm()) == pytest.approx(1, rel=1e-4)
         cosine = torch.cosine_similarity(moved, -vector.double(), 0)
         assert float(cosine) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_gradient_that_is_zero_has_no_direction(run: ReplayedRun) -> None:
+    (traced,) = run.replay(5, 6)
+    edit = Edit(5, 6, dict.fromkeys(traced.objective.ids, 0.0), direction={"gradient": 1.0})
+    with pytest.raises(CircuitError, match="the gradient is zero, which has no direction"):
+        run.counterfactual(edit, 6)
 
 
 def test_what_is_frozen_stays_and_what_is_bounded_is_within(run: ReplayedRun) -> None:
@@ -296,6 +304,7 @@ def test_its_examples_can_be_credited(
         ({"patterns": {"L0H0": 2.0}}, "factor 2.0 of L0H0; expected a share from 0 to 1"),
         ({"settings": {"speed": 2.0}}, "an edit of 'speed'; expected one of rate, decay, clip"),
         ({"settings": {"clip": 0.0}}, "clip\\*0 leaves no gradient"),
+        ({"direction": {"gradient": 1.0, "momentum": 0.5}}, "shares that are 1 together at most"),
         ({"swapped": ((6, 10),)}, "the batch of step 10 is swapped; expected a step of the edit"),
         ({"end": 10}, "an edit of steps 5:10; expected steps up to 9, the end"),
         ({"end": 5}, "an edit of steps 5:5; expected start < end"),
