@@ -102,11 +102,14 @@ def read_scores(path: str | Path) -> Scores:
         ) from None
     scores, scalars, examples = (arrays[name] for name in ARRAYS[:3])
     shapes = {name: list(array.shape) for name, array in arrays.items()}
-    if scores.shape != (scalars.size, examples.size) or arrays["window"].shape != (2,):
+    expected = {"scores": [scalars.size, examples.size], "window": [2], "method": []}
+    expected |= {"scalars": [scalars.size], "examples": [examples.size]}
+    if shapes != expected:
         raise CircuitError(
             f"arrays of shapes {shapes}",
             where=path,
-            expected="scores [scalar, example], scalars [scalar], examples [example], window [2]",
+            expected="scores [scalar, example], scalars [scalar], examples [example], window [2],"
+            " method []",
         )
     if scores.dtype.kind != "f" or not np.isfinite(scores).all():
         raise CircuitError("scores that are no finite floats", where=path)

@@ -134,9 +134,22 @@ class DataAttribution(TracedReport[AttributionOptions]):
                     where="`scores`",
                     expected=f"one of {', '.join(told)}",
                 )
+        self._refuse_twice()
         self.work = 0
         self.studied: list[Studied] = []
         self.bound: dict[int, list[BoundScalar]] = {}
+
+    def _refuse_twice(self) -> None:
+        """Refuse two scores of one name, which would count as one method's draws."""
+        for pair in self.pairs:
+            names = [*self.options.methods, *(s.method for s in self.theirs if s.window == pair)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise CircuitError(
+                        f"'{name} of {pair[0]}:{pair[1]}' twice",
+                        where="`scores`",
+                        expected="another method of each file, and none that `methods` has",
+                    )
 
     @property
     def total(self) -> int:

@@ -188,7 +188,8 @@ def tracin(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
     """`- sum of lr grad C . g_e` over states of the window (Pruthi et al. 2020, TracInCP)."""
     chosen = np.linspace(window.start, window.end, CHECKPOINTS, endpoint=False).astype(int)
     config = window.run.config
-    return _dots(window, [(step, learning_rate(config, step + 1)) for step in map(int, chosen)])
+    steps = np.unique(chosen).tolist()  # a short window has fewer
+    return _dots(window, [(step, learning_rate(config, step + 1)) for step in steps])
 
 
 METHODS: dict[str, Callable[[Window], NDArray[np.float64]]] = {

@@ -80,6 +80,14 @@ def test_it_judges_methods_by_trainings(
         assert of == truth
     with pytest.raises(CircuitError, match="scores of mine are of window 4:7; expected one of 8:1"):
         made(options(traced, folder, scores=(mine,), windows=("8:10",)), tmp_path / "no")
+    other = tmp_path / "other.npz"
+    other.write_bytes(mine.read_bytes())
+    for more, said in (
+        ({"scores": (mine, other)}, "'mine of 4:7' twice"),
+        ({"scores": (folder / "4_7/credit.npz",)}, "'credit of 4:7' twice"),
+    ):
+        with pytest.raises(CircuitError, match=said):
+            made(options(traced, folder, **more), tmp_path / "no")
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -125,6 +133,9 @@ def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert path.read_bytes() == written
     for arrays, said in (
         ({"scores": np.zeros((2, 2))}, "arrays of shapes"),
+        ({"scores": np.zeros((1, 3)), "scalars": np.array("a")}, "arrays of shapes"),
+        ({"examples": np.array([["e1"], ["e2"], ["e3"]])}, "arrays of shapes"),
+        ({"method": np.array(["m"])}, "arrays of shapes"),
         ({"scores": np.full((2, 3), np.nan)}, "no finite floats"),
         ({"scores": np.zeros((2, 3)), "examples": np.array(["a", "a", "b"])}, "twice"),
         ({"scores": np.array([[object()] * 3] * 2)}, "no scores"),
