@@ -148,6 +148,7 @@ class Watcher:
         self._not_told: tuple[str, ...] = ()
         self._call: _Call | None = None
         self._anew = False
+        self._begins_anew = False
         self._first: StoredState | None = None
         self._hooks: list[Any] = []
 
@@ -162,8 +163,11 @@ class Watcher:
         step = step_of(now, recording, [type(one) for one in self.optimizers])
         first = recording.state(0).buffers
         self._changed_buffers = {
-            name for name, value in now.buffers.items() if not same_buffer(value, first[name])
+            name
+            for name, value in now.buffers.items()
+            if name not in first or not same_buffer(value, first[name])
         }
+        self._begins_anew = recording.begins_anew(step)
         self.step = step
         return step
 
@@ -182,7 +186,7 @@ class Watcher:
     def __enter__(self) -> Self:
         if self._storage is not None:
             state = self.state()
-            self._storage.begin(state)
+            self._storage.begin(state, anew=self._begins_anew)
             if self._gradients:
                 self._first, self._last = state, self._flat()
         for place, optimizer in enumerate(self.optimizers):

@@ -162,3 +162,54 @@ def test_another_state_is_refused() -> None:
         recorded(Loop.at(saved[4]), "cut", 8, resume=True, overwrite=True)
     assert Recording("cut").last_step == 6
     assert len(states_of("cut")) == 7
+
+
+class Plain(Loop):
+    """Without running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(3, 2))
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.01)
+
+
+class Lazy(nn.Linear):
+    """Makes a buffer when it is first called."""
+
+    saved = True
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.ones(2), persistent=self.saved)
+        return super().forward(inputs) * self.scale
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_buffer_that_the_loop_has_made_is_there(
+    saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lazy, "saved", saved)
+    loop = Loop()
+    loop.module = nn.Sequential(Lazy(3, 2))
+    loop.optimizer = torch.optim.AdamW(loop.module.parameters())
+    recorded(loop, "lazy", 3)
+    recorded(loop, "lazy", 5, resume=True)
+    run = circuit.open_run("lazy", module=nn.Sequential(Lazy(3, 2)))
+    assert run.verify().law == "executed 5 steps from their gradients, 0 bits differ"
+    assert run.recording.not_saved == (set() if saved else {"0.scale"})
+
+
+def test_where_an_optimizer_was_loaded_it_still_begins_anew() -> None:
+    loop = Plain()
+    with circuit.watch(loop.module, loop.optimizer, "anew", anchor_every=5):
+        loop.take()
+        loop.take()
+        state = loop.state()
+        for of in state["optimizer"]["state"].values():
+            of["exp_avg"].zero_()
+        loop.optimizer.load_state_dict(state["optimizer"])
+        saved = loop.state()
+        loop.take()
+    recorded(Plain.at(saved), "anew", 4, resume=True)
+    run = circuit.open_run("anew", module=Plain().module)
+    assert run.verify().law == "executed 4 steps from their gradients, 0 bits differ"
