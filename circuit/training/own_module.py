@@ -22,15 +22,19 @@ def named_module(name: str, near: Path | None = None) -> nn.Module:
     """What `FILE.py:NAME` names: a module, or what a function gives that is called with nothing.
 
     Raises:
-        CircuitError: as `circuit.plugins.import_name`; or it gives no module.
+        CircuitError: as `circuit.plugins.import_name`; or it fails, or gives no module.
     """
-    module = made_module(import_name(name, near, what="the model"))
+    named = import_name(name, near, what="the model")
+    expected = "an nn.Module, or a function that makes one and takes no arguments"
+    try:
+        module = made_module(named)
+    except CircuitError:
+        raise
+    except Exception as error:  # it is anybody's code
+        told = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        raise CircuitError(told, where=name, expected=expected) from error
     if not isinstance(module, torch.nn.Module):
-        raise CircuitError(
-            f"gives {type(module).__name__}",
-            where=name,
-            expected="an nn.Module, or a function that makes one and takes no arguments",
-        )
+        raise CircuitError(f"gives {type(module).__name__}", where=name, expected=expected)
     return module
 
 

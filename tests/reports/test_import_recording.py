@@ -23,6 +23,7 @@ from circuit.reports.import_recording import import_recording
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.opening import open_run
 from circuit.train_config import TrainConfig, load_run_config
+from circuit.training.own_module import named_module
 
 RECORDED = Path("recorded")
 OF_RECORDING = {
@@ -312,6 +313,14 @@ def test_a_script_that_trains_when_it_is_imported_is_refused(mine: Callable[...,
     assert ended.code == 2
     assert "trains under circuit.watch when it is imported" in ended.err
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["class Net:\n    def __init__(self, width):", "def Net():"])
+def test_a_module_that_cannot_be_made_is_told(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "made.py"
+    path.write_text(f"{what}\n        raise ValueError('no width')\n")
+    with pytest.raises(CircuitError, match=r"made\.py:Net: raised \w+Error.*a function that makes"):
+        named_module(f"{path}:Net")
 
 
 # --- weights for the module, strictly -------------------------------------------------------------
