@@ -14,6 +14,7 @@ TORCH ?= default
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONSTRAINTS ?= constraints.txt
+EXTRA ?= dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export MPLBACKEND ?= Agg
 unexport PYTHONDONTWRITEBYTECODE  # modules are compiled once, not by each process of the tests
@@ -32,7 +33,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 ifeq ($(TORCH),cpu)
 	@$(PIP) install -c $(CONSTRAINTS) --index-url https://download.pytorch.org/whl/cpu torch
 endif
-	@$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRA)]"
 	@touch $(READY)
 
 quickstart: $(READY)
@@ -71,7 +72,7 @@ LENS4_TESTS := tests/core/test_parameter_names.py tests/lens4 \
 	$(addprefix tests/training/test_,loop.py moments.py)
 
 test-lens4: $(LENS4)
-	@$(MAKE) --no-print-directory environment VENV=.venv-lens4 CONSTRAINTS=$(LENS4)
+	@$(MAKE) --no-print-directory environment VENV=.venv-lens4 EXTRA=test CONSTRAINTS=$(LENS4)
 	@.venv-lens4/bin/pytest -m "not system and not slow" -n 2 --dist loadfile $(LENS4_TESTS)
 
 $(LENS4): constraints.txt
