@@ -42,10 +42,10 @@ from circuit.artifacts import atomic_write_text, dump_json, read_jsonl
 from circuit.attribution.attribute import Attributor
 from circuit.config import load_config
 from circuit.environment import end_with_parent
+from circuit.model.readout import LOGITS
 from circuit.reading import read_json
 from circuit.reports.modular_addition_progress import ModularAdditionProgress, ProgressOptions
 from circuit.reports.report import run_report
-from circuit.scalars.answers import LOGITS
 from circuit.scalars.base import BoundScalar, Cache, Needs
 from circuit.tasks.benchmark import write_benchmark
 from circuit.tasks.modular_addition.task import TEST, TRAIN, ModularAdditionConfig

@@ -338,7 +338,7 @@ def merge(
             metavar="PART...", help="Folders of shards.", autocompletion=complete.attribution
         ),
     ],
-    window: Annotated[
+    windows: Annotated[
         list[str] | None,
         typer.Option("--window", help="Window a:b to sum up besides the whole; repeatable."),
     ] = None,
@@ -352,7 +352,7 @@ def merge(
         result = merge_attributions(
             output_dir,
             parts,
-            windows=tuple(window or ()),
+            windows=tuple(windows or ()),
             overwrite=overwrite,
             progress=ReportBar(bar, "merging"),
         )

@@ -35,6 +35,8 @@ from circuit.sealed import sealed
 OutputFolder = partial(artifacts.OutputFolder, writes=["*"])
 NAMES = ["a.json", "b.jsonl", "sub/c.pt", "sub/d.pt", "sub/deep/e", ".hidden"]
 
+SYNC = os.fsync  # that of the system, before a session's tests go without
+
 
 @contextmanager
 def a_folder() -> Iterator[Path]:
@@ -404,7 +406,10 @@ def test_a_full_disk_leaves_the_old_file(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"old"}
 
 
-def test_a_full_disk_stops_a_log_with_a_clear_error(tmp_path: Path) -> None:
+def test_a_full_disk_stops_a_log_with_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", SYNC)
     log = RowLog(tmp_path / "rows.jsonl")
     log.append({"step": 1})
     log._handle.close()

@@ -35,6 +35,7 @@ def spelled_out(config: Any) -> Any:
     if isinstance(config, TrainConfig):
         model = config.model
         payload["model"] = {name: getattr(model, name) for name in type(model).model_fields}
+        payload = {name: payload.get(name) for name in type(config).model_fields}
     return payload
 
 
