@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from circuit.training.recipe import Losses
 
 
+ROUNDING = 1e-4
+"""Of a loss, relatively, beside the sum of its examples'."""
+
+
 class Otherwise(Recipe):
     """A run's recipe with an edit: outside of its window the recipe itself (`at`).
 
@@ -107,6 +111,8 @@ class Otherwise(Recipe):
                 head: Any = parse_component(name, module, kind="head")  # type: ignore[arg-type]
                 self.heads.append((f"blocks.{head.layer}.attn.hook_pattern", head.head, share))
         self._check_examples()
+        if edit.examples:
+            self._check_losses(module)
         if self.heads and edit.start < step < edit.end:
             if origin is None:
                 raise CircuitError(
@@ -137,6 +143,21 @@ class Otherwise(Recipe):
             raise CircuitError(
                 f"example '{name}' occurs in no step of {edit.start}:{edit.end}",
                 expected="examples of the batches of these steps",
+            )
+
+    def _check_losses(self, module: nn.Module) -> None:
+        """Refuse a loss that is not made of its examples': the rest would go with one of them."""
+        batch = self.run.batch(self.edit.start + 1)
+        with torch.no_grad():
+            outputs = self.run.outputs(module, batch)
+            loss = float(self.run.loss(outputs, batch))
+            losses = self.run.losses(outputs, batch).double()
+        if abs(loss - float(losses.sum())) > ROUNDING * float(losses.abs().sum()):
+            raise CircuitError(
+                f"the losses of the examples sum to {float(losses.sum()):.6g}, and the loss is"
+                f" {loss:.6g}, so that no example's share can be otherwise",
+                expected="losses() that sum to loss()",
+                fix="give each example its share of what loss() adds",
             )
 
     def _threshold(self) -> float | None:

@@ -214,6 +214,18 @@ def test_what_draws_in_training_has_no_influence() -> None:
         circuit.influence(circuit.open_run("run", recipe=code), [shift], 0, 8)
 
 
+def test_a_penalty_is_no_examples() -> None:
+    """It would be left out with the first of them."""
+    summed = "return super().loss(outputs, batch) + 0.01"
+    code = written(more=f"\n    def loss(self, outputs, batch):\n        {summed}\n")
+    trained(code)
+    run = ReplayedRun.open(f"run/{DEFAULT_FOLDER}", recipe=code)
+    assert run.counterfactual(Edit(4, 5, settings={"clip": 0.5}), 6).step == 6
+    (step,) = run.replay(4, 5)
+    with pytest.raises(CircuitError, match=r"losses of the examples sum to .*, and the loss is"):
+        run.counterfactual(Edit(4, 5, {step.objective.ids[0]: 0.0}), 6)
+
+
 def test_influence_is_the_slope_where_parameters_are_frozen() -> None:
     """Of whole trainings, by central differences; the gradient is clipped without the frozen."""
     doubled = ("        return module\n", "        return module.double()\n")
