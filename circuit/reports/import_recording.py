@@ -71,7 +71,8 @@ def import_recording(
 
     Args:
         folder: of the recording.
-        module: `FILE.py:NAME` of a module, or of a function that makes one.
+        module: `FILE.py:NAME` of a module, or of a function that makes one; relative to the current
+            folder, or where it has none, to the nearest one above the recording.
         task: its name, or `FILE.py:Class` of one's own; drawn with its settings' defaults where
             `benchmark_dir` holds no benchmark yet. Without a task, and without a benchmark, only
             numbers of the module itself can be asked for.
@@ -87,6 +88,7 @@ def import_recording(
     """
     recording = Recording(folder)
     root = recording.root
+    module, *optimizers = (_as_found_from(root, name) for name in (module, *optimizers))
     made = named_module(module, root)
     classes = [import_name(name, root, what="the optimizer") for name in optimizers]
     run = RecordedRun(recording, made, classes)
@@ -137,6 +139,17 @@ def import_recording(
                 progress(done, len(steps))
         output.write_text(RUN_CONFIG, config.to_json())  # last: a run is there when it is whole
         return ImportedRecording(config, root, output.owned, why)
+
+
+def _as_found_from(root: Path, name: str) -> str:
+    """`FILE.py:NAME` as the recording names it: what is meant here is never another file there."""
+    path, _, attribute = name.rpartition(":")
+    here = Path(path)
+    if not here.is_file():
+        return name
+    above = next((at / path for at in root.resolve().parents if (at / path).exists()), None)
+    found = above is not None and above.samefile(here)
+    return name if found else f"{here.absolute()}:{attribute}"
 
 
 def _benchmark(

@@ -323,6 +323,29 @@ def test_a_module_that_cannot_be_made_is_told(what: str, tmp_path: Path) -> None
         named_module(f"{path}:Net")
 
 
+def test_the_module_is_the_file_that_is_meant_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that stands above the recording, nor one of another folder later."""
+    text = "import torch\n\n\ndef build():\n    return torch.nn.Linear(2, 1)\n"
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there, here / "below"):
+        folder.mkdir()
+        (folder / "made.py").write_text(text if folder == here else "raise SystemExit('another')")
+    monkeypatch.chdir(here)
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for folder in (there / "recording", here / "below" / "recording", here / "recording"):
+        with library.watch(module, optimizer, folder):
+            module(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        made = import_recording(folder, "made.py:build").config.recorded.module
+        assert made == ("made.py:build" if folder.parent == here else f"{here / 'made.py'}:build")
+        monkeypatch.chdir(there)
+        assert open_run(folder).model(1) is not None
+        monkeypatch.chdir(here)
+
+
 # --- weights for the module, strictly -------------------------------------------------------------
 
 
