@@ -34,6 +34,7 @@ OF_RECORDING = {
 REFUSED = {
     **dict.fromkeys(("counterfactual-training", "data-credit", "data-influence"), "no batch here"),
     "cross-seed-comparison": "names its seed",
+    "data-attribution": "of a recording",
     "optimizer-comparison": "no summary.json",
     "seed-spread": "'seed' is not known",
 }
