@@ -204,6 +204,10 @@ class OwnRecipe(Recipe):
         super().__init__(config.seed)
         self.of, self.code, self.device = of, code, config.device
         self.clip, self.decoupled_decay = of.clip, of.decoupled_decay
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise CircuitError(
+                f"clip is {self.clip}", where=code, expected="None, or a finite number above 0"
+            )
 
     def prove(self) -> None:
         """Call it again: weights and batches have to be functions of seed and step.
@@ -244,8 +248,9 @@ class OwnRecipe(Recipe):
         if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
             held = ", ".join(sorted(dtypes)) or "no parameters"
             raise CircuitError(f"module() has {held}", where=self.code, expected=expected)
-        # a HookedTransformer's own `to` prints
-        placed: nn.Module = torch.nn.Module.to(module, self.device)
+        with _told(self.code, "module()"):
+            # a HookedTransformer's own `to` prints
+            placed: nn.Module = torch.nn.Module.to(module, self.device)
         return placed
 
     def batch(self, step: int) -> Batch:
@@ -257,19 +262,22 @@ class OwnRecipe(Recipe):
             what = f"batch() gives {type(batch).__name__}"
             raise CircuitError(what, where=self.code, expected="a circuit.Batch")
         with _told(self.code, "batch()"):
-            numbers = np.asarray(batch.examples, dtype=np.int64)
+            numbers = np.asarray(batch.examples)
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         if (
-            not len(inputs) == len(targets) == len(numbers)
+            numbers.ndim != 1
+            or numbers.dtype.kind not in "iu"
+            or not len(inputs) == len(targets) == len(numbers)
             or not len(inputs)
             or (numbers < 0).any()
         ):
             raise CircuitError(
                 f"batch({step}) gives {len(inputs)} inputs, {len(targets)} targets and"
-                f" {len(numbers)} numbers of examples",
+                f" {' x '.join(map(str, numbers.shape))} numbers of examples of {numbers.dtype}",
                 where=self.code,
                 expected="one input, one target and one number, from 0, of each example",
             )
+        numbers = numbers.astype(np.int64)
         held: Batch = replace(batch, inputs=inputs, targets=targets, examples=numbers)
         return held
 
@@ -338,14 +346,16 @@ class OwnRecipe(Recipe):
                 stay, which no checkpoint holds.
         """
         with _told(self.code, f"{what}()"):
-            values: Sequence[float] | None = getattr(self.of, what)(step)
-        if values is None and self._says(what):
+            values = getattr(self.of, what)(step)
+            numbers = None if values is None else [float(value) for value in values]
+        given = [] if numbers is None else numbers
+        if self._says(what) and not (given and all(0 <= one < float("inf") for one in given)):
             raise CircuitError(
-                f"{what}({step}) gives None",
+                f"{what}({step}) gives {numbers}",
                 where=self.code,
                 expected=f"a number of each parameter group at every step, or no {what}() at all",
             )
-        return values
+        return numbers
 
     def _says(self, what: str) -> bool:
         """Whether the recipe defines a method that it need not."""

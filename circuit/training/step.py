@@ -115,7 +115,7 @@ def training_step(
         batch=batch,
         loss=loss.detach(),
         grad_norm=grad_norm.detach(),
-        lr=optimizer.param_groups[0]["lr"],
+        lr=float(optimizer.param_groups[0]["lr"]),
         led=led,
         outputs=outputs.detach(),
     )

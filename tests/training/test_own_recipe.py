@@ -311,6 +311,11 @@ BATCH = "    def batch("
             (BATCH, RATES.replace("0.02]", "0.02] if step < 2 else None") + BATCH),
             r"rates\(2\) gives",
         ),
+        ((BATCH, RATES.replace("0.02]", "-0.02]") + BATCH), r"rates\(1\) gives \[0\.01, -0\.02\]"),
+        (("1, 0.5", "1, -0.5"), "clip is -0.5; expected None, or a finite number above 0"),
+        (("sums[rows], rows)", "sums[rows], rows + 0.5)"), "and 6 numbers of examples of float32"),
+        (("sums[rows], rows)", "sums[rows], rows[:, None])"), "and 6 x 1 numbers of examples"),
+        (("return module\n", "return module.to('meta')\n"), r"module\(\) raised NotImplementedErr"),
         ((BATCH, "    def update(self, *_):\n        pass\n\n" + BATCH), "'Sums' defines update"),
     ],
 )
@@ -320,6 +325,14 @@ def test_what_cannot_be_taken_again_is_refused(changes: tuple[str, str], says: s
     with pytest.raises(CircuitError, match=says) as refusal:
         train(recipe_config(code, "run"))
     assert "\n" not in str(refusal.value)
+
+
+def test_rates_may_be_tensors() -> None:
+    """The trace tells them as numbers."""
+    tensors = RATES.replace("[0.01 * step, 0.02]", "torch.tensor([0.01 * step, 0.5])")
+    trained(written(SHARED["sgd"].replace("lr=0.1", "lr=torch.tensor(0.1)"), more=tensors))
+    rows = read_jsonl(Path("run") / DEFAULT_FOLDER / "optimizer_update_trace_rows.jsonl")
+    assert [row["lr"] for row in rows[:2]] == pytest.approx([0.01, 0.02])
 
 
 def test_settings_that_an_optimizer_changes_are_refused() -> None:
