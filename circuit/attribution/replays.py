@@ -10,6 +10,7 @@ next one drops.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,11 +37,24 @@ class Replay:
         edit: what was otherwise.
         values: of each scalar.
         state: sha256 of the weights and of each moment, by stage.
+
+    Raises:
+        CircuitError: a value is not finite.
     """
 
     edit: Edit
     values: tuple[float, ...]
     state: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        odd = [value for value in self.values if not math.isfinite(value)]
+        if odd:
+            parts = ", ".join(name for name in self.edit.to_json() if name not in ("start", "end"))
+            raise CircuitError(
+                f"a scalar became {odd[0]}: the training with an edit of {parts} over steps"
+                f" {self.edit.start}:{self.edit.end} has diverged",
+                fix="leave the edit out, or take a factor that is less far from 1",
+            )
 
 
 class Replays:

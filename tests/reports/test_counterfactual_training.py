@@ -133,6 +133,12 @@ def test_it_tells_of_every_edit_and_of_none(traced: Path, tmp_path: Path) -> Non
         )
 
 
+def test_a_training_that_diverges_in_its_last_step_is_told(traced: Path, tmp_path: Path) -> None:
+    asked = options(traced, "x,update=**1e38,steps=8:9", replays=tmp_path / "replays")
+    with pytest.raises(CircuitError, match="an edit of parameters over steps 8:9 has diverged"):
+        run_report(CounterfactualTraining, open_run(RUN), asked, tmp_path / "out")
+
+
 def test_workers_share_what_is_done(
     traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
