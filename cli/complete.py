@@ -59,8 +59,8 @@ def _paths(incomplete: str, found: Iterable[Path]) -> list[str]:
 
 
 def _configs() -> list[Path]:
-    """Under configs/, and of the runs under artifacts/runs/."""
-    return [*Path("configs").rglob("*.json"), *Path("artifacts/runs").rglob("run_config.json")]
+    """Under configs/, and of the runs under artifacts/."""
+    return [*Path("configs").rglob("*.json"), *Path("artifacts").rglob("run_config.json")]
 
 
 def benchmark_config(incomplete: str) -> list[str]:
@@ -74,8 +74,8 @@ def train_config(incomplete: str) -> list[str]:
 
 
 def run(incomplete: str) -> list[str]:
-    """Folders of runs under artifacts/runs/."""
-    found = Path("artifacts/runs").rglob("run_config.json")
+    """Folders of runs under artifacts/."""
+    found = Path("artifacts").rglob("run_config.json")
     return _paths(incomplete, [path.parent for path in found])
 
 
@@ -306,12 +306,15 @@ def edit(incomplete: str) -> list[str]:
 
 
 def scalar(ctx: typer.Context, incomplete: str) -> list[str]:
-    """A scalar's family, the next key of its word, or the values of the key that is being typed."""
+    """A scalar's family, the next key of its word, or the values of the key that is being typed.
+
+    Of `FILE.py:NAME`, what the file defines.
+    """
     from circuit.scalars.family import family_names, find_family, keys_of
 
     before, comma, last = incomplete.rpartition(",")
     if not comma:
-        return _starting(last, family_names())
+        return _starting(last, family_names()) or own_code(last)
     family = find_family(before.partition(",")[0])
     if family is None:
         return []

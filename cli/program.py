@@ -132,6 +132,7 @@ def _answer() -> int:
         return 0
     typed = shells.typed(os.environ)
     if shells.ASKED in os.environ:
+        os.environ["COLUMNS"] = shells.UNBROKEN
         program(typed)(prog_name="circuit")  # Typer answers, and exits
     return parsing.run(program(typed or words), words)
 

@@ -22,6 +22,8 @@ from circuit import CircuitError
 from .parsing import Group
 
 ASKED = "_CIRCUIT_COMPLETE"
+UNBROKEN = "9999"
+"""Columns of a terminal in which the help of no value is broken: a line is one value."""
 _ASK = "env _CIRCUIT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args"
 
 BASH = rf"""_circuit_completion() {{

@@ -120,6 +120,7 @@ def complete(circuit: Run, monkeypatch: pytest.MonkeyPatch) -> Complete:
         monkeypatch.setenv("_CIRCUIT_COMPLETE", "complete_fish")
         monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
         monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+        monkeypatch.setenv("COLUMNS", "40")  # narrower than any help
         found = [item.partition("\t")[0] for item in circuit().out.splitlines()]
         monkeypatch.delenv("_CIRCUIT_COMPLETE")
         return [item for item in found if item]
@@ -215,6 +216,24 @@ def test_completion_offers_what_is_there(complete: Complete) -> None:
             assert sorted(found) == offered, line
     assert "structural_ood" in complete("circuit evaluate --split ")  # none is named: the usual
     assert {"train", "evaluate", "quickstart"} <= set(complete("circuit "))
+
+
+def test_no_line_of_a_long_help_is_offered(complete: Complete) -> None:
+    offered = complete("circuit train --")
+    assert len(offered) > 15
+    assert [word for word in offered if not word.startswith("--")] == []
+
+
+@pytest.mark.usefixtures("desk")
+@pytest.mark.parametrize(
+    "option", ["train --recipe", "trace attribute --scalar", "import-recording . --module"]
+)
+def test_what_a_file_defines_is_offered_and_nothing_is_executed(
+    complete: Complete, option: str
+) -> None:
+    Path("mine.py").write_text("net = 1 / 0\ndef loss(module): ...\nclass Sums: ...\n")
+    names = ["mine.py:loss", "mine.py:Sums", "mine.py:net"]
+    assert complete(f"circuit {option} mine.py:") == names
 
 
 @pytest.mark.parametrize(
