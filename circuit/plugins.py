@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
+from difflib import get_close_matches
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -74,10 +75,19 @@ def import_named_file(path: str | Path, near: Path | None = None, *, what: str) 
 def import_name(name: str, near: Path | None = None, *, what: str) -> Any:
     """What `FILE.py:NAME` names; raises as `import_named_file`, or where there is no such name."""
     path, _, attribute = name.rpartition(":")
+    if not is_file_name(name):
+        raise CircuitError(f"{what} is named '{name}'", expected="FILE.py:NAME")
     module = import_named_file(path, near, what=what)
     if not hasattr(module, attribute):
-        raise CircuitError(f"has no '{attribute}'", where=path, expected="FILE.py:NAME")
+        fix = nearest(attribute, module)
+        raise CircuitError(f"has no '{attribute}'", where=path, expected="FILE.py:NAME", fix=fix)
     return getattr(module, attribute)
+
+
+def nearest(name: str, module: ModuleType) -> str | None:
+    """The `fix` of a refusal of a name that a module lacks; None where no name of it is near."""
+    near = get_close_matches(name, vars(module), n=1)
+    return f"did you mean {near[0]}?" if near else None
 
 
 def refuse_while_importing(doing: str) -> None:

@@ -89,6 +89,7 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
     names = ("trace counterfactual",)
     Options = CounterfactualOptions
     of_recipes = True
+    reads_batches = True
     panel = "Attribution"
     title = "Trainings in which something was otherwise"
     question = "What would the numbers have become without some examples, or some of the update?"

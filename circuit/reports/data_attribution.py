@@ -107,6 +107,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
     command = "data-attribution"
     names = ("study data-attribution",)
     Options = AttributionOptions
+    reads_batches = True
     panel = "Attribution"
     title = "Scores of training examples, held against trainings"
     question = "Which method tells what would have happened without some of the examples?"

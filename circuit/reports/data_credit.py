@@ -51,6 +51,7 @@ class DataCredit(TracedReport[DataCreditOptions]):
     names = ("trace data",)
     Options = DataCreditOptions
     of_recipes = True
+    reads_batches = True
     panel = "Attribution"
     title = "Credit of the training examples"
     question = (

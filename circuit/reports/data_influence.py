@@ -62,6 +62,7 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
     names = ("trace influence",)
     Options = DataInfluenceOptions
     of_recipes = True
+    reads_batches = True
     panel = "Attribution"
     title = "Influence of the training examples"
     question = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from circuit.core.paths import RULES, path_rule
 from circuit.errors import CircuitError
@@ -15,7 +15,7 @@ from circuit.reports.report import Report
 from circuit.runs.base import Replayable
 from circuit.runs.opening import open_steps
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
-from circuit.train_config import RecipeConfig, TrainConfig
+from circuit.train_config import RecipeConfig, RecordedConfig, TrainConfig
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
@@ -119,11 +119,13 @@ class TracedReport(Report[T]):
     """Follows scalars over a window of a trace.
 
     Attributes:
+        reads_batches: whether it takes steps again, with what they read; a recording has no batch.
         run: the trace.
         source: of the scalars, which are made of `inputs`.
         origin: provenance.
     """
 
+    reads_batches: ClassVar[bool] = False
     run: Replayable
     source: TracedScalars
     inputs: Inputs | RecipeInputs
@@ -138,6 +140,10 @@ class TracedReport(Report[T]):
         return {"scalars": [family.provenance(inputs) for family in self.followed]}
 
     def check(self) -> None:
+        if self.reads_batches and isinstance(self.config, RecordedConfig):
+            from circuit.runs.recorded_step import refused_without
+
+            raise refused_without("batch", f"run {self.config.name}")
         super().check()
         if self.recipe:
             Setup(self.config).recipe()  # before scalars, which may import its file

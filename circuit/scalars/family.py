@@ -36,7 +36,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.options import Options
-from circuit.plugins import import_named_file, is_file_name
+from circuit.plugins import import_named_file, is_file_name, nearest
 from circuit.reading import file_digest
 from circuit.scalars.base import Measured
 from circuit.tasks.base import Task
@@ -310,7 +310,10 @@ class OwnScalars:
             return _with_options(target, self.name, self.given)
         if not callable(target):
             raise CircuitError(
-                "is no function or class of its module", where=self.name, expected="module:name"
+                "is no function or class of its module",
+                where=self.name,
+                expected="FILE.py:NAME, or module:name",
+                fix=nearest(self.name.rpartition(":")[2], self._module()),
             )
         keywords = self._keywords(target)
         return lambda inputs: target(inputs, **keywords)

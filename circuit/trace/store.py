@@ -312,11 +312,13 @@ def _read_manifest(path: Path) -> TraceManifest:
     try:
         payload = read_json(path, fix=fix)
     except MissingFileError:
+        of_run = sorted(path.parent.glob(f"analysis/**/{MANIFEST}"))
+        record = "record one with `circuit trace record`, or of your own loop with circuit.watch"
         raise CircuitError(
             "there is no trace here",
             where=path.parent,
             expected=f"a folder with {MANIFEST}",
-            fix="record one with `circuit trace record`, or of your own loop with circuit.watch",
+            fix=f"this run's is {of_run[0].parent}" if of_run else record,
         ) from None
     if not isinstance(payload, dict) or "digest" not in payload:
         raise CircuitError("damaged manifest (no digest)", where=path, fix=fix)

@@ -28,7 +28,7 @@ from circuit.core.optimizers import groups_of, names_by_id, rule_of
 from circuit.errors import CircuitError
 from circuit.lazy import np, torch
 from circuit.overrides import Overrides, apply_overrides
-from circuit.plugins import import_file
+from circuit.plugins import import_file, nearest
 from circuit.reading import checked_path, file_digest
 from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.recipe import Batch, Recipe
@@ -153,7 +153,8 @@ def _class_of(code: str) -> type[Recipe]:
     kind = getattr(module, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         what = f"'{name}' is no recipe" if kind is not None else f"has no '{name}'"
-        raise CircuitError(what, where=path, expected="a class of circuit.Recipe")
+        fix = nearest(name, module) if kind is None else None
+        raise CircuitError(what, where=path, expected="a class of circuit.Recipe", fix=fix)
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         raise CircuitError(f"'{name}' does not define {missing}", where=path)

@@ -32,7 +32,10 @@ OF_RECORDING = {
     Path("trace"): RECORDED,
 }
 REFUSED = {
-    **dict.fromkeys(("counterfactual-training", "data-credit", "data-influence"), "no batch here"),
+    **dict.fromkeys(
+        ("counterfactual-training", "data-attribution", "data-credit", "data-influence"),
+        "no batch here",
+    ),
     "cross-seed-comparison": "names its seed",
     "data-attribution": "of a recording",
     "optimizer-comparison": "no summary.json",
@@ -291,12 +294,19 @@ def test_what_such_a_run_cannot_be_asked_is_one_line(mine: Callable[..., Done]) 
     attribute = ("trace", "attribute", *FLAGS, *where, "--scalar")
     assert "import-recording" in refused(*attribute, "mine.py:loss")
     assert "has no 'nothing'" in refused("import-recording", "mine", "--module", "mine.py:nothing")
+    assert "did you mean build?" in refused("import-recording", "mine", "--module", "mine.py:biuld")
+    assert "'mine:build'; expected FILE.py" in refused(
+        "import-recording", "mine", "--module", "mine:build"
+    )
     wrong = "wrong.py:build"
     Path("wrong.py").write_text("from torch import nn\nbuild = lambda: nn.Linear(2, 2)\n")
     assert "parameter" in refused("import-recording", "mine", "--module", wrong)
     assert mine("import-recording", "mine", "--module", "mine.py:build").code == 0
     assert "no HookedTransformer" in refused(*attribute, "qk_match")
     assert "has no task" in refused(*attribute, "loss")
+    assert "did you mean loss?" in refused(*attribute, "mine.py:lost")
+    without = ("trace", "counterfactual", *FLAGS, *where, "--scalar", "mine.py:loss", "--edit")
+    assert "which has no batch here" in refused(*without, "less,scale=weight_decay*0")
     svd = ("weight-svd-trace", "--config", "mine", "--checkpoint-dir", "mine/checkpoints")
     assert "no HookedTransformer" in refused(*svd, *where)
     namespace: dict[str, Any] = {"__name__": "again"}

@@ -363,3 +363,12 @@ def test_a_folder_without_a_trace_is_refused(workplace: Path, run: Run, command:
     code, _, err = run("trace", command, "data", *more)
     assert code == 2
     assert "data: there is no trace here" in err
+
+
+def test_the_folder_of_a_run_is_told_where_its_trace_is(trace_folder: Path, run: Run) -> None:
+    name = Path("run") / "analysis" / "a trace"
+    name.mkdir(parents=True)
+    (name / "trace.json").write_bytes((trace_folder / "trace.json").read_bytes())
+    code, _, err = run("trace", "show", "run")
+    assert (code, "run: there is no trace here" in err) == (2, True)
+    assert err.rstrip().endswith(f"this run's is {name}")
