@@ -272,6 +272,11 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
         """sha256 of what the run is; not of where it lies."""
         return digest_of(self.model_dump(mode="json", exclude=set(Places.model_fields)))
 
+    @property
+    def recipe_words(self) -> list[str]:
+        """The option by which a command line names the run's own code; none of a run of a task."""
+        return []
+
     def executing(self, code: str | None) -> Self:
         """Itself: nothing but this package's code is executed for it; see `RecipeConfig`.
 
@@ -502,6 +507,11 @@ class RecipeConfig(PartialConfig):
     def code(self) -> str | None:
         """`FILE:NAME`, where whoever uses the config has named it; only then it is executed."""
         return self._code
+
+    @property
+    def recipe_words(self) -> list[str]:
+        """See `TrainConfig.recipe_words`; the file's name alone, where nobody has named it."""
+        return ["--recipe", self.code or self.recipe.word]
 
     def executing(self, code: str | None) -> Self:
         """A copy whose recipe may be executed, from a file that is named here and now."""

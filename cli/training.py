@@ -130,8 +130,10 @@ def train(
         if report is not None:
             print_trace(report)
     if interrupted():
+        again = {"--recipe": recipe, "--trace": trace}
+        same = " and ".join(option for option, value in again.items() if value is not None)
         message = f"interrupted after step {result.step}, with a checkpoint; go on with --resume"
-        stderr.print(message, soft_wrap=True)
+        stderr.print(message + (f" and the same {same}" if same else ""), soft_wrap=True)
         raise typer.Exit(signals.exit_code())
 
 
@@ -230,7 +232,8 @@ def _note_trace_behind(result: TrainResult) -> None:
     if last >= min(result.step, manifest.end_step):
         return
     words = ["circuit", "trace", "record", "--config", str(result.folder / "run_config.json")]
-    words += ["--from-initialization", "--end-step", str(manifest.end_step), "--resume"]
+    words += [*result.config.recipe_words, "--from-initialization"]
+    words += ["--end-step", str(manifest.end_step), "--resume"]
     words += ["--output-dir", str(folder), "--anchor-every", str(manifest.anchor_every)]
     words += ["--checkpoint-every", str(manifest.checkpoint_every)]
     words += ["--top-k-parameters", str(manifest.top_k_parameters)]

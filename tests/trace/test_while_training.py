@@ -445,6 +445,7 @@ def test_ctrl_c_stops_run_and_trace_at_one_step(
         patch.setattr(TrainingSession, "advance", interrupted)
         done = type_and_read(words, capsys)
     assert (done.code, "interrupted after step 5" in done.err) == (130, True)
+    assert done.err.endswith("go on with --resume and the same --trace\n")
     assert ReplayedRun.open(TRACE).store.last_step == 5
     assert type_and_read([*words, "--resume"], capsys).code == 0
     kept = {name: run_bytes()[name] for name in apart[0]}  # a checkpoint of step 5 beside them

@@ -394,6 +394,17 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert says in done.err, done.err
 
 
+def test_a_run_that_leaves_its_trace_behind_names_its_recipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = written(SHARED["adamw"])
+    train = f"train --recipe {code} --output-dir run --steps 6"
+    typed(f"{train} --stop-at-step 2 --trace", capsys)
+    said = typed(f"{train} --resume", capsys).out.splitlines()[-1]
+    typed(said.partition("finish it with: circuit ")[2], capsys)
+    assert "0 bits differ" in typed(f"trace verify {TRACE} --recipe {code} --steps 0:6", capsys).out
+
+
 @pytest.mark.system
 def test_shards_examples_and_edits(capsys: pytest.CaptureFixture[str]) -> None:
     """Shards of traces that were recorded apart are merged into the rows of the whole."""
