@@ -9,13 +9,13 @@ from pathlib import Path
 from circuit.artifacts import OutputFolder, Row, read_jsonl
 from circuit.page.example import example_panel
 from circuit.page.html import render
-from circuit.page.learning import METRICS, learning_panel, slice_names, slice_panel
-from circuit.page.panel import Missing, Panel, Source, slider_steps
+from circuit.page.learning import METRICS, learning_panel, loss_panel, slice_names, slice_panel
+from circuit.page.panel import Missing, Panel, Source, slider_steps, training_command
 from circuit.page.reports import Reports, attribution_asked_for, report_panels, with_inputs
 from circuit.reading import values_of
 from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
-from circuit.train_config import ImportedConfig, RecordedConfig, TrainConfig
+from circuit.train_config import ImportedConfig, RecipeConfig, RecordedConfig, TrainConfig
 
 COMMAND = "page"
 FILE = "formation.html"
@@ -109,6 +109,8 @@ def _training_facts(config: TrainConfig) -> list[str]:
         return [f"recorded from a loop of its own, {recorded.last_step} steps of {recorded.module}"]
     if isinstance(config, ImportedConfig):
         return [f"trained elsewhere, {len(config.imported.files)} states imported"]
+    if isinstance(config, RecipeConfig):
+        return [f"of the recipe {config.recipe.word}", f"seed {config.seed}"]
     optimizer = config.optimizer
     return [f"{optimizer.name}, learning rate {optimizer.learning_rate:g}", f"seed {config.seed}"]
 
@@ -131,6 +133,10 @@ def _panels(
     folder, panels = run.config.output_dir, list[Panel]()
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
     if isinstance(run.config, RecordedConfig):  # its loop logs elsewhere
+        panels += attribution_asked_for(reports)
+    elif isinstance(run.config, RecipeConfig):
+        train, rows = training_command(folder, *run.config.recipe_words), metrics_of(run)
+        panels += [loss_panel(rows, train)] if rows else []  # a counterfactual run has logged none
         panels += attribution_asked_for(reports)
     else:
         rows = metrics_of(run)

@@ -25,6 +25,11 @@ def evaluations(rows: Sequence[Row]) -> list[Record]:
     return [pick(row, EVALUATED) for row in rows if row["kind"] == "evaluation"]
 
 
+def batches(rows: Sequence[Row]) -> list[Record]:
+    """The rows of training batches."""
+    return [pick(row, TRAINED) for row in rows if row["kind"] == "train"]
+
+
 def slice_names(rows: Sequence[Row]) -> list[str]:
     """What the figures are given apart by: the task's first slice, and those that vary in a split.
 
@@ -50,22 +55,14 @@ def sliced(rows: Sequence[Row], by: str) -> list[Record]:
 def learning_panel(rows: Sequence[Row], home: str) -> Panel:
     """Answer accuracy and losses over training."""
     found = evaluations(rows)
-    trained = [pick(row, TRAINED) for row in rows if row["kind"] == "train"]
+    trained = batches(rows)
     splits = _unique(found, "split")
     shade = colour("split", splits)
     data = {"evaluation": found, "training": trained}
     accuracy = lines(
         *("evaluation", "answer_accuracy", "answer accuracy", shade, EVALUATED), domain=[0, 1]
     )
-    loss = named("training").mark_line(color="var(--c8)", strokeWidth=1, opacity=0.8)
-    drawn = loss.encode(
-        x=steps(),
-        y=alt.Y("loss:Q")
-        .scale(type="log", nice=True)
-        .axis(grid=False)
-        .title("next-token loss, nats"),
-        tooltip=exact(*TRAINED),
-    )
+    drawn = _loss("next-token loss, nats")
     held = lines("evaluation", "loss", "next-token loss, nats", shade, EVALUATED, log=True)
     return Panel(
         "learning",
@@ -80,6 +77,34 @@ def learning_panel(rows: Sequence[Row], home: str) -> Panel:
         sources=[_source(home)] if found else [],
         missing=[] if found else [_missing(home)],
     )
+
+
+def loss_panel(rows: Sequence[Row], train: str) -> Panel:
+    """The loss of training batches, which is all that the metrics of a recipe's run have.
+
+    Args:
+        train: the command that trains the run again.
+    """
+    data = {"training": batches(rows)}
+    return Panel(
+        "learning",
+        "Learning curve",
+        "How fast does the loss of the batches fall?",
+        charts=[chart("loss", "Loss of training batches", data, _loss("loss"), at_step())],
+        data=data,
+        sources=[Source(METRICS, METRICS, train)],
+    )
+
+
+def _loss(title: str) -> alt.Chart:
+    """A thin grey line: batches are noisy, and splits are what is compared."""
+    line = named("training").mark_line(color="var(--c8)", strokeWidth=1, opacity=0.8)
+    drawn: alt.Chart = line.encode(
+        x=steps(),
+        y=alt.Y("loss:Q").scale(type="log", nice=True).axis(grid=False).title(title),
+        tooltip=exact(*TRAINED),
+    )
+    return drawn
 
 
 def slice_panel(rows: Sequence[Row], home: str, by: str, task: Task | None) -> Panel:

@@ -68,9 +68,10 @@ class Panel:
     """Of the panel that draws attention over tokens: see circuit.page.example."""
 
 
-def training_command(home: str) -> str:
-    """What trains the run of this folder again."""
-    return shell_line(["circuit", "train", "--config", f"{home}/{RUN_CONFIG}", "--overwrite"])
+def training_command(home: str, *words: str) -> str:
+    """What trains the run of this folder again, with further words."""
+    config = f"{home}/{RUN_CONFIG}"
+    return shell_line(["circuit", "train", "--config", config, *words, "--overwrite"])
 
 
 def pick(row: Mapping[str, Any], columns: Iterable[str]) -> Record:

@@ -216,13 +216,15 @@ def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
 
 
 def attribution_asked_for(reports: Reports) -> list[Panel]:
-    """The panel of a recording of which nothing has been attributed yet."""
+    """The panel of a run of one's own code of which nothing has been attributed yet."""
     kind = next(kind for kind in all_reports() if kind.command == ATTRIBUTION)
     if reports.of(kind):
         return []
-    folder = reports.run.config.output_dir
-    words = ["circuit", *kind.names[0].split(), "--config", folder]
-    words += ["--optimizer-trace-dir", folder, "--scalar", "FILE.py:NAME"]
+    config = reports.run.config
+    folder = config.output_dir
+    words = ["circuit", *kind.names[0].split(), "--config", folder, *config.recipe_words]
+    trace = (Path(folder) / (reports.trace() or TRACE_FOLDER)).as_posix()
+    words += ["--optimizer-trace-dir", trace, "--scalar", "FILE.py:NAME"]
     words += ["--output-dir", f"{folder}/analysis/NAME"]
     missing = Missing("a number of the module, named FILE.py:NAME", shell_line(words))
     return [Panel(kind.stem(), kind.title, kind.question, missing=[missing])]
@@ -245,7 +247,8 @@ def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
         needed.append(Missing("the probe set that it reads", _probe_set(run)))
     if any("--optimizer-trace-dir" in one.command for one in missing) and reports.trace() is None:
         end = run.steps[-1] if run.steps else run.config.steps
-        words = ["circuit", TRACE, "--config", f"{folder}/{RUN_CONFIG}", "--from-initialization"]
+        words = ["circuit", TRACE, "--config", f"{folder}/{RUN_CONFIG}", *run.config.recipe_words]
+        words += ["--from-initialization"]
         words += ["--end-step", str(end), "--output-dir", f"{folder}/{TRACE_FOLDER}"]
         needed.append(Missing("the trace that it reads", shell_line(words)))
     return [_replacing(one, reports) for one in (*needed, *missing)]

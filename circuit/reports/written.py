@@ -142,6 +142,7 @@ class Written:
             said = self.overrides if self.overrides != config.origin().get("overrides") else None
             words += ["--config", said["config"] if said else f"{config.output_dir}/{RUN_CONFIG}"]
             words += [word for text in said["set"] for word in ("--set", text)] if said else []
+            words += config.recipe_words
             environment = self.provenance["environment"]
             for name in ("device", "threads"):
                 set_so = any(text.startswith(f"{name}=") for text in (said or {"set": ()})["set"])

@@ -379,13 +379,17 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     typed(f"trace attribute {READING} {SCALAR} --output-dir whole", capsys)
     rows = read_jsonl(Path("whole/scalar_attribution_rows.jsonl"))
     assert {row["scalar"] for row in rows} == {"first.by=2"}
+    asked = typed("page run", capsys).out
+    line = next(line for line in asked.splitlines() if line.startswith("  circuit "))
+    words = line.removeprefix("  circuit ").replace("FILE.py:NAME", SCALAR.split()[1])
+    typed(words, capsys)
+    assert " from analysis/NAME/scalar_attribution" in typed("page run --overwrite", capsys).out
     for words, says in (
         (f"trace verify {TRACE}", f"--recipe {code}"),
         ("train", "missing option '--config'"),
         (f"train --recipe {code}", "--output-dir: is missing"),
         (f"train --config run --recipe {code} --seed 3 --resume", "--seed goes with --recipe"),
         (f"trace attribute {READING} --scalar loss --output-dir x", "reads records of a task"),
-        ("page run", "of no task"),
         ("weight-svd-trace --config run --checkpoint-dir run/checkpoints --output-dir x", "model"),
         ("evaluate --config run --checkpoint run/checkpoints/step_000006.pt", "has no task"),
     ):
