@@ -16,6 +16,7 @@ from circuit.reports.report import Place, Report, all_reports
 from circuit.reports.written import ANEW, SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.base import Task
+from circuit.trace.store import MANIFEST
 from circuit.train_config import RUN_CONFIG, ImportedConfig, RecordedConfig
 from circuit.training.run_folder import Identity
 
@@ -117,7 +118,10 @@ class Reports:
                 ), report.written
 
         longest = max(self.by_command.get(TRACE, []), key=length, default=None)
-        return None if longest is None else self.relative(longest.path.parent)
+        if longest is not None:
+            return self.relative(longest.path.parent)
+        # of a counterfactual run, or a training that was stopped: a trace without its report
+        return TRACE_FOLDER if (self.run.path / TRACE_FOLDER / MANIFEST).is_file() else None
 
 
 def _reports_below(folder: Path) -> list[Path]:
