@@ -42,7 +42,6 @@ FREE = {
     "replays": "a folder to be written",
     "runs_dir": "a folder to be written",
     "part": "any part of the work",
-    "window": "any two steps",
     "windows": "any two steps",
     "steps": "any two steps",
     "route_labels": "whatever the user has called a route",
