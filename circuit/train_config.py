@@ -416,14 +416,9 @@ class PartialConfig(TrainConfig):
     _no_such_field: ClassVar[str]
 
 
-class ImportedConfig(PartialConfig):
-    """A run of which weights at some steps are known, and no recipe (circuit/training/imported.py).
+class ForeignConfig(PartialConfig):
+    """A run that was trained by something else: it has weights, and no recipe."""
 
-    What only needs the weights works, and whatever would take a step does not.
-    """
-
-    imported: Imported
-    kernels: Kernels = "plain"
     seed: RunSeed = _unknown()
     steps: int = _unknown()
     batch_size: PositiveInt = _unknown()
@@ -436,6 +431,24 @@ class ImportedConfig(PartialConfig):
     eval_every: PositiveInt = _unknown()
     checkpoint_every: PositiveInt = _unknown()
     best: BestConfig = _unknown()
+
+    @model_serializer(mode="wrap")
+    def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """There is none; nor is it known how the weights began."""
+        made: dict[str, Any] = dump(self)
+        for unknown in ("initialization", "embedding_std"):
+            (made["model"] or {}).pop(unknown, None)
+        return made
+
+
+class ImportedConfig(ForeignConfig):
+    """A run of which weights at some steps are known, and no recipe (circuit/training/imported.py).
+
+    What only needs the weights works, and whatever would take a step does not.
+    """
+
+    imported: Imported
+    kernels: Kernels = "plain"
 
     _no_such_field = "belongs to a recipe, and an imported run has none"
 
@@ -455,14 +468,6 @@ class ImportedConfig(PartialConfig):
         files = json.dumps(payload["imported"], sort_keys=True).encode()
         of = {"imported": hashlib.sha256(files).hexdigest()[:16]}
         return of | {field: payload[field] for field in ("model", "kernels")}
-
-    @model_serializer(mode="wrap")
-    def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """There is none; nor is it known how the weights began."""
-        made: dict[str, Any] = dump(self)
-        for unknown in ("initialization", "embedding_std"):
-            made["model"].pop(unknown, None)
-        return made
 
 
 class RecipeFile(Config):
@@ -569,7 +574,7 @@ class Recorded(Config):
     """Of the parameters after the last step."""
 
 
-class RecordedConfig(PartialConfig):
+class RecordedConfig(ForeignConfig):
     """A run of what `circuit.watch` recorded (circuit/reports/import_recording.py)."""
 
     recorded: Recorded
@@ -579,18 +584,6 @@ class RecordedConfig(PartialConfig):
     """The shape of a HookedTransformer that reads whole records; null of any other module."""
     tracked_splits: list[str] = Field(default=[])
     kernels: Kernels = "plain"
-    seed: RunSeed = _unknown()
-    steps: int = _unknown()
-    batch_size: PositiveInt = _unknown()
-    train_split: str = _unknown()
-    optimizer: AdamWConfig | SGDConfig = _unknown()
-    schedule: ScheduleConfig = _unknown()
-    gradient_clip: float | None = _unknown()
-    edit: Edit | None = _unknown()
-    log_every: PositiveInt = _unknown()
-    eval_every: PositiveInt = _unknown()
-    checkpoint_every: PositiveInt = _unknown()
-    best: BestConfig = _unknown()
 
     _no_such_field = "belongs to a recipe, and a recording has none"
 
@@ -626,13 +619,6 @@ class RecordedConfig(PartialConfig):
         payload = self.model_dump(mode="json")
         which = {name: payload["recorded"][name] for name in ("last_step", "parameters_sha256")}
         return {"recorded": which, "model": payload["model"]}
-
-    @model_serializer(mode="wrap")
-    def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        made: dict[str, Any] = dump(self)
-        for unknown in ("initialization", "embedding_std"):
-            (made["model"] or {}).pop(unknown, None)
-        return made
 
 
 _WORDS = {"benchmark_dir": "benchmark"}

@@ -177,8 +177,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
         recipe = run.setup.recipe() if isinstance(run, ReplayedRun) else None
         if not (isinstance(run, ReplayedRun) and isinstance(recipe, TaskRecipe)):
             raise CircuitError(
-                "the examples of a recipe, of a recording, or of a training with an edit are scored"
-                " by no method",
+                "the examples of a recipe, or of a training with an edit, are scored by no method",
                 where=run.path,
                 expected="the trace of a run of a task",
             )

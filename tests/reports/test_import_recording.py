@@ -37,7 +37,6 @@ REFUSED = {
         "no batch here",
     ),
     "cross-seed-comparison": "names its seed",
-    "data-attribution": "of a recording",
     "optimizer-comparison": "no summary.json",
     "seed-spread": "'seed' is not known",
 }

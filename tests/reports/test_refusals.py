@@ -136,6 +136,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "files": ("nowhere", "data/tiny"),
     "folder": ("nowhere", "data/tiny"),
     "head_layer": ("9",),
+    "kind": ("nonsense",),
     "module": ("nonsense", "nowhere.py:made"),
     "optimizer": ("nonsense", "nowhere.py:Lion"),
     "output_dir": ("foreign", PROBE),
