@@ -19,9 +19,10 @@ from pathlib import Path
 from circuit.config import load_config
 from circuit.environment import prepare_process
 from circuit.tasks.benchmark import load_benchmark
-from circuit.trace.record import RecordOptions, record_trace, trace_row
+from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import Tracer
+from circuit.trace.writer import trace_row
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import encode_checkpoint
 from circuit.training.session import TrainingSession

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from circuit.artifacts import read_jsonl
 from circuit.figures.charts import Chart, stacked
-from circuit.page.learning import METRICS, lag_panel
+from circuit.page.learning import METRICS, slice_names, slice_panel
 from circuit.reports.written import read_report
 
 RUN = Path("artifacts/runs/quickstart")
@@ -30,6 +30,7 @@ def first_chart(name: str) -> Chart:
 if __name__ == "__main__":
     if not (RUN / "analysis" / REPORTS[1]).is_dir():
         sys.exit(f"{RUN} is not there or has no attribution: run circuit quickstart first")
-    lookup = lag_panel(list(read_jsonl(RUN / METRICS)), str(RUN)).charts[0]
+    rows = list(read_jsonl(RUN / METRICS))
+    lookup = slice_panel(rows, str(RUN), slice_names(rows)[0], None).charts[0]
     TARGET.write_text(stacked([lookup, *map(first_chart, REPORTS)], width=640))
     sys.stdout.write(f"wrote {TARGET} ({TARGET.stat().st_size / 1000:.0f} kB)\n")

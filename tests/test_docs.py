@@ -4,6 +4,7 @@ every public name says what it is.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import tomllib
@@ -18,6 +19,7 @@ import circuit
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SCRIPTS = sorted(path for at in ("benchmarks", "docs") for path in (ROOT / at).glob("*.py"))
 LISTED = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
 
 
@@ -39,6 +41,15 @@ def test_pages_are_whole(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
+def test_scripts_import_what_there_is(script: Path) -> None:
+    """No other test executes most of them, so that a name that has moved would not be missed."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("circuit"):
+            home = import_module(str(node.module))
+            assert [one.name for one in node.names if not hasattr(home, one.name)] == []
 
 
 def test_every_page_is_in_the_site() -> None:
