@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides, advice, apply_overrides, causes
-from circuit.reading import MissingFileError, checked_path, read_json
+from circuit.reading import FiniteDocument, MissingFileError, checked_path, read_json
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -40,13 +40,9 @@ def digest_of(payload: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class Config(BaseModel):
-    """A closed, frozen object of a config file, which remembers what a command line has set."""
+class Config(FiniteDocument):
+    """An object of a config file, which remembers what a command line has set."""
 
-    # no validator is built before a file is read: most commands read one kind or none
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
     _overrides: Overrides | None = PrivateAttr(default=None)
 
     @property

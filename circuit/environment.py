@@ -16,11 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from circuit import __version__
 from circuit.errors import CircuitError
-from circuit.reading import MissingFileError, read_json, validated
+from circuit.reading import Document, MissingFileError, read_json, validated
 from circuit.sealed import unsealed
 
 Facts = dict[str, Any]
@@ -179,10 +179,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-class RecordedFacts(BaseModel):
+class RecordedFacts(Document):
     """What a run or trace wrote down; versions differ in what else they did."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, defer_build=True)
+    model_config = ConfigDict(extra="allow")
 
     torch: str | None = None
     torch_build: str | None = None

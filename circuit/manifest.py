@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from circuit.reading import Document
 
 
 def digest(payload: bytes) -> str:
@@ -21,10 +21,8 @@ def digest(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-class Claimed(BaseModel):
+class Claimed(Document):
     """The content of a manifest; those of version 0.1 tell no digests."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     command: str
     files: list[str]

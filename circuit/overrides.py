@@ -15,16 +15,17 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from circuit.errors import CircuitError
+from circuit.reading import Document
 from circuit.strict_json import RefusedJsonError, parse_json
 
 Kind = type[BaseModel]
 Path = tuple[str, ...]
 
 
-class Overrides(BaseModel):
+class Overrides(Document):
     """What was replaced in a config: the record that runs and reports keep.
 
     Attributes:
@@ -32,8 +33,6 @@ class Overrides(BaseModel):
         set: the replacements `field=value`, in order.
         earlier: of that file itself, if it is the `run_config.json` of a run with overrides.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     config: str
     set: list[str]

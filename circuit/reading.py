@@ -17,7 +17,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.sizes import require_memory
@@ -33,6 +33,21 @@ _JSON_OVERHEAD = 30
 """Bytes of memory for a byte of JSON, at most: `[[],[],...]` takes 28 (CPython 3.11)."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class Document(BaseModel):
+    """What a file of this program holds: closed, frozen, strict.
+
+    No validator is built before a file is read: most commands read one kind or none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+
+class FiniteDocument(Document):
+    """One whose numbers are all finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class MissingFileError(CircuitError):

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
+from circuit.reading import FiniteDocument
 
 SWITCH_BUCKETS = ("all", "same_competitor", "competitor_switch")
 """Which rows of an interval enter: all, or by whether the competitor switched."""
@@ -42,7 +43,7 @@ class RowKey(NamedTuple):
         return f"{self.source_step} -> {self.target_step}, {self.pair_id}, {self.margin_side}"
 
 
-class IntervalRow(BaseModel):
+class IntervalRow(FiniteDocument):
     """What every row of an interval, a pair and a side says.
 
     Attributes:
@@ -51,10 +52,6 @@ class IntervalRow(BaseModel):
         pair_id, pair_type: the pair (definitions.md section 2).
         margin_side: side of the pair whose logits are read, `clean` or `corrupted`.
     """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
 
     source_step: int
     target_step: int
@@ -76,12 +73,8 @@ class IntervalRow(BaseModel):
         return self
 
 
-class TokenLogit(BaseModel):
+class TokenLogit(FiniteDocument):
     """One token and its logit."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
 
     token: int
     logit: float

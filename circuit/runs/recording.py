@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from circuit.artifacts import read_jsonl
 from circuit.config import RECORDING, NonNegativeInt, PositiveInt
@@ -30,7 +30,14 @@ from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
 from circuit.journal import read_payload, read_records
 from circuit.lazy import torch
-from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.reading import (
+    Document,
+    FiniteDocument,
+    MissingFileError,
+    checked_path,
+    read_json,
+    validated,
+)
 from circuit.sealed import unsealed
 
 if TYPE_CHECKING:
@@ -48,10 +55,8 @@ Keep = Literal["gradients", "states", "rows"]
 KEEPS: tuple[Keep, ...] = ("gradients", "states", "rows")
 
 
-class WatchedOptimizer(BaseModel):
+class WatchedOptimizer(Document):
     """One optimizer of a recording."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     kind: str
     """Its class, as `torch.optim.adamw.AdamW`."""
@@ -59,12 +64,8 @@ class WatchedOptimizer(BaseModel):
     """Whether the weight decay of one that is not torch's is decoupled."""
 
 
-class RecordingManifest(BaseModel):
+class RecordingManifest(FiniteDocument):
     """What was watched. No clock and no path: equal loops give equal bytes."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
 
     schema_version: Literal[1] = 1
     keep: Literal["gradients", "states"]

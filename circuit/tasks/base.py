@@ -24,10 +24,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from circuit.config import Config, FolderName, NonNegativeInt
 from circuit.errors import CircuitError
+from circuit.reading import Document
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,10 +186,8 @@ PairRule: TypeAlias = Callable[[Any], Change]
 """The change of a question's `site`; raises `SkippedError` where there is none."""
 
 
-class Stored(BaseModel):
+class Stored(Document):
     """Something of a benchmark's `metadata.json`: closed, frozen, strict."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class SplitSizes(Stored):

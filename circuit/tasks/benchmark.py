@@ -43,7 +43,7 @@ class SplitFile(Stored):
 class BenchmarkMetadata(Stored):
     """The content of `metadata.json`; beside these fields stand the facts of the task's draw."""
 
-    model_config = ConfigDict(extra="allow", defer_build=True)
+    model_config = ConfigDict(extra="allow")
 
     schema_version: int
     name: str

@@ -43,7 +43,7 @@ class ProbeSetMetadata(Stored):
     all that the file says.
     """
 
-    model_config = ConfigDict(extra="allow", defer_build=True)
+    model_config = ConfigDict(extra="allow")
 
     schema_version: int
     benchmark: str

@@ -15,14 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from circuit.artifacts import dump_json, read_jsonl
 from circuit.config import NonNegativeInt, PositiveInt, Sha256, digest_of
 from circuit.core.state import STATE_STAGES
 from circuit.environment import RecordedFacts
 from circuit.errors import CircuitError
-from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.reading import FiniteDocument, MissingFileError, checked_path, read_json, validated
 from circuit.sizes import require_memory
 from circuit.train_config import StepNumber, TrainConfig
 from circuit.training.checkpoints import (
@@ -41,12 +41,8 @@ FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", STEP_FILES)
 """Patterns of the names in a trace's folder, its report's included."""
 
 
-class TraceManifest(BaseModel):
+class TraceManifest(FiniteDocument):
     """What a trace is. No clock and no path of its own: equal recordings give equal bytes."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
 
     schema_version: Literal[1] = 1
     config: SerializeAsAny[TrainConfig]
@@ -133,24 +129,16 @@ class TraceManifest(BaseModel):
         return step
 
 
-class ListedParameter(BaseModel):
+class ListedParameter(FiniteDocument):
     """One of the parameters that a step moved most."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
 
     name: str
     update_norm: float
     relative: float | None
 
 
-class TraceRow(BaseModel):
+class TraceRow(FiniteDocument):
     """One recorded step (definitions.md section 6, optimizer-update-trace)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
 
     step: StepNumber
     loss: float

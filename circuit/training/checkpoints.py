@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from circuit.artifacts import atomic_write_bytes
 from circuit.config import NonNegativeInt, Sha256, parse_config
@@ -28,7 +28,7 @@ from circuit.core.digests import tensor_digest
 from circuit.core.state import State
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.reading import MissingFileError, open_file, validated
+from circuit.reading import FiniteDocument, MissingFileError, open_file, validated
 from circuit.sizes import require_memory
 from circuit.strict_json import parse_json
 from circuit.train_config import StepNumber, TrainConfig
@@ -50,13 +50,7 @@ class DivergedError(CircuitError):
     """Numbers of a run are not finite any more: loss, gradient, logits, weights or moments."""
 
 
-class _Described(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
-    )
-
-
-class TensorFacts(_Described):
+class TensorFacts(FiniteDocument):
     """Of a tensor in the payload."""
 
     shape: list[NonNegativeInt]
@@ -64,7 +58,7 @@ class TensorFacts(_Described):
     sha256: Sha256
 
 
-class Best(_Described):
+class Best(FiniteDocument):
     """The best evaluation so far."""
 
     step: StepNumber
@@ -73,17 +67,17 @@ class Best(_Described):
     value: float
 
 
-class Notes(_Described):
+class Notes(FiniteDocument):
     """Facts of the loop that saved a state."""
 
-    model_config = ConfigDict(extra="allow", defer_build=True)
+    model_config = ConfigDict(extra="allow")
 
     best: Best | None = None
     metrics_rows: NonNegativeInt | None = None
     """Rows that `metrics.jsonl` held; version 0.1.0 did not count them."""
 
 
-class Description(_Described):
+class Description(FiniteDocument):
     """What a checkpoint says of itself."""
 
     step: StepNumber

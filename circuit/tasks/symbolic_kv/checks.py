@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
-
 from circuit.errors import CircuitError
+from circuit.reading import Document
 from circuit.tasks.base import Record
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.tasks.symbolic_kv.generator import Pair, program_key
@@ -22,11 +21,7 @@ STRONG_SHORTCUT = 0.5
 """Accuracy above which a positional shortcut is warned of."""
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
-
-
-class SplitFigures(_Figures):
+class SplitFigures(Document):
     """What was measured on one split; accuracies are shares of its reads.
 
     Attributes:
@@ -50,7 +45,7 @@ class SplitFigures(_Figures):
     strongest_positional: int
 
 
-class BenchmarkFigures(_Figures):
+class BenchmarkFigures(Document):
     """The figures of every split, and the warnings (one sentence each)."""
 
     splits: dict[str, SplitFigures]
