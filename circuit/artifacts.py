@@ -107,22 +107,34 @@ def atomic_write_bytes(path: Path, payload: bytes) -> None:
             old file is intact.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY_SUFFIX}")
+    intact = "the previous file, if any, is intact; free space or choose another folder"
+    with writing(path, fix=intact):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _new_file(temporary) as handle:
+                handle.write(payload)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, fix: str) -> Iterator[None]:
+    """A block that writes a file: what the system refuses is told in one line.
+
+    Raises:
+        CircuitError: the disk is full, a size limit is hit, or the folder is not writable.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _new_file(temporary) as handle:
-            handle.write(payload)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CircuitError(
-            f"could not be written ({error.strerror or error})",
-            where=path,
-            fix="the previous file, if any, is intact; free space or choose another folder",
-        ) from error
+        told = f"could not be written ({error.strerror or error})"
+        raise CircuitError(told, where=path, fix=fix) from error
 
 
 def _new_file(path: Path) -> IO[bytes]:
@@ -222,6 +234,8 @@ class RowLog:
     when a run resumes.
     """
 
+    _INTACT = "free space, then resume; the rows before this one are intact"
+
     def __init__(self, path: Path, *, last_step: int | None = None) -> None:
         """Open for appending, keeping rows with `step` <= `last_step` (all others go)."""
         self.path = path
@@ -235,25 +249,14 @@ class RowLog:
 
     def append(self, row: Row) -> None:
         """Write one row and hand it to the operating system."""
-        with self._written():
+        with writing(self.path, fix=self._INTACT):
             self._handle.write(dump_row(row) + "\n")
             self._handle.flush()
 
     def sync(self) -> None:
         """Force the rows to the disk."""
-        with self._written():
+        with writing(self.path, fix=self._INTACT):
             os.fsync(self._handle.fileno())
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CircuitError(
-                f"could not be written ({error.strerror or error})",
-                where=self.path,
-                fix="free space, then resume; the rows before this one are intact",
-            ) from error
 
     def close(self) -> None:
         """Close the file."""

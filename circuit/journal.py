@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import atomic_write_bytes, dump_row, parse_row
+from circuit.artifacts import atomic_write_bytes, dump_row, parse_row, writing
 from circuit.errors import CircuitError
 from circuit.reading import MAX_LINE, open_file
 from circuit.sizes import require_memory
 
 BYTES, DIGEST = "bytes", "sha256"
 """Fields of a record's line: what stands behind it."""
+_INTACT = "free space; what was recorded before is intact"
 
 
 class Journal:
@@ -47,14 +48,15 @@ class Journal:
         # few parts are written from where they stand; the system takes no more than 1024 at once
         parts = [head, *payload] if len(payload) < 8 else [memoryview(b"".join((head, *payload)))]
         size = sum(part.nbytes for part in parts)
-        try:
-            left = size - os.writev(self._handle, parts)
-            rest = memoryview(b"".join(parts))[size - left :] if left else memoryview(b"")
-            while rest:  # one write takes 2 GB at most
-                rest = rest[os.write(self._handle, rest) :]
-        except OSError as error:
-            os.ftruncate(self._handle, self._size)
-            raise self._refusal(error) from error
+        with writing(self.path, fix=_INTACT):
+            try:
+                left = size - os.writev(self._handle, parts)
+                rest = memoryview(b"".join(parts))[size - left :] if left else memoryview(b"")
+                while rest:  # one write takes 2 GB at most
+                    rest = rest[os.write(self._handle, rest) :]
+            except OSError:
+                os.ftruncate(self._handle, self._size)
+                raise
         self._size += size
 
     def close(self) -> None:
@@ -64,18 +66,10 @@ class Journal:
             CircuitError: as `append`.
         """
         try:
-            os.fsync(self._handle)
-        except OSError as error:
-            raise self._refusal(error) from error
+            with writing(self.path, fix=_INTACT):
+                os.fsync(self._handle)
         finally:
             os.close(self._handle)
-
-    def _refusal(self, error: OSError) -> CircuitError:
-        return CircuitError(
-            f"could not be written ({error.strerror or error})",
-            where=self.path,
-            fix="free space; what was recorded before is intact",
-        )
 
 
 def _line(record: Mapping[str, Any], payload: Sequence[memoryview]) -> bytes:

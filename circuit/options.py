@@ -37,6 +37,19 @@ OF_TASK = ("role", "single_role", "pair_type", "group_by", "subspace", "task_sli
 """Kinds of values that the run's task says."""
 
 
+def parse_window(text: str, where: str) -> tuple[int, int]:
+    """Steps `a:b`, from state to state.
+
+    Raises:
+        CircuitError: it is no window.
+    """
+    start, colon, end = text.partition(":")
+    if not colon or not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
+        expected = "a:b with a < b, such as 0:750"
+        raise CircuitError(f"window '{text}'", where=where, expected=expected)
+    return int(start), int(end)
+
+
 @dataclass(frozen=True)
 class Option:
     """What is said of a field once.

@@ -44,6 +44,12 @@ def import_file(path: str | Path, *, missing: str) -> ModuleType:
     return sys.modules[name]
 
 
+def let_import_from(folder: Path) -> None:
+    """Let somebody's code import what stands in a folder, behind all that could be imported."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def is_file_name(name: str) -> bool:
     """Whether it has the form `FILE.py:NAME`."""
     return name.rpartition(":")[0].endswith(".py")
@@ -60,9 +66,7 @@ def import_named_file(path: str | Path, near: Path | None = None, *, what: str) 
         CircuitError: there is no such file, or whatever it raises is told.
     """
     path = checked_path(find_near(path, near))
-    beside = str(path.absolute().parent)
-    if beside not in sys.path:
-        sys.path.append(beside)
+    let_import_from(path.absolute().parent)
     try:
         return import_file(path, missing=f"{what}'s file cannot be read: there is none")
     except CircuitError:

@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress as Bar
 
 from circuit import CircuitError
+from circuit.options import parse_window
 
 from . import complete, options, recordings
 from .output import (
@@ -222,7 +223,7 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
-    start, end = parse_window(steps) if steps else (None, None)
+    start, end = parse_window(steps, "--steps") if steps else (None, None)
     if recordings.is_recording(folder):
         recordings.verify(folder, start, end, as_json)
         return
@@ -402,17 +403,3 @@ class StepBar:
         self.bar.update(self.task, advance=1, note=f"step {step.step}  loss {step.loss:.3f}")
         if self.every and step.step % self.every == 0:
             stderr.print(f"step {step.step:>6}  loss {step.loss:.4f}", style="dim")
-
-
-def parse_window(text: str, option: str = "--steps") -> tuple[int, int]:
-    """`a:b` as two steps.
-
-    Raises:
-        CircuitError: it is no window.
-    """
-    start, colon, end = text.partition(":")
-    if not colon or not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
-        raise CircuitError(
-            f"window '{text}'", where=option, expected="a:b with a < b, such as 0:750"
-        )
-    return int(start), int(end)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from circuit.artifacts import dump_row, open_lock, read_jsonl
+from circuit.artifacts import dump_row, open_lock, read_jsonl, writing
 from circuit.config import digest_of
 from circuit.core.edit import Edit
 from circuit.errors import CircuitError
@@ -116,26 +116,21 @@ class Replays:
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
         """The file at its end, behind its last whole line."""
-        try:
-            with (
-                open_lock(self.path.with_name(f".{NAME}.lock")) as lock,
-                self.path.open("a+b") as handle,
-            ):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                handle.seek(0)
-                whole = handle.read().rfind(b"\n") + 1
-                if whole < handle.tell():
-                    handle.truncate(whole)
-                handle.seek(whole)
-                yield handle
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise CircuitError(
-                f"could not be written ({error.strerror or error})",
-                where=self.path,
-                fix="free space, then start again; the trainings before this one are intact",
-            ) from error
+        intact = "free space, then start again; the trainings before this one are intact"
+        with (
+            writing(self.path, fix=intact),
+            open_lock(self.path.with_name(f".{NAME}.lock")) as lock,
+            self.path.open("a+b") as handle,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            handle.seek(0)
+            whole = handle.read().rfind(b"\n") + 1
+            if whole < handle.tell():
+                handle.truncate(whole)
+            handle.seek(whole)
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def key(edit: Edit) -> str:

@@ -28,6 +28,12 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of any devices have one dtype and shape, and are equal to the bit."""
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and same_bits(one.cpu(), other.cpu())
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one dtype and device are equal to the bit.
 

@@ -27,17 +27,24 @@ def evaluated(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         CircuitError: it cannot be copied.
     """
     try:
-        copied = copy.deepcopy(module).eval()
+        copied = copy.deepcopy(module)
     except (RuntimeError, TypeError) as error:
         raise CircuitError(
             f"{type(module).__name__} cannot be copied ({error})",
             expected="a module that copy.deepcopy copies",
             fix="pass a function that makes one",
         ) from None
-    for parameter in copied.parameters():
+    return for_evaluation(copied, dtype)
+
+
+def for_evaluation(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module itself, in evaluation mode, all of whose parameters have gradients."""
+    module.eval()
+    for parameter in module.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
-    return copied if dtype is None else torch.nn.Module.to(copied, dtype)
+    # a HookedTransformer's own `to` prints
+    return module if dtype is None else torch.nn.Module.to(module, dtype)
 
 
 def load_buffers(module: nn.Module, values: Mapping[str, Tensor], where: object = None) -> bool:

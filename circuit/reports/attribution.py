@@ -7,7 +7,6 @@ shards that are joined (circuit/reports/shards.py) give the bytes of an unsharde
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -19,10 +18,9 @@ from circuit.attribution.series import Collected, Series, check_windows
 from circuit.attribution.window import Job, Rows, attribute_window
 from circuit.core.groups import Partition
 from circuit.core.paths import path_rule
-from circuit.errors import CircuitError
 from circuit.figures.attribution import scalars_chart, series_charts
 from circuit.figures.charts import Chart
-from circuit.options import Option
+from circuit.options import Option, parse_window
 from circuit.quoting import markdown_text
 from circuit.reports.attribution_law import closing_law, path_words, percent
 from circuit.reports.report import Findings, Results
@@ -31,7 +29,6 @@ from circuit.reports.traced import PathOptions, Scalars, TracedReport
 from circuit.runs.base import Replayable
 from circuit.scalars.family import ScalarFamily
 
-_WINDOW = re.compile(r"(\d+):(\d+)")
 SHORT_TERMS = {
     "weight_decay": "decay",
     "adam_current_gradient": "gradient",
@@ -87,15 +84,7 @@ def parse_windows(texts: Iterable[str]) -> list[tuple[int, int]]:
     Raises:
         CircuitError: one is none.
     """
-    windows = []
-    for text in texts:
-        match = _WINDOW.fullmatch(text)
-        if match is None or int(match[1]) >= int(match[2]):
-            raise CircuitError(
-                f"window '{text}'", where="`windows`", expected="a:b with a < b, such as 0:750"
-            )
-        windows.append((int(match[1]), int(match[2])))
-    return windows
+    return [parse_window(text, "`windows`") for text in texts]
 
 
 A = TypeVar("A", bound=AttributionOptions)

@@ -9,7 +9,6 @@ the scores of each method (`<method>.npz`, circuit/attribution/scores.py) with t
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from circuit.artifacts import Row
 from circuit.attribution.replays import Replay, Replays, key, share
 from circuit.attribution.scores import Scores, lds, read_scores, write_scores
+from circuit.attribution.series import check_windows
 from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
@@ -26,7 +26,7 @@ from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.figures.data import lds_chart
 from circuit.lazy import np
-from circuit.options import Option
+from circuit.options import Option, parse_window
 from circuit.quoting import markdown_text
 from circuit.reports.data_scores import METHODS, TRAINING, Seen, Studied, Window
 from circuit.reports.report import Findings, Results
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 TRAININGS = "data_attribution_trainings.jsonl"
 LEAVE_ONE_OUT, RANDOM = "leave_one_out", "random"
 ALL = (*METHODS, LEAVE_ONE_OUT, RANDOM)
-_STEPS = re.compile(r"(\d+):(\d+)")
 
 
 class AttributionOptions(WordOptions):
@@ -89,10 +88,7 @@ class AttributionOptions(WordOptions):
         """Also refuses windows, shares and parts that are none."""
         super().check()
         for one in self.windows:
-            if not _STEPS.fullmatch(one):
-                raise CircuitError(
-                    f"'{one}'", where="`windows`", expected="A:B, from state to state"
-                )
+            parse_window(one, "`windows`")
         for part in self.shares:
             if not 0 < part < 1:
                 raise CircuitError(
@@ -119,13 +115,8 @@ class DataAttribution(TracedReport[AttributionOptions]):
         super().prepare()
         start, end = self.steps
         words = self.options.windows or (f"{start}:{end}",)
-        pairs = [tuple(map(int, word.split(":"))) for word in words]
-        self.pairs = [(first, last) for first, last in pairs]
-        for first, last in self.pairs:
-            if not start <= first < last <= end:
-                raise CircuitError(
-                    f"'{first}:{last}'", where="`windows`", expected=f"steps within {start}:{end}"
-                )
+        self.pairs = [parse_window(word, "`windows`") for word in words]
+        check_windows(self.pairs, start, end)
         self.theirs = [read_scores(path) for path in self.options.scores]
         for scores in self.theirs:
             if scores.window not in self.pairs:
@@ -214,12 +205,11 @@ class DataAttribution(TracedReport[AttributionOptions]):
         one, what = point
         began = time.process_time()
         if isinstance(what, str):
-            path = one.folder / f"{what}.npz"
-            names = tuple(scalar.name for scalar in one.window.scalars)
-            if not path.exists() or set(read_scores(path).examples) != set(one.window.names):
-                scores = METHODS[what](one.window)
-                pair = (one.window.start, one.window.end)
-                write_scores(path, Scores(what, names, tuple(one.window.names), pair, scores))
+            path, window = one.folder / f"{what}.npz", one.window
+            if not path.exists() or set(read_scores(path).examples) != set(window.names):
+                scores = METHODS[what](window)
+                names = tuple(window.names)
+                write_scores(path, Scores(what, window.scalar_names, names, window.pair, scores))
                 one.spent(what, time.process_time() - began)
             return []
         state = self.run.counterfactual(what, one.window.end)
@@ -273,8 +263,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
     def _scores(self, one: Studied, done: dict[str, Replay]) -> list[Scores]:
         """By every method, of the scored examples."""
         names, asked = tuple(one.window.names), self.options
-        scalars = tuple(scalar.name for scalar in one.window.scalars)
-        pair = (one.window.start, one.window.end)
+        scalars, pair = one.window.scalar_names, one.window.pair
         scores = [read_scores(one.folder / f"{m}.npz") for m in METHODS if m in asked.methods]
         if one.loo:
             values = np.array([done[key(one.loo[name])].values for name in names])

@@ -85,6 +85,16 @@ class Window:
     seen: Seen
     names: Sequence[str]
 
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Its states."""
+        return self.start, self.end
+
+    @property
+    def scalar_names(self) -> tuple[str, ...]:
+        """Of the scalars, in order."""
+        return tuple(scalar.name for scalar in self.scalars)
+
     def attributor(self, *, averages: bool = False) -> Attributor:
         """Of the scalars, on a model of its own."""
         return attributor_of(self.run, self.scalars, averages=averages)

@@ -108,7 +108,7 @@ class TracedScalars:
     def scalars(self, inputs: Inputs | RecipeInputs) -> list[Scalar]:
         """All of them, family by family."""
         if isinstance(inputs, RecipeInputs):
-            return [family.measure() for family in self.families if isinstance(family, OwnScalars)]
+            return [family.measure() for family in self.families]
         return [scalar for family in self.families for scalar in family.build(inputs)]
 
 
@@ -149,18 +149,10 @@ class TracedReport(Report[T]):
             Setup(self.config).recipe()  # before scalars, which may import its file
         self.followed = tuple(self.families())
         for family in self.followed:
-            if not self.recipe:
-                if self.config.shape is not None or not family.any_module:
-                    family.check_model(self.config.model)
-            elif isinstance(family, OwnScalars):
+            if self.recipe:
                 family.measure()
-            else:
-                raise CircuitError(
-                    f"scalar {type(family).__module__.rpartition('.')[2]} reads records of a task,"
-                    " and a run of a recipe has none",
-                    where="`scalars`",
-                    expected="module:name, a function of the run's module that gives numbers",
-                )
+            elif self.config.shape is not None or not family.any_module:
+                family.check_model(self.config.model)
 
     def prepare(self) -> None:
         asked = self.options

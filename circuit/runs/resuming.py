@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from circuit.core.digests import same_bits, tensor_digest
+from circuit.core.digests import identical, tensor_digest
 from circuit.core.flat import ParameterLayout
 from circuit.environment import changed_facts
 from circuit.errors import CircuitError
@@ -90,13 +90,7 @@ def _difference(now: StoredState, then: RecordedState) -> str | None:
     return None
 
 
-def same_buffer(one: Tensor, other: Tensor) -> bool:
-    """Whether two buffers are equal to the bit, of whatever shape and device."""
-    return _same(one, other)
-
-
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        alike = one.dtype == other.dtype and one.shape == other.shape
-        return alike and same_bits(one.cpu(), other.cpu())
+        return identical(one, other)
     return type(one) is type(other) and bool(one == other)

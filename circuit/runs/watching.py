@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from circuit.core.digests import same_bits, tensor_digest
+from circuit.core.digests import identical, same_bits, tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.optimizers import (
     Group,
@@ -36,7 +36,7 @@ from circuit.runs.recording import (
     WatchedOptimizer,
 )
 from circuit.runs.rerun import Rerun
-from circuit.runs.resuming import check_manifest, same_buffer, step_of
+from circuit.runs.resuming import check_manifest, step_of
 from circuit.runs.storing import Storage
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Watcher:
         self._changed_buffers = {
             name
             for name, value in now.buffers.items()
-            if name not in first or not same_buffer(value, first[name])
+            if name not in first or not identical(value, first[name])
         }
         self._begins_anew = recording.begins_anew(step)
         self.step = step

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -36,7 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from circuit.errors import CircuitError
 from circuit.options import Options
-from circuit.plugins import import_named_file, is_file_name, nearest
+from circuit.plugins import import_named_file, is_file_name, let_import_from, nearest
 from circuit.reading import file_digest
 from circuit.scalars.base import Measured
 from circuit.tasks.base import Task
@@ -58,6 +57,15 @@ class ScalarFamily(Options):
     """
 
     any_module: ClassVar[bool] = False
+
+    def measure(self) -> Scalar:
+        """Refuse to be a scalar of a run that has no task; see `OwnScalars.measure`."""
+        name = type(self).__module__.rpartition(".")[2]
+        raise CircuitError(
+            f"scalar {name} reads records of a task, and a run of a recipe has none",
+            where="`scalars`",
+            expected="module:name, a function of the run's module that gives numbers",
+        )
 
     def check_run(self, run: Replayable) -> None:
         """Refuse what the steps of a trace do not have.
@@ -282,8 +290,7 @@ class OwnScalars:
     def _module(self) -> Any:
         if is_file_name(self.name):
             return import_named_file(self.name.rpartition(":")[0], what="the scalar")
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
+        let_import_from(Path.cwd())
         module = self.name.partition(":")[0]
         try:
             if getattr(found := import_module(module), "__file__", None) is None:

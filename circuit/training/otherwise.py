@@ -123,11 +123,6 @@ class Otherwise(Recipe):
             self.origin = self.module()
             load_tensors(self.origin, origin().parameters)
 
-    def enter(self, module: nn.Module, step: int) -> None:
-        """Remember the weights with which the edit starts, where they are held on to."""
-        if self.heads and step == self.edit.start + 1:
-            self.origin = copy.deepcopy(module)
-
     def _check_examples(self) -> None:
         edit = self.edit
         missing, replaced = set(edit.examples), set(self._replaced)
@@ -162,12 +157,12 @@ class Otherwise(Recipe):
 
     def _threshold(self) -> float | None:
         factor = self.edit.settings.get("clip", 1.0)
-        if factor == 1 or self.run.clip is None:
-            if factor != 1:
-                raise CircuitError(
-                    "the training does not clip gradients", expected="an edit without 'clip'"
-                )
+        if factor == 1:
             return self.run.clip
+        if self.run.clip is None:
+            raise CircuitError(
+                "the training does not clip gradients", expected="an edit without 'clip'"
+            )
         if factor == 0:
             raise CircuitError("clip*0 leaves no gradient", expected="a factor above 0")
         return self.run.clip * factor
@@ -305,10 +300,8 @@ class Otherwise(Recipe):
             return self.run.update(module, optimizer, step)
         names, parameters = names_by_id(module), dict(module.named_parameters())
         layout = ParameterLayout.of_model(module)
-        before, past = (
-            {n: p.detach().clone() for n, p in parameters.items()},
-            past_of(optimizer, names),
-        )
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        past = past_of(optimizer, names)
         self.run.update(module, optimizer, step)
         groups = groups_of(optimizer, names)
         held = {name for group in groups for name in group.names}
@@ -352,7 +345,9 @@ class Otherwise(Recipe):
     def watched(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int
     ) -> AbstractContextManager[None]:
-        """See `Recipe.watched`."""
+        """See `Recipe.watched`; the weights with which patterns are held are remembered."""
+        if self.heads and step == self.edit.start + 1:
+            self.origin = copy.deepcopy(module)
         return self.run.watched(module, optimizer, step)
 
 

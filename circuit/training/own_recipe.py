@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.config import parse_config
-from circuit.core.digests import same_bits
+from circuit.core.digests import identical
 from circuit.core.optimizers import groups_of, names_by_id, rule_of
 from circuit.errors import CircuitError
 from circuit.lazy import np, torch
 from circuit.overrides import Overrides, apply_overrides
-from circuit.plugins import import_file, nearest
+from circuit.plugins import import_file, let_import_from, nearest
 from circuit.reading import checked_path, file_digest
 from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.recipe import Batch, Recipe
@@ -143,9 +143,7 @@ def _class_of(code: str) -> type[Recipe]:
         CircuitError: the file cannot be executed, or has no such recipe.
     """
     path, name = _split(code)
-    folder = str(path.absolute().parent)
-    if folder not in sys.path:  # for what it imports
-        sys.path.append(folder)
+    let_import_from(path.absolute().parent)
     _seed_all(0, 0)  # what it draws while it is imported
     with _told(code, "the file"):
         module = import_file(path, missing=_NO_FILE)
@@ -218,12 +216,11 @@ class OwnRecipe(Recipe):
         """
         first, again = (_tensors(self.module()) for _ in range(2))
         for name in {**first, **again}:
-            if name not in first or name not in again or not _same(first[name], again[name]):
+            if name not in first or name not in again or not identical(first[name], again[name]):
                 self._refuse(f"module() gives another {name} at its second call")
         batch, _, same = (self.batch(step) for step in (1, 2, 1))
         for what in ("inputs", "targets"):
-            one, two = getattr(batch, what), getattr(same, what)
-            if one.shape != two.shape or not same_bits(one, two):
+            if not identical(getattr(batch, what), getattr(same, what)):
                 self._refuse(f"batch(1) gives other {what} when it is called again after batch(2)")
         if batch.examples.tolist() != same.examples.tolist():
             self._refuse("batch(1) gives other examples when it is called again after batch(2)")
@@ -383,7 +380,7 @@ class OwnRecipe(Recipe):
         with _told(self.code, f"step {step}"):
             yield
         for name, buffer in module.named_buffers():
-            if name not in buffers or not _same(buffers[name], buffer):
+            if name not in buffers or not identical(buffers[name], buffer):
                 raise CircuitError(
                     f"step {step} has changed the buffer {name}, which no checkpoint holds",
                     where=self.code,
@@ -418,7 +415,3 @@ _SETS = {"rates": "lr", "decays": "weight_decay"}
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers: what a checkpoint holds of a module, and what it does not."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and same_bits(one, other)

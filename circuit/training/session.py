@@ -82,8 +82,6 @@ class TrainingSession:
         from circuit.training.step import training_step
 
         step = self.step + 1
-        if isinstance(self.recipe, Otherwise):
-            self.recipe.enter(self.model, step)
         with self.recipe.watched(self.model, self.optimizer, step):
             outcome = training_step(
                 self.recipe,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from circuit.artifacts import find_folder
-from circuit.core.module import evaluated as copied
+from circuit.core.module import evaluated, for_evaluation
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -90,7 +90,7 @@ class Setup:
         self._model: list[HookedTransformer] = []
         self._recipe: list[Recipe] = []
         if module is not None:
-            self._model.append(cast("HookedTransformer", copied(module)))
+            self._model.append(cast("HookedTransformer", evaluated(module)))
 
     def with_config(self, config: TrainConfig) -> Setup:
         """The same with another config of the same recipe; what is built is shared."""
@@ -242,11 +242,10 @@ class Setup:
     def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
         """A model whose weights may be overwritten, on the config's device."""
         model = self.initial_model()
-        if not isinstance(self.config, RecipeConfig):
-            if dtype is not None:
-                torch.nn.Module.to(model, dtype)
-            return model
-        return evaluated(model, dtype)
+        if isinstance(self.config, RecipeConfig):
+            return cast("HookedTransformer", for_evaluation(model, dtype))
+        # a HookedTransformer's own `to` prints
+        return model if dtype is None else torch.nn.Module.to(model, dtype)
 
     def model(self, state: TrainState, *, untied: bool = False) -> HookedTransformer:
         """The model of a state, on the config's device.
@@ -262,7 +261,7 @@ class Setup:
         model = self.initial_model()
         load_tensors(model, state.parameters)
         if isinstance(self.config, RecipeConfig):
-            return evaluated(model)
+            return cast("HookedTransformer", for_evaluation(model))
         if untied and self.config.model.kind == "bridge":
             return self._plain_bridge(state)
         if untied:
@@ -333,7 +332,7 @@ class Setup:
     def _build(self) -> HookedTransformer:
         config = self.config
         if isinstance(config, RecordedConfig):
-            module = copied(named_module(config.recorded.module, self.near))
+            module = evaluated(named_module(config.recorded.module, self.near))
             return cast("HookedTransformer", torch.nn.Module.to(module, config.device))
         require_memory(
             weights_memory(config.model, self.benchmark.vocabulary.size),
@@ -346,15 +345,6 @@ class Setup:
             kernels=config.kernels,
             device=config.device,
         )
-
-
-def evaluated(module: nn.Module, dtype: torch.dtype | None = None) -> HookedTransformer:
-    """A module of somebody's own for evaluation, all of whose parameters have gradients."""
-    module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
-    placed = module if dtype is None else torch.nn.Module.to(module, dtype)
-    return cast("HookedTransformer", placed)
 
 
 def encode_split(benchmark: Benchmark, split: str, model: ModelConfig | None = None) -> Split:
