@@ -435,10 +435,10 @@ class ForeignConfig(PartialConfig):
     @model_serializer(mode="wrap")
     def _edit_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """There is none; nor is it known how the weights began."""
-        made: dict[str, Any] = dump(self)
+        written: dict[str, Any] = dump(self)
         for unknown in ("initialization", "embedding_std"):
-            (made["model"] or {}).pop(unknown, None)
-        return made
+            (written["model"] or {}).pop(unknown, None)
+        return written
 
 
 class ImportedConfig(ForeignConfig):
@@ -520,15 +520,15 @@ class RecipeConfig(PartialConfig):
 
     def executing(self, code: str | None) -> Self:
         """A copy whose recipe may be executed, from a file that is named here and now."""
-        made = self.model_copy()
-        made._code = code
-        return made
+        named = self.model_copy()
+        named._code = code
+        return named
 
     def remembering(self, other: Config) -> Self:
         """See `Config.remembering`; the code that may be executed stays, too."""
-        made = super().remembering(other)
-        made._code = other.code if isinstance(other, RecipeConfig) else None
-        return made
+        copied = super().remembering(other)
+        copied._code = other.code if isinstance(other, RecipeConfig) else None
+        return copied
 
     @property
     def shape(self) -> None:

@@ -17,7 +17,7 @@ from circuit.reports.written import ANEW, SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.base import Task
 from circuit.trace.store import MANIFEST
-from circuit.train_config import RUN_CONFIG, ImportedConfig, RecordedConfig
+from circuit.train_config import RUN_CONFIG, ForeignConfig, RecordedConfig
 from circuit.training.run_folder import Identity
 
 PROBES = 96
@@ -237,13 +237,10 @@ def attribution_asked_for(reports: Reports) -> list[Panel]:
 def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
     """The same, after the probe set and the trace that the commands read and that do not exist."""
     run, folder = reports.run, reports.run.config.output_dir
-    if isinstance(
-        run.config, ImportedConfig | RecordedConfig
-    ):  # it takes no step, so it has no log
-        stepping = (
-            "circuit train ",
-            *(("--optimizer-trace-dir",) if reports.trace() is None else ()),
-        )
+    if isinstance(run.config, ForeignConfig):  # it takes no step, so it has no log
+        stepping = ["circuit train "]
+        if reports.trace() is None:
+            stepping.append("--optimizer-trace-dir")
         missing = [one for one in missing if not any(text in one.command for text in stepping)]
     needed = []
     probe_set = run.path / "analysis/probe_set.jsonl"

@@ -89,14 +89,14 @@ def import_recording(
     recording = Recording(folder)
     root = recording.root
     module, *optimizers = (_as_found_from(root, name) for name in (module, *optimizers))
-    made = named_module(module, root)
+    trained = named_module(module, root)
     classes = [import_name(name, root, what="the optimizer") for name in optimizers]
-    run = RecordedRun(recording, made, classes)
-    shape = shape_of(made)
+    run = RecordedRun(recording, trained, classes)
+    shape = shape_of(trained)
     benchmark = _benchmark(task, benchmark_dir, root)
     splits = [] if benchmark is None else list(benchmark[1].files)
     if benchmark is not None:
-        _try(made, benchmark[1], splits[0])
+        _try(trained, benchmark[1], splits[0])
         longest = max(longest_of(benchmark[1].records(split)) for split in splits)
         if shape is not None and longest > shape.max_sequence_length:
             shape = None  # most reports read whole records
@@ -117,7 +117,7 @@ def import_recording(
         },
     }
     config = cast(RecordedConfig, parse_config(known, TrainConfig, where=root))
-    why = _without_checkpoints(run, made)
+    why = _without_checkpoints(run, trained)
     steps = [] if why else _checkpointed(run, checkpoint_every)
     names = [RUN_CONFIG, *(f"checkpoints/{checkpoint_name(step)}" for step in steps)]
     digest = NO_BENCHMARK if benchmark is None else benchmark[1].digest
@@ -148,8 +148,8 @@ def _as_found_from(root: Path, name: str) -> str:
     if not here.is_file():
         return name
     above = next((at / path for at in root.resolve().parents if (at / path).exists()), None)
-    found = above is not None and above.samefile(here)
-    return name if found else f"{here.absolute()}:{attribute}"
+    the_same = above is not None and above.samefile(here)
+    return name if the_same else f"{here.absolute()}:{attribute}"
 
 
 def _benchmark(

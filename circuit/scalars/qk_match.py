@@ -378,13 +378,13 @@ class QKMatches(ScalarFamily, options.PairOptions):
             support_role=self.support_key_role,
             distractor_role=self.distractor_key_role,
         )
-        scored, found = batch.select(reads.chosen), {"": reads}
+        scored, by_suffix = batch.select(reads.chosen), {"": reads}
         first = (inputs.task.slice_name,) if self.by_lag else ()
         for by in dict.fromkeys((*first, *self.slices)):
             for value, chosen in scored.by_slice(by).items():
                 if value != "all":
-                    found[f".{by}{value}"] = reads.where(chosen)
-        return found
+                    by_suffix[f".{by}{value}"] = reads.where(chosen)
+        return by_suffix
 
     def build(self, inputs: Inputs) -> list[QKMatch]:
         """One scalar a head, rank, basis and group of reads."""

@@ -123,8 +123,8 @@ def load_recipe(config: RecipeConfig) -> OwnRecipe:
     kind = _class_of(code)
     _seed_all(config.seed, 0)
     with _told(code, "__init__"):
-        made = kind(config.seed)
-    return OwnRecipe(made, config, code)
+        recipe = kind(config.seed)
+    return OwnRecipe(recipe, config, code)
 
 
 def _split(code: str) -> tuple[Path, str]:
