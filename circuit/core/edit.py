@@ -13,10 +13,11 @@ they act on a step (definitions.md section 7):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from circuit.core.flat import Flat, ParameterLayout
@@ -26,12 +27,15 @@ from circuit.errors import CircuitError
 from circuit.lazy import torch
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor, nn
 
 SETTINGS = ("rate", "decay", "clip")
 DIRECTIONS = ("gradient", "momentum")
 DECAYS = ("weight_decay", "decoupled_decay")
 """Terms that are the weights' own, whatever the gradient."""
+
+_TOKEN = re.compile(r"(.+)@(\d+)")
 
 Factors = Mapping[str, float]
 
@@ -43,8 +47,9 @@ class Edit:
     Attributes:
         start, end: the edit holds for the steps that take state `start` to the next ones, up to
             `end`.
-        examples: factor of the loss of an example, by its name; 0 removes it. The number of targets
-            by which the batch's loss is divided stays.
+        examples: factor of the loss of an example, by its name, or of one token of it, by the
+            position that predicts it, counted from 0 (`train-00017@12`); 0 removes it. The number
+            of targets by which the batch's loss is divided stays.
         terms: factor of a term of the update, by its name; 0 removes it.
         replaced: example that is read instead of one, wherever that occurs.
         swapped: pairs of steps, each of which reads the other's batch.
@@ -113,10 +118,34 @@ class Edit:
             step = {one: other, other: one}.get(step, step)
         return step
 
-    def weights(self, names: Sequence[str]) -> list[float] | None:
-        """Factors of the examples of a batch; None where all are 1, which is the step as it was."""
-        factors = [self.examples.get(name, 1.0) for name in names]
-        return None if all(factor == 1.0 for factor in factors) else factors
+    @cached_property
+    def weighed(self) -> dict[str, dict[int | None, float]]:
+        """Factors of the examples by name and position; None: of all of its positions."""
+        factors: dict[str, dict[int | None, float]] = {}
+        for name, factor in self.examples.items():
+            match = _TOKEN.fullmatch(name)
+            example, position = (match[1], int(match[2])) if match else (name, None)
+            factors.setdefault(example, {})[position] = factor
+        return factors
+
+    def weights(
+        self, names: Sequence[str]
+    ) -> Float[Tensor, " example"] | Float[Tensor, "example pos"] | None:
+        """Factors of the losses of a batch; None where all are 1, which is the step as it was.
+
+        Of its examples, or, where the edit names positions, of these; the last column is of all
+        positions behind them.
+        """
+        factors = [self.weighed.get(name, {}) for name in names]
+        weights = torch.tensor([of.get(None, 1.0) for of in factors], dtype=torch.float64)
+        named = [at for of in self.weighed.values() for at in of if at is not None]
+        if named:
+            weights = weights[:, None].repeat(1, max(named) + 2)
+            for row, of in enumerate(factors):
+                for at, factor in of.items():
+                    if at is not None:
+                        weights[row, at] *= factor
+        return None if bool((weights == 1).all()) else weights
 
     @property
     def moves(self) -> bool:

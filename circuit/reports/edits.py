@@ -6,7 +6,8 @@
     slow,set=rate*0.5,update=L1*0.1                 set=rate|decay|clip*FACTOR, update=NAME*FACTOR
     other,scale=weight_decay*0,direction=gradient   scale=TERM*FACTOR, direction=gradient|momentum
 
-where NAME is a tensor or a group of parameters (`L1`, `L1H0`, `L1H0.q`, `L0.mlp`, `*`).
+where NAME is a tensor or a group of parameters (`L1`, `L1H0`, `L1H0.q`, `L0.mlp`, `*`), and EXAMPLE
+may be one token that it is asked to predict: `train-00017@12`, by the position that predicts it.
 
 A file has a JSON object a line, `{"label": "less", "edit": {"start": 2500, "end": 2600, "examples":
 {"train-00017": 0.0}}}`, with the fields of `circuit.Edit`.

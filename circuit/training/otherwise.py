@@ -16,7 +16,7 @@ from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.components import parse_component
 from circuit.model.weights import load_tensors
-from circuit.tasks.examples import Examples, Split
+from circuit.tasks.examples import UNPREDICTED, Examples, Split
 from circuit.training.checkpoints import TrainState
 from circuit.training.data_order import Indices
 from circuit.training.recipe import Batch, NamedExamples, Recipe, TaskRecipe
@@ -110,7 +110,7 @@ class Otherwise(Recipe):
             if share:
                 head: Any = parse_component(name, module, kind="head")  # type: ignore[arg-type]
                 self.heads.append((f"blocks.{head.layer}.attn.hook_pattern", head.head, share))
-        self._check_examples()
+        self._check_examples(module)
         if edit.examples:
             self._check_losses(module)
         if self.heads and edit.start < step < edit.end:
@@ -123,22 +123,45 @@ class Otherwise(Recipe):
             self.origin = self.module()
             load_tensors(self.origin, origin().parameters)
 
-    def _check_examples(self) -> None:
+    def _check_examples(self, module: nn.Module) -> None:
         edit = self.edit
-        missing, replaced = set(edit.examples), set(self._replaced)
+        missing, replaced = set(edit.weighed), set(self._replaced)
         for step in range(edit.start + 1, edit.end + 1):
             if not (missing or replaced):
                 return
             if replaced:
                 replaced.difference_update(self._task.indices(edit.batch_of(step)).tolist())
-            if missing:
-                missing.difference_update(self.sample_ids(step))
+            for row, name in enumerate(self.sample_ids(step) if missing else ()):
+                if name in missing:
+                    missing.remove(name)
+                    self._check_positions(module, step, row, name)
         if missing or replaced:
             name = min(missing) if missing else self._names[min(replaced)]
             raise CircuitError(
                 f"example '{name}' occurs in no step of {edit.start}:{edit.end}",
                 expected="examples of the batches of these steps",
             )
+
+    def _check_positions(self, module: nn.Module, step: int, row: int, name: str) -> None:
+        """Refuse a position of an example that predicts nothing: no loss would be otherwise."""
+        positions = [at for at in self.edit.weighed[name] if at is not None]
+        if not positions:
+            return
+        batch = self.batch(step)
+        if isinstance(self.run, TaskRecipe):
+            predicts = (batch.targets[row] != UNPREDICTED).nonzero().flatten().tolist()
+        else:
+            with torch.no_grad():
+                losses = self.run.losses(self.run.outputs(module, batch), batch)
+            predicts = list(range(losses.shape[1] if losses.ndim == 2 else 0))
+        for at in positions:
+            if at not in predicts:
+                raise CircuitError(
+                    f"example '{name}' predicts nothing at position {at}",
+                    expected=f"such as {', '.join(map(str, predicts[:8]))}"
+                    if predicts
+                    else "losses() by example and position",
+                )
 
     def _check_losses(self, module: nn.Module) -> None:
         """Refuse a loss that is not made of its examples': the rest would go with one of them."""
@@ -226,9 +249,7 @@ class Otherwise(Recipe):
         else:
             batch = self.run.batch(self.edit.batch_of(step))
         weights = self.edit.weights(self.sample_ids(step)) if self.edit.examples else None
-        if weights is None:
-            return batch
-        return replace(batch, weights=torch.tensor(weights, dtype=torch.float64))
+        return batch if weights is None else replace(batch, weights=weights)
 
     # --- what it computes ---
 

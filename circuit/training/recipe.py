@@ -47,14 +47,15 @@ class Batch:
         examples: the number of each example, Int64 `[example]`: who a loss is of.
         whole: the batch of which these are some examples, where they are: their losses are shares
             in its loss.
-        weights: factors of the examples' losses, where they are not all 1; float64, on the CPU.
+        weights: factors of the losses, where they are not all 1, of examples or by position, the
+            last for all positions behind; float64, on the CPU.
     """
 
     inputs: Tensor
     targets: Tensor
     examples: Indices
     whole: Batch | None = None
-    weights: Float[Tensor, " example"] | None = None
+    weights: Float[Tensor, " example"] | Float[Tensor, "example pos"] | None = None
 
     @property
     def size(self) -> int:

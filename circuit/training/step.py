@@ -72,7 +72,11 @@ def weighted_losses(
     if batch.weights is None:
         return losses
     weights = batch.weights.to(losses.device, losses.dtype)
-    return losses * weights.view(-1, *[1] * (losses.ndim - 1))
+    if weights.ndim == 1:
+        return losses * weights.view(-1, *[1] * (losses.ndim - 1))
+    # the last column stands for all positions from there on
+    columns = torch.arange(losses.shape[1], device=losses.device).clamp(max=weights.shape[1] - 1)
+    return losses * weights[:, columns]
 
 
 def training_step(

@@ -22,6 +22,7 @@ from circuit.errors import CircuitError
 from circuit.runs.opening import open_run
 from circuit.scalars.loss import LossScalar
 from circuit.tasks.benchmark import Benchmark
+from circuit.tasks.examples import UNPREDICTED
 from circuit.trace.counterfactual import record_counterfactual
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import RUN_CONFIG, TrainConfig
@@ -31,10 +32,10 @@ from circuit.training.setup import Setup
 __all__ = ["traced_once", "trained", "trained_once"]
 START, END = 5, 9
 TERMS = ("weight_decay", "adam_current_gradient", "adam_historical_momentum", "rounding")
-ONE, OTHER = "ONE", "OTHER"
-"""Stand for examples of the run's."""
+ONE, OTHER, TOKEN = "ONE", "OTHER", "TOKEN"
+"""Stand for examples of the run's, and for a token of the first."""
 NEUTRAL: dict[str, Any] = {
-    "examples": {ONE: 1.0},
+    "examples": {ONE: 1.0, TOKEN: 1.0},
     "terms": dict.fromkeys(TERMS, 1.0),
     "replaced": {ONE: ONE},
     "swapped": ((6, 6), (8, 8)),
@@ -47,6 +48,8 @@ NEUTRAL: dict[str, Any] = {
 EDITS: list[tuple[str, Any]] = [
     ("examples", {ONE: 0.0}),
     ("examples", {ONE: 1.5}),
+    ("examples", {TOKEN: 0.0}),
+    ("examples", {ONE: 1.5, TOKEN: 0.5}),
     *(("terms", {name: 0.0}) for name in TERMS),
     ("terms", {"weight_decay": 2.0}),
     ("replaced", {ONE: OTHER}),
@@ -70,7 +73,8 @@ def run(traced_once: Path) -> ReplayedRun:
 def names(run: ReplayedRun) -> dict[str, str]:
     (step,) = run.replay(START, START + 1)
     (later,) = run.replay(END, END + 1)
-    return {ONE: step.objective.ids[0], OTHER: later.objective.ids[0]}
+    one = step.objective.ids[0]
+    return {ONE: one, OTHER: later.objective.ids[0], TOKEN: f"{one}@2"}
 
 
 def edit_of(names: dict[str, str], part: str, value: Any, start: int = START) -> Edit:
@@ -239,15 +243,28 @@ def test_swapped_batches_and_replaced_examples_are_what_is_read(
     assert read == {6: expected(8), 7: expected(7), 8: expected(6), 9: expected(9)}
 
 
+@pytest.mark.parametrize("positions", [False, True])
 def test_removed_examples_leave_the_number_of_targets(
-    make_config: Callable[..., TrainConfig], tiny: Benchmark
+    make_config: Callable[..., TrainConfig], tiny: Benchmark, positions: bool
 ) -> None:
-    """So the gradient of a batch is the sum of those of its examples alone."""
+    """So the gradient of a batch is the sum of those of its examples, or of its tokens, alone."""
     config = make_config()
-    ids = TrainingSession(Setup(config, benchmark=tiny)).recipe.examples(4).sample_ids
+    recipe = TrainingSession(Setup(config, benchmark=tiny)).recipe
+    ids = recipe.examples(4).sample_ids
+    of = [[name] for name in ids]
+    if positions:
+        predicts = recipe.batch(4).targets != UNPREDICTED
+        every = {
+            name: [f"{name}@{at}" for at in row.nonzero().flatten().tolist()]
+            for name, row in zip(ids, predicts, strict=True)
+        }
+        width = max(map(len, every.values()))
+        of = [[token for tokens in every.values() for token in tokens[at::3]] for at in range(3)]
+        assert width > 3
 
-    def gradient(kept: tuple[str, ...]) -> torch.Tensor:
-        edit = Edit(3, 4, examples=dict.fromkeys(set(ids) - set(kept), 0.0))
+    def gradient(kept: list[str]) -> torch.Tensor:
+        removed = {name for names in of for name in names} - set(kept)
+        edit = Edit(3, 4, examples=dict.fromkeys(removed, 0.0))
         session = TrainingSession(Setup(config.replace(edit=edit), benchmark=tiny))
         for _ in range(3):
             session.advance()
@@ -256,8 +273,9 @@ def test_removed_examples_leave_the_number_of_targets(
         session.advance(on_gradient=lambda: parts.append(layout.flatten_gradient(parameters)))
         return parts[0]
 
-    alone = [gradient((one,)) for one in ids]
-    torch.testing.assert_close(torch.stack(alone).sum(0), gradient(ids), rtol=1e-4, atol=1e-6)
+    alone = [gradient(names) for names in of]
+    whole = gradient([name for names in of for name in names])
+    torch.testing.assert_close(torch.stack(alone).sum(0), whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -280,11 +298,12 @@ def test_its_examples_can_be_credited(
     run: ReplayedRun, names: dict[str, str], scalar: LossScalar, tmp_path: Path
 ) -> None:
     """Weights and all; not where weights went elsewhere than the optimizer took them."""
-    edit = edit_of(names, "examples", {ONE: 0.0})
+    edit = edit_of(names, "examples", {OTHER: 0.0, TOKEN: 0.0})
     record_counterfactual(run, edit, END, tmp_path / "run")
     other = open_run(tmp_path / "run")
     one = credit(other, [scalar], START, END, dtype=torch.float64)[scalar.name]
-    assert one.by_example()[names[ONE]] == 0.0
+    assert one.by_example()[names[OTHER]] == 0.0
+    assert one.by_example()[names[ONE]] != 0.0
     assert one.totals["closure"] < 1e-3
     assert one.totals["examples_error"] < 1e-4
     edit = edit_of(names, "parameters", {"L0": 0.0})
@@ -297,6 +316,8 @@ def test_its_examples_can_be_credited(
     ("edit", "said"),
     [
         ({"examples": {"nobody": 0.0}}, "'nobody' occurs in no step of 5:9"),
+        ({"examples": {"nobody@2": 0.0}}, "'nobody' occurs in no step of 5:9"),
+        ({"examples": {"train-00003@900": 0.0}}, "predicts nothing at position 900; expected such"),
         ({"replaced": {"nobody": "x"}}, "no example 'nobody' in 'train'"),
         ({"terms": {"decay": 0.0}}, "no term 'decay'; expected one of weight_decay, adam_current"),
         ({"parameters": {"L7": 0.0}}, "no parameters 'L7'; expected one of embed.W_E, embed, "),
