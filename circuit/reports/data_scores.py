@@ -22,6 +22,7 @@ from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.lazy import np, torch
 from circuit.reading import read_json
+from circuit.tasks.examples import UNPREDICTED
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import BatchLoss
 from circuit.training.optimizers import learning_rate
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 COSTS, TRAINING = "costs.json", "training"
 CHECKPOINTS = 5
 """States of the window that TracIn looks at."""
+PROJECTED = 64
+"""Dimensions of TRAK's projection; at most half as many as examples."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def influence(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
 
 def gradient_dot(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
     """`- grad C . g_e` at the end of the window."""
-    return _dots(window, [(window.end, 1.0)])
+    return _Gradients(window).dots([(window.end, 1.0)])
 
 
 def tracin(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
@@ -199,7 +202,29 @@ def tracin(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
     chosen = np.linspace(window.start, window.end, CHECKPOINTS, endpoint=False).astype(int)
     config = window.run.config
     steps = np.unique(chosen).tolist()  # a short window has fewer
-    return _dots(window, [(step, learning_rate(config, step + 1)) for step in steps])
+    return _Gradients(window).dots([(step, learning_rate(config, step + 1)) for step in steps])
+
+
+def trak(window: Window) -> Float[NDArray[np.float64], "scalar example"]:
+    """`- grad C P (F^T F)^-1 P^T g_e` at the end of the window, over a random projection `P`.
+
+    Park et al. 2023, TRAK, section 3, of one model, with `F` over the scored examples: its rows are
+    `P^T grad f` of the log odds `f = log(p / (1 - p))` of an example, `p = exp(- mean loss)`, so
+    that `grad f = - grad (mean loss) / (1 - p)`.
+    """
+    of = _Gradients(window)
+    theta, gradients = of.at(window.end)
+    dimension = max(1, min(PROJECTED, len(window.names) // 2))  # well-conditioned
+    random = torch.Generator().manual_seed(0)
+    projection = torch.randn(dimension, len(theta), generator=random)
+    products = of.products(theta, projection)  # [dimension, example], P^T g_e
+    mean, count = of.mean_losses(theta)
+    odds = (-torch.expm1(-mean)).clamp(min=torch.finfo(torch.float32).eps)  # 1 - p
+    # a share in the batch's mean is the mean over the example's own targets times `count / sum`
+    features = -products * (count.sum() / count) / odds  # [dimension, example], F^T
+    kernel = torch.linalg.pinv(features @ features.T, hermitian=True)
+    scalars = gradients @ projection.double().T  # [scalar, dimension]
+    return (-scalars @ kernel @ products).numpy()  # type: ignore[no-any-return]
 
 
 METHODS: dict[str, Callable[[Window], NDArray[np.float64]]] = {
@@ -207,27 +232,51 @@ METHODS: dict[str, Callable[[Window], NDArray[np.float64]]] = {
     "influence": influence,
     "tracin": tracin,
     "gradient_dot": gradient_dot,
+    "trak": trak,
 }
 
 
-def _dots(
-    window: Window, states: Sequence[tuple[int, float]]
-) -> Float[NDArray[np.float64], "scalar example"]:
-    run, attributor = window.run, window.attributor()
-    recipe = run.setup.recipe()
-    assert isinstance(recipe, TaskRecipe), "the report has refused any other"
-    numbers = np.array([window.seen.numbers[name] for name in window.names])
-    examples = recipe.split.batch(numbers)
-    # one batch of them all, so that each loss is over the same number of targets
-    batch = recipe.read(numbers)
-    objective = BatchLoss(recipe, batch, lambda: examples)
-    losses = Losses(attributor.model)
-    end = FlatState.of(run.state(window.end)).parameters
-    bound = attributor.bind(end)
-    total = torch.zeros(len(window.scalars), len(numbers), dtype=torch.float64)
-    for step, rate in states:
-        theta: Flat = FlatState.of(run.state(step)).parameters
-        _, gradients = attributor.evaluate(theta, bound)
-        dots = losses.derivatives(objective, theta, gradients.double(), "example")
-        total -= rate * dots.sum(2)
-    return total.numpy()
+class _Gradients:
+    """Gradients at states of the run: of the scalars, and of the scored examples' losses."""
+
+    def __init__(self, window: Window) -> None:
+        self.run, self.attributor = window.run, window.attributor()
+        recipe = self.run.setup.recipe()
+        assert isinstance(recipe, TaskRecipe), "the report has refused any other"
+        numbers = np.array([window.seen.numbers[name] for name in window.names])
+        examples = recipe.split.batch(numbers)
+        # one batch of them all, so that each loss is over the same number of targets
+        self.batch = recipe.read(numbers)
+        self.objective = BatchLoss(recipe, self.batch, lambda: examples)
+        self.losses = Losses(self.attributor.model)
+        self.bound = self.attributor.bind(FlatState.of(self.run.state(window.end)).parameters)
+
+    def at(self, step: int) -> tuple[Flat, Float[Tensor, "scalar parameter"]]:
+        """The weights, and the gradients of the scalars there; float64."""
+        theta: Flat = FlatState.of(self.run.state(step)).parameters
+        return theta, self.attributor.evaluate(theta, self.bound)[1].double()
+
+    def products(
+        self, theta: Flat, directions: Float[Tensor, "direction parameter"]
+    ) -> Float[Tensor, "direction example"]:
+        """Of directions with the gradient `g_e` of each example."""
+        return self.losses.derivatives(self.objective, theta, directions, "example").sum(2)
+
+    def mean_losses(self, theta: Flat) -> Float[Tensor, "two example"]:
+        """The mean loss of each example's targets, in nats; and how many these are."""
+        with torch.no_grad():
+            shares = self.losses(
+                self.losses.parameters(theta), self.objective, *self.objective.inputs
+            )
+        count = (self.batch.targets != UNPREDICTED).double().cpu().sum(1)
+        return torch.stack([shares.double().cpu().sum(1) * count.sum() / count, count])
+
+    def dots(
+        self, states: Sequence[tuple[int, float]]
+    ) -> Float[NDArray[np.float64], "scalar example"]:
+        """`- sum of weight grad C . g_e` over states, each with a weight."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for step, weight in states:
+            theta, gradients = self.at(step)
+            total = total - weight * self.products(theta, gradients)
+        return total.numpy()

@@ -7,15 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import RUN
 
 from circuit.attribution.scores import Scores, lds, read_scores, write_scores
 from circuit.core.edit import Edit
+from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
 from circuit.reports.data_attribution import ALL, AttributionOptions, DataAttribution
+from circuit.reports.data_scores import Seen, Window, trak
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.opening import open_run
+from circuit.scalars.base import evaluate_scalar
+from circuit.scalars.loss import LossScalar
+from circuit.tasks.examples import UNPREDICTED
 from circuit.trace.replay import ReplayedRun
+from circuit.training.recipe import TaskRecipe
 
 
 def options(traced: Path, replays: Path, **given: Any) -> AttributionOptions:
@@ -94,6 +101,37 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     from circuit.artifacts import read_jsonl
 
     return read_jsonl(folder / "data_attribution_rows.jsonl")
+
+
+def test_trak_is_its_formula(traced: Path) -> None:
+    """By the gradients of log odds, one example at a time."""
+    run = ReplayedRun.open(traced)
+    recipe = run.setup.recipe()
+    assert isinstance(recipe, TaskRecipe)
+    seen = Seen.within(recipe, 4, 7)
+    names = sorted(seen.numbers)[:8]
+    scalar = LossScalar(recipe.split.batch(np.array([seen.numbers[name] for name in names[:3]])))
+    window = Window(run, [scalar], 4, 7, seen, names)
+    model = run.model(7).double()
+    layout, parameters = ParameterLayout.of_model(model), list(model.parameters())
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        parts = torch.autograd.grad(value, parameters, retain_graph=True)
+        named = zip(dict(model.named_parameters()), parts, strict=True)
+        return layout.flatten(dict(named)).double()
+
+    batch = recipe.read(np.array([seen.numbers[name] for name in names]))
+    shares = recipe.losses(recipe.outputs(model, batch), batch).sum(1)
+    targets = (batch.targets != UNPREDICTED).sum(1)
+    mean = shares * targets.sum() / targets
+    p = torch.exp(-mean)
+    random = torch.Generator().manual_seed(0)
+    projection = torch.randn(4, layout.size, generator=random).double()
+    phi = torch.stack([projection @ gradient(one) for one in (p / (1 - p)).log()])
+    asked = gradient(evaluate_scalar(scalar, model).mean())
+    weighed = torch.stack([projection @ gradient(one) for one in shares])
+    expected = -(projection @ asked) @ torch.linalg.inv(phi.T @ phi) @ weighed.T
+    torch.testing.assert_close(torch.tensor(trak(window)[0]), expected, rtol=1e-3, atol=0)
 
 
 def test_the_score_is_the_correlation_of_ranks() -> None:
