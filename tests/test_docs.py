@@ -1,5 +1,5 @@
-"""The pages of the repository: no placeholder is left, every link and anchor leads somewhere, and
-every public name says what it is.
+"""The pages of the repository: no placeholder is left, every link and anchor leads somewhere, prose
+is wrapped, and every public name says what it is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import circuit
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 SCRIPTS = sorted(path for at in ("benchmarks", "docs") for path in (ROOT / at).glob("*.py"))
+WIDTH = 100
+UNBROKEN = re.compile(r"`[^`]*`|!\[[^]]*\]|\]\([^)]*\)")
+"""What stands on one line, however long: code, the words for an image, where a link leads."""
 LISTED = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
 
 
@@ -41,6 +44,16 @@ def test_pages_are_whole(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_prose_is_wrapped(page: Path) -> None:
+    """So that it reads in an editor and a change shows its lines; not tables, headings and code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    prose = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "#"))]
+    lines = [UNBROKEN.sub(lambda code: code[0].replace(" ", "_"), line) for line in prose]
+    after_mark = re.compile(r"^\s*(?:[-*]|\d+\.)?\s*\S* (.*)")
+    assert [line for line in lines if len(line) > WIDTH and after_mark.match(line)] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
