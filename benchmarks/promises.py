@@ -11,20 +11,36 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = "| fault or bad input | what happens | figure | command |"
+KILLS = "| job | calls | states tried | disks full at |"
+
+
+def rows(head: str) -> Iterator[list[str]]:
+    """Cells of every line of the page's tables with this head."""
+    lines = (ROOT / "docs/exactness.md").read_text(encoding="utf-8").split("\n")
+    starts = [number + 2 for number, line in enumerate(lines) if line == head]
+    for start in starts:
+        for line in takewhile(lambda line: line.startswith("|"), lines[start:]):
+            yield line.strip("| ").split(" | ")
 
 
 def promises() -> Iterator[tuple[str, list[str], str]]:
-    """Fault, figures and command of every line of the table."""
-    lines = (ROOT / "docs/exactness.md").read_text(encoding="utf-8").split("\n")
-    for line in lines[lines.index(HEAD) + 2 :]:
-        if not line.startswith("|"):
-            return
-        fault, _, figure, command = line.strip("| ").split(" | ")
-        yield fault, re.findall("`([^`]*)`", figure), re.findall("`([^`]*)`", command)[0]
+    """Fault, figures and command of every line; those of the kill points are a table of its own."""
+    kills = [
+        f"{job.strip('`')}: killed before {calls} calls, which leaves {states} states,"
+        f" {states} tried; full at {fulls} of them; lost or unequal 0"
+        for job, calls, states, fulls in rows(KILLS)
+        if job != "in all"
+    ]
+    for fault, _, figure, command in rows(HEAD):
+        figures = re.findall("`([^`]*)`", figure)
+        if "cut_off" in command:
+            figures += kills
+        yield fault, figures, re.findall("`([^`]*)`", command)[0]
 
 
 def main(words: list[str]) -> int:
