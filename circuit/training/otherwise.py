@@ -131,10 +131,11 @@ class Otherwise(Recipe):
                 return
             if replaced:
                 replaced.difference_update(self._task.indices(edit.batch_of(step)).tolist())
-            for row, name in enumerate(self.sample_ids(step) if missing else ()):
-                if name in missing:
-                    missing.remove(name)
-                    self._check_positions(module, step, row, name)
+            if missing:
+                rows = {name: row for row, name in enumerate(self.sample_ids(step))}
+                seen = missing & set(rows)
+                missing -= seen
+                self._check_positions(module, step, {name: rows[name] for name in seen})
         if missing or replaced:
             name = min(missing) if missing else self._names[min(replaced)]
             raise CircuitError(
@@ -142,24 +143,34 @@ class Otherwise(Recipe):
                 expected="examples of the batches of these steps",
             )
 
-    def _check_positions(self, module: nn.Module, step: int, row: int, name: str) -> None:
-        """Refuse a position of an example that predicts nothing: no loss would be otherwise."""
-        positions = [at for at in self.edit.weighed[name] if at is not None]
-        if not positions:
+    def _check_positions(self, module: nn.Module, step: int, rows: Mapping[str, int]) -> None:
+        """Refuse positions of a step's examples that predict nothing: no loss would be otherwise.
+
+        Args:
+            rows: in the batch, by name.
+        """
+        named = {
+            name: positions
+            for name in rows
+            if (positions := [at for at in self.edit.weighed[name] if at is not None])
+        }
+        if not named:
             return
         batch = self.batch(step)
         if isinstance(self.run, TaskRecipe):
-            predicts = (batch.targets[row] != UNPREDICTED).nonzero().flatten().tolist()
+            predicts = batch.targets != UNPREDICTED
         else:
             with torch.no_grad():
                 losses = self.run.losses(self.run.outputs(module, batch), batch)
-            predicts = list(range(losses.shape[1] if losses.ndim == 2 else 0))
-        for at in positions:
-            if at not in predicts:
+            predicts = losses.new_ones(losses.shape[:2] if losses.ndim == 2 else (len(losses), 0))
+        for name, positions in named.items():
+            there = predicts[rows[name]].nonzero().flatten().tolist()
+            missing = next((at for at in positions if at not in there), None)
+            if missing is not None:
                 raise CircuitError(
-                    f"example '{name}' predicts nothing at position {at}",
-                    expected=f"such as {', '.join(map(str, predicts[:8]))}"
-                    if predicts
+                    f"example '{name}' predicts nothing at position {missing}",
+                    expected=f"such as {', '.join(map(str, there[:8]))}"
+                    if there
                     else "losses() by example and position",
                 )
 

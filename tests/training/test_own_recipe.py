@@ -224,6 +224,8 @@ def test_a_penalty_is_no_examples() -> None:
     (step,) = run.replay(4, 5)
     with pytest.raises(CircuitError, match=r"losses of the examples sum to .*, and the loss is"):
         run.counterfactual(Edit(4, 5, {step.objective.ids[0]: 0.0}), 6)
+    with pytest.raises(CircuitError, match=r"at position 1; expected losses\(\) by example and"):
+        run.counterfactual(Edit(4, 5, {f"{step.objective.ids[0]}@1": 0.0}), 6)
 
 
 def test_influence_is_the_slope_where_parameters_are_frozen() -> None:
