@@ -15,11 +15,12 @@ from typing import Any
 
 from circuit.artifacts import atomic_write_bytes, dump_row, parse_row, writing
 from circuit.errors import CircuitError
-from circuit.reading import MAX_LINE, open_file
+from circuit.reading import MAX_LINE, open_file, values_of
 from circuit.sizes import require_memory
 
 BYTES, DIGEST = "bytes", "sha256"
 """Fields of a record's line: what stands behind it."""
+_FIX = "the file is damaged; record again"
 _INTACT = "free space; what was recorded before is intact"
 
 
@@ -92,38 +93,47 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if not line.endswith(b"\n"):
                 return
             start = handle.tell()
-            record = parse_row(line.rstrip(b"\n"), f"{path} at byte {start - len(line)}")
-            if start + record[BYTES] > size:
+            where = f"{path} at byte {start - len(line)}"
+            record = parse_row(line.rstrip(b"\n"), where)
+            behind = record.get(BYTES)
+            if not isinstance(behind, int) or behind < 0:
+                raise CircuitError(f"'{BYTES}' is {behind!r}", where=where, fix=_FIX)
+            if start + behind > size:
                 return
             yield record, start
-            handle.seek(record[BYTES], os.SEEK_CUR)
+            handle.seek(behind, os.SEEK_CUR)
 
 
 def cut_behind(path: Path, last: int) -> None:
     """Drop the records of a journal behind the last one whose `step` is at most `last`."""
     end = 0
-    for record, start in read_records(path):
-        if record["step"] > last:
-            break
-        end = start + record[BYTES]
+    with values_of(path, fix=_FIX):
+        for record, start in read_records(path):
+            if record["step"] > last:
+                break
+            end = start + record[BYTES]
     os.truncate(path, end)
 
 
-def read_payload(path: Path, record: Mapping[str, Any], start: int) -> bytes:
+def read_payload(path: Path, size: int, digest: str, start: int) -> bytes:
     """The bytes of a record.
+
+    Args:
+        size, digest: what its line says of them.
+        start: where they begin.
 
     Raises:
         CircuitError: they are not those that were written, or the memory cannot hold them.
     """
-    require_memory({"reading the record": 2 * record[BYTES]}, where=path)
+    require_memory({"reading the record": 2 * size}, where=path)
     with open_file(path) as handle:
         handle.seek(start)
-        payload = handle.read(record[BYTES])
-    if hashlib.sha256(payload).hexdigest() != record[DIGEST]:
+        payload = handle.read(size)
+    if hashlib.sha256(payload).hexdigest() != digest:
         raise CircuitError(
             "the bytes of a record do not match their digest",
             where=f"{path} at byte {start}",
-            fix="the file is damaged; record again",
+            fix=_FIX,
         )
     return payload
 
@@ -135,4 +145,4 @@ def check_journal(path: Path) -> None:
         CircuitError: something in it is not what was written.
     """
     for record, start in read_records(path):
-        read_payload(path, record, start)
+        read_payload(path, record[BYTES], str(record.get(DIGEST)), start)

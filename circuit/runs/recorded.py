@@ -27,7 +27,8 @@ from circuit.runs.recorded_step import (
     Verification,
     refused_without,
 )
-from circuit.runs.recording import Recording, StoredState
+from circuit.runs.recording import Recording
+from circuit.runs.records import StoredState
 from circuit.runs.rerun import ElsewhereError, Rerun
 from circuit.train_config import RUN_CONFIG, RecordedConfig, load_run_config
 from circuit.training.checkpoints import StateHeader

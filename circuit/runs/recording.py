@@ -2,7 +2,7 @@
 
     recording.json              what was watched, and on what machine (RecordingManifest)
     ended.json                  there where the loop was left as it should be, and not cut off
-    steps/from_NNNNNN.journal   records (circuit/journal.py): a state after NNNNNN steps, then steps
+    steps/from_NNNNNN.journal   records (runs/records.py): a state after NNNNNN steps, then steps
     watch_rows.jsonl            numbers of every so many steps: rates, norms, scalars
 
 A *state* is all that a step depends on but its gradient: parameters, buffers, what the optimizers
@@ -13,23 +13,22 @@ executed again by the optimizer alone (circuit/runs/rerun.py).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from circuit.artifacts import read_jsonl
 from circuit.config import RECORDING, NonNegativeInt, PositiveInt
-from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.optimizers import Group, Past, rule_of
+from circuit.core.flat import ParameterLayout
+from circuit.core.optimizers import rule_of
 from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
 from circuit.journal import read_payload, read_records
-from circuit.lazy import torch
 from circuit.reading import (
     Document,
     FiniteDocument,
@@ -37,7 +36,9 @@ from circuit.reading import (
     checked_path,
     read_json,
     validated,
+    values_of,
 )
+from circuit.runs.records import StateLine, StepLine, StoredState, StoredStep, state_of, step_of
 from circuit.sealed import unsealed
 
 if TYPE_CHECKING:
@@ -89,159 +90,36 @@ class RecordingManifest(FiniteDocument):
         return ParameterLayout.of_shapes(self.parameters)
 
 
-@dataclass(frozen=True)
-class StoredState:
-    """All that the next step depends on but its gradient.
+def journals(root: Path) -> dict[int, Path]:
+    """The journals of a recording by the step of their first state, ascending."""
+    named = ((_NAME.fullmatch(path.name), path) for path in (root / "steps").glob(f"*{JOURNAL}"))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
 
-    Attributes:
-        step: after so many steps.
-        parameters, buffers: by name; buffers that have not changed since the first state are left
-            out of later ones.
-        groups: of each optimizer.
-        pasts: what each optimizer remembers.
-        not_saved: buffers that the loop has made, and that are not part of the `state_dict`.
-    """
 
-    step: int
-    parameters: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    groups: tuple[tuple[Group, ...], ...]
-    pasts: tuple[Past, ...]
-    not_saved: tuple[str, ...] = ()
+_NAME = re.compile(rf"from_(\d{{6,18}}){re.escape(JOURNAL)}", re.ASCII)
+Line = TypeVar("Line", StateLine, StepLine)
+_FIX = "the file is damaged or was edited; record again"
 
 
 @dataclass(frozen=True)
-class StoredStep:
-    """One call of an optimizer's `step`.
+class _Stored(Generic[Line]):
+    """A record: its file, its line, and where its bytes begin."""
 
-    Attributes:
-        step: `t`, counted from 1 over all optimizers.
-        optimizer: which one it was.
-        settings: of its groups.
-        parameters, buffers: those that have changed since the step before, by anything other than
-            an optimizer, as this step found them.
-        gradient: as it was read, by name.
-        digest: of the flat vector of the parameters after it.
-        not_saved: as of a state, those that are new to the step.
-    """
+    path: Path
+    line: Line
+    start: int
 
-    step: int
-    optimizer: int
-    settings: tuple[Mapping[str, Any], ...]
-    parameters: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    gradient: Mapping[str, Tensor]
-    digest: str
-    not_saved: tuple[str, ...] = ()
+    def payload(self) -> bytes:
+        """Its bytes; raises as `read_payload`."""
+        return read_payload(self.path, self.line.bytes, self.line.sha256, self.start)
 
 
-Record = tuple[dict[str, Any], list[memoryview]]
-"""A journal's line, and the bytes behind it."""
+@dataclass(frozen=True)
+class _Records:
+    """Those of a recording, by step."""
 
-
-def state_record(state: StoredState, *, anew: bool = False) -> Record:
-    """A state as a record.
-
-    Args:
-        anew: it is not the one that the step before has left: an optimizer's was loaded.
-
-    Raises:
-        CircuitError: an optimizer remembers, or a group holds, what cannot be written down.
-    """
-    tensors = {("parameters", name): tensor for name, tensor in state.parameters.items()}
-    tensors |= {("buffers", name): tensor for name, tensor in state.buffers.items()}
-    numbers: list[dict[str, dict[str, Any]]] = []
-    for place, past in enumerate(state.pasts):
-        numbers.append({})
-        for name, remembered in past.items():
-            numbers[-1][name] = {}
-            for key, value in remembered.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"past {place} {key}", name] = value
-                else:
-                    numbers[-1][name][key] = _encoded(value, f"{key} of {name}")
-    line = {
-        "kind": "state",
-        "step": state.step,
-        "anew": anew,
-        "groups": [
-            [{"names": list(g.names), "settings": _settings(g.settings)} for g in groups]
-            for groups in state.groups
-        ],
-        "numbers": numbers,
-        "tensors": [[group, name, *_kind(tensor)] for (group, name), tensor in tensors.items()],
-        **({"not_saved": list(state.not_saved)} if state.not_saved else {}),
-    }
-    return line, [as_bytes(tensor) for tensor in tensors.values()]
-
-
-def step_record(step: StoredStep, absent: Iterable[str], gradient: Flat) -> Record:
-    """A step as a record; raises as `state_record`.
-
-    Args:
-        step: whose own gradient is not looked at.
-        absent: parameters of its optimizer that had no gradient.
-        gradient: that of the others, in the order of the layout.
-    """
-    changed = [*step.parameters.values(), *step.buffers.values()]
-    line = {
-        "kind": "step",
-        "step": step.step,
-        "optimizer": step.optimizer,
-        "settings": [_settings(settings) for settings in step.settings],
-        "parameters": list(step.parameters),
-        "buffers": [[name, *_kind(buffer)] for name, buffer in step.buffers.items()],
-        "absent": list(absent),
-        "digest": step.digest,
-        **({"not_saved": list(step.not_saved)} if step.not_saved else {}),
-    }
-    return line, [as_bytes(tensor) for tensor in (*changed, gradient)]
-
-
-def _kind(tensor: Tensor) -> tuple[str, list[int]]:
-    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's numbers in their order, as they stand in memory where they can be."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
-
-
-def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _encoded(value, f"'{key}' of a group") for key, value in settings.items()}
-
-
-def _encoded(value: Any, where: str) -> Any:
-    """A setting as JSON, from which `_decoded` makes it again to the bit."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, tuple | list):
-        items = [_encoded(item, where) for item in value]
-        return {"tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": _encoded(value.item(), where), "dtype": dtype, "shape": list(value.shape)}
-    raise CircuitError(
-        f"{where} of the optimizer is {type(value).__name__}, which cannot be written down",
-        expected="numbers, texts, tuples of them, and tensors",
-        fix="watch with `keep` rows, which stores no state",
-    )
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "float" in value:
-        return float(value["float"])
-    if "tuple" in value:
-        return tuple(_decoded(item) for item in value["tuple"])
-    number = torch.tensor(_decoded(value["tensor"]), dtype=getattr(torch, value["dtype"]))
-    return number.reshape(value["shape"])
+    states: dict[int, _Stored[StateLine]]
+    steps: dict[int, _Stored[StepLine]]
 
 
 class Recording:
@@ -276,23 +154,29 @@ class Recording:
         self.layout = self.manifest.layout
 
     @cached_property
-    def _records(self) -> dict[str, dict[int, tuple[Path, dict[str, Any], int]]]:
-        """Where each state and each step stands, by kind and step.
+    def _records(self) -> _Records:
+        """Where each state and each step stands.
 
         Raises:
             CircuitError: a line is damaged, or steps are missing.
         """
-        records: dict[str, dict[int, tuple[Path, dict[str, Any], int]]] = {"state": {}, "step": {}}
-        for path in sorted((self.root / "steps").glob(f"from_*{JOURNAL}")):
+        records = _Records({}, {})
+        for path in journals(self.root).values():
             for record, start in read_records(path):
-                records[record["kind"]][record["step"]] = path, record, start
-        if 0 not in records["state"]:
+                where = f"{path} before byte {start}"
+                if record.get("kind") == "state":
+                    state = validated(record, StateLine, where=where, fix=_FIX)
+                    records.states[state.step] = _Stored(path, state, start)
+                else:
+                    step = validated(record, StepLine, where=where, fix=_FIX)
+                    records.steps[step.step] = _Stored(path, step, start)
+        if 0 not in records.states:
             raise CircuitError(
                 "holds no state to begin with",
                 where=self.root,
                 fix="the loop ended before its first step; record again",
             )
-        taken = sorted(records["step"])
+        taken = sorted(records.steps)
         if taken and taken != list(range(1, taken[-1] + 1)):
             missing = next(n for n, step in enumerate(taken, start=1) if n != step)
             raise CircuitError(
@@ -303,12 +187,12 @@ class Recording:
     @property
     def anchors(self) -> list[int]:
         """Steps with a stored state, ascending."""
-        return sorted(self._records["state"])
+        return sorted(self._records.states)
 
     @property
     def last_step(self) -> int:
         """The last recorded step."""
-        return max(*self._records["step"], *self._records["state"], 0)
+        return max(*self._records.steps, *self._records.states, 0)
 
     @property
     def size(self) -> int:
@@ -325,30 +209,32 @@ class Recording:
     def columns(self) -> tuple[str, ...]:
         """Terms of which any step may have some."""
         state = self.state(0)
-        names = [
-            name
-            for one, groups in zip(self.manifest.optimizers, state.groups, strict=True)
-            for group in groups
-            for name in rule_of(one.kind, group.settings, one.decoupled_decay).names
-        ]
-        moved = any(line["parameters"] for _, line, _ in self._records["step"].values())
+        with values_of(self.root, fix=_FIX):
+            names = [
+                name
+                for one, groups in zip(self.manifest.optimizers, state.groups, strict=True)
+                for group in groups
+                for name in rule_of(one.kind, group.settings, one.decoupled_decay).names
+            ]
+        moved = any(stored.line.parameters for stored in self._records.steps.values())
         return (*dict.fromkeys(names), *((OUTSIDE,) if moved else ()))
 
     @cached_property
     def moved_buffers(self) -> list[str]:
         """Buffers that have changed since the first state."""
-        of_steps = (line["buffers"] for _, line, _ in self._records["step"].values())
+        of_steps = (stored.line.buffers for stored in self._records.steps.values())
         moved = {name: None for buffers in of_steps for name, _, _ in buffers}
-        for step, (_, line, _) in self._records["state"].items():
+        for step, stored in self._records.states.items():
             if step:  # later states hold those that have changed
-                moved |= {name: None for group, name, _, _ in line["tensors"] if group == "buffers"}
+                held = (name for group, name, _, _ in stored.line.tensors if group == "buffers")
+                moved |= dict.fromkeys(held)
         return list(moved)
 
     @cached_property
     def not_saved(self) -> frozenset[str]:
         """Buffers that are not part of the module's `state_dict`."""
-        lines = (line for of in self._records.values() for _, line, _ in of.values())
-        made = (name for line in lines for name in line.get("not_saved", ()))
+        stored = (*self._records.states.values(), *self._records.steps.values())
+        made = (name for one in stored for name in one.line.not_saved)
         return frozenset((*self.manifest.not_saved, *made))
 
     def anchor_before(self, step: int) -> int:
@@ -374,13 +260,13 @@ class Recording:
 
     def digest(self, step: int) -> str | None:
         """Of the parameters that a step left; None where that is not stored."""
-        stored = self._records["step"].get(step)
-        return None if stored is None else str(stored[1]["digest"])
+        stored = self._records.steps.get(step)
+        return None if stored is None else stored.line.digest
 
     def begins_anew(self, step: int) -> bool:
         """Whether a state is stored there that the step before it has not left."""
-        stored = self._records["state"].get(step)
-        return stored is not None and bool(stored[1]["anew"])
+        stored = self._records.states.get(step)
+        return stored is not None and stored.line.anew
 
     def state(self, step: int) -> StoredState:
         """A stored state.
@@ -388,40 +274,17 @@ class Recording:
         Raises:
             CircuitError: it is damaged.
         """
-        path, line, start = self._records["state"][step]
-        values = _tensors(
-            read_payload(path, line, start),
-            ((dtype, shape) for _, _, dtype, shape in line["tensors"]),
-        )
-        groups: dict[str, dict[str, Tensor]] = {"parameters": {}, "buffers": {}}
-        pasts: list[Past] = [
-            {name: {key: _decoded(v) for key, v in held.items()} for name, held in past.items()}
-            for past in line["numbers"]
-        ]
-        for (group, name, _, _), value in zip(line["tensors"], values, strict=True):
-            if group in groups:
-                groups[group][name] = value
-            else:
-                _, place, key = group.split(" ", 2)
-                pasts[int(place)][name][key] = value
-        if step:  # those that never change stand in the first state alone
-            groups["buffers"] = {**self._first_buffers, **groups["buffers"]}
-        return StoredState(
-            step,
-            groups["parameters"],
-            groups["buffers"],
-            tuple(
-                tuple(
-                    Group(
-                        tuple(group["names"]),
-                        {key: _decoded(value) for key, value in group["settings"].items()},
-                    )
-                    for group in optimizer
-                )
-                for optimizer in line["groups"]
-            ),
-            tuple(pasts),
-        )
+        stored = self._records.states[step]
+        with values_of(stored.path, fix=_FIX):
+            state = state_of(stored.line, stored.payload(), self.manifest.parameters, self._dtype)
+            if len(state.groups) != len(self.manifest.optimizers):
+                raise ValueError(f"groups of {len(state.groups)} optimizers")
+        # buffers that never change stand in the first state alone
+        return replace(state, buffers={**self._first_buffers, **state.buffers}) if step else state
+
+    @property
+    def _dtype(self) -> str:
+        return self.manifest.dtype.removeprefix("torch.")
 
     @cached_property
     def _first_buffers(self) -> Mapping[str, Tensor]:
@@ -433,49 +296,16 @@ class Recording:
         Raises:
             CircuitError: there is none, or it is damaged.
         """
-        if step not in self._records["step"]:
+        if step not in self._records.steps:
             raise CircuitError(
                 f"step {step} was not recorded",
                 where=self.root,
                 expected=f"a step from 1 to {self.last_step}"
-                if self._records["step"]
+                if self._records.steps
                 else "a recording whose gradients were stored, which are what steps are made of",
             )
-        path, line, start = self._records["step"][step]
-        shapes, dtype = self.manifest.parameters, self.manifest.dtype.removeprefix("torch.")
-        absent = set(line["absent"])
-        groups = self._records["state"][self.anchor_before(step - 1)][1]["groups"]
-        trained = {name for group in groups[line["optimizer"]] for name in group["names"]}
-        with_gradient = [name for name in shapes if name in trained - absent]
-        values = _tensors(
-            read_payload(path, line, start),
-            [
-                *((dtype, shapes[name]) for name in line["parameters"]),
-                *((of, shape) for _, of, shape in line["buffers"]),
-                *((dtype, shapes[name]) for name in with_gradient),
-            ],
-        )
-        return StoredStep(
-            step,
-            line["optimizer"],
-            tuple(
-                {key: _decoded(value) for key, value in group.items()} for group in line["settings"]
-            ),
-            {name: next(values) for name in line["parameters"]},
-            {name: next(values) for name, _, _ in line["buffers"]},
-            {name: next(values) for name in with_gradient},
-            line["digest"],
-        )
-
-
-def _tensors(payload: bytes, kinds: Iterable[tuple[str, Iterable[int]]]) -> Iterator[Tensor]:
-    """Tensors of these dtypes and shapes, one behind the other."""
-    at = 0
-    for dtype, shape in kinds:
-        empty = torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-        size = empty.numel() * empty.element_size()
-        if size:
-            part = bytearray(payload[at : at + size])
-            empty = torch.frombuffer(part, dtype=empty.dtype).reshape(empty.shape)
-        at += size
-        yield empty
+        stored, manifest = self._records.steps[step], self.manifest
+        with values_of(stored.path, fix=_FIX):
+            groups = self._records.states[self.anchor_before(step - 1)].line.groups
+            trained = (name for group in groups[stored.line.optimizer] for name in group.names)
+            return step_of(stored.line, stored.payload(), trained, manifest.parameters, self._dtype)

@@ -18,7 +18,8 @@ from circuit.core.optimizers import Group, Past, TakenStep, class_name, past_of,
 from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.runs.recording import StoredState, StoredStep, WatchedOptimizer
+from circuit.runs.recording import WatchedOptimizer
+from circuit.runs.records import StoredState, StoredStep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,13 +87,13 @@ class Rerun:
         ]
         try:
             optimizer = kind(members, **shared)
-        except (TypeError, ValueError, RuntimeError) as error:
+            remember(optimizer, self.parameters, past)
+        except Exception as error:  # it is anybody's code
             raise CircuitError(
                 f"{kind.__name__} cannot be built from the settings of its groups ({error})",
                 expected="an optimizer whose arguments stand in its groups",
                 fix="keep states instead of gradients",
-            ) from None
-        remember(optimizer, self.parameters, past)
+            ) from error
         return optimizer
 
     def advance(self, step: StoredStep) -> None:
@@ -141,13 +142,20 @@ class Rerun:
 
     def _execute(self, step: StoredStep) -> None:
         optimizer = self.optimizers[step.optimizer]
-        for group, settings in zip(optimizer.param_groups, step.settings, strict=True):
-            group.update(settings)
         for name, parameter in self.parameters.items():
             gradient = step.gradient.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        with self._threads():
-            optimizer.step()
+        try:
+            for group, settings in zip(optimizer.param_groups, step.settings, strict=True):
+                group.update(settings)
+            with self._threads():
+                optimizer.step()
+        except Exception as error:  # it is anybody's code, and settings are what a file says
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CircuitError(
+                f"{class_name(type(optimizer))} does not take step {step.step} ({told})",
+                expected="the settings and gradients that it was recorded with",
+            ) from error
         self.step = step.step
         if tensor_digest(self.layout.flatten(self.parameters)) != step.digest:
             raise self._elsewhere(optimizer)

@@ -12,7 +12,8 @@ from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.recorded import RecordedRun
 from circuit.runs.recorded_step import RecordedState
-from circuit.runs.recording import Recording, RecordingManifest, StoredState
+from circuit.runs.recording import Recording, RecordingManifest
+from circuit.runs.records import StoredState
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,11 +20,9 @@ from circuit.runs.recording import (
     Keep,
     Recording,
     RecordingManifest,
-    StoredState,
-    StoredStep,
-    state_record,
-    step_record,
+    journals,
 )
+from circuit.runs.records import StoredState, StoredStep, state_record, step_record
 from circuit.sealed import sealed
 from circuit.sizes import require_disk
 
@@ -110,16 +108,12 @@ class Storage:
         Killed at any point, it is a recording up to that step or a later one.
         """
         self._folder.remove([ENDED] if ENDED in self._folder.owned else [])
-        starts = {path: int(path.stem.removeprefix("from_")) for path in self._journals()}
-        for path in sorted(starts, key=lambda path: -starts[path]):
-            if starts[path] > step:
+        for start, path in reversed(journals(self.root).items()):
+            if start > step:
                 self._folder.remove([path.relative_to(self.root).as_posix()])
-            elif starts[path] < step:
+            elif start < step:
                 cut_behind(path, step)
         self._kept_rows = step
-
-    def _journals(self) -> list[Path]:
-        return list((self.root / "steps").glob(f"from_*{JOURNAL}"))
 
     def is_anchor(self, step: int) -> bool:
         """Whether a state is stored behind a step, beside its gradient."""
@@ -150,7 +144,7 @@ class Storage:
         self._states, self._last = self._states + 1, state.step
 
     def add_step(self, step: StoredStep, absent: Iterable[str], gradient: Flat) -> None:
-        """Store a step; see `circuit.runs.recording.step_record`."""
+        """Store a step; see `circuit.runs.records.step_record`."""
         assert self._journal is not None, "a state comes first"
         self._journal.append(*step_record(step, absent, gradient))
         self._last = step.step

@@ -27,14 +27,8 @@ from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.recorded_step import RecordedStep
-from circuit.runs.recording import (
-    Keep,
-    Recording,
-    RecordingManifest,
-    StoredState,
-    StoredStep,
-    WatchedOptimizer,
-)
+from circuit.runs.recording import Keep, Recording, RecordingManifest, WatchedOptimizer
+from circuit.runs.records import StoredState, StoredStep
 from circuit.runs.rerun import Rerun
 from circuit.runs.resuming import check_manifest, step_of
 from circuit.runs.storing import Storage
