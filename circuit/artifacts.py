@@ -155,6 +155,12 @@ def open_lock(path: Path) -> IO[str]:
     return os.fdopen(os.open(path, flags, 0o666), "a")
 
 
+def open_appended(path: Path) -> IO[bytes]:
+    """A file to read and append to, which is made where there is none: through no link."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "a+b")
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """`atomic_write_bytes` of UTF-8 text."""
     atomic_write_bytes(path, text.encode("utf-8"))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from circuit.artifacts import dump_row, open_lock, read_jsonl, writing
+from circuit.artifacts import dump_row, open_appended, open_lock, read_jsonl, writing
 from circuit.config import digest_of
 from circuit.core.edit import Edit
 from circuit.errors import CircuitError
@@ -71,16 +71,17 @@ class Replays:
         """
         self.path = Path(folder) / NAME
         self.identity = digest_of(dict(identity))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as handle:
+        with writing(self.path, fix="choose another folder"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._at_end() as handle:
             if not handle.tell():
                 handle.write(self._line({"identity": self.identity}))
         self.read()
 
     def read(self) -> dict[str, Replay]:
         """Those that are done by now, by `key`; also by other workers."""
-        first, *rows = read_jsonl(self.path, tolerate_torn_tail=True)
-        if first != {"identity": self.identity}:
+        rows = read_jsonl(self.path, tolerate_torn_tail=True)
+        if rows[:1] != [{"identity": self.identity}]:
             raise CircuitError(
                 "holds trainings of another run, or values of other scalars",
                 where=self.path,
@@ -88,7 +89,7 @@ class Replays:
             )
         replays = {}
         with values_of(self.path, fix="make it again"):
-            for row in rows:
+            for row in rows[1:]:
                 said = row["edit"]
                 pairs = tuple(map(tuple, said.pop("swapped", ())))
                 edit = Edit(**said, swapped=pairs)
@@ -106,7 +107,7 @@ class Replays:
             "values": list(replay.values),
             "state": dict(replay.state),
         }
-        with self._locked() as handle:
+        with self._at_end() as handle:
             handle.write(self._line(row))
 
     @staticmethod
@@ -114,18 +115,29 @@ class Replays:
         return (dump_row(row) + "\n").encode()
 
     @contextmanager
-    def _locked(self) -> Iterator[IO[bytes]]:
-        """The file at its end, behind its last whole line."""
+    def lock(self) -> Iterator[None]:
+        """Among the workers that share the folder.
+
+        Raises:
+            CircuitError: as `add`.
+        """
         intact = "free space, then start again; the trainings before this one are intact"
-        with (
-            writing(self.path, fix=intact),
-            open_lock(self.path.with_name(f".{NAME}.lock")) as lock,
-            self.path.open("a+b") as handle,
-        ):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = self.path.with_name(f".{NAME}.lock")
+        with writing(self.path, fix=intact), open_lock(lock) as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _at_end(self) -> Iterator[IO[bytes]]:
+        """The file behind its last whole line, where it is one of these trainings."""
+        header = self._line({"identity": self.identity})
+        with self.lock(), open_appended(self.path) as handle:
             handle.seek(0)
-            whole = handle.read().rfind(b"\n") + 1
-            if whole < handle.tell():
+            content = handle.read()
+            whole = content.rfind(b"\n") + 1
+            if whole or not header.startswith(content):  # nobody else's tail is cut off
+                self.read()
+            if whole < len(content):
                 handle.truncate(whole)
             handle.seek(whole)
             yield handle

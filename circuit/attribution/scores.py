@@ -26,6 +26,7 @@ from circuit.artifacts import atomic_write_bytes
 from circuit.errors import CircuitError
 from circuit.lazy import np
 from circuit.reading import read_bytes
+from circuit.sizes import require_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -95,7 +96,11 @@ def read_scores(path: str | Path) -> Scores:
     payload = read_bytes(path)
     try:
         with np.load(io.BytesIO(payload), allow_pickle=False) as file:
+            unfolded = sum(member.file_size for member in file.zip.infolist())
+            require_memory({"the arrays, unfolded": 2 * unfolded}, where=path)
             arrays = {name: file[name] for name in ARRAYS}
+    except CircuitError:
+        raise
     except Exception as error:  # noqa: BLE001 - of a damaged zip archive anything may follow
         raise CircuitError(
             f"no scores ({error})", where=path, expected=f"arrays {', '.join(ARRAYS)} in .npz"

@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, RootModel
 
 from circuit.artifacts import atomic_write_text, dump_json
 from circuit.attribution.credit import CreditPass
@@ -21,7 +23,8 @@ from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.lazy import np, torch
-from circuit.reading import read_json
+from circuit.reading import MissingFileError, read_json, validated
+from circuit.sealed import sealed, unsealed
 from circuit.tasks.examples import UNPREDICTED
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import BatchLoss
@@ -44,6 +47,10 @@ CHECKPOINTS = 5
 """States of the window that TracIn looks at."""
 PROJECTED = 64
 """Dimensions of TRAK's projection; at most half as many as examples."""
+
+
+class Costs(RootModel[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]):
+    """Seconds of a processor, by what took them."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +145,23 @@ class Studied:
         Args:
             what, seconds: one more that was measured, which is kept beside what it made.
         """
-        path = self.folder / COSTS
-        costs: dict[str, float] = read_json(path) if path.exists() else {}
-        if what is not None:
+        if what is None:
+            return self._costs()
+        with self.kept.lock():  # other workers measure, too
+            costs = self._costs()
             costs[what] = min(seconds, costs.get(what, math.inf))
-            atomic_write_text(path, dump_json(costs))
+            atomic_write_text(self.folder / COSTS, dump_json(sealed(costs)))
         return costs
+
+    def _costs(self) -> dict[str, float]:
+        path, fix = self.folder / COSTS, "remove it; costs are then unknown"
+        try:
+            payload = read_json(path, fix=fix)
+        except MissingFileError:
+            return {}
+        if isinstance(payload, dict):
+            payload = unsealed(payload, where=path, fix=fix)
+        return dict(validated(payload, Costs, where=path, fix=fix).root)
 
     def costs(self) -> dict[str, float]:
         """Of each method, in trainings over the window; as far as they are known."""
