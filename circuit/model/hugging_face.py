@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.reading import read_json
+from circuit.sizes import require_memory
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -42,35 +43,56 @@ def load_pretrained(folder: Path) -> HookedTransformer:
             where=folder / CONFIG,
             expected=" or ".join(ARCHITECTURES),
         )
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    from circuit.model.build import build_converted
 
     drawn = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CircuitError(f"cannot be read ({first})", where=folder) from None
+        return _converted(folder, neox=named[0] == ARCHITECTURES[1])
+    except CircuitError:
+        raise
+    except Exception as error:  # of a config that is not as its kind's anything may follow
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise CircuitError(f"cannot be read ({first})", where=folder) from error
     finally:
         if drawn:
             logging.enable_progress_bar()
+
+
+def _converted(folder: Path, *, neox: bool) -> HookedTransformer:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from circuit.model.build import build_converted
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    shape = _neox(config) if neox else _gpt2(config)
+    _refuse_others(shape, config, folder / CONFIG)
+    require_memory(_memory(shape), where=folder / CONFIG)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
     if loaded["missing_keys"]:  # which are random then
         raise CircuitError(f"holds no {min(loaded['missing_keys'])}", where=folder)
-    neox = named[0] == ARCHITECTURES[1]
-    shape = _neox(model.config) if neox else _gpt2(model.config)
-    _refuse_others(shape, model.config, folder / CONFIG)
+    odd = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    if odd is not None:
+        raise CircuitError(f"{odd} is not finite", where=folder, expected="finite weights")
     return build_converted(shape, model, neox=neox)
+
+
+def _memory(shape: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the weights, in both of the models, and of the masks, one of each layer."""
+    d, layers, positions = shape["d_model"], shape["n_layers"], shape["n_ctx"]
+    weights = layers * (4 * d * d + 2 * d * shape["d_mlp"]) + (2 * shape["d_vocab"] + positions) * d
+    return {
+        "weights (its sizes and number of layers)": 8 * weights,
+        "masks (its positions and number of layers)": layers * positions**2,
+    }
 
 
 def _refuse_others(shape: dict[str, Any], config: Any, where: Path) -> None:

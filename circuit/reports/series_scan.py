@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from circuit.artifacts import Row
+from circuit.config import digest_of
 from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart, at_step, chart, colour, lines
@@ -79,6 +80,7 @@ class SeriesScan(Report[SeriesOptions]):
         self.series = CheckpointSeries(self.options.series)
         self.bulk: dict[str, float] = {}
         self.digests: dict[int, str] = {}
+        self.configs: dict[int, str] = {}
         self.sketches: dict[int, Tensor] = {}
         self.gap = 0.0
 
@@ -94,6 +96,7 @@ class SeriesScan(Report[SeriesOptions]):
         step, model = point
         parameters = dict(model.named_parameters())
         self.digests[step] = tensors_digest(parameters)
+        self.configs[step] = digest_of({name: str(of) for name, of in vars(model.cfg).items()})
         self.sketches[step] = _sketch(parameters)
         heads = list(map(str, all_heads(model)))
         attention = self._attention(model, heads)
@@ -143,7 +146,8 @@ class SeriesScan(Report[SeriesOptions]):
         return Findings(rows, summary, law)
 
     def provenance(self) -> dict[str, Any]:
-        return {"parameters_sha256": {str(step): digest for step, digest in self.digests.items()}}
+        told = {"parameters_sha256": self.digests, "config_sha256": self.configs}
+        return {name: {str(step): of for step, of in by.items()} for name, by in told.items()}
 
     @classmethod
     def notes(cls, results: Results[SeriesOptions]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,37 @@ def test_a_converted_model_has_the_logits_of_its_own(
     with torch.no_grad():
         theirs, ours = model(tokens).logits, load_pretrained(tmp_path)(tokens)
     assert float((theirs - ours).abs().max()) < 1e-5 * float(theirs.abs().max())
+
+
+ODD: list[Any] = [None, 0, -1, 3, 1.5, 10**9, 10**40, "x", [], {}, True]
+
+
+@pytest.mark.parametrize("kind", ["gpt-neox", "gpt2"])
+def test_a_config_that_says_anything_is_read_or_refused_in_one_line(
+    kind: str, tmp_path: Path
+) -> None:
+    """Sizes beyond the memory, too: they are refused before anything of them is made."""
+    save(MODELS[kind](), tmp_path)
+    path, rng = tmp_path / "config.json", random.Random(1)
+    refusals: list[str] = []
+    config = json.loads(path.read_text())
+    for name in sorted(config):
+        path.write_text(json.dumps({**config, name: rng.choice(ODD)}))
+        try:
+            load_pretrained(tmp_path)
+        except CircuitError as error:
+            refusals.append(str(error))
+    assert len(refusals) >= len(config) / 4
+    assert not [told for told in refusals if len(told.splitlines()) > 1]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = MODELS["gpt2"]()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = float("nan")
+    save(model, tmp_path)
+    with pytest.raises(CircuitError, match=r"transformer\.wte\.weight is not finite"):
+        load_pretrained(tmp_path)
 
 
 SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
