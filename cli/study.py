@@ -54,6 +54,7 @@ def register(app: typer.Typer) -> None:
 def configs(scale: Scale) -> None:
     """Write the contract's configs at another scale, under configs/ of the current folder."""
     from circuit.artifacts import atomic_write_text
+    from circuit.reading import read_bytes
     from circuit.studies.configs import contract_configs, scaled
     from circuit.studies.scales import find_scale
 
@@ -63,10 +64,17 @@ def configs(scale: Scale) -> None:
             "--scale full",
             expected="short or smoke; the full scale's configs ship with the project",
         )
-    paths = [Path(path) for path in contract_configs(wanted)]
-    for path in paths:
-        atomic_write_text(path, scaled(str(path), wanted))
-    print_written(paths)
+    texts = {Path(path): scaled(path, wanted) for path in contract_configs(wanted)}
+    for path, text in texts.items():
+        if path.exists() and read_bytes(path) != text.encode():
+            raise CircuitError(
+                f"exists, and is not the config of --scale {scale}",
+                where=path,
+                fix="move it away, or start in another folder",
+            )
+    for path, text in texts.items():
+        atomic_write_text(path, text)
+    print_written(list(texts))
 
 
 def derive_config(

@@ -23,6 +23,7 @@ from typing import IO, Literal
 
 from circuit.artifacts import open_lock
 from circuit.errors import CircuitError
+from circuit.reading import read_bytes
 from circuit.studies.costs import Cost, cost_of
 from circuit.studies.jobs import Job
 from circuit.studies.scales import Scale
@@ -178,7 +179,8 @@ def check_executor(request: Request) -> None:
     Raises:
         CircuitError: Snakemake's plugin for them, or Slurm's `sbatch`, is missing.
     """
-    said = "" if request.profile is None else (request.profile / "config.yaml").read_text("utf-8")
+    told = b"" if request.profile is None else read_bytes(request.profile / "config.yaml")
+    said = told.decode("utf-8", "replace")
     named = re.search(r"^executor: *['\"]?([\w-]+)", said, re.MULTILINE)
     typed = re.search(r"(?:^| )(?:-e|--executor)[ =]([\w-]+)", " ".join(request.options))
     executor = typed[1] if typed else named[1] if named else "local"

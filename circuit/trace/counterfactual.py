@@ -16,6 +16,7 @@ from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
+from circuit.reading import read_bytes
 from circuit.sealed import sealed
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
@@ -71,7 +72,7 @@ def record_counterfactual(
         files.refuse_foreign([RUN_CONFIG, ENVIRONMENT, *names])
         text = config.to_json()
         there = root / RUN_CONFIG
-        if there.is_file() and not overwrite and there.read_text("utf-8") != text:
+        if there.exists() and not overwrite and read_bytes(there) != text.encode():
             raise CircuitError(
                 "holds a run with another edit", where=root, fix="choose another folder"
             )
