@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from command_line import type_in
 from each_report import make
 from law import renewed
 from tiny_run import RUN, MadeOnce, traced_once, trained_once
+from wide import widen
 
 __all__ = ["traced_once", "trained_once"]
 
@@ -57,12 +59,40 @@ def memory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def world(made_world: Path, memory: Path) -> Iterator[Path]:
+def narrow(made_world: Path, memory: Path) -> Iterator[Path]:
     """A copy of that world, of which `renewed` makes others; it is the same at the end."""
     world = shutil.copytree(made_world, memory / "world")
+    with kept(world):
+        yield world
+
+
+@pytest.fixture(scope="session")
+def wide(made_world: Path, made_once: MadeOnce, memory: Path) -> Iterator[Path]:
+    """The same with recordings, recipes, counterfactual runs, queues and scores."""
+
+    def fill() -> None:
+        shutil.copytree(made_world, ".", dirs_exist_ok=True)
+        widen()
+
+    world = shutil.copytree(made_once("widened", fill), memory / "wide")
+    with kept(world):
+        yield world
+
+
+@contextmanager
+def kept(world: Path) -> Iterator[None]:
+    """Hold that nothing in a folder is changed."""
     before = [path.read_bytes() for path in sorted(world.rglob("*")) if path.is_file()]
-    yield world
+    yield
     assert before == [path.read_bytes() for path in sorted(world.rglob("*")) if path.is_file()]
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Path:
+    """The wide one for what is run by hand, else the narrow one."""
+    of_system = request.node.get_closest_marker("system") is not None
+    world: Path = request.getfixturevalue("wide" if of_system else "narrow")
+    return world
 
 
 @pytest.fixture

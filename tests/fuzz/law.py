@@ -22,6 +22,7 @@ from pathlib import Path
 import altair  # noqa: F401  what a fork would else import anew
 import transformer_lens  # noqa: F401
 from command_line import type_in
+from wide import watch
 
 import circuit.page
 import circuit.reports.export
@@ -92,7 +93,7 @@ def _work(words: Sequence[str], before: Callable[[], object], out: int, err: int
         have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (have + MEMORY, have + MEMORY))
         before()
-        code = type_in(words)
+        code = watched(words[1:]) if words[0] == "watch" else type_in(words)
     except BaseException:
         traceback.print_exc()
         raise
@@ -101,6 +102,18 @@ def _work(words: Sequence[str], before: Callable[[], object], out: int, err: int
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def watched(words: Sequence[str]) -> int:
+    """Runs a loop of somebody's own, whose refusals are told as those of a command; the code."""
+    try:
+        watch(words)
+    except CircuitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def renewed(world: Path, place: Path) -> None:

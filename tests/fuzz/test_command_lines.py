@@ -13,7 +13,7 @@ import pytest
 import typer.main
 from circuit.cli.program import program
 from each_report import GOOD
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 from law import renewed, typed
 
@@ -136,7 +136,13 @@ PATHS += ["runs/tiny/checkpoints", "runs/tiny/metrics.jsonl", "trace/trace.json"
 PATHS += [BEST[1], "runs/tiny/analysis/probe_set.jsonl", "runs/tiny/formation.html"]
 COUNTS = ["0", "-1", "1", "3", "12", "1.5", "nan", "inf", "\u0663", "9" * 30, "1e999", " 2"]
 GIVEN: Json = {**GOOD, "config": "tiny.json", "benchmark_dir": "data/tiny", "folder": "trace"}
-GIVEN |= {"run": "runs/tiny", "output_dir": "new"}
+GIVEN |= {"run": "runs/tiny", "output_dir": "new", "edits_file": "edits.jsonl"}
+GIVEN |= {"replays": ("queue", "judged", "new"), "runs_dir": ("left", "new"), "part": "1/2"}
+GIVEN |= {"recipe": "mine.py:Sums", "module": "mine.py:build", "folder": ("trace", "mine", "own")}
+GIVEN |= {"scalars": ("loss", "mine.py:loss"), "series": "series", "scores": "theirs.npz"}
+GIVEN |= {"edits": ("a,scale=weight_decay*0", "a,freeze=L0", "a,set=rate*0.5,steps=0:1")}
+GIVEN |= {"config": ("tiny.json", "mine", "own"), "by": "position", "windows": "0:2"}
+"""Many of these stand in the wide world alone."""
 
 
 def leaves(command: Any, words: Words = ()) -> list[tuple[Words, Any]]:
@@ -165,9 +171,13 @@ def lines(draw: st.DrawFn, commands: list[tuple[Words, Any]]) -> Words:
     return (*chosen, *draw(st.sampled_from([()] * 9 + [("--no-such",), ("x",), ("--",), ("-h",)])))
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.system)])
+PARTS = [pytest.param(400, part, marks=pytest.mark.system) for part in range(1, 6)]
+"""Of the long run, each to be run apart."""
+
+
+@pytest.mark.parametrize(("count", "part"), [(20, 0), *PARTS])
 def test_whatever_is_said_is_done_exactly_or_refused_in_one_line(
-    count: int, place: Path, world: Path
+    count: int, part: int, place: Path, world: Path
 ) -> None:
     pairs = {"benchmark.json": BenchmarkConfig, "tiny.json": TrainConfig}
     bases = {name: json.loads((world / name).read_text()) for name in pairs}
@@ -179,6 +189,7 @@ def test_whatever_is_said_is_done_exactly_or_refused_in_one_line(
 
     @settings(max_examples=count, phases=PHASES, suppress_health_check=list(HealthCheck))
     @example((json.dumps(bases["tiny.json"]).encode(), TRACED))
+    @seed(part)
     @given(config_cases(kinds) | st.tuples(st.just(b"{}"), commands))
     def check(case: tuple[bytes, Words]) -> None:
         data, words = case

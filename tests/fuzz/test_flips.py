@@ -1,9 +1,13 @@
-"""A flipped bit, or a changed digit, in any file that a command reads: refused, or no effect."""
+"""A flipped bit, or a changed digit, in any file that a command reads: refused, or no effect.
+
+So is what stands in a file's place: nothing, a part of it, a pipe, a folder, a device, deep JSON.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -14,6 +18,7 @@ from typing import Any
 
 import pytest
 from law import Ended, differing, files, renewed, typed
+from wide import READ as WIDE
 
 RUN, HALF = "runs/tiny", "runs/half"
 CHECKPOINT = f"{RUN}/checkpoints/step_000012.pt"
@@ -94,6 +99,20 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(made)
 
 
+HARMS: dict[str, Callable[[Path, bytes, random.Random], object]] = {
+    "cut": lambda path, data, rng: path.write_bytes(data[: rng.randrange(len(data))]),
+    "empty": lambda path, data, rng: path.touch(),
+    "pipe": lambda path, data, rng: os.mkfifo(path),
+    "folder": lambda path, data, rng: path.mkdir(),
+    "device": lambda path, data, rng: path.symlink_to("/dev/zero"),
+    "loop": lambda path, data, rng: path.symlink_to(path.name),
+    "deep": lambda path, data, rng: path.write_text("[" * 100_000),
+    "digits": lambda path, data, rng: path.write_text(f'{{"seed": {"9" * 5000}}}'),
+    "more": lambda path, data, rng: path.write_bytes(data + bytes([rng.randrange(256)])),
+}
+"""What else becomes of a file."""
+
+
 def outcome(done: Ended) -> Outcome:
     """Code, words and files of a command."""
     return done.code, re.sub(r"in \d+ s \(.*", "", done.out), files()
@@ -119,12 +138,18 @@ def on_record(name: str, flipped: bytes, out: str) -> bool:
         return False
 
 
+def content(name: str) -> bytes | None:
+    """Of a file; None of what is none."""
+    return Path(name).read_bytes() if Path(name).is_file() else None
+
+
 def verdict(
-    name: str, words: tuple[str, ...], flipped: bytes, sound: Callable[[], Outcome]
+    name: str, words: tuple[str, ...], flipped: bytes | None, sound: Callable[[], Outcome]
 ) -> tuple[str, str]:
     """What became of a flip, and why where it is wrong.
 
     Args:
+        flipped: what the file holds; None if it is none.
         sound: what the command does without it; of an empty place.
     """
     done = typed(words)
@@ -133,8 +158,8 @@ def verdict(
         return "wrong", done.breach
     if code in (1, 2):
         return "refused", ""
-    untouched = {name} if Path(name).read_bytes() == flipped else set()
-    recorded = on_record(name, flipped, done.out)
+    untouched = {name} if content(name) == flipped else set()
+    recorded = flipped is not None and on_record(name, flipped, done.out)
     _, sound_said, sound_made = sound()
     lost = set(differing(sound_made, made)) - untouched
     if not lost and said == sound_said:
@@ -142,40 +167,69 @@ def verdict(
     return ("on record", "") if recorded else ("wrong", f"{sorted(lost)} {said[-200:]}")
 
 
-@pytest.mark.parametrize("count", [len(READ), pytest.param(1000, marks=pytest.mark.system)])
+PARTS = 6
+"""Of the long runs, each to be run apart."""
+BY_HAND = [pytest.param(200, part, marks=pytest.mark.system) for part in range(1, PARTS + 1)]
+
+
+@pytest.mark.parametrize(("count", "part"), [(len(READ), 0), *BY_HAND])
 def test_a_changed_bit_or_digit_is_refused_or_has_no_effect(
-    count: int, place: Path, world: Path
+    count: int, part: int, place: Path, world: Path
 ) -> None:
-    rng, wrong = random.Random(0), []
-    figures: dict[str, Counter[str]] = {name: Counter() for name in READ}
+    def flip(path: Path, data: bytes, rng: random.Random) -> None:
+        path.write_bytes(damaged(data, rng))
+
+    wrong, total = harmed(count, part, {"flip": flip}, place, world)
+    print(f"flips: silently wrong {len(wrong)} of {count}; {dict(total)}")
+    assert wrong == [], "\n\n".join(wrong[:40])
+
+
+@pytest.mark.parametrize(("count", "part"), [(len(HARMS), 0), *BY_HAND])
+def test_what_stands_in_a_files_place_is_refused_or_has_no_effect(
+    count: int, part: int, place: Path, world: Path
+) -> None:
+    wrong, total = harmed(count, part, HARMS, place, world)
+    print(f"harms: silently wrong {len(wrong)} of {count}; {dict(total)}")
+    assert wrong == [], "\n\n".join(wrong[:40])
+
+
+def harmed(
+    count: int,
+    part: int,
+    harms: dict[str, Callable[[Path, bytes, random.Random], object]],
+    place: Path,
+    world: Path,
+) -> tuple[list[str], Counter[str]]:
+    """Harm as many files, one before each command; what was silently wrong, and the figures."""
+    rng, wrong = random.Random(part), []
+    every = READ | WIDE if part else READ
+    figures: dict[str, Counter[str]] = {name: Counter() for name in every}
 
     @cache
     def sound(words: tuple[str, ...]) -> Outcome:
         renewed(world, place)
         done = outcome(typed(words))
-        assert done[0] == 0, words
+        assert done[0] in (0, 130), (words, done[:2])
         return done
 
     for number in range(count):
-        name = list(READ)[number % len(READ)]
-        words = READ[name][number // len(READ) % len(READ[name])]
-        if count > len(READ):  # else only where a flip was not refused
-            sound(words)
+        turn, at = divmod(number + max(part - 1, 0) * count, len(every))
+        name = list(every)[at]
+        words = every[name][turn % len(every[name])]
+        harm = list(harms)[(number + turn) % len(harms)]
         renewed(world, place)
         before = Path(name).read_bytes()
-        flipped = damaged(before, rng)
         Path(name).unlink()
-        Path(name).write_bytes(flipped)
+        harms[harm](Path(name), before, rng)
+        flipped = content(name)
         kind, why = verdict(name, words, flipped, partial(sound, words))
         figures[name][kind] += 1
         if kind == "wrong":
-            at = next(i for i, (a, b) in enumerate(zip(before, flipped, strict=True)) if a != b)
-            change = f"byte {at}: {before[at - 30 : at + 9]!r} -> {flipped[at - 30 : at + 9]!r}"
-            wrong.append(f"{name}, {change}: circuit {' '.join(words)}\n{why}")
+            pairs = enumerate(zip(before, flipped or b"", strict=False))
+            first = next((i for i, (a, b) in pairs if a != b), 0)
+            change = [(data or b"")[max(0, first - 30) : first + 9] for data in (before, flipped)]
+            line = " ".join(words)
+            wrong.append(f"{name}, {harm} at {first}: {change}: circuit {line}\n{why}")
     for name, counts in figures.items():
         print(f"{name}: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}")
-    total = sum(figures.values(), Counter())
-    print(
-        f"flips in {len(READ)} kinds of file: silently wrong {len(wrong)} of {count}; {dict(total)}"
-    )
-    assert wrong == [], "\n\n".join(wrong[:40])
+    return wrong, sum(figures.values(), Counter())

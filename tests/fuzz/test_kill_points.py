@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from faults import PAGE, full, recording, small_disk
 from law import Ended, differing, files, renewed, typed
+from wide import WRITTEN
 
 Words = tuple[str, ...]
 OUT = ("--output-dir", "out")
@@ -63,6 +64,7 @@ JOBS = {
     ),
     "export": Job(("export", *RUN, *LAST, *OUT)),
 }
+WIDE = {name: Job(*of) for name, of in WRITTEN.items()}
 
 
 class Cut:
@@ -109,7 +111,8 @@ class Cut:
         for name in self.old | self.new | here:
             data, old, new = here.get(name), self.old.get(name), self.new.get(name)
             whole = data in (old, new) or (data is None and name in self.own)
-            log = data is not None and name.endswith(".jsonl") and (new or b"").startswith(data)
+            log = data is not None and name.endswith((".jsonl", ".journal"))
+            log = log and any(one and one.startswith(data) for one in (old, new))
             manifest = False
             if name.endswith(".manifest.json") and data is not None:  # `files` gives its names
                 told = {*json.loads(old or b"[]"), *json.loads(new or b"[]")}
@@ -143,13 +146,13 @@ def each(names: Iterable[str], step: int) -> list[Any]:
     return [pytest.param((name,), step, marks=SYSTEM, id=name) for name in names]
 
 
-@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 13), *each(JOBS, 1)])
+@pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 13), *each(JOBS | WIDE, 1)])
 def test_cut_off_at_any_call_it_ends_as_if_nothing_had_happened(
     names: Words, step: int, place: Path, world: Path
 ) -> None:
     wrong, calls, states, tried, fulls = [], 0, 0, 0, 0
     for name in names:
-        with Cut(JOBS[name], world, place) as cut:
+        with Cut((JOBS | WIDE)[name], world, place) as cut:
             for number, state in enumerate(cut.states[::step]):
                 renewed(state, place)
                 broken = cut.left()

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import typer.main
 from circuit.cli.program import program
+from each_report import GOOD
 from law import renewed, typed
-from test_command_lines import GIVEN as SMALL
 from test_command_lines import Words, leaves
 from test_flips import MATCH
 
 PLAIN = "plain"
-GIVEN = {**SMALL, "separation_rows": f"{MATCH}_rows.jsonl", "output": "new", "config": "runs/tiny"}
+GIVEN: dict[str, Any] = {**GOOD, "separation_rows": f"{MATCH}_rows.jsonl", "output": "new"}
+GIVEN |= {"config": "runs/tiny", "benchmark_dir": "data/tiny", "folder": "trace"}
+GIVEN |= {"run": "runs/tiny", "output_dir": "new"}
 GIVEN |= {"scalars": "loss", "from_initialization": True, "split": "train", "step": 3}
 GIVEN |= {
     "anchor_every": 12,
@@ -31,8 +33,19 @@ GIVEN |= {
     "examples_per_split": 3,
     "score": "rank2",
 }
-PLACES = {"runs/tiny": "", "new": "new/", "trace": "t"}
+JUDGED = {"replays": "new/judged", "subsets": 3, "examples": 4, "shares": 0.3, "random_vectors": 1}
+OF_COMMANDS: dict[Words, dict[str, Any]] = {
+    ("generate-benchmark",): {"config": "benchmark.json", "overrides": "output_dir=new"},
+    ("import-recording",): {"folder": "mine", "module": "mine.py:build", "overwrite": True},
+    ("trace", "arrays"): {"folder": "runs/tiny/analysis/attributed", "output": "new.nc"},
+    ("trace", "counterfactual"): {"edits_file": "edits.jsonl"},
+    ("study", "data-attribution"): JUDGED,
+    ("series", "scan"): {"series": "series", "length": 8, "strings": 2},
+}
+"""What these take in place of it; some of it stands in the wide world alone."""
+PLACES = {"runs/tiny": "", "new": "new/", "trace": "t", "mine": "m", "series": "s"}
 """What stands before the name."""
+PLACE = re.compile(r"^(?:trace|mine|series)$|runs/tiny|new")
 PARTS = [" ", "'", '"', "$(touch executed)", "`touch executed`", ";touch executed;", "\n", "\t"]
 PARTS += ["|", "<script>executed</script>", "</script>", "-x", "=1+1", "@", "&amp;", "\u00e9", "*"]
 PARTS += ["\u65e5\u672c", "?", "\\", "#", "!", "~", "$HOME", "{{7}}", "%s", "[red]", ",", "[a](b)"]
@@ -95,9 +108,14 @@ def shapes(*folders: str) -> dict[str, list[int]]:
 
 
 def named(name: str) -> None:
-    """Give the run that name as its folder and its label, and the trace."""
-    Path("runs/tiny").rename(name)
-    Path("trace").rename(PLACES["trace"] + name)
+    """Give the run that name as its folder and its label, and so the rest; edits as their label."""
+    for place in ("runs/tiny", "trace", "mine", "series"):
+        if Path(place).exists():
+            Path(place).rename(PLACES[place] + name)
+    if Path("edits.jsonl").exists():
+        Path("edits.jsonl").unlink()
+        edit = {"start": 0, "end": 2, "terms": {"weight_decay": 0.0}}
+        Path("edits.jsonl").write_text(json.dumps({"label": name, "edit": edit}))
     config = Path(name, "run_config.json")
     text = json.dumps(json.loads(config.read_text()) | {"name": name})
     config.unlink()
@@ -111,12 +129,9 @@ def every(name: str) -> list[Words]:
         options, arguments = list(words), ["--"]
         for parameter in command.params:
             good = GIVEN.get(parameter.name, "new" if parameter.required else ())
-            if words == ("generate-benchmark",):
-                good = {"config": "benchmark.json", "overrides": "output_dir=new"}.get(
-                    parameter.name, ()
-                )
+            good = OF_COMMANDS.get(words, {}).get(parameter.name, good)
             for value in good if isinstance(good, tuple) else (good,):
-                text = re.sub("^trace$|runs/tiny|new", lambda at: PLACES[at[0]] + name, str(value))
+                text = PLACE.sub(lambda at: PLACES[at[0]] + name, str(value))
                 is_option = parameter.param_type_name == "option"
                 flag = getattr(parameter, "is_flag", False)
                 options += [parameter.opts[0] + ("" if flag else f"={text}")] if is_option else []
@@ -154,32 +169,38 @@ def told(name: str) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.system)])
-def test_a_name_is_a_name_wherever_it_is_printed(count: int, place: Path, world: Path) -> None:
+SLICES = [pytest.param(slice(part, 100, 5), marks=pytest.mark.system) for part in range(5)]
+"""Of a hundred names, each to be run apart."""
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), *SLICES], ids=str)
+def test_a_name_is_a_name_wherever_it_is_printed(part: slice, place: Path, world: Path) -> None:
+    renewed(world, place)
     expected, broken = told(PLAIN)
     assert broken == []
     wrong = []
-    for name in names(count):
+    for name in names(100)[part]:
         renewed(world, place)
         said, broken = told(name)
         meant = [[word.replace(PLAIN, name) for word in line] for line in expected["pasted"]]
         differing = [key for key in said if said[key] != (expected | {"pasted": meant})[key]]
         if broken or differing:
             wrong.append(f"{name!r}: {broken} {differing} {str(said.get('pasted'))[:200]}")
+    count = len(names(100)[part])
     print(f"names: {count}; pasted, drawn or tabled wrong, or executed: {len(wrong)}")
     assert wrong == [], "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    ("count", "step"), [(1, 30), pytest.param(100, 9, marks=pytest.mark.system)]
-)
+@pytest.mark.parametrize("part", [slice(0, 1), *SLICES], ids=str)
 def test_a_name_changes_nothing_of_what_a_command_does(
-    count: int, step: int, place: Path, world: Path
+    part: slice, place: Path, world: Path
 ) -> None:
+    step = 30 if part == slice(0, 1) else 9
     renewed(world, place)
     total, wrong, codes = len(every(PLAIN)), [], Counter[int]()
     plain: dict[int, tuple[int, Any]] = {}
-    for number, name in enumerate(names(count)):
+    chosen = list(enumerate(names(100)))[part]
+    for number, name in chosen:
         for line in range(number % step, total, step):
             if line not in plain:
                 plain[line] = outcome(PLAIN, line, place, world)
@@ -188,7 +209,7 @@ def test_a_name_changes_nothing_of_what_a_command_does(
             if ended != plain[line] or ended[0] == 99:
                 wrong.append(f"{name!r}: {every(name)[line]} {ended} {plain[line]}")
     print(
-        f"names: {count} through {len(plain)} of {total} commands, {codes[0]} done, {codes[2]}"
-        f" refused; otherwise than with a plain name: {len(wrong)}"
+        f"names: {len(chosen)} through {len(plain)} of {total} commands, {codes[0]} done,"
+        f" {codes[2]} refused; otherwise than with a plain name: {len(wrong)}"
     )
     assert wrong == [], "\n".join(wrong[:20])
