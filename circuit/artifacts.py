@@ -27,7 +27,7 @@ from circuit.manifest import Claimed, Manifest
 from circuit.quoting import csv_cell
 from circuit.reading import checked_path, read_bytes, read_json, read_lines, validated, values_of
 from circuit.sealed import sealed, unsealed
-from circuit.strict_json import parse_json
+from circuit.strict_json import finite_json, parse_json
 
 Row = Mapping[str, Any]
 """One JSON object of a row file."""
@@ -43,9 +43,10 @@ _ROW_OVERHEAD = 12
 def dump_row(row: Row) -> str:
     """One row as one line of JSON without its newline; its last key is a digest of the others.
 
-    NaN and infinity are refused.
+    Raises:
+        CircuitError: a number in it is not finite.
     """
-    body = json.dumps(row, allow_nan=False, ensure_ascii=False)
+    body = finite_json(row)
     return json.dumps({**row, ROW_DIGEST: _row_digest(body.encode())}, ensure_ascii=False)
 
 
@@ -73,8 +74,12 @@ def dump_csv(rows: Sequence[Row]) -> str:
 
 
 def dump_json(payload: Any) -> str:
-    """A JSON document as this program writes it: indented, one trailing newline."""
-    return json.dumps(payload, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    """A JSON document as this program writes it: indented, one trailing newline.
+
+    Raises:
+        CircuitError: a number in it is not finite.
+    """
+    return finite_json(payload, indent=2) + "\n"
 
 
 def find_folder(folder: str | Path, near: Path) -> Path:

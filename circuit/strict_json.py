@@ -1,8 +1,8 @@
-"""The one parser of JSON text.
+"""The one parser of JSON text, and its one writer.
 
 What Python reads beyond JSON is refused (NaN, Infinity), and so is JSON that this program cannot
 hold or write again: an object that has a key twice, a number that no float can hold, half of a
-surrogate pair, deep nesting.
+surrogate pair, deep nesting. What is written holds finite numbers alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
+
+from circuit.errors import CircuitError
 
 MAX_DEPTH = 64
 """Objects and arrays within each other; this program writes at most 7."""
@@ -68,6 +71,36 @@ def parse_json(text: str | bytes) -> Any:
     if not text.isascii() or _SURROGATE.search(text):
         _refuse_surrogates(payload)
     return payload
+
+
+def finite_json(payload: Any, indent: int | None = None) -> str:
+    """A document as JSON text.
+
+    Raises:
+        CircuitError: a number in it is not finite; the first is named.
+    """
+    try:
+        return json.dumps(payload, indent=indent, allow_nan=False, ensure_ascii=False)
+    except ValueError:
+        odd = next(_not_finite(payload, ""), None)
+        if odd is None:
+            raise
+        name, value = odd
+        step = payload.get("step") if isinstance(payload, Mapping) else None
+        raise CircuitError(
+            f"{name} is {value}{'' if step is None else f' at step {step}'}: what it is computed"
+            " from has diverged",
+            fix="look at the steps before",
+        ) from None
+
+
+def _not_finite(node: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Numbers in a document that are not finite, with the fields and places that lead to them."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield name, node
+    inner: Any = enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, value in node.items() if isinstance(node, Mapping) else inner:
+        yield from _not_finite(value, f"{name}.{key}".lstrip("."))
 
 
 def _no_number(name: str) -> NoReturn:

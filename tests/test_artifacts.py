@@ -602,8 +602,8 @@ def test_no_flipped_bit_gives_other_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_rows_hold_no_nan_and_no_infinity(value: float) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        dump_row({"loss": value})
+    with pytest.raises(CircuitError, match=rf"terms\.1\.loss is {value} at step 3: .* diverged"):
+        dump_row({"step": 3, "terms": [{"loss": 1.0}, {"loss": value}]})
 
 
 def test_a_refused_command_leaves_no_folder_that_it_has_made(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from circuit.reports.data_scores import METHODS, TRAINING, Seen, Studied, Window
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_words
+from circuit.sizes import require_memory
 from circuit.trace.replay import ReplayedRun
 from circuit.training.recipe import TaskRecipe
 
@@ -177,6 +178,9 @@ class DataAttribution(TracedReport[AttributionOptions]):
         names = np.array(sorted(seen.numbers))
         if asked.examples is not None and asked.examples < len(names):
             names = np.sort(random.choice(names, asked.examples, replace=False))
+        for what, number in (("subsets", asked.subsets), ("random_vectors", asked.random_vectors)):
+            drawn = number * len(names) * 8 * max(len(asked.shares), len(scalars))
+            require_memory({f"what is drawn ({what}, examples)": drawn})
         sets = {}
         for part in asked.shares:
             count = max(1, round(part * len(names)))

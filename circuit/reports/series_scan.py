@@ -31,6 +31,7 @@ from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.scalars.base import Cache, SharedBatch
 from circuit.scalars.induction import PREFIX, PREVIOUS, Attention
+from circuit.sizes import require_memory
 from circuit.training.series import CheckpointSeries
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ class SeriesScan(Report[SeriesOptions]):
         ]
 
     def _attention(self, model: HookedTransformer, heads: list[str]) -> dict[str, dict[str, float]]:
-        tokens = repeated(model.cfg.d_vocab, model.cfg.n_ctx, self.options)
+        asked, cfg = self.options, model.cfg
+        positions = min(2 * asked.length, cfg.n_ctx)
+        # at the least: of every token its logits, and a row of every head's pattern
+        token = cfg.d_vocab + cfg.n_layers * cfg.n_heads * positions
+        require_memory({"reading strings (strings, length)": 4 * asked.strings * positions * token})
+        tokens = repeated(cfg.d_vocab, cfg.n_ctx, asked)
         scalars = [scalar for head in heads for scalar in matching(head, tokens)]
         shared = SharedBatch.merge(scalars)
         runs = shared.run(model)
@@ -215,7 +221,8 @@ def repeated(vocabulary: int, context: int, options: SeriesOptions) -> Tensor:
         )
     generator = torch.Generator().manual_seed(options.seed)
     strings = [
-        torch.randperm(vocabulary, generator=generator)[:length] for _ in range(options.strings)
+        torch.randperm(vocabulary, generator=generator)[:length].clone()
+        for _ in range(options.strings)
     ]
     return torch.stack(strings).repeat(1, 2)
 

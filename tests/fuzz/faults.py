@@ -53,7 +53,7 @@ def recording(states: Path) -> Callable[[], None]:
 
     That is what a kill before each call that touches the disk would leave of the working directory.
     Each state stands once, in a folder of `states` that its number names; `states/order` lists them
-    by call. Files that were there before are links.
+    by call. Files that were there before are links, but for journals, which are written in place.
     """
 
     def watch(_: Any, event: str, call: Any) -> None:
@@ -73,7 +73,8 @@ def recording(states: Path) -> Callable[[], None]:
         os.write(order, f"{numbers[state]}\n".encode())
 
     numbers: dict[Any, int] = {}
-    before = {path.stat().st_ino for path in Path().rglob("*") if path.is_file()}
+    old = (path for path in Path().rglob("*") if path.is_file() and path.suffix != ".journal")
+    before = {path.stat().st_ino for path in old}
     states.mkdir()
     order = os.open(states / "order", os.O_WRONLY | os.O_CREAT)
     return lambda: sys.setprofile(watch)

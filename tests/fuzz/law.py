@@ -117,11 +117,17 @@ def watched(words: Sequence[str]) -> int:
 
 
 def renewed(world: Path, place: Path) -> None:
-    """Makes the working directory a copy of a folder; of links, for no command writes in place."""
+    """Makes the working directory a copy of a folder; of links, but for what is appended to."""
     os.chdir(place.parent)
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(world, place, copy_function=os.link)
+    shutil.copytree(world, place, copy_function=linked)
     os.chdir(place)
+
+
+def linked(source: str, target: str) -> None:
+    """Give a file another name, or copy one that commands write in place."""
+    in_place = source.endswith((".journal", "replays.jsonl"))
+    _ = shutil.copy2(source, target) if in_place else os.link(source, target)
 
 
 def files() -> dict[str, bytes]:

@@ -314,6 +314,25 @@ def test_what_such_a_run_cannot_be_asked_is_one_line(mine: Callable[..., Done]) 
     assert "was made after it" in refused(*attribute, "mine.py:loss")
 
 
+def test_a_loop_that_diverged_is_told_where_its_numbers_end(circuit: Callable[..., Done]) -> None:
+    build = "import torch\n\n\ndef build():\n    return torch.nn.Linear(2, 1)\n\n\n"
+    size = "def size(module):\n    return module.weight.square().sum()\n"
+    Path("line.py").write_text(build + size)
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e38)
+    with library.watch(module, optimizer, "mine"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.ones(3, 2)).pow(4).sum().backward()
+            optimizer.step()
+    assert circuit("import-recording", "mine", "--module", "line.py:build").code == 0
+    words = ("--scalar", "line.py:size", "--output-dir", "out")
+    ended = circuit("trace", "attribute", *FLAGS, *words)
+    assert ended.code == 2
+    assert len(ended.err.splitlines()) == 1
+    assert "has diverged" in ended.err
+
+
 def test_a_script_that_trains_when_it_is_imported_is_refused(mine: Callable[..., Done]) -> None:
     before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
     Path("loop.py").write_text(

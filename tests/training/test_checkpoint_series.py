@@ -83,6 +83,13 @@ def test_a_config_that_says_anything_is_read_or_refused_in_one_line(
     assert not [told for told in refusals if len(told.splitlines()) > 1]
 
 
+def test_more_strings_than_memory_holds_are_refused_before_they_are_drawn(tmp_path: Path) -> None:
+    save(MODELS["gpt2"](), tmp_path / "step1")
+    asked = SeriesOptions(series=(tmp_path / "step1",), strings=10**9)
+    with pytest.raises(CircuitError, match=r"would need .* reading strings \(strings, length\)"):
+        run_report(SeriesScan, None, asked, tmp_path / "out")
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = MODELS["gpt2"]()
     with torch.no_grad():
