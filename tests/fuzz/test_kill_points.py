@@ -83,7 +83,7 @@ class Cut:
         untouched = set(files())
         NOTES.parent.mkdir()
         NOTES.write_text("mine")
-        assert not job.earlier or typed(job.earlier).code == 0
+        assert not job.earlier or typed(job.earlier).code in (0, 130)  # a loop that is cut off
         self.before = shutil.copytree(place, place.with_name("before"))
         self.old = files()
         self.own = set(self.old) - untouched - {NOTES.as_posix()}
