@@ -5,13 +5,14 @@ A new report needs a line here only where it requires an option that no other ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tiny_run import RUN
 
 from circuit.reports.report import Report, ReportResult, all_reports, report_name, run_report
-from circuit.runs.opening import open_run
+from circuit.train_config import load_run_config
 
 MADE = Path("made/seed_0011")
 """Where reports stand, each in a folder of its command's name."""
@@ -113,12 +114,14 @@ def _paths(value: Any) -> list[Path]:
     return [one for one in values if isinstance(one, Path)]
 
 
-def make(command: str, folder: Path | None = None, **switches: Any) -> ReportResult:
-    """Make a report, and first those that it reads."""
+def make(
+    command: str, folder: Path | None = None, overrides: Sequence[str] = (), **switches: Any
+) -> ReportResult:
+    """Make a report, and first those that it reads; `overrides` are of the run's config."""
     options = options_of(command)
     for source in sources_of(options):
         if not (MADE / source).exists():
             make(source)
     kind: type[Report[Any]] = KINDS[command]
-    run = open_run(RUN) if kind.reads_run else None
+    run = load_run_config(RUN, list(overrides)) if kind.reads_run else None
     return run_report(kind, run, options, folder or MADE / command, **switches)

@@ -33,6 +33,7 @@ DRAWN: dict[str, str] = {}
 """Every drawing that this module has made, by all that it was made from."""
 KEYS = {"schema_version", "command", "parameters", "law", "summary", "paths", "provenance"}
 KEYS |= {"sha256"}
+RENAMED = ["name=renamed"]
 every_report = pytest.mark.parametrize("command", sorted(KINDS))
 Written = Callable[[str], ReportResult]
 
@@ -77,7 +78,7 @@ def written(desk: Path) -> Written:
 
     def result(command: str) -> ReportResult:
         if command not in results:
-            results[command] = make(command, overwrite=True)
+            results[command] = make(command, overrides=RENAMED, overwrite=True)
         return results[command]
 
     return result
@@ -171,12 +172,20 @@ def test_what_is_shown_is_made_from_what_is_written(written: Written, command: s
 def test_equal_inputs_give_equal_bytes_and_nothing_is_replaced_unasked(
     written: Written, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The line that the page prints makes the same bytes: all but the JSON, which tells times."""
+    """The line that the page prints makes the same bytes: all but the JSON, which tells times.
+
+    What was set in the run's config is remembered, and stands in the line.
+    """
     result = written(command)
     if sources_of(options_of(command)):  # of the reports that it reads, as they are now
-        result = make(command, overwrite=True)
+        result = make(command, overrides=RENAMED, overwrite=True)
     before = files_of(result)
-    line = read_report(result.report).command_line(load_run_config(RUN), str(MADE / command))
+    report = read_report(result.report)
+    line = report.command_line(load_run_config(RUN), str(MADE / command))
+    if result.kind.reads_run:
+        path = f"{RUN}/run_config.json"
+        assert report.overrides == {"config": path, "set": RENAMED}
+        assert f"--config {path} --set {RENAMED[0]}" in line
     program, *words, last = shlex.split(line)
     assert (program, last) == ("circuit", "--overwrite")
     refused = type_and_read(words, capsys)
@@ -192,21 +201,6 @@ def test_equal_inputs_give_equal_bytes_and_nothing_is_replaced_unasked(
     for payload in (first, second):
         del payload["provenance"], payload["digest"]
     assert first == second
-
-
-@pytest.mark.parametrize("command", [name for name in sorted(KINDS) if KINDS[name].reads_run])
-def test_it_remembers_what_was_set(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    """In its record, and in the line that makes it again."""
-    written(command)
-    monkeypatch.setattr(Chart, "svg", lambda _: "<svg/>")
-    config = load_run_config(RUN, ["name=renamed"])
-    result = run_report(KINDS[command], config, options_of(command), tmp_path / "out")
-    report = read_report(result.report)
-    path = f"{RUN}/run_config.json"
-    assert report.overrides == {"config": path, "set": ["name=renamed"]}
-    assert f"--config {path} --set name=renamed" in report.command_line(load_run_config(RUN), "x")
 
 
 @every_report
