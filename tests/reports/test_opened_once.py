@@ -66,12 +66,13 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def words_of(command: str, states: Sequence[str]) -> list[str]:
-    """A report, with states of a trace for checkpoints."""
+    """A report, with these states for checkpoints."""
     kind, options = KINDS[command], options_of(command)
     if "checkpoints" in kind.Options.declared():
         options = options.model_copy(update={"checkpoints": tuple(map(Path, states))})
     elif "separation_rows" in kind.Options.declared():  # which are of these steps
-        options = options.model_copy(update={"start_step": 5, "end_step": 9})
+        start, end = (int(Path(states[at]).stem[-6:]) for at in (0, -1))
+        options = options.model_copy(update={"start_step": start, "end_step": end})
     name = (kind.names or (command,))[0].split()
     config = CONFIG.split() if kind.reads_run else []
     return [*name, *config, *options.words(), "--output-dir", str(MADE / command)]
