@@ -25,13 +25,13 @@ from circuit.attribution.attribute import Attributor
 from circuit.core.flat import ParameterLayout, norm
 from circuit.core.module import evaluated, load_buffers
 from circuit.errors import CircuitError
-from circuit.lazy import torch
+from circuit.lazy import no_grad, torch
 from circuit.plugins import refuse_while_importing
 from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import KEEPS, Keep
 from circuit.runs.storing import Storage
 from circuit.runs.watching import Watcher
-from circuit.scalars.base import Measure, Scalar, evaluate_scalar, measured
+from circuit.scalars.base import Cache, Measure, Scalar, SharedBatch, measured
 from circuit.sinks import Sink, as_function, flattened
 from circuit.sizes import disk_limit, recording_disk, shown
 
@@ -212,21 +212,26 @@ class _Measure:
         storage: Storage | None,
         rule: str | None,
     ) -> None:
-        self.watching, self.module, self.storage = watching, module, storage
+        self.watching, self.storage = watching, storage
         self.scalars = [measured(scalar) for scalar in scalars]
         names = [scalar.name for scalar in self.scalars]
         if len(set(names)) < len(names):
             raise CircuitError(f"scalars {', '.join(names)}", expected="each name once")
         self.sinks = [as_function(sink) for sink in sinks]
-        self.copy = evaluated(module) if scalars else None
-        self.attributor = None
-        if self.copy is not None and rule is not None:
-            self.attributor = Attributor(self.copy, self.scalars, rule=rule)
+        self.attributor: Attributor | None = None
+        self.values: _Values | None = None
+        if scalars and rule is not None:
+            self.attributor = Attributor(evaluated(module), self.scalars, rule=rule)
+        elif scalars:
+            self.values = _Values(module, self.scalars)
         self.whole = self.attributor is not None
+        # whose random numbers a scalar may draw, beside the CPU's
+        self.devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
 
     def __call__(self, number: int, step: RecordedStep | None) -> None:
         """Measure a step that has just been taken."""
-        with torch.random.fork_rng(devices=_cuda(self.module)), torch.enable_grad():
+        devices = self.devices if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
             row = {"step": number, **self._numbers(step)}
         self.watching.rows.append(row)
         if self.storage is not None:
@@ -243,26 +248,40 @@ class _Measure:
             rows = self.attributor.step(step).rows(("circuit",))
             row["scalars"] = {one["scalar"]: one["after"] for one in rows}
             row["attribution"] = {one["scalar"]: _shares(one) for one in rows}
-        elif self.copy is not None:
-            copy: Any = self._followed(self.copy)
-            with torch.no_grad():
-                row["scalars"] = {
-                    scalar.name: float(evaluate_scalar(scalar, copy).double().mean())
-                    for scalar in self.scalars
-                }
+        elif self.values is not None:
+            row["scalars"] = self.values()
         return row
 
-    def _followed(self, copy: nn.Module) -> nn.Module:
-        """The copy, with the module's weights and buffers; a new one if those are others."""
+
+class _Values:
+    """Scalars on a copy of a module, which follows it; all that does not change is asked once."""
+
+    def __init__(self, module: nn.Module, scalars: Sequence[Scalar]) -> None:
+        self.module, self.scalars = module, scalars
+        self.shared = SharedBatch.merge(scalars, device=str(next(module.parameters()).device))
+        self._copy()
+
+    def _copy(self) -> None:
+        self.copy: Any = evaluated(self.module)
+        self.pairs = list(zip(self.copy.parameters(), self.module.parameters(), strict=True))
+
+    @no_grad
+    def __call__(self) -> dict[str, float]:
+        """Their means, by name, under the weights and buffers that the module has now."""
         buffers = dict(self.module.named_buffers())
-        if buffers.keys() != dict(copy.named_buffers()).keys():
-            self.copy = evaluated(self.module)
-            return self.copy
-        with torch.no_grad():
-            for ours, theirs in zip(copy.parameters(), self.module.parameters(), strict=True):
-                ours.copy_(theirs)
-        load_buffers(copy, buffers)
-        return copy
+        if buffers.keys() != dict(self.copy.named_buffers()).keys():
+            self._copy()
+        for ours, theirs in self.pairs:
+            ours.copy_(theirs)
+        if buffers:
+            load_buffers(self.copy, buffers)
+        runs = self.shared.run(self.copy)
+        return {
+            scalar.name: float(
+                scalar.bind(self.copy).values(self.copy, Cache(runs, rows)).double().mean()
+            )
+            for scalar, rows in zip(self.scalars, self.shared.rows, strict=True)
+        }
 
 
 def _of_step(step: RecordedStep) -> dict[str, Any]:
@@ -293,9 +312,3 @@ def _shares(row: dict[str, Any]) -> dict[str, Any]:
         "terms": row["path"],
         "groups": {name: sum(of["path"].values()) for name, of in groups.items()},
     }
-
-
-def _cuda(module: nn.Module) -> list[torch.device]:
-    """Devices whose random numbers a scalar may draw from, beside the CPU."""
-    devices = {parameter.device for parameter in module.parameters()}
-    return [device for device in devices if device.type == "cuda" and torch.cuda.is_initialized()]
