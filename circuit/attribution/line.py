@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
-from circuit.core.functional import call_with
+from circuit.core.functional import function_of
 from circuit.core.paths import clenshaw_curtis
 from circuit.lazy import no_grad, torch
 
@@ -90,7 +90,7 @@ class Line:
             source_logits: at the source, where they are known: those at the target of the line
                 before.
         """
-        self.model = model
+        self._function = function_of(model)
         self.source, self.target = dict(source), dict(target)
         self.delta = {name: target[name] - value for name, value in source.items()}
         self._source_logits = source_logits
@@ -101,8 +101,7 @@ class Line:
     def logits(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "example vocab"]:
         """Logits at the examples' positions under some weights."""
         parts = [
-            call_with(self.model, parameters, chunk.tokens)[chunk.row, chunk.pos]
-            for chunk in self._chunks
+            self._function(parameters, chunk.tokens)[chunk.row, chunk.pos] for chunk in self._chunks
         ]
         return torch.cat(parts)[self._order]
 

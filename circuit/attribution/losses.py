@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.functional import call_with
+from circuit.core.functional import function_of
 from circuit.core.step import Objective
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -50,7 +50,7 @@ class Losses:
         Args:
             model: gives it; its own weights play no part and stay as they are.
         """
-        self.model = model
+        self._function = function_of(model)
         self.layout = ParameterLayout.of_model(model)
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -63,7 +63,7 @@ class Losses:
         self, parameters: dict[str, Tensor], objective: Objective, *inputs: Tensor
     ) -> Float[Tensor, "example pos"]:
         """See `Objective.losses`."""
-        losses = objective.losses(lambda tokens: call_with(self.model, parameters, tokens), *inputs)
+        losses = objective.losses(lambda tokens: self._function(parameters, tokens), *inputs)
         return losses.reshape(len(losses), -1)
 
     def derivatives(

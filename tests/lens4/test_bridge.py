@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 import circuit
-from circuit.core.functional import call_with
+from circuit.core.functional import function_of
 from circuit.errors import CircuitError
 from circuit.model.bridge import build_bridge
 from circuit.model.layout import bridge_config, hooked_tensors, standard_bridge_tensors
@@ -132,7 +132,7 @@ def test_a_copy_and_a_call_with_other_weights_are_that_function(name: str, token
     with torch.no_grad():
         for key, parameter in other.named_parameters():
             parameter.copy_(moved[key])
-    assert torch.equal(call_with(model, moved, tokens), other(tokens))
+    assert torch.equal(function_of(model)(moved, tokens), other(tokens))
     assert not torch.equal(other(tokens), before)
     assert torch.equal(model(tokens), before)
 
