@@ -137,6 +137,14 @@ class EarlierRun:
         self.root, self.folder, self.wanted = folder.root, folder, config
         path = self.root / RUN_CONFIG
         self.config = load_run_config(path)
+        if config.edit is not None and RUN_CONFIG not in folder.owned:
+            raise CircuitError(
+                f"is a counterfactual training, which goes on from step {config.edit.start} of"
+                " another run",
+                where=path,
+                fix="the command that began it goes on with it, where it was cut off: trace"
+                " counterfactual with the same edit and `runs_dir`",
+            )
         difference = config.recipe_difference(self.config)
         if difference is not None:
             own = isinstance(config, RecipeConfig)

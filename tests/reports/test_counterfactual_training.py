@@ -17,6 +17,7 @@ from circuit.reports.edits import KEYS, parse_edit, read_edits
 from circuit.reports.report import run_report
 from circuit.runs.opening import open_run
 from circuit.trace.replay import ReplayedRun
+from circuit.training.loop import train
 
 
 def test_words_say_edits() -> None:
@@ -117,6 +118,8 @@ def test_it_tells_of_every_edit_and_of_none(traced: Path, tmp_path: Path) -> Non
         left = open_run(tmp_path / "runs" / label)
         assert left.steps == steps
         assert left.trace.steps == list(range(steps[0], 10))
+        with pytest.raises(CircuitError, match="is a counterfactual training, which goes on from"):
+            train(left.config, resume=True)
     assert result.summary["differing_bits"] == 0
     assert "2 trainings with an edit over steps 2:9" in result.law
     (table,) = result.tables
