@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from circuit.artifacts import find_near
 from circuit.errors import CircuitError
-from circuit.reading import checked_path, file_digest
+from circuit.reading import checked_path, file_digest, read_bytes
 
 importing: ContextVar[Path | None] = ContextVar("importing", default=None)
 """The file that is being imported: what it does is no run of it as a script."""
@@ -48,6 +50,117 @@ def let_import_from(folder: Path) -> None:
     """Let somebody's code import what stands in a folder, behind all that could be imported."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def code_digests(path: str | Path, *, missing: str = "no such file") -> dict[str, str]:
+    """sha256 of a file and of what it imports from beside itself, and that in turn.
+
+    Imports are read from the text, wherever they stand in it: nothing is executed. What is imported
+    by other means, or stands elsewhere, as installed packages do, is not looked at.
+
+    Returns:
+        By name, relative to the file's folder.
+
+    Raises:
+        CircuitError: there is no such file; or what is imported stands beside the file, and another
+            of that name would be imported.
+    """
+    path = checked_path(path)
+    folder, todo, digests = path.absolute().parent, [path.absolute()], dict[str, str]()
+    while todo:
+        file = todo.pop()
+        name = file.relative_to(folder).as_posix()
+        if name not in digests:
+            digests[name] = file_digest(file, missing=missing)
+            todo += _imports_beside(file, folder)
+    return digests
+
+
+def _imports_beside(file: Path, folder: Path) -> Iterator[Path]:
+    """The files of a folder that a file there names in its imports."""
+    try:
+        tree = ast.parse(read_bytes(file))
+    except (SyntaxError, ValueError):  # whoever executes it is told
+        return
+    package = file.relative_to(folder).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = [*above, *(node.module or "").split(".")] if node.module else [*above]
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        for parts in names:
+            if parts[0] == __name__.partition(".")[0] or not _stands_in(folder, parts[0], file):
+                continue
+            for depth in range(1, len(parts) + 1):  # `import a.b` executes `a`, too
+                at = folder.joinpath(*parts[:depth])
+                yield from filter(Path.is_file, (at.with_suffix(".py"), at / "__init__.py"))
+
+
+def _stands_in(folder: Path, name: str, file: Path) -> bool:
+    """Whether an import finds a name in a folder, which is looked through after all others.
+
+    Raises:
+        CircuitError: it stands there, and another one is found.
+    """
+    package, module = folder / name / "__init__.py", folder / f"{name}.py"
+    if not package.parent.is_dir() and not module.is_file():
+        return False
+    try:
+        spec = find_spec(name)
+    except ValueError:  # of a module that was made by hand
+        spec = None
+    first = None if spec is None else spec.origin
+    if spec is not None and first is None:  # a folder without __init__.py
+        first = next(iter(spec.submodule_search_locations or ()), None)
+    if first is None:
+        return True
+    if Path(first).is_absolute() and Path(first).resolve().is_relative_to(folder.resolve()):
+        return True
+    if not package.is_file() and not module.is_file():
+        return False  # a folder of anything that is called like an installed package
+    raise CircuitError(
+        f"imports {name}, which stands beside it, and gets another: {first}",
+        where=file,
+        fix=f"rename {module if module.is_file() else package.parent}",
+    )
+
+
+def named_code(names: Iterable[str], near: Path) -> dict[str, str]:
+    """`code_digests` of the files that several `FILE.py:NAME` name, as these name them."""
+    digests: dict[str, str] = {}
+    for file in dict.fromkeys(name.rpartition(":")[0] for name in names):
+        of = code_digests(find_near(checked_path(file), near))
+        digests |= {(Path(file).parent / name).as_posix(): digest for name, digest in of.items()}
+    return digests
+
+
+def refuse_changed_code(
+    now: Mapping[str, str], recorded: Mapping[str, str], *, where: Path, since: str, fix: str
+) -> None:
+    """Refuse files that are not those that were recorded.
+
+    Args:
+        now, recorded: as `code_digests` gives them.
+        where: names are relative to.
+
+    Raises:
+        CircuitError: names the first of them.
+    """
+    for name in dict.fromkeys((*recorded, *now)):
+        ours, theirs = now.get(name), recorded.get(name)
+        if ours == theirs:
+            continue
+        if theirs is None:
+            what = f"is imported, and was not at the time of {since}"
+        elif ours is None:
+            what = f"is gone or no longer imported, and was at the time of {since}"
+        else:
+            what = f"has changed since {since}: sha256 {ours[:12]}, recorded {theirs[:12]}"
+        raise CircuitError(what, where=where / name, fix=fix)
 
 
 def is_file_name(name: str) -> bool:

@@ -291,6 +291,11 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
             )
         return self
 
+    @property
+    def expected_benchmark(self) -> str | None:
+        """Digest of the benchmark, where the config tells it."""
+        return None
+
     def provenance(self, benchmark_digest: str | None) -> dict[str, Any]:
         """What a report records of the run that it is about; equal recipes are one run.
 
@@ -482,6 +487,9 @@ class RecipeFile(Config):
     """The class."""
     sha256: Sha256
     """Of the file."""
+    imports: dict[str, Sha256] | None = None
+    """Of what it imports from beside itself, and that in turn, by name; null of a run from before
+    it was looked at."""
 
     @property
     def word(self) -> str:
@@ -559,7 +567,8 @@ class RecipeConfig(PartialConfig):
         """What decides the weights: the code, the seed that it is given, what is otherwise."""
         edit = {} if self.edit is None else {"edit": self.edit.to_json()}
         of = {"name": self.recipe.name, "sha256": self.recipe.sha256}
-        return {"recipe": of, "seed": self.seed, **edit}
+        imports = {"imports": self.recipe.imports} if self.recipe.imports else {}
+        return {"recipe": of | imports, "seed": self.seed, **edit}
 
 
 class Recorded(Config):
@@ -572,6 +581,16 @@ class Recorded(Config):
     last_step: StepNumber
     parameters_sha256: Sha256
     """Of the parameters after the last step."""
+    code: dict[str, Sha256] | None = None
+    """Of the files that are named, and of what they import from beside themselves; null of an
+    import from before they were looked at."""
+    benchmark_digest: Sha256 | None = None
+    """Of its task's benchmark, if it has one."""
+
+    @property
+    def names(self) -> list[str]:
+        """All that names a file."""
+        return [self.module, *self.optimizers]
 
 
 class RecordedConfig(ForeignConfig):
@@ -608,6 +627,11 @@ class RecordedConfig(ForeignConfig):
             expected="a run of `circuit train`",
             fix="attribution of its steps and reports on its checkpoints work",
         )
+
+    @property
+    def expected_benchmark(self) -> str | None:
+        """See `TrainConfig.expected_benchmark`."""
+        return self.recorded.benchmark_digest
 
     @property
     def shape(self) -> ModelConfig | None:

@@ -18,7 +18,7 @@ from circuit.config import parse_config
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.readout import logits_of, readable
-from circuit.plugins import import_name
+from circuit.plugins import import_name, named_code
 from circuit.runs.recorded import RecordedRun
 from circuit.runs.recording import Recording
 from circuit.tasks.benchmark import Benchmark, ensure_benchmark, load_benchmark
@@ -114,6 +114,8 @@ def import_recording(
             "optimizers": list(optimizers),
             "last_step": last,
             "parameters_sha256": run.state_digests(last)["parameters"],
+            "code": named_code([module, *optimizers], root),
+            "benchmark_digest": None if benchmark is None else benchmark[1].digest,
         },
     }
     config = cast(RecordedConfig, parse_config(known, TrainConfig, where=root))

@@ -32,7 +32,7 @@ from circuit.runs.records import StoredState
 from circuit.runs.rerun import ElsewhereError, Rerun
 from circuit.train_config import RUN_CONFIG, RecordedConfig, load_run_config
 from circuit.training.checkpoints import StateHeader
-from circuit.training.own_module import load_state
+from circuit.training.own_module import load_state, refuse_changed_files
 from circuit.training.setup import NO_BENCHMARK, Setup
 
 if TYPE_CHECKING:
@@ -303,7 +303,10 @@ class RecordedRun:
         if self._given_classes or not (self.path / RUN_CONFIG).is_file():
             return self._given_classes
         named = load_run_config(self.path)
-        names = named.recorded.optimizers if isinstance(named, RecordedConfig) else []
+        if not isinstance(named, RecordedConfig) or not named.recorded.optimizers:
+            return ()
+        refuse_changed_files(named.recorded, self.path)
+        names = named.recorded.optimizers
         return tuple(import_name(n, self.path, what="the optimizer") for n in names)
 
     def check_addressable(self, step: int) -> None:

@@ -9,8 +9,8 @@ from circuit.core.module import load_buffers, made_module
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors
-from circuit.plugins import import_name
-from circuit.train_config import ModelConfig
+from circuit.plugins import import_name, named_code, refuse_changed_code
+from circuit.train_config import ModelConfig, Recorded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +36,23 @@ def named_module(name: str, near: Path | None = None) -> nn.Module:
     if not isinstance(module, torch.nn.Module):
         raise CircuitError(f"gives {type(module).__name__}", where=name, expected=expected)
     return module
+
+
+def refuse_changed_files(recorded: Recorded, near: Path) -> None:
+    """Refuse to execute files that are not those with which a recording was imported.
+
+    Raises:
+        CircuitError: names the first that has changed.
+    """
+    if recorded.code is not None:
+        refuse_changed_code(
+            named_code(recorded.names, near),
+            recorded.code,
+            where=Path(),
+            since="the import of the recording",
+            fix="bring it back as it was, or import it again: circuit import-recording, with"
+            " `overwrite`",
+        )
 
 
 def load_state(

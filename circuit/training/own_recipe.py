@@ -7,7 +7,7 @@ torch, NumPy or `random` is drawn from a generator that is seeded anew for every
 step): dropout and `torch.randint` are functions of the step, too.
 
 Its code is executed only where whoever runs it names the file (`RecipeConfig.code`), and only if
-the file is the recorded one, by sha256.
+the file and what it imports from beside itself are the recorded ones, by sha256.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ from circuit.core.optimizers import groups_of, names_by_id, rule_of
 from circuit.errors import CircuitError
 from circuit.lazy import np, torch
 from circuit.overrides import Overrides, apply_overrides
-from circuit.plugins import import_file, let_import_from, nearest
-from circuit.reading import checked_path, file_digest
+from circuit.plugins import (
+    code_digests,
+    import_file,
+    let_import_from,
+    nearest,
+    refuse_changed_code,
+)
+from circuit.reading import checked_path
 from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.recipe import Batch, Recipe
 
@@ -68,7 +74,8 @@ def recipe_config(
         CircuitError: there is no such file or class, or a field is not allowed.
     """
     path, name = _split(code)
-    digest = file_digest(path, missing=_NO_FILE)
+    digests = code_digests(path, missing=_NO_FILE)
+    digest = digests.pop(path.name)
     kind = _class_of(code)
     payload: dict[str, Any] = {
         "name": name,
@@ -77,7 +84,7 @@ def recipe_config(
         "steps": kind.steps if steps is None else steps,
         "checkpoint_every": kind.checkpoint_every,
         "log_every": kind.log_every,
-        "recipe": {"file": path.name, "name": name, "sha256": digest},
+        "recipe": {"file": path.name, "name": name, "sha256": digest, "imports": digests},
     }
     payload = apply_overrides(payload, overrides, RecipeConfig)
     config = parse_config(payload, TrainConfig, where=code, overrides=overrides)
@@ -101,15 +108,19 @@ def check_code(config: RecipeConfig) -> str:
             fix=f"name its file: `recipe` {recipe.word}",
         )
     path, name = _split(code)
-    digest = file_digest(path, missing=_NO_FILE)
+    digests = code_digests(path, missing=_NO_FILE)
     if name != recipe.name:
         raise CircuitError(f"the run is of another class, {recipe.name}", where=code)
-    if digest != recipe.sha256:
-        raise CircuitError(
-            f"has changed since the run: sha256 {digest[:12]}, recorded {recipe.sha256[:12]}",
-            where=path,
-            fix="bring it back as it was (a copy under any name does), or train anew",
-        )
+    recorded = {path.name: recipe.sha256, **(recipe.imports or {})}
+    if recipe.imports is None:  # of a run from before imports were looked at
+        digests = {path.name: digests[path.name]}
+    refuse_changed_code(
+        digests,
+        recorded,
+        where=path.parent,
+        since="the run",
+        fix=f"bring it back as it was (of {path.name} a copy under any name does), or train anew",
+    )
     return code
 
 

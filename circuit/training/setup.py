@@ -39,7 +39,7 @@ from circuit.train_config import (
 )
 from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.evaluate import BATCH
-from circuit.training.own_module import named_module
+from circuit.training.own_module import named_module, refuse_changed_files
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +82,7 @@ class Setup:
         self.config = config
         stands = (Path(config.output_dir) / RUN_CONFIG).exists()
         self.near = Path(near or (config.output_dir if stands else RUN_CONFIG))
-        self._digest = benchmark_digest
+        self._digest = benchmark_digest or config.expected_benchmark
         # in containers, so that a copy with another config shares also what is built later
         self._splits: dict[str, Split] = {}
         self._streams: dict[tuple[str, int], Stream] = {}
@@ -163,8 +163,8 @@ class Setup:
         benchmark = load_benchmark(find_folder(self.config.benchmark_dir, self.near), splits=[])
         if self._digest not in (None, benchmark.digest):
             raise CircuitError(
-                f"the benchmark is not the one that was traced: digest {benchmark.digest[:12]},"
-                f" recorded {str(self._digest)[:12]}",
+                f"the benchmark is not the recorded one: digest {benchmark.digest[:12]}, recorded"
+                f" {str(self._digest)[:12]}",
                 where=self.config.benchmark_dir,
                 fix="regenerate it from the config that the run used",
             )
@@ -332,6 +332,7 @@ class Setup:
     def _build(self) -> HookedTransformer:
         config = self.config
         if isinstance(config, RecordedConfig):
+            refuse_changed_files(config.recorded, self.near)
             module = evaluated(named_module(config.recorded.module, self.near))
             return cast("HookedTransformer", torch.nn.Module.to(module, config.device))
         require_memory(

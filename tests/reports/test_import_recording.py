@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from circuit.page import formation_page
 from circuit.reports.import_recording import import_recording
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.opening import open_run
+from circuit.tasks.benchmark import ensure_benchmark
 from circuit.train_config import TrainConfig, load_run_config
 from circuit.training.own_module import named_module
 
@@ -249,6 +251,26 @@ def test_with_a_task_its_numbers_are_those_of_the_module(mine: Callable[..., Don
         for share, same in zip(one["path"].values(), other["path"].values(), strict=True):
             assert share == pytest.approx(same, rel=1e-3, abs=1e-7)
     assert figures["loss"] == pytest.approx(theirs[-1]["after"], rel=1e-6)
+
+
+def test_what_has_changed_since_the_import_is_refused(mine: Callable[..., Done]) -> None:
+    """The named file, what it imports from beside itself, the task's benchmark."""
+    Path("mine.py").write_text(f"import beside\n{MINE}")
+    Path("beside.py").write_text("")
+    words = ("--module", "mine.py:build", "--task", "mine.py:Sums")
+    assert mine("import-recording", "mine", *words).code == 0
+    assert open_run("mine").module() is not None
+    for name in ("beside.py", "mine.py"):
+        text = Path(name).read_text()
+        Path(name).write_text(f"{text}# changed\n")
+        with pytest.raises(CircuitError, match=f"{name}: has changed since the import of the"):
+            open_run("mine").module()
+        Path(name).write_text(text)
+    assert open_run("mine").setup.benchmark.digest
+    shutil.rmtree("mine/benchmark")
+    ensure_benchmark("modular_addition", Path("mine/benchmark"))
+    with pytest.raises(CircuitError, match="the benchmark is not the recorded one: digest"):
+        _ = open_run("mine").setup.benchmark
 
 
 SHORT = MINE.replace(

@@ -24,7 +24,7 @@ from circuit.trace.store import MANIFEST
 from circuit.trace.while_training import DEFAULT_FOLDER, TraceRecorder
 from circuit.train_config import RecipeConfig, TrainConfig, load_run_config
 from circuit.training.loop import train
-from circuit.training.own_recipe import recipe_config
+from circuit.training.own_recipe import check_code, recipe_config
 
 RECIPE = """
 import torch
@@ -115,7 +115,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("my_run", "scalars_of_sums") or name.startswith("circuit_file_"):
+        if name.partition(".")[0] in ("my_run", "scalars_of_sums", "parts") or name.startswith(
+            "circuit_file_"
+        ):
             del sys.modules[name]
 
 
@@ -282,6 +284,39 @@ def test_code_is_executed_only_where_it_is_named() -> None:
     assert not Path("executed").exists()
     Path("kept.py").write_text(Path("my_run.py").read_text().removesuffix(mark))
     assert circuit.open_run("run", recipe="kept.py:Sums").model(4) is not None
+
+
+def test_what_it_imports_from_beside_itself_is_held_against_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Directly or in turn; nothing of another folder, and nothing that is not imported."""
+    code = written(more="\nfrom parts import sizes\n\n\ndef later():\n    import parts.deep\n")
+    beside = {
+        "parts/__init__.py": "",
+        "parts/sizes.py": "from .also import two\nimport json\n",
+        "parts/also.py": "two = 2\n",
+        "parts/deep.py": "",
+    }
+    Path("parts").mkdir()
+    for name, text in {**beside, "parts/unused.py": "", "json": ""}.items():
+        Path(name).write_text(text)
+    train(recipe_config(code, "run", steps=1))
+    assert set(load_run_config("run").recipe.imports) == set(beside)
+    Path("parts/unused.py").write_text("changed = True\n")
+    check_code(load_run_config("run").executing(code))
+    for name, text in beside.items():
+        Path(name).write_text(f"{text}\nnew = 1\n")
+        with pytest.raises(CircuitError, match=rf"{name}: has changed since the run: sha256"):
+            circuit.open_run("run", recipe=code).model(1)
+        with pytest.raises(CircuitError, match="cannot resume with another config: recipe"):
+            train(recipe_config(code, "run", steps=1), resume=True)
+        Path(name).write_text(text)
+    Path("parts/deep.py").unlink()
+    with pytest.raises(CircuitError, match=r"deep\.py: is gone or no longer imported"):
+        circuit.open_run("run", recipe=code).model(1)
+    Path("json.py").write_text("")
+    with pytest.raises(CircuitError, match=r"imports json, which stands beside it, and gets ano"):
+        recipe_config(code, "other")
 
 
 COUNT = "self.n = getattr(self, 'n', 0) + 1"
