@@ -233,9 +233,10 @@ class Recording:
     @cached_property
     def not_saved(self) -> frozenset[str]:
         """Buffers that are not part of the module's `state_dict`."""
-        stored = (*self._records.states.values(), *self._records.steps.values())
-        made = (name for one in stored for name in one.line.not_saved)
-        return frozenset((*self.manifest.not_saved, *made))
+        states, steps = self._records.states.values(), self._records.steps.values()
+        of_states = (name for state in states for name in state.line.not_saved)
+        of_steps = (name for step in steps for name in step.line.not_saved)
+        return frozenset((*self.manifest.not_saved, *of_states, *of_steps))
 
     def anchor_before(self, step: int) -> int:
         """The last stored state at or before a step."""
