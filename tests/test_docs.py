@@ -46,10 +46,22 @@ def test_pages_are_whole(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_lists_stand_apart(page: Path) -> None:
+    """Behind an empty line; the site takes them for prose else, as GitHub does not."""
+    mark = r"(?:[-*]|\d+\.) "
+    joined = rf"^(?!{mark}|#)\S.*\n{mark}.*$"
+    assert re.findall(joined, without_code(page), re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_prose_is_wrapped(page: Path) -> None:
     """So that it reads in an editor and a change shows its lines; not tables, headings and code."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    text = without_code(page)
     prose = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "#"))]
     lines = [UNBROKEN.sub(lambda code: code[0].replace(" ", "_"), line) for line in prose]
     after_mark = re.compile(r"^\s*(?:[-*]|\d+\.)?\s*\S* (.*)")
