@@ -2,11 +2,12 @@
 #   make quickstart   create the environment, then train and explain a small lookup circuit
 #   make test         create the environment, then lint, type-check and test
 #   make docs         build the documentation's site in build/site, strictly
-#   make test-lens4   create .venv-lens4 with TransformerLens 4, then test what runs on it
+#   make test-lens4   create .venv-lens4.3.0 with TransformerLens 4.3, then test what runs on it
 # Variables:
 #   PYTHON=python3.12   the interpreter that creates the environment
 #   TORCH=cpu           download PyTorch's CPU build (Linux; the default there carries CUDA)
 #   VENV=.venv          where the environment goes
+#   LENS=4.3.0          the TransformerLens of test-lens4, each in an environment of its own
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE  # modules are compiled once, not by each proce
 .PHONY: help environment quickstart test test-lens4 test-system lint types layers unit docs bench
 
 help:
-	@sed -n '2,9s/^# \{0,1\}//p' Makefile
+	@sed -n '2,11s/^# \{0,1\}//p' Makefile
 
 environment: $(READY)
 
@@ -61,7 +62,8 @@ unit: $(READY)
 	@$(BIN)/pytest -m "not system and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # laws that hold for both kinds of model; the files beside them build HookedTransformers
-LENS4 := build/constraints-lens4.txt
+LENS ?= 4.3.0
+LENS4 := build/constraints-lens$(LENS).txt
 LENS4_TESTS := tests/core/test_parameter_names.py tests/lens4 \
 	$(addprefix tests/model/test_,components.py dla.py layout.py stages.py subspaces.py) \
 	$(addprefix tests/reports/test_,each_report.py export.py induction_progress.py \
@@ -72,12 +74,12 @@ LENS4_TESTS := tests/core/test_parameter_names.py tests/lens4 \
 	$(addprefix tests/training/test_,loop.py moments.py)
 
 test-lens4: $(LENS4)
-	@$(MAKE) --no-print-directory environment VENV=.venv-lens4 EXTRA=test CONSTRAINTS=$(LENS4)
-	@.venv-lens4/bin/pytest -m "not system and not slow" -n 2 --dist loadfile $(LENS4_TESTS)
+	@$(MAKE) --no-print-directory environment VENV=.venv-lens$(LENS) EXTRA=test CONSTRAINTS=$(LENS4)
+	@.venv-lens$(LENS)/bin/pytest -m "not system and not slow" -n 2 --dist loadfile $(LENS4_TESTS)
 
 $(LENS4): constraints.txt
 	@mkdir -p $(@D)
-	@sed 's/^transformer-lens==.*/transformer-lens==4.3.0/' constraints.txt > $@
+	@sed 's/^transformer-lens==.*/transformer-lens==$(LENS)/' constraints.txt > $@
 
 test-system: $(READY)
 	@$(BIN)/pytest -m system

@@ -142,6 +142,7 @@ def build_bridge(
     embed, unembed = _inner(native.tok_embed), _inner(native.head)
     if config.tied_unembedding:
         unembed.weight = embed.weight
+        _without_biases(unembed)  # up to TransformerLens 4.2 one was added, to be trained
     elif config.biases:
         unembed.bias = nn.Parameter(torch.zeros(vocabulary_size))
     if not config.biases:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REQUIREMENTS: dict[ModelKind, str] = {
     "hooked_transformer": "transformer_lens>=3.9,<4",
-    "bridge": "transformer_lens>=4.3",
+    "bridge": "transformer_lens>=4",
 }
 """What is to be installed for each kind."""
 
