@@ -205,8 +205,9 @@ def _default(annotation: Any, name: str) -> dict[str, Any]:
     """What an object holds that the file leaves out."""
     for model in _models(annotation):
         field = model.model_fields.get(name)
-        if field is not None and isinstance(field.default, BaseModel):
-            return field.default.model_dump(mode="json")
+        default = None if field is None else field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            return default.model_dump(mode="json")
     return {}
 
 

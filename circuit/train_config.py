@@ -185,7 +185,7 @@ class Recipe(Config):
     batch_size: PositiveInt
     train_split: str = "train"
     optimizer: Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     edit: Edit | None = None
     """What some steps of a counterfactual training do otherwise; written only where there is."""
@@ -243,7 +243,7 @@ class Bookkeeping(Config):
     eval_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 250
     tracked_splits: list[str] = Field(default=["validation_iid", "heldout_pairs"])
-    best: BestConfig = BestConfig(split="heldout_pairs")
+    best: BestConfig = Field(default_factory=lambda: BestConfig(split="heldout_pairs"))
 
 
 class TrainConfig(Bookkeeping, Recipe, Machine, Places):
