@@ -10,25 +10,11 @@ import torch
 
 from circuit.errors import CircuitError
 from circuit.model.components import ablate, all_heads, parse_component
-from circuit.model.kinds import build, installed_kind
+from circuit.model.kinds import build
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
-
-SHAPE = ModelConfig(
-    layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12, kind=installed_kind()
-)
-
-
-@pytest.fixture
-def model() -> HookedTransformer:
-    return build(SHAPE, vocabulary_size=20, seed=1)
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 20, (3, 10), generator=torch.Generator().manual_seed(2))
 
 
 def test_ablating_a_head_equals_a_model_without_its_output_weights(
@@ -54,19 +40,19 @@ def test_ablating_an_mlp_takes_its_output_away(
     assert not torch.equal(cache["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_mid"])
 
 
-def test_without_mlps_there_is_none_to_name() -> None:
-    shape = ModelConfig.model_validate({**SHAPE.model_dump(), "d_ff": 0})
+def test_without_mlps_there_is_none_to_name(shape: ModelConfig) -> None:
+    shape = ModelConfig.model_validate({**shape.model_dump(), "d_ff": 0})
     for given in ({"shape": shape}, {"model": build(shape, vocabulary_size=20, seed=1)}):
         assert str(parse_component("L1H0", **given)) == "L1H0"
         with pytest.raises(CircuitError, match=r"no component 'L1MLP', for it has no MLPs"):
             parse_component("L1MLP", **given)
 
 
-def test_names_that_do_not_exist_are_refused(model: HookedTransformer) -> None:
+def test_names_that_do_not_exist_are_refused(model: HookedTransformer, shape: ModelConfig) -> None:
     for address in ("H1L2", "L00H0", "L0H00", "L00MLP", "L0H\u0661"):
         with pytest.raises(CircuitError, match=f"component '{address}'; expected such as L2H1"):
             parse_component(address)
     with pytest.raises(CircuitError, match=r"no component 'L2H0'; expected layers 0-1, heads 0-1"):
         parse_component("L2H0", model)
     with pytest.raises(CircuitError, match=r"no component 'L0H2'; expected layers 0-1, heads 0-1"):
-        parse_component("L0H2", shape=SHAPE)
+        parse_component("L0H2", shape=shape)

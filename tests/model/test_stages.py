@@ -10,7 +10,7 @@ from new_shapes import NEW_SHAPES
 
 from circuit.errors import CircuitError
 from circuit.model.components import ablate
-from circuit.model.kinds import build, installed_kind
+from circuit.model.kinds import build
 from circuit.model.readout import lens
 from circuit.model.stages import (
     patch,
@@ -24,20 +24,6 @@ from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
-
-SHAPE = ModelConfig(
-    layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12, kind=installed_kind()
-)
-
-
-@pytest.fixture
-def model() -> HookedTransformer:
-    return build(SHAPE, vocabulary_size=20, seed=1)
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 20, (3, 10), generator=torch.Generator().manual_seed(2))
 
 
 def test_stages_are_the_running_sum_of_the_stream(
@@ -108,9 +94,9 @@ def test_running_on_sees_what_is_ablated_downstream(
 
 @pytest.mark.parametrize("fields", NEW_SHAPES.values(), ids=list(NEW_SHAPES))
 def test_stages_of_every_shape_are_read_patched_and_run_on_from(
-    tokens: torch.Tensor, fields: dict[str, Any]
+    tokens: torch.Tensor, shape: ModelConfig, fields: dict[str, Any]
 ) -> None:
-    shape = ModelConfig.model_validate({**SHAPE.model_dump(), **fields})
+    shape = ModelConfig.model_validate({**shape.model_dump(), **fields})
     model = build(shape, vocabulary_size=20, seed=1)
     names = stage_names(2, attention_only=shape.attention_only)
     logits, found = read_stages(model, tokens, *names)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from circuit.errors import CircuitError
 from circuit.model.components import Component, all_heads
-from circuit.model.kinds import build, installed_kind
 from circuit.model.subspaces import (
     FULL_RESIDUAL,
     HEAD_SUBSPACES,
@@ -28,20 +27,11 @@ from circuit.model.subspaces import (
     svd_of_product,
     vector_basis,
 )
-from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 TOKENS = {"key": range(5, 9), "value": range(9, 17)}
-
-
-@pytest.fixture(scope="module")
-def model() -> HookedTransformer:
-    shape = ModelConfig(
-        layers=2, heads=2, d_model=16, d_ff=32, max_sequence_length=12, kind=installed_kind()
-    )
-    return build(shape, vocabulary_size=20, seed=1)
 
 
 def drawn(*shape: int, seed: int = 3) -> torch.Tensor:

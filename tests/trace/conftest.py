@@ -15,6 +15,7 @@ from circuit.core.state import FlatState
 from circuit.trace.record import RecordOptions, RecordResult, record_trace
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import TrainState
+from circuit.training.loop import train
 
 MakeConfig = Callable[..., TrainConfig]
 Vectors = dict[str, Tensor]
@@ -87,3 +88,23 @@ def trace_folder(workplace: Path, recorded_once: Path) -> Path:
     """A copy of the trace at `trace`, relative to the working directory."""
     shutil.copytree(recorded_once, workplace / "trace")
     return Path("trace")
+
+
+@pytest.fixture(scope="session")
+def run_once(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_config: MakeConfig
+) -> Path:
+    """A run that was only trained, with checkpoints at 3, 6, 9 and 12."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(tiny_folder, folder / "data" / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(make_config())
+    return folder / "runs"
+
+
+@pytest.fixture
+def run_folder(workplace: Path, run_once: Path) -> Path:
+    """A copy of the run, relative to the working directory."""
+    shutil.copytree(run_once, workplace / "runs")
+    return Path("runs/tiny")

@@ -432,25 +432,6 @@ def test_thinning_is_refused_where_it_would_lose_something(
 # History: a run that was only trained
 
 
-@pytest.fixture(scope="module")
-def trained_once(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_config: MakeConfig
-) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(tiny_folder, folder / "data" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train(make_config())
-    return folder / "runs"
-
-
-@pytest.fixture
-def run_folder(workplace: Path, trained_once: Path) -> Path:
-    """A run with checkpoints at 3, 6, 9 and 12."""
-    shutil.copytree(trained_once, workplace / "runs")
-    return Path("runs/tiny")
-
-
 def test_a_run_that_was_only_trained_is_traced_afterwards(
     run_folder: Path, make_config: MakeConfig, recording: Recording, same: Same
 ) -> None:

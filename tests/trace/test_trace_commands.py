@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
@@ -15,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from circuit.cli import main
+from command_line import type_and_read
 
 from circuit.artifacts import read_jsonl
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
 from circuit.training import step as step_module
 from circuit.training.checkpoints import load_checkpoint
-from circuit.training.loop import train
 
 MakeConfig = Callable[..., TrainConfig]
 Same = Callable[[Any, Any], bool]
@@ -32,71 +29,29 @@ Run = Callable[..., tuple[int, str, str]]
 OUTPUT = "runs/tiny/analysis/optimizer_update_trace/stepwise"
 CONFIG = "runs/tiny/run_config.json"
 CONTRACT = [
-    "--config",
-    CONFIG,
-    "--from-initialization",
-    "--output-dir",
-    OUTPUT,
-    "--device",
-    "cpu",
-    "--end-step",
-    "12",
-    "--train-split",
-    "train",
-    "--checkpoint-every",
-    "1",
-    "--checkpoint-start-step",
-    "0",
-    "--progress-every",
-    "100",
-    "--top-k-parameters",
-    "40",
-    "--require-historical-replay",
-    "--overwrite",
+    *("--config", CONFIG, "--from-initialization", "--output-dir", OUTPUT, "--device", "cpu"),
+    *("--end-step", "12", "--train-split", "train", "--progress-every", "100"),
+    *("--checkpoint-every", "1", "--checkpoint-start-step", "0", "--top-k-parameters", "40"),
+    *("--require-historical-replay", "--overwrite"),
 ]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Types a command: exit code, stdout, stderr."""
 
-    def type_in(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["circuit", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+    def typed(*words: str | Path) -> tuple[int, str, str]:
+        done = type_and_read([str(word) for word in words], capsys)
+        return done.code, done.out, done.err
 
-    return type_in
-
-
-@pytest.fixture(scope="module")
-def trained_once(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_config: MakeConfig
-) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(tiny_folder, folder / "data" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train(make_config())
-    return folder / "runs"
-
-
-@pytest.fixture
-def trained(workplace: Path, trained_once: Path) -> Path:
-    shutil.copytree(trained_once, workplace / "runs")
-    return workplace
+    return typed
 
 
 def report_of(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / "optimizer_update_trace_report.json").read_text("utf-8"))
 
 
-def test_the_contracts_command_leaves_its_outputs(trained: Path, run: Run) -> None:
+def test_the_contracts_command_leaves_its_outputs(run_folder: Path, run: Run) -> None:
     code, out, err = run("optimizer-update-trace", *CONTRACT)
     assert (code, err) == (0, "")
     law = "4 of 4 checkpoints that the run saved are equal, 0 bits differ"
@@ -116,7 +71,7 @@ def test_the_contracts_command_leaves_its_outputs(trained: Path, run: Run) -> No
     assert code == 0
 
 
-def test_the_reports_summary_is_that_of_the_rows(trained: Path, run: Run) -> None:
+def test_the_reports_summary_is_that_of_the_rows(run_folder: Path, run: Run) -> None:
     run("optimizer-update-trace", *CONTRACT)
     rows = read_jsonl(Path(OUTPUT) / "optimizer_update_trace_rows.jsonl")
     report = report_of(OUTPUT)
@@ -148,7 +103,7 @@ def test_the_reports_summary_is_that_of_the_rows(trained: Path, run: Run) -> Non
     assert figure.tag.endswith("svg")
 
 
-def test_equal_inputs_give_equal_reports(trained: Path, run: Run) -> None:
+def test_equal_inputs_give_equal_reports(run_folder: Path, run: Run) -> None:
     """All but the provenance, in whatever folder."""
     for folder in ("one", "deep/two"):
         words = ["--from-initialization", "--end-step", "6", "--output-dir", folder]
@@ -160,7 +115,7 @@ def test_equal_inputs_give_equal_reports(trained: Path, run: Run) -> None:
     for name in ("optimizer_update_trace.svg", "optimizer_update_trace_report.md"):
         texts = [(Path(folder) / name).read_text("utf-8") for folder in ("one", "deep/two")]
         assert texts[0] == texts[1]
-        assert str(trained) not in texts[0]
+        assert str(Path.cwd()) not in texts[0]
 
 
 def test_a_rate_of_zero_at_the_last_step_is_reported(
@@ -175,7 +130,7 @@ def test_a_rate_of_zero_at_the_last_step_is_reported(
     assert math.isfinite(report_of("trace")["summary"]["max_relative_rounding"])
 
 
-def test_record_speaks_json_and_its_paths_exist(trained: Path, run: Run) -> None:
+def test_record_speaks_json_and_its_paths_exist(run_folder: Path, run: Run) -> None:
     start = "runs/tiny/checkpoints/step_000006.pt"
     words = ["--resume-checkpoint", start, "--num-steps", "4", "--output-dir", "trace"]
     words += ["--anchor-every", "2", "--config", CONFIG, "--storage", "dense", "--json"]
@@ -221,7 +176,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=list(WRONG))
 def test_wrong_options_are_one_line(
-    trained: Path, run: Run, words: list[str], message: str
+    run_folder: Path, run: Run, words: list[str], message: str
 ) -> None:
     code, out, err = run("trace", "record", "--config", CONFIG, "--output-dir", "trace", *words)
     assert (code, out) == (2, "")
