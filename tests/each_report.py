@@ -78,7 +78,7 @@ OWN: dict[str, dict[str, Any]] = {
         "scalars": ("loss",),
         "replays": Path("replays"),
         "windows": ("0:2",),
-        "examples": 4,
+        "examples": 3,
         "subsets": 3,
         "shares": (0.3,),
         "random_vectors": 1,

@@ -44,7 +44,7 @@ CONTRACT = (
     *("--distractor-key-role", "value_distractors", "--record-side", "clean"),
     *("--route-pair-type", "support_value", "--route-pair-source-type", "support_value"),
     *("--max-route-pairs-per-type", "64", "--min-route-pairs-per-type", "4"),
-    *("--loss-scope", "full_lm", "--overwrite"),
+    *("--loss-scope", "full_lm", "--end-step", "4", "--overwrite"),
 )
 Circuit = Callable[..., Any]
 Attribute = Callable[..., ReportResult]
@@ -89,9 +89,9 @@ def test_the_contracts_command_leaves_its_outputs(circuit: Circuit, traced: Path
     figures = ["closure.svg", "groups_circuit.svg", "terms.svg", "terms_first_order.svg"]
     assert sorted(files_of("out")) == sorted([*names, *figures])
     rows, report = rows_of("out"), report_of("out")
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {row["scalar"] for row in rows} == {"qk_match.L1H1.rank8"}
-    assert report["law"].startswith("the contributions to qk_match.L1H1.rank8 over steps 0:12")
+    assert report["law"].startswith("the contributions to qk_match.L1H1.rank8 over steps 0:4")
     assert (report["parameters"]["heads"], report["parameters"]["head_layer"]) == (["L1H1"], None)
     assert report["provenance"]["trace"]["state_at_start"] == ReplayedRun.open(
         "trace"
@@ -101,7 +101,7 @@ def test_the_contracts_command_leaves_its_outputs(circuit: Circuit, traced: Path
     first, short = (files_of(folder, but=("report.json",)) for folder in ("out", "short"))
     assert first == short
     word = "qk_match,head_layer=1,head=1,rank=8,min_route_pairs_per_type=4"
-    words = (*BASE[:6], "--scalar", word, "--output-dir", "any")
+    words = (*BASE[:6], "--scalar", word, "--end-step", "4", "--output-dir", "any")
     assert circuit("trace", "attribute", *words).code == 0
     any_rows = Path("any/scalar_attribution_rows.jsonl").read_bytes()
     assert any_rows == (Path("out") / names[2]).read_bytes()
@@ -126,7 +126,7 @@ def test_every_window_is_the_sum_of_its_rows(qk: Attribute) -> None:
 
 def test_all_heads_bases_and_lags_in_one_pass(qk: Attribute) -> None:
     bases = ("source", "step:6", "full")
-    result = qk("all", heads=(), ranks=(2, 3), end_step=3, by_lag=True, bases=bases)
+    result = qk("all", heads=(), ranks=(2, 3), end_step=2, by_lag=True, bases=bases)
     assert "(a basis, a competitor) is taken anew at each step" in result.notes[0]
     rows = rows_of("all")
     kinds = ["rank2", "rank3", "rank2_of_step6", "rank3_of_step6", "full", "full_with_biases"]
@@ -134,11 +134,11 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Attribute) -> None:
     names = {f"qk_match.{head}.{kind}" for head in heads for kind in kinds}
     lags = ("", ".lag1", ".lag2")
     assert {row["scalar"] for row in rows} == {name + lag for name in names for lag in lags}
-    assert len(rows) == 3 * 24 * 3
+    assert len(rows) == 2 * 24 * 3
     for row in rows:
         assert row["telescopes"] == any(kind in row["scalar"] for kind in ("full", "step6"))
     # alone, a scalar is what it is among many
-    qk("one", end_step=3)
+    qk("one", end_step=2)
     among = [row for row in rows if row["scalar"] == "qk_match.L1H1.rank3"]
     for ours, theirs in zip(rows_of("one"), among, strict=True):
         assert ours["actual"] == pytest.approx(theirs["actual"], rel=1e-4, abs=1e-7)
@@ -151,7 +151,7 @@ def test_all_heads_bases_and_lags_in_one_pass(qk: Attribute) -> None:
     assert {by: sum(counts) for by, counts in parts.items()} == dict.fromkeys(
         family.slices, len(reads[""])
     )
-    for step in (1, 3):
+    for step in (1, 2):
         own = {row["scalar"]: row["path"] for row in rows if row["step"] == step}
         for name in names:
             for term, share in own[name].items():
@@ -263,7 +263,7 @@ def test_merged_shards_are_the_unsharded_report(circuit: Circuit) -> None:
 def test_an_adaptive_rule_says_what_it_took_and_its_shards_merge(
     qk: Attribute, circuit: Circuit
 ) -> None:
-    for name, (start, end) in {"one": (0, 5), "two": (5, 12), "whole": (0, 12)}.items():
+    for name, (start, end) in {"one": (0, 2), "two": (2, 5), "whole": (0, 5)}.items():
         qk(name, start_step=start, end_step=end, bases=("full",), path="auto:1e-3")
     assert circuit("trace", "merge", "merged", "two", "one").code == 0
     assert files_of("merged", but=("report.json",)) == files_of("whole", but=("report.json",))

@@ -101,15 +101,9 @@ def test_every_report_of_a_recorded_copy_is_that_of_the_run(trained: Path, trace
             assert len(ours.rows) == len(theirs.rows)
             for one, other in zip(ours.rows, theirs.rows, strict=True):
                 assert one.read_bytes() == other.read_bytes(), one
-    make("scalar-attribution", trained_here, unchanged)
-    ours, theirs = (
-        read_jsonl(of(MADE / "scalar-attribution" / "scalar_attribution_rows.jsonl"))
-        for of in (
-            of_recording,
-            lambda path: make("scalar-attribution", trained_here, unchanged).rows[0],
-        )
-    )
-    for one, other in zip(ours, theirs, strict=True):
+    theirs = make("scalar-attribution", trained_here, unchanged).rows[0]
+    ours = of_recording(MADE / "scalar-attribution") / theirs.name
+    for one, other in zip(read_jsonl(ours), read_jsonl(theirs), strict=True):
         for column in ("before", "after", "path", "groups"):  # the raw gradient is not recorded
             assert one[column] == other[column]
     page = formation_page(RECORDED)
