@@ -64,13 +64,14 @@ class Replays:
         """Open the folder, which is made where there is none.
 
         Args:
-            identity: of run, end and scalars: JSON that tells which trainings may share a folder.
+            identity: of run, end and scalars: JSON that tells which trainings may share a folder;
+                `of` has the scalars' names.
 
         Raises:
             CircuitError: the folder holds trainings of something else, or a damaged row.
         """
         self.path = Path(folder) / NAME
-        self.identity = digest_of(dict(identity))
+        self.identity, self.scalars = digest_of(dict(identity)), len(identity["of"])
         with writing(self.path, fix="choose another folder"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._at_end() as handle:
@@ -88,13 +89,21 @@ class Replays:
                 fix="choose another folder",
             )
         replays = {}
-        with values_of(self.path, fix="make it again"):
-            for row in rows[1:]:
-                said = row["edit"]
-                pairs = tuple(map(tuple, said.pop("swapped", ())))
-                edit = Edit(**said, swapped=pairs)
-                replays[key(edit)] = Replay(edit, tuple(row["values"]), row["state"])
+        for number, row in enumerate(rows[1:], start=2):
+            with values_of(f"{self.path}:{number}", fix="remove the line; it is done again"):
+                replay = self._read(row)
+                replays[key(replay.edit)] = replay
         return replays
+
+    def _read(self, row: dict[str, Any]) -> Replay:
+        said, values, state = row["edit"], tuple(row["values"]), row["state"]
+        pairs = tuple(map(tuple, said.pop("swapped", ())))
+        if len(values) != self.scalars or not isinstance(state["parameters"], str):
+            raise ValueError(f"{len(values)} values of {self.scalars} scalars")
+        try:
+            return Replay(Edit(**said, swapped=pairs), values, state)
+        except CircuitError as error:  # which says nothing of the file
+            raise ValueError(str(error)) from error
 
     def add(self, replay: Replay) -> None:
         """Keep one more.

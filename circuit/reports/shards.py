@@ -12,10 +12,12 @@ from circuit.artifacts import OutputFolder
 from circuit.attribution.arrays import as_netcdf
 from circuit.attribution.series import Series, check_windows
 from circuit.errors import CircuitError
+from circuit.reading import values_of
 from circuit.reports.attribution import Attribution, AttributionOptions, KeptRows, parse_windows
 from circuit.reports.report import Progress, ReportResult, open_report
 from circuit.reports.written import SUFFIX, Written, read_report
 
+_ANEW = "make the attribution again"
 _OF_A_SHARD = ("start_step", "end_step", "windows", "workers")
 _PATHS = ("probe_set", "optimizer_trace_dir", "scalar_pair_rows")
 _MERGED = "shard_overrides"
@@ -45,6 +47,18 @@ def merge_attributions(
     """
     if not parts:
         raise CircuitError("no shards to merge", expected="at least one folder")
+    with values_of(Path(parts[0]).parent, fix=_ANEW):
+        return _merged(output_dir, parts, windows, overwrite=overwrite, progress=progress)
+
+
+def _merged(
+    output_dir: str | Path,
+    parts: Sequence[Path],
+    windows: Sequence[str],
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> ReportResult:
     shards = sorted((_read_shard(Path(part)) for part in parts), key=lambda shard: shard.start)
     for earlier, later in itertools.pairwise(shards):
         _refuse_seam(earlier, later)
@@ -92,10 +106,11 @@ def attribution_arrays(folder: str | Path, output: str | Path, *, overwrite: boo
     output = Path(output)
     if output.suffix != ".nc":
         raise CircuitError(f"{output}", where="`output`", expected="a name that ends in .nc")
-    series = Series.collect(_read_shard(Path(folder)).report.results.rows())
+    with values_of(folder, fix=_ANEW):
+        arrays = as_netcdf(Series.collect(_read_shard(Path(folder)).report.results.rows()))
     command = f"trace-arrays.{output.stem}"
     with OutputFolder(output.parent, command, writes=[output.name], overwrite=overwrite) as place:
-        return place.write_bytes(output.name, as_netcdf(series))
+        return place.write_bytes(output.name, arrays)
 
 
 @dataclass(frozen=True)
