@@ -6,29 +6,25 @@ from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-NOTEBOOKS = (
-    "notebooks/1_explore_cached_activations.ipynb",
-    "notebooks/2_follow_one_route.ipynb",
-    "notebooks/3_write_your_own_scalar.ipynb",
-)
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("notebooks/*.ipynb"))
 PLACES = {
     "README.md": "index.md",
-    "CHANGELOG.md": "CHANGELOG.md",
-    "CITATION.cff": "CITATION.cff",
-    "CONTRIBUTING.md": "CONTRIBUTING.md",
-    "LICENSE": "LICENSE",
-    "SECURITY.md": "SECURITY.md",
     **{
-        f"notebooks/{name}.ipynb": f"notebooks/{name}.ipynb"
+        name: name
         for name in (
-            "1_explore_cached_activations",
-            "2_follow_one_route",
-            "3_write_your_own_scalar",
+            "CHANGELOG.md",
+            "CITATION.cff",
+            "CONTRIBUTING.md",
+            "LICENSE",
+            "SECURITY.md",
+            *NOTEBOOKS,
         )
     },
 }
@@ -39,9 +35,8 @@ LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the files from outside of docs/."""
-    root = posixpath.dirname(config.config_file_path)
     for source, place in PLACES.items():
-        files.append(File.generated(config, place, abs_src_path=posixpath.join(root, source)))
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     return files
 
 
