@@ -1,6 +1,9 @@
 """Which reads wrote a head's match, and would it have formed without them? The quickstart by seed.
 
-    python benchmarks/what_wrote_the_match.py FOLDER [SEEDS]    # 5 seeds, a few minutes each
+    python benchmarks/what_wrote_the_match.py FOLDER [FIRST:LAST]    # seeds 1:5, six minutes each
+
+What a seed gave stays in FOLDER; another start does what is missing, and one of several processes
+may do some of the seeds.
 
 Fixed before the runs: the window is the 100 steps up to the first evaluation (every 10 steps) at
 which 60 % of the validation reads of lag 2 are right; the head is the one of layer 1 with the
@@ -18,10 +21,10 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +32,12 @@ from over_seeds import interval
 from transformer_lens import HookedTransformer
 
 import circuit
+from circuit.artifacts import atomic_write_text, dump_json
 from circuit.attribution.credit import CreditPass
 from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
 from circuit.quickstart import quickstart_configs
+from circuit.reading import read_json
 from circuit.reports.data_facts import by_fact
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.qk_match import QKMatch, ReadMasks
@@ -80,28 +85,49 @@ class Seed(NamedTuple):
     change: float
     removed: int
 
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Seed:
+        """As it was written."""
+        courses = {
+            "top": Course(*told["top"]),
+            "run": Course(*told["run"]),
+            "random": [Course(*one) for one in told["random"]],
+            "optimizers": {name: Course(*one) for name, one in told["optimizers"].items()},
+        }
+        return cls(**{**told, **courses})
 
-def main(folder: Path, seeds: int) -> None:
+
+def main(folder: Path, first: int, last: int) -> None:
     """Print the tables as Markdown."""
     benchmark, config = quickstart_configs("symbolic_kv")
     data = folder / "data"
-    write_benchmark(benchmark.model_copy(update={"output_dir": str(data)}), overwrite=True)
+    if not (data / "metadata.json").exists():
+        write_benchmark(benchmark.model_copy(update={"output_dir": str(data)}))
     every = []
-    for seed in range(1, seeds + 1):
-        out = folder / f"seed_{seed}"
-        chosen = config.replace(seed=seed, output_dir=str(out), benchmark_dir=str(data))
-        every.append(studied(chosen.replace(eval_every=EVERY)))
-    print_tables(every)
+    for seed in range(first, last + 1):
+        path = folder / f"seed_{seed}.json"
+        if not path.exists():
+            out = folder / f"seed_{seed}"
+            chosen = config.replace(seed=seed, output_dir=str(out), benchmark_dir=str(data))
+            told = studied(chosen.replace(eval_every=EVERY))
+            atomic_write_text(path, dump_json(told))
+        every.append(read_json(path))
+    formed = [Seed.read(told) for told in every if told is not None]
+    print(f"{len(formed)} of {len(every)} seeds have lag {LAG} within {config.steps} steps\n")
+    print_tables(formed)
 
 
-def studied(config: TrainConfig) -> Seed:
-    """Train one seed, and ask."""
+def studied(config: TrainConfig) -> dict[str, Any] | None:
+    """Train one seed, and ask; None: lag 2 is not learned, or later than a window can be."""
     train(config, overwrite=True, recorder=TraceRecorder())
     run = circuit.open_run(Path(config.output_dir) / DEFAULT_FOLDER)
     assert isinstance(run, ReplayedRun)
     reads = run.setup.split("validation_iid").batch()
     late = reads.facts["lag"] == LAG
-    formed = next(step for step, share in accuracies(run, reads.select(late)) if share >= FORMED)
+    course_of_run = accuracies(run, reads.select(late))
+    formed = next((step for step, share in course_of_run if share >= FORMED), None)
+    if formed is None or formed < LENGTH:
+        return None
     start = formed - LENGTH
     match = best_match(run, reads, formed)
     attributor = attributor_of(run, [match], averages=True)
@@ -131,7 +157,7 @@ def studied(config: TrainConfig) -> Seed:
     ranked = sorted(tokens, key=lambda token: -tokens[token])
     count = round(SHARE * len(ranked))
     random = np.random.default_rng(config.seed)
-    return Seed(
+    told = Seed(
         lags={name: share / change for name, share in lags.items()},
         closure=float(passed.totals.closure),
         top=without(ranked[:count]),
@@ -146,6 +172,7 @@ def studied(config: TrainConfig) -> Seed:
         change=change,
         removed=count,
     )
+    return told._asdict()
 
 
 def accuracies(run: ReplayedRun, reads: Examples) -> Iterator[tuple[int, float]]:
@@ -237,4 +264,5 @@ def delay(seed: Seed, course: Course) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    begin, _, end = (sys.argv[2] if len(sys.argv) > 2 else "1:5").partition(":")
+    main(Path(sys.argv[1]), int(begin), int(end))

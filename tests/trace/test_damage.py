@@ -335,7 +335,7 @@ def test_a_benchmark_regenerated_with_another_seed_is_refused(
     write_benchmark(parse_config({**benchmark_payload(), "seed": 6}, BenchmarkConfig, where="test"))
     trace = ReplayedRun.open(trace_folder)
     for use in (lambda: trace.state(5), lambda: list(trace.replay(0, 1)), trace.verify):
-        with pytest.raises(CircuitError, match="data/tiny: the benchmark is not the one that was"):
+        with pytest.raises(CircuitError, match="data/tiny: the benchmark is not the recorded one"):
             use()
     assert trace.state(4).step == 4  # needs no benchmark
     shutil.rmtree("data")
