@@ -192,7 +192,7 @@ READ: dict[str, list[Words]] = {
     "cut/watch_rows.jsonl": [WATCH_ON],
     "cut/watch.manifest.json": [WATCH_ON],
     "mine.py": [OWN_ON, OWN_VERIFY, OWN_NORM],
-    "own/run_config.json": [OWN_ON, OWN_PAGE, OWN_NORM],
+    "own/run_config.json": [OWN_ON, OWN_NORM],
     "own/environment.json": [OWN_ON],
     "own/metrics.jsonl": [OWN_ON, OWN_PAGE],
     "own/train.manifest.json": [OWN_ON],
