@@ -372,6 +372,7 @@ def run_report(
         report.tell = lambda note: tell(done, report.total, note)
         for point in report.points():
             rows += report.measure(point)
+            del point  # such as a model, which goes before the next one comes
             done += 1
             tell(done, report.total, "")
         return writer.write(report, report.conclude(rows))

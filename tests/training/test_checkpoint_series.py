@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,30 @@ def test_a_config_that_says_anything_is_read_or_refused_in_one_line(
             refusals.append(str(error))
     assert len(refusals) >= len(config) / 4
     assert not [told for told in refusals if len(told.splitlines()) > 1]
+
+
+def test_a_model_is_gone_before_the_next_one_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, as nothing in it refers to itself: of a series there is memory for two."""
+    for step in range(3):
+        save(MODELS["gpt-neox"](), tmp_path / f"series/step{step}")
+    alive: list[weakref.ref[Any]] = []
+
+    def load(folder: Path) -> Any:
+        assert [model() for model in alive] == [None] * len(alive)
+        model = load_pretrained(folder)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("circuit.training.series.load_pretrained", load)
+    gc.disable()
+    try:
+        asked = SeriesOptions(series=(tmp_path / "series",), strings=1, length=4)
+        run_report(SeriesScan, None, asked, tmp_path / "out")
+    finally:
+        gc.enable()
+    assert len(alive) == 3
 
 
 def test_more_strings_than_memory_holds_are_refused_before_they_are_drawn(tmp_path: Path) -> None:
