@@ -3,6 +3,7 @@
 #   make test         create the environment, then lint, type-check and test
 #   make docs         build the documentation's site in build/site, strictly
 #   make test-lens4   create .venv-lens4.3.0 with TransformerLens 4.3, then test what runs on it
+#   make test-tools   create .venv-tools with Lightning and the trackers, then test with them
 # Variables:
 #   PYTHON=python3.12   the interpreter that creates the environment
 #   TORCH=cpu           download PyTorch's CPU build (Linux; the default there carries CUDA)
@@ -20,10 +21,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export MPLBACKEND ?= Agg
 unexport PYTHONDONTWRITEBYTECODE  # modules are compiled once, not by each process of the tests
 
-.PHONY: help environment quickstart test test-lens4 test-system lint types layers unit docs bench
+.PHONY: help environment quickstart test test-lens4 test-tools test-system lint types layers unit docs bench
 
 help:
-	@sed -n '2,11s/^# \{0,1\}//p' Makefile
+	@sed -n '2,12s/^# \{0,1\}//p' Makefile
 
 environment: $(READY)
 
@@ -80,6 +81,10 @@ test-lens4: $(LENS4)
 $(LENS4): constraints.txt
 	@mkdir -p $(@D)
 	@sed 's/^transformer-lens==.*/transformer-lens==$(LENS)/' constraints.txt > $@
+
+test-tools:
+	@$(MAKE) --no-print-directory environment VENV=.venv-tools EXTRA=tools
+	@.venv-tools/bin/pytest tests/tools
 
 test-system: $(READY)
 	@$(BIN)/pytest -m system
