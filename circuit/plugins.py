@@ -20,6 +20,10 @@ importing: ContextVar[Path | None] = ContextVar("importing", default=None)
 """The file that is being imported: what it does is no run of it as a script."""
 
 
+_looked_at: dict[Path, str] = {}
+"""sha256 of files that somebody's file imports, when last looked at before they were imported."""
+
+
 def import_file(path: str | Path, *, missing: str) -> ModuleType:
     """Execute a file, once: under a name that its content gives it, which no other has.
 
@@ -63,7 +67,7 @@ def code_digests(path: str | Path, *, missing: str = "no such file") -> dict[str
 
     Raises:
         CircuitError: there is no such file; or what is imported stands beside the file, and another
-            of that name would be imported.
+            of that name would be imported; or it was imported, and its file has changed since.
     """
     path = checked_path(path)
     folder, todo, digests = path.absolute().parent, [path.absolute()], dict[str, str]()
@@ -72,8 +76,30 @@ def code_digests(path: str | Path, *, missing: str = "no such file") -> dict[str
         name = file.relative_to(folder).as_posix()
         if name not in digests:
             digests[name] = file_digest(file, missing=missing)
+            if digests.keys() != {path.name}:
+                _refuse_stale(file, name, digests[name])
             todo += _imports_beside(file, folder)
     return digests
+
+
+def _refuse_stale(file: Path, name: str, digest: str) -> None:
+    """Refuse a module that has changed since it was imported: its earlier code would be executed.
+
+    A file that is named itself is executed under a name of its content, what it imports once in a
+    process. What was imported before its file was first looked at is taken to be what it was.
+
+    Raises:
+        CircuitError: it has.
+    """
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    if module not in sys.modules:
+        _looked_at[file] = digest
+    elif _looked_at.setdefault(file, digest) != digest:
+        raise CircuitError(
+            "has changed since this process imported it, which would go on with it as it was",
+            where=file,
+            fix="start a new process (in a notebook: restart the kernel), or undo the change",
+        )
 
 
 def _imports_beside(file: Path, folder: Path) -> Iterator[Path]:

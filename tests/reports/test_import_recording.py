@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,13 +247,16 @@ def test_with_a_task_its_numbers_are_those_of_the_module(mine: Callable[..., Don
     assert figures["loss"] == pytest.approx(theirs[-1]["after"], rel=1e-6)
 
 
-def test_what_has_changed_since_the_import_is_refused(mine: Callable[..., Done]) -> None:
+def test_what_has_changed_since_the_import_is_refused(
+    mine: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The named file, what it imports from beside itself, the task's benchmark."""
     Path("mine.py").write_text(f"import beside\n{MINE}")
     Path("beside.py").write_text("")
     words = ("--module", "mine.py:build", "--task", "mine.py:Sums")
     assert mine("import-recording", "mine", *words).code == 0
     assert open_run("mine").module() is not None
+    monkeypatch.delitem(sys.modules, "beside", raising=False)  # as in a new process
     for name in ("beside.py", "mine.py"):
         text = Path(name).read_text()
         Path(name).write_text(f"{text}# changed\n")

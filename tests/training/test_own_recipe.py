@@ -304,6 +304,11 @@ def test_what_it_imports_from_beside_itself_is_held_against_the_run(
     assert set(load_run_config("run").recipe.imports) == set(beside)
     Path("parts/unused.py").write_text("changed = True\n")
     check_code(load_run_config("run").executing(code))
+    Path("parts/also.py").write_text("two = 3\n")
+    with pytest.raises(CircuitError, match=r"also\.py: has changed since this process imported it"):
+        check_code(load_run_config("run").executing(code))
+    for name in ("parts", "parts.sizes", "parts.also"):  # as in a new process
+        monkeypatch.delitem(sys.modules, name)
     for name, text in beside.items():
         Path(name).write_text(f"{text}\nnew = 1\n")
         with pytest.raises(CircuitError, match=rf"{name}: has changed since the run: sha256"):
