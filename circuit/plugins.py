@@ -114,7 +114,7 @@ def _imports_beside(file: Path, folder: Path) -> Iterator[Path]:
             names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) + 1 - node.level] if node.level else ()
-            base = [*above, *(node.module or "").split(".")] if node.module else [*above]
+            base = [*above, *(node.module.split(".") if node.module else ())]
             names = [[*base, alias.name] for alias in node.names]
         else:
             continue

@@ -31,7 +31,7 @@ from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import KEEPS, Keep
 from circuit.runs.storing import Storage
 from circuit.runs.watching import Watcher
-from circuit.scalars.base import Cache, Measure, Scalar, SharedBatch, measured
+from circuit.scalars.base import Measure, Scalar, SharedBatch, measured
 from circuit.sinks import Sink, as_function, flattened
 from circuit.sizes import disk_limit, recording_disk, shown
 
@@ -275,12 +275,11 @@ class _Values:
             ours.copy_(theirs)
         if buffers:
             load_buffers(self.copy, buffers)
-        runs = self.shared.run(self.copy)
+        bound = [scalar.bind(self.copy) for scalar in self.scalars]
+        values = self.shared.values(self.copy, bound)
         return {
-            scalar.name: float(
-                scalar.bind(self.copy).values(self.copy, Cache(runs, rows)).double().mean()
-            )
-            for scalar, rows in zip(self.scalars, self.shared.rows, strict=True)
+            scalar.name: float(of.double().mean())
+            for scalar, of in zip(self.scalars, values, strict=True)
         }
 
 

@@ -128,6 +128,12 @@ class Edit:
             factors.setdefault(example, {})[position] = factor
         return factors
 
+    @cached_property
+    def _last(self) -> int | None:
+        """The last position that is named."""
+        named = (at for of in self.weighed.values() for at in of if at is not None)
+        return max(named, default=None)
+
     def weights(
         self, names: Sequence[str]
     ) -> Float[Tensor, " example"] | Float[Tensor, "example pos"] | None:
@@ -137,10 +143,11 @@ class Edit:
         positions behind them.
         """
         factors = [self.weighed.get(name, {}) for name in names]
+        if not any(factors):
+            return None
         weights = torch.tensor([of.get(None, 1.0) for of in factors], dtype=torch.float64)
-        named = [at for of in self.weighed.values() for at in of if at is not None]
-        if named:
-            weights = weights[:, None].repeat(1, max(named) + 2)
+        if self._last is not None:
+            weights = weights[:, None].repeat(1, self._last + 2)
             for row, of in enumerate(factors):
                 for at, factor in of.items():
                     if at is not None:

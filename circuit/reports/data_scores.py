@@ -280,14 +280,16 @@ class _Gradients:
         """Of directions with the gradient `g_e` of each example."""
         return self.losses.derivatives(self.objective, theta, directions, "example").sum(2)
 
-    def mean_losses(self, theta: Flat) -> Float[Tensor, "two example"]:
+    def mean_losses(
+        self, theta: Flat
+    ) -> tuple[Float[Tensor, " example"], Float[Tensor, " example"]]:
         """The mean loss of each example's targets, in nats; and how many these are."""
         with torch.no_grad():
             shares = self.losses(
                 self.losses.parameters(theta), self.objective, *self.objective.inputs
             )
         count = (self.batch.targets != UNPREDICTED).double().cpu().sum(1)
-        return torch.stack([shares.double().cpu().sum(1) * count.sum() / count, count])
+        return shares.double().cpu().sum(1) * count.sum() / count, count
 
     def dots(
         self, states: Sequence[tuple[int, float]]

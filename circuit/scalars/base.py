@@ -199,15 +199,21 @@ class SharedBatch:
             for condition, hooks in self.hooks.items()
         }
 
+    def values(
+        self, model: HookedTransformer, bound: Sequence[BoundScalar]
+    ) -> list[Float[Tensor, " example"]]:
+        """The scalars' values of their examples, from shared forward passes."""
+        runs = self.run(model)
+        return [
+            scalar.values(model, Cache(runs, rows))
+            for scalar, rows in zip(bound, self.rows, strict=True)
+        ]
+
     def means(
         self, model: HookedTransformer, bound: Sequence[BoundScalar]
     ) -> list[Float[Tensor, ""]]:
-        """The scalars' means over their examples, from shared forward passes."""
-        runs = self.run(model)
-        return [
-            scalar.values(model, Cache(runs, rows)).mean()
-            for scalar, rows in zip(bound, self.rows, strict=True)
-        ]
+        """Their means over the examples."""
+        return [values.mean() for values in self.values(model, bound)]
 
 
 def forward_activations(

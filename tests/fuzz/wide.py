@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from sums_module import sums_module
 from torch import nn
 
 import circuit
@@ -17,27 +18,9 @@ from circuit.attribution.scores import Scores, read_scores, write_scores
 
 Words = tuple[str, ...]
 
-MINE = """
-import torch
-from torch import nn
-
-import circuit
-from circuit.tasks.base import Drawn, Parsed, Question, Record, Task, TaskConfig, Vocabulary
-
-p = 3
-pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
-sums = pairs.sum(1) % p
-
-
-def build():
-    torch.manual_seed(0)
-    hidden = [nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, p)]
-    return nn.Sequential(nn.Embedding(p, 4), nn.Flatten(), *hidden)
-
-
-def loss(module, factor: float = 1.0):
-    return factor * nn.functional.cross_entropy(module(pairs), sums)
-
+MINE = (
+    sums_module(3, 4, 6)
+    + """
 
 class Sums(circuit.Recipe):
     steps, checkpoint_every, log_every = 6, 3, 1
@@ -55,37 +38,8 @@ class Sums(circuit.Recipe):
 
     def optimizer(self, module):
         return torch.optim.AdamW(module.parameters(), lr=0.01, foreach=False)
-
-
-class PairsConfig(TaskConfig):
-    def stored(self):
-        return {"sums": (p * p, 3)}
-
-
-class Pairs(Task):
-    Config = PairsConfig
-    kinds = ("first", "second", "answer")
-    facts = {"first_pos": False}
-    roles = {"prediction": "at", "first": "first_pos"}
-    pair_types = {}
-    token_set_names = ("number",)
-    support = "first"
-    loss = "answer"
-
-    def __init__(self, config, facts=None):
-        super().__init__(config)
-        self.vocabulary = Vocabulary(list(map(str, range(p))))
-        self.choices = range(p)
-        self.token_sets = {"number": self.choices}
-        self.split_names = ("all",)
-
-    def draw(self, report):
-        rows = zip(pairs.tolist(), sums.tolist())
-        return Drawn({"all": [Record(f"{a}+{b}", "all", (a, b, c)) for (a, b), c in rows]})
-
-    def parse(self, record, through=None):
-        return Parsed([Question(0, 1, record.tokens[2], {"first_pos": 0}, record)], range(3))
 """
+)
 """A module, a number of it, a recipe and a task, as somebody writes them."""
 
 

@@ -13,6 +13,7 @@ import torch
 from command_line import Done
 from each_report import KINDS, MADE, options_of, sources_of
 from own_loop import own_loop
+from sums_module import sums_module
 from tiny_run import RUN
 from torch import Tensor, nn
 
@@ -116,62 +117,12 @@ def test_every_report_of_a_recorded_copy_is_that_of_the_run(trained: Path, trace
 
 # --- a module of one's own class ------------------------------------------------------------------
 
-MINE = '''
-"""Sums modulo 5, two numbers in, logits out: no task of circuit, no HookedTransformer."""
-
-import torch
-from torch import nn
-
-import circuit
-from circuit.tasks.base import Drawn, Parsed, Question, Record, Task, TaskConfig, Vocabulary
-
-p = 5
-pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
-sums = pairs.sum(1) % p
-
-
-def build():
-    torch.manual_seed(0)
-    hidden = [nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, p)]
-    return nn.Sequential(nn.Embedding(p, 8), nn.Flatten(), *hidden)
-
-
-def loss(module, factor: float = 1.0):
-    return factor * nn.functional.cross_entropy(module(pairs), sums)
-
+MINE = (
+    sums_module(5, 8, 16)
+    + """
 
 def losses(inputs):
     return [loss, lambda module: loss(module)]
-
-
-class SumsConfig(TaskConfig):
-    def stored(self):
-        return {"sums": (p * p, 3)}
-
-
-class Sums(Task):
-    Config = SumsConfig
-    kinds = ("first", "second", "answer")
-    facts = {"first_pos": False}
-    roles = {"prediction": "at", "first": "first_pos"}
-    pair_types = {}
-    token_set_names = ("number",)
-    support = "first"
-    loss = "answer"
-
-    def __init__(self, config, facts=None):
-        super().__init__(config)
-        self.vocabulary = Vocabulary(list(map(str, range(p))))
-        self.choices = range(p)
-        self.token_sets = {"number": self.choices}
-        self.split_names = ("all",)
-
-    def draw(self, report):
-        rows = zip(pairs.tolist(), sums.tolist())
-        return Drawn({"all": [Record(f"{a}+{b}", "all", (a, b, c)) for (a, b), c in rows]})
-
-    def parse(self, record, through=None):
-        return Parsed([Question(0, 1, record.tokens[2], {"first_pos": 0}, record)], range(3))
 
 
 def train(overwrite=False):
@@ -186,7 +137,8 @@ def train(overwrite=False):
 
 if __name__ == "__main__":
     train()
-'''
+"""
+)
 FLAGS = ("--config", "mine", "--optimizer-trace-dir", "mine")
 
 
@@ -226,7 +178,9 @@ def test_from_an_own_loop_to_an_attribution_page(mine: Callable[..., Done]) -> N
 
 def test_with_a_task_its_numbers_are_those_of_the_module(mine: Callable[..., Done]) -> None:
     assert (
-        mine("import-recording", "mine", "--module", "mine.py:build", "--task", "mine.py:Sums").code
+        mine(
+            "import-recording", "mine", "--module", "mine.py:build", "--task", "mine.py:Pairs"
+        ).code
         == 0
     )
     last = "mine/checkpoints/step_000010.pt"
@@ -253,7 +207,7 @@ def test_what_has_changed_since_the_import_is_refused(
     """The named file, what it imports from beside itself, the task's benchmark."""
     Path("mine.py").write_text(f"import beside\n{MINE}")
     Path("beside.py").write_text("")
-    words = ("--module", "mine.py:build", "--task", "mine.py:Sums")
+    words = ("--module", "mine.py:build", "--task", "mine.py:Pairs")
     assert mine("import-recording", "mine", *words).code == 0
     assert open_run("mine").module() is not None
     monkeypatch.delitem(sys.modules, "beside", raising=False)  # as in a new process
@@ -286,7 +240,7 @@ SHORT = MINE.replace(
 def test_a_hooked_transformer_that_reads_all_but_the_answer(circuit: Callable[..., Done]) -> None:
     Path("mine.py").write_text(SHORT)
     exec(compile(SHORT, "mine.py", "exec"), {"__name__": "__main__"})
-    words = ("--module", "mine.py:build", "--task", "mine.py:Sums")
+    words = ("--module", "mine.py:build", "--task", "mine.py:Pairs")
     assert circuit("import-recording", "mine", *words).code == 0
     assert load_run_config("mine").shape is None
     last = "mine/checkpoints/step_000010.pt"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,21 @@ def same() -> Callable[[Any, Any], bool]:
     return equal
 
 
+@contextmanager
+def _beside_benchmark(folder: Path, benchmark: Path) -> Iterator[Path]:
+    """Within the block a folder with a copy of the benchmark is the working directory."""
+    shutil.copytree(benchmark, folder / "data" / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def recorded_once(
     tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_config: MakeConfig
 ) -> Path:
     """A trace of 12 steps with anchors at 0, 4, 8 and 12; tests work on copies of it."""
-    folder = tmp_path_factory.mktemp("recorded")
-    shutil.copytree(tiny_folder, folder / "data" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with _beside_benchmark(tmp_path_factory.mktemp("recorded"), tiny_folder) as folder:
         record(make_config())
     return folder / "trace"
 
@@ -95,10 +102,7 @@ def run_once(
     tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_config: MakeConfig
 ) -> Path:
     """A run that was only trained, with checkpoints at 3, 6, 9 and 12."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(tiny_folder, folder / "data" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with _beside_benchmark(tmp_path_factory.mktemp("trained"), tiny_folder) as folder:
         train(make_config())
     return folder / "runs"
 
