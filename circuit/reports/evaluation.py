@@ -18,7 +18,7 @@ from circuit.tasks.base import Task
 from circuit.trace.states import States
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
-from circuit.training.setup import Setup
+from circuit.training.recipe_setup import setup_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def evaluate_checkpoint(
             split or slice does not exist, or the output file is not an evaluation of this command.
     """
     checkpoint = Path(checkpoint)
-    setup = Setup(config, checkpoint)
+    setup = setup_of(config, checkpoint)
     setup.require_task()
     states = States(setup)
     header = states.header(checkpoint)

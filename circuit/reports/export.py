@@ -29,7 +29,7 @@ from circuit.model.standard import (
 from circuit.reports.inputs import check_finite
 from circuit.trace.states import States
 from circuit.train_config import ModelKind, TrainConfig
-from circuit.training.setup import Setup
+from circuit.training.recipe_setup import setup_of
 
 COMMAND = "export"
 
@@ -90,7 +90,7 @@ def export_checkpoint(
         require_kind(kind)
     with OutputFolder(output_dir, COMMAND, writes=[WEIGHTS, CONFIG], overwrite=overwrite) as folder:
         folder.refuse_foreign([WEIGHTS, CONFIG])
-        setup = Setup(config, checkpoint)
+        setup = setup_of(config, checkpoint)
         setup.require_task()
         states = States(setup)
         setup.check(states.header(checkpoint))

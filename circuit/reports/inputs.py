@@ -32,6 +32,7 @@ from circuit.training.checkpoints import (
     list_checkpoints,
     read_description,
 )
+from circuit.training.recipe_setup import setup_of
 from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def open_inputs(
         CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
             no record of a split; or as `check_headers`.
     """
-    inputs = _inputs(Setup(config, probe_set), probe_set, splits)
+    inputs = _inputs(setup_of(config, probe_set), probe_set, splits)
     check_headers(inputs.setup, inputs.states, checkpoints)
     return inputs
 
@@ -249,7 +250,7 @@ def traced_inputs(
     _refuse_another(config, run)
     if probe_set is None:
         return Inputs(run.setup, States(run.setup), None, [], None, run)
-    setup = Setup(config, probe_set)
+    setup = setup_of(config, probe_set)
     if setup.benchmark.digest != run.benchmark_digest:
         raise CircuitError(
             f"the benchmark in {config.benchmark_dir} is not the one that was traced",
@@ -285,7 +286,7 @@ def recipe_inputs(config: RecipeConfig, run: Replayable) -> RecipeInputs:
         CircuitError: config or device are not those of the trace; or nobody has named the code.
     """
     _refuse_another(config, run)
-    run.share(Setup(run.config.executing(config.code), run.path))
+    run.share(setup_of(run.config.executing(config.code), run.path))
     run.setup.recipe()
     threads = run.environment["threads"]
     recorded = run.config.replace(threads=threads).remembering(config)

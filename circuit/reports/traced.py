@@ -16,7 +16,7 @@ from circuit.runs.base import Replayable
 from circuit.runs.opening import open_steps
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
 from circuit.train_config import RecipeConfig, RecordedConfig, TrainConfig
-from circuit.training.setup import Setup
+from circuit.training.recipe_setup import setup_of
 
 if TYPE_CHECKING:
     from circuit.scalars.base import Scalar
@@ -146,7 +146,7 @@ class TracedReport(Report[T]):
             raise refused_without("batch", f"run {self.config.name}")
         super().check()
         if self.recipe:
-            Setup(self.config).recipe()  # before scalars, which may import its file
+            setup_of(self.config).recipe()  # before scalars, which may import its file
         self.followed = tuple(self.families())
         for family in self.followed:
             if self.recipe:

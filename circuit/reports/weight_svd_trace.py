@@ -42,7 +42,7 @@ from circuit.reports.tables import Table
 from circuit.trace.states import States
 from circuit.train_config import ModelConfig
 from circuit.training.checkpoints import TrainState
-from circuit.training.setup import Setup
+from circuit.training.recipe_setup import setup_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -103,7 +103,7 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
         )
 
     def prepare(self) -> None:
-        self.setup = Setup(self.config, self.options.checkpoints[0])
+        self.setup = setup_of(self.config, self.options.checkpoints[0])
         self.states = States(self.setup)
         check_headers(self.setup, self.states, self.options.checkpoints)
         self.spectra: list[Point] = []

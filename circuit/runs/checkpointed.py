@@ -25,8 +25,8 @@ from circuit.training.checkpoints import (
     load_checkpoint,
     read_header,
 )
+from circuit.training.recipe_setup import setup_of
 from circuit.training.run_folder import BEST, METRICS
-from circuit.training.setup import Setup
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -70,7 +70,7 @@ class CheckpointedRun:
     def __init__(self, path: Path, config: TrainConfig, checkpoints: Path) -> None:
         self.path = path
         self.checkpoints = checkpoints
-        self.setup = Setup(config, path)
+        self.setup = setup_of(config, path)
 
     def __repr__(self) -> str:
         steps = self.steps

@@ -38,6 +38,7 @@ from circuit.training.checkpoints import (
     load_checkpoint,
     read_description,
 )
+from circuit.training.recipe_setup import setup_of
 from circuit.training.run_folder import BEST, ENVIRONMENT
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup, check_state
@@ -126,7 +127,7 @@ def record_trace(
         resumable=True,
     )
     with outputs as folder:
-        setup = Setup(config)
+        setup = setup_of(config)
         states = States(setup)
         setup.check_steps()  # refused before anything heavy is imported
         run_facts = recorded_facts(Path(config.output_dir) / ENVIRONMENT)

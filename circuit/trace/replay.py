@@ -22,6 +22,7 @@ from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, FILES, TraceManifest, TraceStore
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState, encode_checkpoint
+from circuit.training.recipe_setup import setup_of
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 
@@ -113,7 +114,7 @@ class ReplayedRun:
         self.store = store
         manifest = store.manifest
         config = manifest.config.executing(recipe)
-        self.setup = Setup(config, store.root, benchmark_digest=manifest.benchmark_digest)
+        self.setup = setup_of(config, store.root, benchmark_digest=manifest.benchmark_digest)
         if setup is not None and setup.is_of(manifest.config, manifest.benchmark_digest):
             self.setup = setup.with_config(manifest.config)
         self.allow_drift = allow_drift

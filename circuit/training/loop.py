@@ -40,6 +40,7 @@ from circuit.training.checkpoints import (
     encode_checkpoint,
 )
 from circuit.training.evaluate import Evaluation, evaluate
+from circuit.training.recipe_setup import setup_of
 from circuit.training.run_folder import (
     BEST,
     ENVIRONMENT,
@@ -179,7 +180,7 @@ def train(
             raise CircuitError(
                 "there is no run to resume", where=folder.root, fix="check the folder"
             )
-        setup = Setup(config)
+        setup = setup_of(config)
         setup.check_steps()  # refused before anything heavy is imported
         for name in config.tracked_splits:
             setup.check_split(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from circuit.artifacts import find_folder
-from circuit.core.module import evaluated, for_evaluation
+from circuit.core.module import evaluated
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -33,7 +33,6 @@ from circuit.train_config import (
     RUN_CONFIG,
     ImportedConfig,
     ModelConfig,
-    RecipeConfig,
     RecordedConfig,
     TrainConfig,
 )
@@ -88,18 +87,15 @@ class Setup:
         self._streams: dict[tuple[str, int], Stream] = {}
         self._benchmark = [] if benchmark is None else [benchmark]
         self._model: list[HookedTransformer] = []
-        self._recipe: list[Recipe] = []
         if module is not None:
             self._model.append(cast("HookedTransformer", evaluated(module)))
 
     def with_config(self, config: TrainConfig) -> Setup:
         """The same with another config of the same recipe; what is built is shared."""
         made = copy.copy(self)
-        if isinstance(self.config, RecipeConfig) and isinstance(config, RecipeConfig):
-            config = config.executing(config.code or self.config.code)  # by sha256 the same
         made.config = config
         if config.device != self.config.device:
-            made._model, made._recipe = [], []
+            made._model = []
         return made
 
     def is_of(self, config: TrainConfig, benchmark_digest: str) -> bool:
@@ -109,11 +105,10 @@ class Setup:
 
     @property
     def digest(self) -> str:
-        """Of what the examples are made of: the benchmark, or the recipe's file."""
-        config = self.config
-        if isinstance(config, RecordedConfig):
+        """Of what the examples are made of: the benchmark."""
+        if isinstance(self.config, RecordedConfig):
             return self.benchmark_digest or NO_BENCHMARK
-        return config.recipe.sha256 if isinstance(config, RecipeConfig) else self.benchmark.digest
+        return self.benchmark.digest
 
     @property
     def benchmark_digest(self) -> str | None:
@@ -124,8 +119,7 @@ class Setup:
         """What the steps execute.
 
         Raises:
-            CircuitError: as `training_split`; or the config is of a recipe file that nobody has
-                named here, or that cannot be used.
+            CircuitError: as `training_split`.
         """
         if self.config.edit is None:
             return self._run_recipe()
@@ -135,15 +129,9 @@ class Setup:
 
     def _run_recipe(self) -> Recipe:
         """Without the edit of a counterfactual training."""
-        if not isinstance(self.config, RecipeConfig):
-            from circuit.training.recipe import TaskRecipe
+        from circuit.training.recipe import TaskRecipe
 
-            return TaskRecipe(self)
-        if not self._recipe:
-            from circuit.training.own_recipe import load_recipe
-
-            self._recipe.append(load_recipe(self.config))
-        return self._recipe[0]
+        return TaskRecipe(self)
 
     @property
     def benchmark(self) -> Benchmark:
@@ -185,19 +173,12 @@ class Setup:
         """Refuse what the steps cannot read, before anything heavy is imported.
 
         Raises:
-            CircuitError: as `check_split` of the training split; or as `check_code`.
+            CircuitError: as `check_split` of the training split.
         """
-        if isinstance(self.config, RecipeConfig):
-            from circuit.training.own_recipe import check_code
-
-            check_code(self.config)
-        else:
-            self.check_split(self.config.train_split)
+        self.check_split(self.config.train_split)
 
     def require_task(self) -> None:
-        """Refuse a run of a recipe, which has no task."""
-        if isinstance(self.config, RecipeConfig):
-            raise self.config.refusal("task")
+        """Refuse a run that has no task."""
 
     def check_split(self, name: str) -> None:
         """Read a split's records, unless they are drawn at need; nothing here needs torch.
@@ -233,8 +214,6 @@ class Setup:
 
     def initial_model(self) -> HookedTransformer:
         """A model with the initial weights, on the config's device."""
-        if isinstance(self.config, RecipeConfig):
-            return cast("HookedTransformer", self.recipe().module())  # where it is one
         if not self._model:
             self._model.append(self._build())
         return copy.deepcopy(self._model[0])
@@ -242,8 +221,6 @@ class Setup:
     def module(self, dtype: torch.dtype | None = None) -> HookedTransformer:
         """A model whose weights may be overwritten, on the config's device."""
         model = self.initial_model()
-        if isinstance(self.config, RecipeConfig):
-            return cast("HookedTransformer", for_evaluation(model, dtype))
         # a HookedTransformer's own `to` prints
         return model if dtype is None else torch.nn.Module.to(model, dtype)
 
@@ -260,8 +237,6 @@ class Setup:
         self.check(state)
         model = self.initial_model()
         load_tensors(model, state.parameters)
-        if isinstance(self.config, RecipeConfig):
-            return cast("HookedTransformer", for_evaluation(model))
         if untied and self.config.model.kind == "bridge":
             return self._plain_bridge(state)
         if untied:
@@ -284,8 +259,6 @@ class Setup:
         Raises:
             CircuitError: says what it would need, and what there is.
         """
-        if isinstance(self.config, RecipeConfig):
-            return  # what a module of somebody's own takes is not known
         config, longest = self.config, self.benchmark.task.streams.get(self.config.train_split)
         if longest is None:
             longest = longest_of(self.benchmark.records(config.train_split))
@@ -293,11 +266,8 @@ class Setup:
         require_memory(need, where=f"config {config.name}")
 
     def saved_bytes(self) -> int:
-        """A checkpoint, about; of a recipe's run with two moments of every parameter."""
-        if not isinstance(self.config, RecipeConfig):
-            return saved_bytes(self.config, self.benchmark.vocabulary.size)
-        tensors = list(self.recipe().module().parameters())
-        return sum(3 * (t.numel() * t.element_size() + 400) for t in tensors) + 2000
+        """A checkpoint, about."""
+        return saved_bytes(self.config, self.benchmark.vocabulary.size)
 
     def require_reading_memory(
         self, records: Sequence[Record], *, where: object, rows: int | None = None, kept: int = 0
