@@ -142,8 +142,10 @@ def build_converted(shape: dict[str, Any], source: Any, *, neox: bool) -> Hooked
     convert = convert_neox_weights if neox else convert_gpt2_weights
     cfg = HookedTransformerConfig(**shape, init_weights=False, device="cpu", dtype=torch.float32)
     model = _construct(cfg)
-    # what the conversions leave out (masks, rotary tables) the model has made itself
-    model.load_state_dict({**model.state_dict(), **convert(source, model.cfg)})
+    converted = {name: t.detach().contiguous() for name, t in convert(source, model.cfg).items()}
+    # what the conversions leave out (masks, rotary tables) the model has made itself; the rest
+    # takes the place of its own weights, which nobody has written to: no third copy
+    model.load_state_dict({**model.state_dict(), **converted}, assign=True)
     return model.eval()
 
 
