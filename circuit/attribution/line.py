@@ -117,14 +117,15 @@ class Line:
         with torch.autograd.forward_ad.dual_level():
             with warnings.catch_warnings():  # the first dual number makes torch script its rules
                 warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
+                # weights with their velocity along the line, which the pass carries to the scalars
                 dual = {
                     name: torch.autograd.forward_ad.make_dual(
                         value + s * self.delta[name], self.delta[name]
                     )
                     for name, value in self.source.items()
                 }
-            found = scalars(self.logits(dual).double())
-            return {name: _tangent(value) for name, value in found.items()}
+            values = scalars(self.logits(dual).double())
+            return {name: _tangent(value) for name, value in values.items()}
 
     def integrate(
         self, scalars: ScalarsOfLogits, progress: Callable[[int, int], None] | None = None
@@ -141,16 +142,16 @@ class Line:
         while True:
             rule = clenshaw_curtis(intervals)
             for s in rule.nodes:
-                if s not in taken:
+                if s not in taken:  # a rule of half the width holds the nodes of the one before
                     taken[s] = self.derivatives(scalars, s)
                     if progress is not None:
                         progress(len(taken), len(rule.nodes))
             weighted = [(taken[s], w) for s, w in zip(rule.nodes, rule.weights, strict=True)]
             integral = {name: _sum(w * values[name] for values, w in weighted) for name in actual}
             gap = {name: _gap(integral[name], value) for name, value in actual.items()}
-            found = LineIntegral(actual, taken[0.0], integral, len(rule.nodes), gap)
-            if found.closed or intervals >= MOST_INTERVALS:
-                return found
+            line = LineIntegral(actual, taken[0.0], integral, len(rule.nodes), gap)
+            if line.closed or intervals >= MOST_INTERVALS:
+                return line
             intervals *= 2
 
 
@@ -159,22 +160,22 @@ class _Chunk:
     """Some rows of about equal length, with the examples that stand in them."""
 
     tokens: Int[Tensor, "row pos"]
-    examples: Int[Tensor, " own"]
-    row: Int[Tensor, " own"]
-    pos: Int[Tensor, " own"]
+    examples: Int[Tensor, " example"]
+    row: Int[Tensor, " example"]
+    pos: Int[Tensor, " example"]
 
 
 def _chunks(tokens: Tensor, row: Tensor, pos: Tensor) -> Iterator[_Chunk]:
     """Rows by the length that their examples need, `CHUNK` at a time, with little padding."""
     needed = torch.zeros(len(tokens), dtype=pos.dtype, device=pos.device)
-    needed = needed.scatter_reduce(0, row, pos + 1, "amax")
-    used = needed.argsort(stable=True)[int((needed == 0).sum()) :]
+    needed = needed.scatter_reduce(0, row, pos + 1, "amax")  # [row]: tokens up to its last example
+    used = needed.argsort(stable=True)[int((needed == 0).sum()) :]  # without rows of no example
     for rows in used.split(CHUNK):
-        place = torch.full_like(needed, -1)
+        place = torch.full_like(needed, -1)  # [row]: where each stands in the chunk
         place[rows] = torch.arange(len(rows), device=pos.device)
-        own = (place[row] >= 0).nonzero()[:, 0]
+        examples = (place[row] >= 0).nonzero()[:, 0]
         width = int(needed[rows].max())
-        yield _Chunk(tokens[rows, :width], own, place[row[own]], pos[own])
+        yield _Chunk(tokens[rows, :width], examples, place[row[examples]], pos[examples])
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

@@ -100,7 +100,8 @@ def residual_parts(
     Args:
         cache: activations at `dla_hooks`.
     """
-    embed = cache["hook_embed"][places]
+    embed = cache["hook_embed"][places]  # [place, d_model]
+    # [1 or batch, pos, d_model] of the hook: the same for every row
     positions = cache["hook_pos_embed"].expand(cache["hook_embed"].shape)[places]
     names, vectors = ["embed", "pos_embed"], [torch.stack([embed, positions], 1)]
     for layer, block in enumerate(model.blocks):
@@ -147,7 +148,7 @@ def attribute_logits(
         scale = cache["ln_final.hook_scale"][places]
         constants = {"ln_final.b": norm.b @ model.W_U, **constants}
     written = frozen_logits(model, vectors, scale)
-    constant = torch.stack(list(constants.values()))
+    constant = torch.stack(list(constants.values()))  # [1 or 2, vocab], the same at every place
     logits = torch.cat([written, constant.expand(len(written), *constant.shape)], 1)
     total = cache["unembed.hook_out"][places]
     return LogitAttribution((*names, *constants), logits, total)

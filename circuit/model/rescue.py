@@ -109,8 +109,9 @@ def removed_share(
     count = len(torch.unique(keys))
     if count < 2:
         return float(share.mean()), None
-    own = identity_basis(vectors, keys, min(count - 1, *vectors.shape))
-    return float(share.mean()), float((own.T @ basis).square().sum() / own.shape[1])
+    of_keys = identity_basis(vectors, keys, min(count - 1, *vectors.shape))
+    # squared cosines of its directions with the basis: squared norms of the columns of B^T K
+    return float(share.mean()), float((of_keys.T @ basis).square().sum() / of_keys.shape[1])
 
 
 def random_basis(d_model: int, rank: int, seed: int) -> Basis:
@@ -127,7 +128,7 @@ def next_other(answers: Int[Tensor, " read"]) -> Int[Tensor, " read"]:
     Raises:
         CircuitError: all answers are one.
     """
-    twice = torch.cat([answers, answers])
+    twice = torch.cat([answers, answers])  # so that the search behind the last goes on at the first
     changes = (twice[1:] != twice[:-1]).nonzero()[:, 0] + 1  # all before the next one are equal
     if not len(changes):
         raise CircuitError("all evaluation reads have one answer", expected="at least two answers")
@@ -168,11 +169,14 @@ def rescue_fractions(
     gained, lost = (values[name] - values["removed"] for name in (condition, "clean"))
     _, record = torch.unique(records, return_inverse=True)
     count = int(record.max()) + 1
-    none = torch.zeros(count, gained.shape[1], dtype=torch.float64)
+    zeros = torch.zeros(count, gained.shape[1], dtype=torch.float64)
     drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
+    # [draw, record]: how often each draw has each record, so that all draws' sums are one product
     times = torch.zeros(DRAWS, count, dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(times))
-    draws = (times @ none.index_add(0, record, gained)) / (times @ none.index_add(0, record, lost))
+    # sums of a record's reads [record, scalar]; of a ratio of means their number cancels
+    by_record = [zeros.index_add(0, record, of_read) for of_read in (gained, lost)]
+    draws = (times @ by_record[0]) / (times @ by_record[1])
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     whole = gained.mean(0) / lost.mean(0)
     return [(_finite(a), _finite(b), _finite(c)) for a, b, c in zip(whole, low, high, strict=True)]

@@ -135,6 +135,7 @@ def group_means(
 ) -> tuple[Float[Tensor, "group d_model"], Int[Tensor, " place"], Int[Tensor, " group"]]:
     """Mean vector of each group in float64 (ascending by id), each place's group, group sizes."""
     _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    # [group, d_model]: one pass over the places, whatever the number of groups
     sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64, device=vectors.device)
     sums.index_add_(0, index, vectors.detach().double())
     return sums / counts[:, None], index, counts

@@ -189,6 +189,7 @@ def readout_gradient(
 
     logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, replace)])
     every = torch.arange(len(reads.row), device=tokens.device)
+    # rows do not mix, so that the sum's gradient [read, pos, d_model] is each read's own
     (gradient,) = torch.autograd.grad(scalar(logits[every, reads.prediction]).sum(), leaf)
     return gradient[every[:, None], reads.positions] * reads.real[..., None]
 
@@ -229,17 +230,17 @@ def readout_gradients(
     def keep(value: Tensor, hook: HookPoint) -> None:
         outs.append(value)
 
-    leaf = held[reads.row].detach().requires_grad_()
+    leaf = held[reads.row].detach().requires_grad_()  # [read, pos, d_model]: a row for each read
     leaving = stage_hook(path.output_stage, model.cfg.n_layers)
     with model.hooks(fwd_hooks=[(leaving, keep)]):
         logits = run_from(model, path.input_stage, leaf)
     at_prediction = logits[torch.arange(len(leaf), device=leaf.device), reads.prediction]
-    found = []
+    gradients = []
     for scalar in scalars:
         value = scalar(at_prediction)
         into, out = torch.autograd.grad(value.sum(), (leaf, outs[0]), retain_graph=True)
-        found.append(ReadoutGradients(value.detach(), into, out))
-    return found
+        gradients.append(ReadoutGradients(value.detach(), into, out))
+    return gradients
 
 
 class FunctionalWrite:

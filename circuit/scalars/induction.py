@@ -83,6 +83,7 @@ class Attention:
 
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         """The attention of each place."""
+        # [sequence, head, query, key] -> [place, key]
         pattern = cache[self.hook][self._row, self.component.head, self._query]
         width = min(pattern.shape[1], self._keys.shape[1])  # a batch may be padded further
         return (pattern[:, :width] * self._keys[:, :width]).sum(1)
@@ -152,6 +153,7 @@ class KComposition:
         w_q, w_k_t = head_factors(model, self.later, "qk")
         w_v, w_o = head_factors(model, self.earlier, "ov")
         w_qk, w_ov = w_q @ w_k_t, w_v @ w_o
+        # what the earlier head writes [d_model in, d_model out] meets the later one's key side
         quotient: Tensor = (w_qk @ w_ov.mT).norm() / (w_qk.norm() * w_ov.norm())
         return quotient[None]
 

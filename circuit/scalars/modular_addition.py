@@ -110,7 +110,7 @@ class LogitParts:
         """Split logits. A wave of `a + b` is constant where the sum is: means come first."""
         logits = logits.double()
         means = mean_by_sum(logits)
-        waves = waves_of(len(means), key_frequencies, logits.device)
+        waves = waves_of(len(means), key_frequencies, logits.device)  # orthonormal [wave, sum]
         return cls(logits, waves.T @ (waves @ means))
 
     @cached_property
@@ -136,8 +136,8 @@ class LogitParts:
     def restricted_losses(self) -> Float[Tensor, " input"]:
         """Loss of mean + key (Nanda et al. 2023, 5.1): what the key frequencies alone achieve."""
         by_sum = self.mean + self.by_sum
-        own = torch.arange(len(by_sum), device=by_sum.device)
-        loss = torch.nn.functional.cross_entropy(by_sum, own, reduction="none")
+        answers = torch.arange(len(by_sum), device=by_sum.device)  # a sum's token is its number
+        loss = torch.nn.functional.cross_entropy(by_sum, answers, reduction="none")
         return loss[self.answers]
 
     def excluded_losses(self, chosen: Int[Tensor, " chosen"]) -> Float[Tensor, " chosen"]:

@@ -209,7 +209,9 @@ class BoundQKMatch:
         w_k = w_k_t.T
         if self.basis is not None:
             left, right = self.basis
+            # projecting the factors [d_model, d_head] is projecting their product, and cheaper
             w_q, w_k = left @ (left.T @ w_q), right @ (right.T @ w_k)
+        # [read, d_head], and [sequence, pos, d_head]: sequences are shared by their reads
         query, keys = x[reads.row, reads.query] @ w_q, x @ w_k
         if scalar.biases:
             attention = model.blocks[layer].attn

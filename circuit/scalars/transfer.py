@@ -160,11 +160,12 @@ def _patched_logits(
     model: HookedTransformer, sides: PairSides, runs: PairRuns, route: Route, basis: Basis | None
 ) -> Tensor:
     pair, clean_pos, corrupted_pos = sides.places(route.position_role)
-    residual = runs.corrupted[route.stage].clone()
+    residual = runs.corrupted[route.stage].clone()  # [pair, pos, d_model]
+    # [place, d_model]: clean rows are shared by their pairs, corrupted ones are each pair's own
     clean = runs.clean[route.stage][sides.clean.row[pair], clean_pos]
     if basis is not None:
         clean = remove(residual[pair, corrupted_pos], basis) + keep(clean, basis)
     residual[pair, corrupted_pos] = clean
-    own = torch.arange(len(residual), device=pair.device)
+    every = torch.arange(len(residual), device=pair.device)
     with torch.no_grad():
-        return run_from(model, route.stage, residual)[own, sides.corrupted.at]
+        return run_from(model, route.stage, residual)[every, sides.corrupted.at]

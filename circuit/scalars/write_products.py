@@ -117,9 +117,9 @@ def measure(
     Raises:
         CircuitError: there is no such role, or the rank is too large.
     """
-    layers, source, own = model.cfg.n_layers, str(path.source), path.mlp.hook_name
+    layers, source, of_mlp = model.cfg.n_layers, str(path.source), path.mlp.hook_name
     into, out = (stage_hook(stage, layers) for stage in (path.input_stage, path.output_stage))
-    hooks = frozenset([into, out, own, LOGITS])
+    hooks = frozenset([into, out, of_mlp, LOGITS])
     with torch.no_grad():
         clean = forward_activations(model, batch.tokens, hooks)
         without = forward_activations(model, batch.tokens, hooks, ablated=source)
@@ -132,7 +132,7 @@ def measure(
         "delta_in": delta["input_delta"],
         "delta_mlp": delta["mlp_output_delta"],
         "delta_total": delta["post_mlp_total_delta"],
-        "own": exact_clean[own] - exact_without[own],
+        "written": exact_clean[of_mlp] - exact_without[of_mlp],  # what the MLP says of itself
     }
     logits = clean[LOGITS][batch.row, batch.at]
     effects = [
@@ -146,13 +146,13 @@ def measure(
         for readout, gradient, effect in zip(readouts, gradients, effects, strict=True):
             g_in = reads.gather_own(gradient.into.cpu().double())
             g_out = reads.gather_own(gradient.out.cpu().double())
-            made = write_products(at_role | {"g_in": g_in, "g_out": g_out}, reads.real, rank)
-            through = (g_out * at_role["own"]).sum((1, 2))
-            left = made["g_out_delta_total"] - made["g_out_delta_in"] - through
+            products = write_products(at_role | {"g_in": g_in, "g_out": g_out}, reads.real, rank)
+            through = (g_out * at_role["written"]).sum((1, 2))
+            left = products["g_out_delta_total"] - products["g_out_delta_in"] - through
             gap = max(gap, float(left.abs().max()))
-            largest = max(largest, *(float(made[name].abs().max()) for name in PRODUCTS))
-            made["ablation_effect"] = effect
-            columns[readout, role] = {name: _nulls(values) for name, values in made.items()}
+            largest = max(largest, *(float(products[name].abs().max()) for name in PRODUCTS))
+            products["ablation_effect"] = effect
+            columns[readout, role] = {name: _nulls(values) for name, values in products.items()}
     positions = {role: reads.real.sum(1).tolist() for role, reads in by_role.items()}
     return Measured(columns, positions, gap, largest)
 
@@ -185,7 +185,7 @@ def write_products(
     """
     norms = {name: vectors[name].flatten(1).norm(dim=1) for name in NORMS}
     counts = real.sum(1, keepdim=True).clamp(min=1)
-    means = {name: vectors[name].sum(1) / counts for name in NORMS}
+    means = {name: vectors[name].sum(1) / counts for name in NORMS}  # [read, d_model]
     bases = {name: _basis(mean, rank) for name, mean in means.items()}
     columns = {f"norm_{name}": norm for name, norm in norms.items()}
     for product, (g, delta) in PRODUCTS.items():
