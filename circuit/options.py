@@ -25,6 +25,7 @@ from circuit.errors import CircuitError
 from circuit.model.components import parse_component
 from circuit.model.stages import stage_hook
 from circuit.model.subspaces import check_name
+from circuit.numerals import whole_number
 from circuit.reading import checked_path
 from circuit.schemas import SWITCH_BUCKETS
 from circuit.tasks.base import Task
@@ -43,11 +44,11 @@ def parse_window(text: str, where: str) -> tuple[int, int]:
     Raises:
         CircuitError: it is no window.
     """
-    start, colon, end = text.partition(":")
-    if not colon or not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
+    start, end = (whole_number(part) for part in (text.partition(":")[::2]))
+    if start is None or end is None or start >= end:
         expected = "a:b with a < b, such as 0:750"
         raise CircuitError(f"window '{text}'", where=where, expected=expected)
-    return int(start), int(end)
+    return start, end
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from circuit.core.groups import PARTITIONS, atoms
 from circuit.core.optimizers import Group, TakenStep, moments_of, term_names
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.numerals import WHOLE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,7 +36,7 @@ DIRECTIONS = ("gradient", "momentum")
 DECAYS = ("weight_decay", "decoupled_decay")
 """Terms that are the weights' own, whatever the gradient."""
 
-_TOKEN = re.compile(r"(.+)@(\d+)")
+_TOKEN = re.compile(f"(.+)@({WHOLE})")
 
 Factors = Mapping[str, float]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.numerals import WHOLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from circuit.train_config import ModelConfig
 
-_NUMBER = "(0|[1-9][0-9]*)"  # one spelling each, so that no component stands twice
+_NUMBER = f"(0|(?!0){WHOLE})"  # one spelling each, so that no component stands twice
 _ADDRESS = re.compile(f"L{_NUMBER}(?:H{_NUMBER}|(MLP))")
 
 Hook = tuple[str | Callable[..., Any], Callable[..., Any]]

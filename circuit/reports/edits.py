@@ -24,12 +24,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from circuit.core.edit import Edit
 from circuit.errors import CircuitError
+from circuit.numerals import WHOLE
 from circuit.reading import read_bytes
 from circuit.scalars.family import split_word
 from circuit.strict_json import parse_json
 
 _SCALED = re.compile(r"(.+)\*([-+.\deE]+)")
-_PAIR = re.compile(r"(\d+):(\d+)")
+_PAIR = re.compile(f"({WHOLE}):({WHOLE})")
 _REPLACED = re.compile(r"(.+)->(.+)")
 
 FACTORS: Mapping[str, str] = {

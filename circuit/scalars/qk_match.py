@@ -22,6 +22,7 @@ from circuit.lazy import torch
 from circuit.model.components import Component, parse_component
 from circuit.model.stages import stage_before, stage_hook
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
+from circuit.numerals import WHOLE, whole_number
 from circuit.scalars.base import Cache, Needs
 from circuit.scalars.compared import compared_positions
 from circuit.scalars.family import ScalarFamily
@@ -266,7 +267,7 @@ def qk_matches(
 
 # --- the family -----------------------------------------------------------------------------------
 
-_STEP_BASIS = re.compile(r"step:(\d+)")
+_STEP_BASIS = re.compile(f"step:({WHOLE})")
 
 
 class QKMatches(ScalarFamily, options.PairOptions):
@@ -334,7 +335,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
             return given
         numbers = [str(head) for head in given.get("heads") or ()]
         for number in numbers or ["none"]:
-            if not number.isdecimal():
+            if whole_number(number) is None:
                 raise CircuitError(
                     f"{number} with `head_layer` {layer}",
                     where="`heads`",

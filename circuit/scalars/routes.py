@@ -20,6 +20,7 @@ from circuit.model.subspaces import (
     check_rank,
     check_subspace,
 )
+from circuit.numerals import whole_number
 from circuit.tasks.base import Task
 from circuit.train_config import ModelConfig
 
@@ -183,11 +184,12 @@ def _split(spec: str) -> dict[str, str]:
 
 
 def _number(key: str, text: str, spec: str) -> int:
-    if not text.isdecimal():
+    number = whole_number(text)
+    if number is None:
         raise CircuitError(
             f"{key}={text} in '{spec}'", where=_FIELD, expected="a whole number, 0 or more"
         )
-    return int(text)
+    return number
 
 
 def _check_shape(route: Route) -> None:

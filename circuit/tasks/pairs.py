@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.numerals import whole_number
 from circuit.tasks.base import Question, Record, SkippedError, Task
 from circuit.tasks.examples import Examples
 
@@ -157,7 +158,7 @@ def record_of(pair_id: str) -> str:
     kind, _, rest = pair_id.partition(":")
     behind = 1 + _PARTS.get(kind, 1)  # the example's number, and what changed
     sample_id, *others = rest.rsplit(":", behind)
-    if len(others) < behind or not sample_id or not others[0].isdecimal():
+    if len(others) < behind or not sample_id or whole_number(others[0]) is None:
         raise CircuitError(f"no pair has the id '{pair_id}'", expected="type:record:read:what")
     return sample_id
 
