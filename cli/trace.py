@@ -181,13 +181,14 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     store = TraceStore(folder)
     manifest, environment = store.manifest, store.manifest.environment
     size = trace_bytes(store)
+    anchors = [step for step in manifest.anchors() if step <= store.last_step]
     facts = {
         "run": manifest.config.name,
         "model": manifest.config.module_words,
         "optimizer": manifest.config.optimizer_words,
         "steps": f"{manifest.start_step} to {store.last_step}"
         + ("" if store.complete else f" (stopped; planned to {manifest.end_step})"),
-        "anchors": f"{len(manifest.anchors())}, {_every(manifest.anchor_every)}",
+        "anchors": f"{len(anchors)}, {_every(manifest.anchor_every)}",
         "addressable": f"{_every(manifest.checkpoint_every)}"
         f" from {max(manifest.checkpoint_start_step, manifest.start_step)}",
         "size": f"{size / 1e6:.1f} MB",
@@ -199,7 +200,6 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
         wanted = {"config", "start_step", "end_step", "anchor_every", "checkpoint_every"}
         wanted |= {"checkpoint_start_step", "storage", "environment", "benchmark_digest"}
         payload = manifest.model_dump(mode="json", include=wanted)
-        anchors = manifest.anchors()
         print_json(
             {**payload, "last_step": store.last_step, "anchors": anchors, "bytes": size}
             | {"losses": losses}

@@ -158,15 +158,17 @@ class Attribution(TracedReport[A]):
                 " first."
             ),
             f"Charts are of {markdown_text(lead['scalar'])}, the scalar that changed most. What is"
-            f" not in its sum, first order: {references}. Mean clip factor"
-            f" {lead['mean_clip_factor']:.4f}.",
+            f" not in its sum, first order: {references}."
+            # a recording's gradients are behind any clipping, whose factor nobody knows
+            + (f" Mean clip factor {clip:.4f}." if (clip := lead["mean_clip_factor"]) < 1 else ""),
         ]
 
     @classmethod
     def tables(cls, results: Results[A]) -> list[Table]:
         summaries = results.summary["windows"]
         lead = next(s for s in summaries if s["scalar"] == results.summary["lead"])
-        shared = _shared_prefix([s["scalar"] for s in summaries])
+        names = {s["scalar"] for s in summaries}
+        shared = _shared_prefix(sorted(names)) if len(names) > 1 else ""
         terms = {f"path.{term}": SHORT_TERMS.get(term, term) for term in lead["path"]}
         columns = {
             "scalar": "scalar",
@@ -256,7 +258,7 @@ def _lead(series: Mapping[str, Series]) -> Series:
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
-    """The dotted parts that all names begin with; the whole name if there is one only."""
+    """The dotted parts that all names begin with."""
     parts = zip(*(name.split(".") for name in names), strict=False)
     same = itertools.takewhile(lambda column: len(set(column)) == 1, parts)
     return ".".join(column[0] for column in same)

@@ -164,9 +164,13 @@ class DataCredit(TracedReport[DataCreditOptions]):
             **{part: (part, "+.4g") for part in parts},
             "rounding": ("rounding", "+.1g"),
             "closure": ("closure %", ".2g"),
-            "examples_error": ("examples", ".1g"),
+            "examples_error": ("examples %", ".1g"),
         }
-        rows = [{**one, "closure": percent(one["closure"])} for one in results.summary["scalars"]]
+        shares = ("closure", "examples_error")
+        rows = [
+            {**one, **{name: percent(one[name]) for name in shares}}
+            for one in results.summary["scalars"]
+        ]
         asked = [lead, *(one for one in results.summary["scalars"] if one is not lead)]
         return [
             Table("What adds up", columns, rows, console=32),

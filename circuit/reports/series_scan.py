@@ -44,6 +44,8 @@ SKETCH = 4096
 """Numbers of a tensor by which distances are told."""
 DRAWN = 6
 """Heads that have a line of their own."""
+RISEN = 0.05
+"""A measure that has risen by less over the series is not half way anywhere."""
 
 
 class SeriesOptions(Options):
@@ -274,9 +276,10 @@ def _course(rows: list[Row], measure: str) -> dict[str, Any]:
     best = max((row for row in rows if row["step"] == last), key=lambda row: row[measure])
     course = [(row["step"], row[measure]) for row in rows if row["head"] == best["head"]]
     middle = (course[0][1] + course[-1][1]) / 2
+    risen = course[-1][1] - course[0][1] >= RISEN
     half = None
     for step, value in reversed(course):
-        if value < middle or course[-1][1] <= course[0][1]:
+        if value < middle or not risen:
             break
         half = step
     return {"head": best["head"], "first": course[0][1], "last": course[-1][1], "half_step": half}
