@@ -141,6 +141,19 @@ TraceTop = Annotated[
         "--trace-top-k-parameters", min=1, help="Tensors listed per step of the trace; 10."
     ),
 ]
+Cores = Annotated[int, typer.Option(min=1, help="Cores of this machine to use.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Print the plan with every path, and stop.")
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="Snakemake profile: slurm (it ships with the program), or a folder.",
+        autocompletion=complete.values("slurm"),
+    ),
+]
+FOR_SNAKEMAKE = {"allow_extra_args": True, "ignore_unknown_options": False}
+"""Settings of a command that leaves to Snakemake what follows after `--`."""
 OutputDir = Annotated[Path, typer.Option(help="Folder of the report.")]
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import complete, options
-from .output import interrupted_says, print_json, progress_bar, stderr, stdout, table
+from .output import interrupted_says, print_json, progress_bar, stdout, table
+from .workflow import Live, print_again
 
 if TYPE_CHECKING:
     from circuit.studies.claims import Claim
-    from circuit.studies.reproduce import Event, Plan
+    from circuit.studies.reproduce import Plan
 
 PANEL = "Study"
 TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
@@ -21,7 +22,7 @@ TARGETS = ("reference", "ablation", "cross-seed", "sgd-wide", "paper")
 
 def register(app: typer.Typer) -> None:
     """Add this module's command."""
-    settings = {"allow_extra_args": True, "ignore_unknown_options": False}
+    settings = options.FOR_SNAKEMAKE
     app.command("reproduce", rich_help_panel=PANEL, context_settings=settings)(reproduce)
 
 
@@ -41,28 +42,26 @@ def reproduce(
             autocompletion=complete.values(*complete.SCALES),
         ),
     ] = "full",
-    cores: Annotated[int, typer.Option(min=1, help="Cores of this machine to use.")] = 2,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Print the plan with every path, and stop.")
-    ] = False,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            help="Snakemake profile: slurm (it ships with the program), or a folder.",
-            autocompletion=complete.values("slurm"),
-        ),
-    ] = None,
+    cores: options.Cores = 2,
+    dry_run: options.DryRun = False,
+    profile: options.Profile = None,
     as_json: options.Json = False,
 ) -> None:
     """Reproduce the study, or a part of it: resumes, parallelises, runs on a cluster unchanged.
 
     What follows after -- goes to Snakemake as it is.
     """
-    from circuit.studies.reproduce import Request, check_executor, make_plan, packaged_profile, run
+    from circuit.studies.reproduce import Request, make_plan
     from circuit.studies.scales import find_scale
+    from circuit.studies.workflow import check_executor, packaged_profile, run
 
-    chosen = None if profile is None else packaged_profile(profile).resolve()
-    request = Request(target, find_scale(scale), cores, chosen, tuple(context.args))
+    request = Request(
+        target,
+        find_scale(scale),
+        cores=cores,
+        profile=None if profile is None else packaged_profile(profile),
+        options=tuple(context.args),
+    )
     if not dry_run:
         check_executor(request)
     plan = make_plan(request)
@@ -74,7 +73,7 @@ def reproduce(
         return
     began = time.monotonic()
     with interrupted_says("start it again to go on"), progress_bar(not as_json) as bar:
-        outcome = run(request, _Live(bar, quiet=as_json))
+        outcome = run(request, Live(bar, quiet=as_json, aside=(request.goal,)))
     outcome.refuse_failure()
     found, paths = _claims(plan)
     if as_json:
@@ -116,10 +115,7 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
         stdout.print(f"{request.target} ({request.scale.name}): everything is there and current")
     else:
         stdout.print(made)
-    for rule in plan.again:
-        cut_off = rule.reason == "Forced execution" and not request.options
-        reason = "it was cut off" if cut_off else rule.reason
-        stdout.print(f"again: {rule.name}: {reason}", soft_wrap=True)
+    print_again(plan.again, request)
     if every_path:
         stdout.print("it ends with:")
         for path in plan.outputs:
@@ -132,28 +128,6 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
             " (estimates from measured rates)",
             soft_wrap=True,
         )
-
-
-class _Live:
-    """Shows which rules run, and a line for each that is done."""
-
-    def __init__(self, bar: Any, quiet: bool) -> None:
-        self.bar, self.quiet = bar, quiet
-        self.task = bar.add_task("jobs", total=None, note="")
-        self.began: dict[str, float] = {}
-        self.last: Event | None = None
-
-    def __call__(self, event: Event) -> None:
-        """Take one event in."""
-        if event.kind == "started":
-            self.began[event.rule] = time.monotonic()
-        elif event.kind in ("finished", "failed"):
-            seconds = time.monotonic() - self.began.pop(event.rule, time.monotonic())
-            if not self.quiet and event.rule not in TARGETS:
-                stderr.print(f"{event.kind} {event.rule} ({seconds:.0f} s)", style="dim")
-        else:
-            self.bar.update(self.task, completed=event.done, total=event.total)
-        self.bar.update(self.task, note=", ".join(list(self.began)[:3]))
 
 
 def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:

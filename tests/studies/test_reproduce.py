@@ -23,16 +23,12 @@ from circuit.errors import CircuitError
 from circuit.studies.continuation import run_goes_on, trace_goes_on
 from circuit.studies.costs import cost_of
 from circuit.studies.reproduce import (
-    Event,
-    Outcome,
     Plan,
     Request,
     make_plan,
-    packaged_profile,
-    read_event,
-    run,
 )
 from circuit.studies.scales import SCALES
+from circuit.studies.workflow import Event, Outcome, packaged_profile, read_events, run
 from circuit.train_config import TrainConfig
 
 SMOKE = Path("artifacts/scale/smoke")
@@ -44,7 +40,7 @@ DATA = ("--until", "generate_probe_set__common")
 def reproduce(*options: str, target: str = "reference", **more: Any) -> list[Event]:
     """Runs a target at the smallest scale; what was heard."""
     heard: list[Event] = []
-    request = Request(target, SCALES["smoke"], 2, options=options)
+    request = Request(target, SCALES["smoke"], options=options)
     outcome = run(request, heard.append, **more)
     assert outcome.code == 0, (SMOKE / "artifacts/logs/snakemake.log").read_text()[-3000:]
     return heard
@@ -123,13 +119,34 @@ def test_a_smoke_run_killed_three_times_ends_like_an_uninterrupted_one(
     assert whole == killed
 
 
+SAID = """
+localrule paper:
+    jobid: 0
+rule part:
+    output: 2_of_4/it.json
+    log: logs/part_2.log
+    jobid: 3
+    wildcards: part=2
+Finished jobid: 0 (Rule: paper)
+3 of 20 steps (15%) done
+Error in rule part:
+    jobid: 3
+    log: logs/part_2.log (check log file(s) for error details)
+Exiting because a job execution failed. Look below for error messages
+Error in rule part:
+    jobid: 3
+"""
+
+
 def test_lines_of_the_log_are_events() -> None:
-    assert read_event("rule train__one:") == Event("started", "train__one")
-    assert read_event("localrule paper:") == Event("started", "paper")
-    assert read_event("Finished jobid: 3 (Rule: train__one)") == Event("finished", "train__one")
-    assert read_event("Error in rule train__one:") == Event("failed", "train__one")
-    assert read_event("3 of 20 steps (15%) done") == Event("progress", done=3, total=20)
-    assert read_event("    jobid: 3") is None
+    """A job of a rule that has several is called as its log is; what is told twice is one event."""
+    assert list(read_events(SAID.splitlines())) == [
+        Event("started", "paper"),
+        Event("started", "part_2"),
+        Event("finished", "paper"),
+        Event("progress", done=3, total=20),
+        Event("failed", "part_2"),
+    ]
 
 
 def test_commands_of_one_process_stop_at_the_first_failure(circuit: Callable[..., Any]) -> None:
@@ -248,7 +265,7 @@ def test_one_reproduction_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (SMOKE / ".snakemake").mkdir(parents=True)
     with (SMOKE / ".snakemake" / "circuit.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(CircuitError, match="another `circuit reproduce` is at work"):
+        with pytest.raises(CircuitError, match="another start of this command is at work"):
             run(Request("paper", SCALES["smoke"]), lambda event: None)
 
 
@@ -284,7 +301,7 @@ def test_after_a_failed_pipeline_nothing_is_claimed(
 
     plan = Plan(Request("reference", SCALES["smoke"]), (), (), (), cost_of([], SCALES["smoke"]))
     monkeypatch.setattr("circuit.studies.reproduce.make_plan", lambda _: plan)
-    monkeypatch.setattr("circuit.studies.reproduce.run", failing)
+    monkeypatch.setattr("circuit.studies.workflow.run", failing)
     done = circuit("reproduce", "reference", "--scale", "smoke", *json_asked)
     assert done.code == 2
     assert "claim" not in done.out + done.err

@@ -20,9 +20,10 @@ from circuit.reports.report import find_report
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.costs import cost_of, rates
 from circuit.studies.jobs import split_commands
-from circuit.studies.reproduce import Request, make_plan, read_dry_run
+from circuit.studies.reproduce import Request, make_plan
 from circuit.studies.scales import SCALES
 from circuit.studies.study import PAPER, TARGETS, Study
+from circuit.studies.workflow import read_dry_run
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
 
@@ -204,6 +205,7 @@ checkpoint select_heads:
 Job stats:
 """
     first, second = read_dry_run(text.splitlines())
-    assert (first.name, first.seed) == ("train__one", None)
+    assert (first.name, first.wildcards) == ("train__one", {})
     assert first.reason.startswith("Params have changed")
-    assert (second.name, second.seed) == ("select_heads", "0011")
+    assert (second.name, second.wildcards) == ("select_heads", {"seed": "0011"})
+    assert (first.again, second.again) == (True, False)
