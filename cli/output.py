@@ -26,12 +26,13 @@ from rich.table import Table
 from rich.text import Text
 
 from circuit import CircuitError
-from circuit.quoting import shown
+from circuit.quoting import plain_text, shown
 
 from . import signals
 from .streams import BLOCKS
 
 if TYPE_CHECKING:
+    from circuit.reports.report import ReportResult
     from circuit.reports.tables import Table as Declared
 
 
@@ -97,6 +98,21 @@ def print_table(declared: Declared) -> None:
     for row in rows:
         shown.add_row(*declared.cells(row))
     stdout.print(shown)
+
+
+def print_result(result: ReportResult, as_json: bool) -> None:
+    """What a report found, where its files stand, and its law; or `--json`."""
+    if as_json:
+        paths = [str(path) for path in result.paths]
+        print_json({"law": result.law, "summary": result.summary, "paths": paths})
+        return
+    for table in result.tables:
+        if table.console:
+            print_table(table)
+    for note in result.notes:
+        stdout.print(plain_text(note), soft_wrap=True)
+    print_written(result.paths)
+    stdout.print(result.law, soft_wrap=True)
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:

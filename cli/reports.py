@@ -9,24 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from circuit.quoting import plain_text
 from circuit.reports.listing import listed_reports
 
-from . import complete, options
-from .output import (
-    print_json,
-    print_table,
-    print_written,
-    progress_bar,
-    stdout,
-)
+from . import complete, options, parts
+from .output import print_result, progress_bar
 from .training import load_train_config
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from circuit.options import Option
-    from circuit.reports.report import Report, ReportResult
+    from circuit.options import Option, Options
+    from circuit.reports.report import Report
 
 READING = {
     "config": (options.TrainConfigPath, inspect.Parameter.empty),
@@ -47,13 +40,18 @@ def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
     """The function that Typer makes a command from."""
 
     def command(**given: Any) -> None:
-        run = None
+        run, reading = None, {}
+        divided = {name: given.pop(name) for name in parts.OPTIONS if name in given}
         if kind.reads_run:
-            path, overrides, device, threads = (given.pop(n) for n in (*READING, *COMPUTING))
-            recipe = given.pop("recipe", None)
+            reading = {name: given.pop(name, None) for name in (*READING, *RECIPE, *COMPUTING)}
+            path, overrides, recipe, device, threads = reading.values()
             run = load_train_config(path, overrides, device, threads, recipe=recipe)
-        folder, overwrite, as_json = (given.pop(name) for name in WRITING)
-        run_and_print(kind, run, given, folder, overwrite=overwrite, as_json=as_json)
+        writing = {name: given.pop(name) for name in WRITING}
+        chosen = kind.Options(**{n: v for n, v in given.items() if v is not None})
+        if divided and parts.asked_for(**divided):
+            parts.run_and_print(kind, run, chosen, reading, **divided, **writing)
+        else:
+            run_and_print(kind, run, chosen, **writing)
 
     declared = {
         name: (_annotation(kind, name), _default(kind, name)) for name in kind.Options.declared()
@@ -61,7 +59,8 @@ def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
     needed = {**declared, **WRITING}
     if kind.reads_run:
         of_recipe = RECIPE if kind.of_recipes else {}
-        needed = {**READING, **of_recipe, **declared, **COMPUTING, **WRITING}
+        divided = parts.OPTIONS if "part" in declared else {}
+        needed = {**READING, **of_recipe, **declared, **divided, **COMPUTING, **WRITING}
     parameters = [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
@@ -77,13 +76,13 @@ def report_command(kind: type[Report[Any]]) -> Callable[..., None]:
 def run_and_print(
     kind: type[Report[Any]],
     run: Any,
-    given: dict[str, Any],
-    folder: Path,
+    chosen: Options,
+    output_dir: Path,
     *,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Make a report with the values of a command line, and say what it found.
+    """Make a report, and say what it found.
 
     Raises:
         CircuitError: as `run_report`.
@@ -91,9 +90,8 @@ def run_and_print(
     from circuit.reports.report import run_report
 
     with progress_bar(not as_json) as bar:
-        chosen = kind.Options(**{n: v for n, v in given.items() if v is not None})
         shown = ReportBar(bar, kind.stem().replace("_", " "))
-        result = run_report(kind, run, chosen, folder, overwrite=overwrite, progress=shown)
+        result = run_report(kind, run, chosen, output_dir, overwrite=overwrite, progress=shown)
     print_result(result, as_json)
 
 
@@ -107,21 +105,6 @@ class ReportBar:
     def __call__(self, done: int, total: int, note: str) -> None:
         """Move the bar."""
         self.bar.update(self.task, completed=done, total=total or None, note=note)
-
-
-def print_result(result: ReportResult, as_json: bool) -> None:
-    """What a report found, where its files stand, and its law; or `--json`."""
-    if as_json:
-        paths = [str(path) for path in result.paths]
-        print_json({"law": result.law, "summary": result.summary, "paths": paths})
-        return
-    for table in result.tables:
-        if table.console:
-            print_table(table)
-    for note in result.notes:
-        stdout.print(plain_text(note), soft_wrap=True)
-    print_written(result.paths)
-    stdout.print(result.law, soft_wrap=True)
 
 
 def _annotation(kind: type[Report[Any]], name: str) -> Any:
@@ -199,10 +182,12 @@ def register(
         for name in one.names:
             group, _, last = name.rpartition(" ")
             place, panel = (groups[group], None) if group else (app, one.panel)
-            parts = name.split()
-            in_full = words is None or list(words[: len(parts)]) == parts
+            typed = name.split()
+            in_full = words is None or list(words[: len(typed)]) == typed
             function = report_command(_kind(one.command)) if in_full else heading(one.help)
-            place.command(last, rich_help_panel=panel)(function)
+            divisible = "parts" in inspect.signature(function).parameters
+            settings = options.FOR_SNAKEMAKE if divisible else {}
+            place.command(last, rich_help_panel=panel, context_settings=settings)(function)
 
 
 def _kind(command: str) -> type[Report[Any]]:

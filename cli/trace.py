@@ -17,6 +17,7 @@ from .output import (
     interrupted_says,
     print_facts,
     print_json,
+    print_result,
     print_table,
     print_written,
     progress_bar,
@@ -25,7 +26,7 @@ from .output import (
     stdout,
 )
 from .parsing import Commands
-from .reports import ReportBar, print_result
+from .reports import ReportBar
 from .training import load_train_config
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_wor
 from circuit.trace.counterfactual import record_counterfactual
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import MAX_STEPS
+from circuit.training.checkpoints import DivergedError
 
 NULL = "nothing"
 """Label of the training that changes nothing."""
@@ -111,9 +112,13 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
                     expected=f"steps within {start}:{end}",
                 )
         # in the order of their starts, so that they share the replay up to them
-        ordered = sorted(edits.items(), key=lambda item: item[1].start)
-        self.edits = {NULL: Edit(start, end), **dict(share(ordered, self.options.part))}
+        self.queue = sorted(edits.items(), key=lambda item: item[1].start)
+        self.edits = {NULL: Edit(start, end), **dict(share(self.queue, self.options.part))}
         self.order = [NULL, *(label for label in edits if label in self.edits)]
+
+    def trainings(self, part: str | None) -> list[int]:
+        (start, end), edits = self.steps, [] if part is None else share(self.queue, part)
+        return [end - start, *(end - edit.start for _, edit in edits)]
 
     @property
     def total(self) -> int:
@@ -154,14 +159,20 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
 
     def _train(self, label: str, edit: Edit) -> Replay:
         end, folder, run = self.steps[1], self.options.runs_dir, self.run
-        if folder is None or label == NULL or not isinstance(run, ReplayedRun):
-            state = run.counterfactual(edit, end)
-        else:
-            state = record_counterfactual(run, edit, end, folder / label)
+        try:
+            if folder is None or label == NULL or not isinstance(run, ReplayedRun):
+                state = run.counterfactual(edit, end)
+            else:
+                state = record_counterfactual(run, edit, end, folder / label)
+            values = self.attributor.values(state.parameters, self.bound).tolist()
+            replay = Replay(edit, tuple(values), state.stages())
+        except DivergedError as error:
+            raise CircuitError(
+                f"'{label}': {error.what}",
+                fix="leave the edit out, or take a factor that is less far from 1",
+            ) from error
         if label == NULL:
             self.differ = _differing_bits(state, self.actual_end)
-        values = self.attributor.values(state.parameters, self.bound).tolist()
-        replay = Replay(edit, tuple(values), state.stages())
         if self.kept is not None and label != NULL:
             self.kept.add(replay)
         return replay

@@ -382,7 +382,7 @@ class open_report:  # noqa: N801  a context manager
     """Lock the folder of a report; earlier files of the command are replaced on writing.
 
     Files that the earlier report wrote and the new one does not are removed when the block ends
-    without an error.
+    without an error, if a new one was written in it.
 
     Raises:
         CircuitError: as `run_report` says of the folder.
@@ -395,6 +395,7 @@ class open_report:  # noqa: N801  a context manager
         writes = (f"{kind.stem()}_*", "*.svg", *kind.further)
         self.folder = OutputFolder(output_dir, kind.command, writes=writes, overwrite=overwrite)
         self.began = time.time()
+        self.written = False
 
     def __enter__(self) -> open_report:
         folder = self.folder.__enter__()
@@ -414,7 +415,7 @@ class open_report:  # noqa: N801  a context manager
 
     def __exit__(self, *raised: Any) -> None:
         try:
-            if raised[0] is None:
+            if raised[0] is None and self.written:
                 self.folder.remove_stale()
         finally:
             self.folder.__exit__(*raised)
@@ -457,6 +458,7 @@ class open_report:  # noqa: N801  a context manager
         self.folder.claim(contents)
         self.folder.remove([report_file])
         paths = {name: self.folder.write_bytes(name, data) for name, data in contents.items()}
+        self.written = True
         return ReportResult(
             kind,
             paths[report_file],

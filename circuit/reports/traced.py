@@ -135,6 +135,17 @@ class TracedReport(Report[T]):
         """What is followed."""
         raise NotImplementedError
 
+    def trainings(self, part: str | None) -> Sequence[int]:
+        """After `prepare`, of a worker with this part of them: the steps of each of its trainings.
+
+        Args:
+            part: None where workers have done all parts, and one gathers.
+
+        Returns:
+            Nothing where this is known later.
+        """
+        return ()
+
     def scalar_facts(self, inputs: Any) -> dict[str, Any]:
         """What the families say of what they read."""
         return {"scalars": [family.provenance(inputs) for family in self.followed]}

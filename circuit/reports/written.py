@@ -14,12 +14,12 @@ from circuit.errors import CircuitError
 from circuit.overrides import Overrides
 from circuit.quoting import shell_line
 from circuit.reading import file_digest, read_json
-from circuit.reports.report import Report, Results, find_report
+from circuit.reports.report import Report, ReportResult, Results, find_report
 from circuit.sealed import unsealed
 from circuit.train_config import RUN_CONFIG, TrainConfig
 from circuit.training.run_folder import refuse_another_runs
 
-SUFFIX, ROWS = "_report.json", "_rows.jsonl"
+SUFFIX, PAGE, ROWS = "_report.json", "_report.md", "_rows.jsonl"
 ANEW = "make it again"
 _AWAY = "make it again, or move it away"
 
@@ -123,6 +123,29 @@ class Written:
             self.summary,
             lambda name, holding: iter_jsonl(self.file(name), holding=holding),
             self.payload["provenance"].get("slice", "lag"),
+        )
+
+    @property
+    def result(self) -> ReportResult:
+        """What its command has returned.
+
+        Raises:
+            CircuitError: as `results`.
+        """
+        results, kind = self.results, self.kind
+        assert kind is not None
+        names, digested = self.payload["paths"], self.payload["sha256"]
+        (page,) = (name for name in names if name.endswith(PAGE))
+        return ReportResult(
+            kind,
+            self.path,
+            self.path.with_name(page),
+            tuple(map(self.path.with_name, digested)),
+            tuple(self.path.with_name(name) for name in names if name.endswith(".svg")),
+            self.summary,
+            self.law,
+            kind.notes(results),
+            kind.tables(results),
         )
 
     def command_line(self, config: TrainConfig, folder: str) -> str:

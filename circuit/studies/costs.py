@@ -51,16 +51,20 @@ def rates(kind: str) -> dict[str, Any]:
 def needs_of(scale: Scale) -> dict[str, dict[str, Any]]:
     """Threads and resources of every rule, as Snakemake takes them; cards where they are used."""
     table = parse_json(files("circuit.studies").joinpath("resources.json").read_text())
-    found = {}
-    for kind, own in table["rules"].items():
-        entry = {**table["default"], **own}
-        minutes = entry["minutes"] if scale.is_contract else 60
-        cards = entry["gpu"] if os.environ.get("CIRCUIT_DEVICE") == "cuda" else 0
-        found[kind] = {
-            "threads": entry["threads"],
-            "resources": {"mem_mb": entry["mem_mb"], "runtime": minutes, "gpu": cards},
-        }
-    return found
+    cuda = os.environ.get("CIRCUIT_DEVICE") == "cuda"
+    needs = {kind: needs_of_rule(kind, cuda=cuda) for kind in table["rules"]}
+    if not scale.is_contract:
+        for entry in needs.values():
+            entry["resources"]["runtime"] = 60
+    return needs
+
+
+def needs_of_rule(kind: str, *, cuda: bool) -> dict[str, Any]:
+    """Threads and resources of one rule; cards where it computes on them."""
+    entry = rates(kind)
+    resources = {"mem_mb": entry["mem_mb"], "runtime": entry["minutes"]}
+    resources["gpu"] = entry["gpu"] if cuda else 0
+    return {"threads": entry["threads"], "resources": resources}
 
 
 def _files(kind: str, scale: Scale) -> float:
