@@ -7,15 +7,15 @@ optimizer has changed parameters or buffers in between, that is recorded beside 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from circuit.core.digests import identical, same_bits, tensor_digest
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.optimizers import (
-    Group,
-    Past,
     TakenStep,
     groups_of,
     kind_of,
@@ -26,6 +26,7 @@ from circuit.core.optimizers import (
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.runs.calls import Call, SeenBuffer, dtype_of, gradient_of, refuse_fused_scaling
 from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import Keep, Recording, RecordingManifest, WatchedOptimizer
 from circuit.runs.records import StoredState, StoredStep
@@ -38,55 +39,6 @@ if TYPE_CHECKING:
 
 Observer = Callable[[int, RecordedStep | None], None]
 """Is told the number of a step, and all of the step where it asked for that."""
-
-
-@dataclass
-class _Call:
-    """A call of `step` that has begun.
-
-    Attributes:
-        optimizer: which one.
-        whole: all of it is going to be looked at.
-        outside, entering: parameters that have changed since the step before, as it left them and
-            as this one found them.
-        before, past: parameters, and what the optimizer remembers; where all is looked at.
-        buffers: that have changed since the step before.
-        gradient: of the parameters `names`, one behind the other.
-        groups: with the settings that the call reads; hooks behind it may set those of the next.
-    """
-
-    optimizer: int
-    whole: bool
-    outside: Mapping[str, Tensor] = field(default_factory=dict)
-    entering: Mapping[str, Tensor] = field(default_factory=dict)
-    before: Mapping[str, Tensor] = field(default_factory=dict)
-    past: Past = field(default_factory=dict)
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
-    gradient: Flat | None = None
-    groups: tuple[Group, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """A buffer as it was: a copy, the tensor itself, and how often that had been written to.
-
-    The tensor is held: the `id` of one that is let go may be that of the next.
-    """
-
-    value: Tensor
-    tensor: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, buffer: Tensor) -> _Buffer:
-        return cls(buffer.detach().clone(), buffer, buffer._version)
-
-    def is_of(self, buffer: Tensor) -> bool:
-        """Whether nothing has changed; running statistics are written without being counted."""
-        if not buffer.is_floating_point():  # masks are large, and change by counted writes alone
-            return self.tensor is buffer and self.version == buffer._version
-        return same_bits(self.value, buffer)
 
 
 class Watcher:
@@ -122,7 +74,7 @@ class Watcher:
         self.layout = ParameterLayout.of_model(module)
         self._names = names_by_id(module)
         self._parameters = dict(module.named_parameters())
-        self.dtype = _dtype_of(self._parameters)
+        self.dtype = dtype_of(self._parameters)
         self.device = str(next(iter(self._parameters.values())).device)
         self.watched = [
             WatchedOptimizer(kind=kind_of(one), decoupled_decay=decoupled_decay)
@@ -136,13 +88,13 @@ class Watcher:
         self._every, self._whole = 1, False
         self._members: list[list[tuple[str, ...]]] = []
         self._last: Flat | None = None
-        self._buffers: dict[str, _Buffer] = {}
+        self._buffers: dict[str, SeenBuffer] = {}
         self._changed_buffers: set[str] = set()
         self._not_saved: tuple[str, ...] = ()
-        self._not_told: tuple[str, ...] = ()
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._anew = False
         self._begins_anew = False
+        self._unproven = set(range(len(self.optimizers)))
         self._first: StoredState | None = None
         self._hooks: list[Any] = []
 
@@ -161,6 +113,8 @@ class Watcher:
             for name, value in now.buffers.items()
             if name not in first or not identical(value, first[name])
         }
+        made = recording.not_saved.difference(recording.manifest.not_saved)
+        self._not_saved = tuple(name for name in now.buffers if name in made)
         self._begins_anew = recording.begins_anew(step)
         self.step = step
         return step
@@ -178,11 +132,11 @@ class Watcher:
         self._observer, self._every, self._whole = observer, every, whole
 
     def __enter__(self) -> Self:
+        self._buffers = self._buffers_now()
         if self._storage is not None:
             state = self.state()
             self._storage.begin(state, anew=self._begins_anew)
-            if self._gradients:
-                self._first, self._last = state, self._flat()
+        self._last = self._left()
         for place, optimizer in enumerate(self.optimizers):
             self._hooks += [
                 optimizer.register_step_pre_hook(self._before(place)),
@@ -195,6 +149,7 @@ class Watcher:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._call = None
 
     @property
     def _gradients(self) -> bool:
@@ -224,20 +179,26 @@ class Watcher:
 
     def state(self) -> StoredState:
         """All that the next step depends on but its gradient."""
-        buffers = dict(self.module.named_buffers())
-        if self.step == 0:
-            self._changed_buffers.clear()
-            self._buffers = {name: _Buffer.of(buffer) for name, buffer in buffers.items()}
-        changed = {n: b for n, b in buffers.items() if n in self._changed_buffers or not self.step}
-        groups = tuple(groups_of(one, self._names) for one in self.optimizers)
-        self._members = [[group.names for group in several] for several in groups]
+        bare = self._bare()
+        self._members = [[group.names for group in several] for several in bare.groups]
+        buffers = {
+            name: buffer.detach().clone()
+            for name, buffer in self.module.named_buffers()
+            if name in self._changed_buffers or not self.step
+        }
+        return replace(bare, buffers=buffers, not_saved=self._not_saved)
+
+    def _buffers_now(self) -> dict[str, SeenBuffer]:
+        return {name: SeenBuffer.of(buffer) for name, buffer in self.module.named_buffers()}
+
+    def _bare(self) -> StoredState:
+        """A state without buffers, which no optimizer reads."""
         return StoredState(
             self.step,
             {name: p.detach().clone() for name, p in self._parameters.items()},
-            {name: buffer.detach().clone() for name, buffer in changed.items()},
-            groups,
+            {},
+            tuple(groups_of(one, self._names) for one in self.optimizers),
             tuple(past_of(one, self._names) for one in self.optimizers),
-            self._not_saved,
         )
 
     # --- before a step ----------------------------------------------------------------------------
@@ -248,7 +209,10 @@ class Watcher:
 
     def _before(self, place: int) -> Callable[..., Any]:
         def begin(optimizer: torch.optim.Optimizer, args: Any, words: Any) -> Any:
-            self._begin(place)
+            frame = sys._getframe(1)
+            if self._call is not None and self._call.goes_on(frame):
+                return None  # a class of somebody's own calls the `step` above it: one step
+            self._begin(place, frame)
             closure = words.get("closure", args[1] if len(args) > 1 else None)
             if closure is None:
                 self._read_gradient(place)
@@ -265,30 +229,40 @@ class Watcher:
 
         return begin
 
-    def _begin(self, place: int) -> None:
+    def _begin(self, place: int, frame: FrameType) -> None:
         """What stands before the call."""
-        due = self._observer is not None and (self.step + 1) % self._every == 0
-        call = self._call = _Call(place, whole=due and self._whole)
+        raised = self._call is not None  # in the call before: what it has done is not known
+        call = self._call = Call(place, frame, self._whole and self._is_due(self.step + 1))
         if self._gradients:
-            assert self._storage is not None
             groups = [group.names for group in groups_of(self.optimizers[place], self._names)]
-            if self._anew or groups != self._members[place]:
-                state = self.state()
-                self._storage.begin(state, anew=True)
-                self._anew = False
-                if self._first is not None:  # no step has been taken yet
-                    self._first = state
-            else:
-                call.outside = self._changed_outside()
-                call.entering = {n: self._parameters[n].detach().clone() for n in call.outside}
+            if self._anew or raised or groups != self._members[place]:
+                self._begin_anew()
+        if self._last is not None:
+            call.outside = self._changed_outside(self._last)
+        if self._gradients:
+            call.entering = {n: self._parameters[n].detach().clone() for n in call.outside}
+            if place in self._unproven:
+                self._first = self._bare()
         if call.whole:
             call.before = {name: p.detach().clone() for name, p in self._parameters.items()}
             call.past = past_of(self.optimizers[place], self._names)
 
-    def _changed_outside(self) -> dict[str, Tensor]:
-        """Parameters as the last step left them, where they are others now."""
+    def _begin_anew(self) -> None:
+        """Store what the optimizers remember now, with all else as the last step left it."""
+        assert self._storage is not None
         assert self._last is not None
-        left = self.layout.unflatten(self._last)
+        state = self.state()
+        if self.step:  # what has changed since is told of the next step
+            left = {name: self._buffers[name].value for name in state.buffers}
+            state = replace(state, parameters=self.layout.unflatten(self._last), buffers=left)
+        else:
+            self._last, self._buffers = self._flat(), self._buffers_now()
+        self._storage.begin(state, anew=True)
+        self._anew = False
+
+    def _changed_outside(self, last: Flat) -> dict[str, Tensor]:
+        """Parameters as the last step left them, where they are others now."""
+        left = self.layout.unflatten(last)
         outside = {}
         for name, parameter in self._parameters.items():
             before = left[name].to(parameter.device)
@@ -305,15 +279,16 @@ class Watcher:
                 expected="an optimizer whose step reads one gradient",
                 fix="watch another optimizer; LBFGS and its kin cannot be watched",
             )
-        _refuse_fused_scaling(optimizer)
+        refuse_fused_scaling(optimizer)
         if not self._gradients and not call.whole:
             call.gradient = torch.empty(0)
             return
         call.groups = groups_of(optimizer, self._names)
-        call.buffers = self._moved_buffers()
+        if self._gradients:
+            call.buffers = self._moved_buffers()
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gradients = {
-            name: _gradient_of(name, parameter)
+            name: gradient_of(name, parameter)
             for name, parameter in self._parameters.items()
             if id(parameter) in trained and parameter.grad is not None
         }
@@ -322,75 +297,96 @@ class Watcher:
         flat = [gradient.reshape(-1) for gradient in gradients.values()]
         call.gradient = torch.cat(flat).cpu() if flat else torch.empty(0)
 
-    def _moved_buffers(self) -> dict[str, Tensor]:
-        """Buffers that are others than when they were last looked at."""
-        moved, made = {}, []
-        for name, buffer in self.module.named_buffers():
-            known = self._buffers.get(name)
-            if known is None or not known.is_of(buffer):
-                self._buffers[name] = _Buffer.of(buffer)
-                self._changed_buffers.add(name)
-                moved[name] = self._buffers[name].value
-                made += [name] if known is None else []
-        if made:
-            saved = self.module.state_dict(keep_vars=True)
-            self._not_told = tuple(name for name in made if name not in saved)
-            self._not_saved += self._not_told
-        return moved
+    def _moved_buffers(self) -> dict[str, SeenBuffer]:
+        """Buffers that are others than the last step that was taken has found."""
+        return {
+            name: SeenBuffer.of(buffer)
+            for name, buffer in self.module.named_buffers()
+            if name not in self._buffers or not self._buffers[name].is_of(buffer)
+        }
+
+    def _not_in_state_dict(self, moved: Mapping[str, SeenBuffer]) -> tuple[str, ...]:
+        """Those that the loop has made since, and that no `state_dict` holds."""
+        new = [name for name in moved if name not in self._buffers]
+        saved = self.module.state_dict(keep_vars=True) if new else {}
+        return tuple(name for name in new if name not in saved)
+
+    def _remember(self, moved: Mapping[str, SeenBuffer]) -> None:
+        """Buffers as a step that was taken has found them."""
+        self._not_saved += self._not_in_state_dict(moved)
+        self._changed_buffers |= moved.keys()
+        self._buffers |= moved
 
     # --- behind it --------------------------------------------------------------------------------
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        call, self._call = self._call, None
+        call = self._call
+        if call is not None and call.frame is not sys._getframe(1):
+            return
         if call is None or call.gradient is None:
             raise CircuitError(
                 f"{type(optimizer).__name__} took a step without the closure that it was given",
                 expected="an optimizer that calls it once",
             )
-        self.step += 1
         if self._gradients:
             self._store(call)
-        elif self._storage is not None and self._storage.is_due(self.step):
-            self._moved_buffers()  # those that have ever changed are part of every state
-            self._storage.add_state(self.state())
-        if self._observer is not None and self.step % self._every == 0:
+        else:
+            self.step += 1
+            self._last = self._left()
+            if self._storage is not None and self._storage.is_due(self.step):
+                # those that have ever changed are part of every state
+                self._remember(self._moved_buffers())
+                self._storage.add_state(self.state())
+        self._call = None
+        if self._is_due(self.step) and self._observer is not None:
             step = None
             if call.whole:
                 buffers = dict(self.module.named_buffers())
                 step = RecordedStep(self.step, self.layout, self._taken(call), buffers)
             self._observer(self.step, step)
 
-    def _store(self, call: _Call) -> None:
+    def _is_due(self, step: int) -> bool:
+        """Whether somebody is told of a step."""
+        return self._observer is not None and step % self._every == 0
+
+    def _left(self) -> Flat | None:
+        """The parameters as they are, where the next step asks for what has changed since."""
+        asked = self._gradients or (self._whole and self._is_due(self.step + 1))
+        return self._flat() if asked else None
+
+    def _store(self, call: Call) -> None:
+        """Count the step once it is written: one that cannot be is no step, and leaves no gap."""
         assert self._storage is not None
         assert call.gradient is not None
-        assert self._last is not None
-        self._last = self._flat()
+        left = self._flat()
         step = StoredStep(
-            self.step,
+            self.step + 1,
             call.optimizer,
             tuple(group.settings for group in call.groups),
             call.entering,
-            call.buffers,
+            {name: buffer.value for name, buffer in call.buffers.items()},
             {},
-            tensor_digest(self._last),
-            self._not_told,
+            tensor_digest(left),
+            self._not_in_state_dict(call.buffers),
         )
-        self._not_told = ()
         members = {name for group in call.groups for name in group.names}
         self._storage.add_step(step, sorted(members - set(call.names)), call.gradient)
+        self.step, self._last = step.step, left
+        self._remember(call.buffers)
         if self._first is not None:
             self._prove(replace(step, gradient=self._by_name(call)))
         if self._storage.is_anchor(self.step):
             self._storage.begin(self.state())
 
     def _prove(self, step: StoredStep) -> None:
-        """Take the first step again at once: what cannot be taken again is refused now."""
+        """Take an optimizer's first step again: what cannot be taken again is refused now."""
         assert self._first is not None
         first, self._first = self._first, None
+        self._unproven.discard(step.optimizer)
         kinds = [type(one) for one in self.optimizers]
         Rerun(self.watched, first, classes=kinds, device=self.device).advance(step)
 
-    def _taken(self, call: _Call) -> TakenStep:
+    def _taken(self, call: Call) -> TakenStep:
         watched = self.watched[call.optimizer]
         return TakenStep(
             kind=watched.kind,
@@ -404,66 +400,10 @@ class Watcher:
             outside=call.outside,
         )
 
-    def _by_name(self, call: _Call) -> dict[str, Tensor]:
+    def _by_name(self, call: Call) -> dict[str, Tensor]:
         assert call.gradient is not None
         shapes = {name: self._parameters[name].shape for name in call.names}
         return ParameterLayout.of_shapes(shapes).unflatten(call.gradient)
 
     def _flat(self) -> Flat:
         return self.layout.flatten(self._parameters)
-
-
-def _dtype_of(parameters: Mapping[str, Tensor]) -> str:
-    """The one dtype of all parameters.
-
-    Raises:
-        CircuitError: there are none; they have several, or another than float32 and float64; they
-            are on several devices.
-    """
-    if not parameters:
-        raise CircuitError("the module has no parameters", expected="a module that is trained")
-    one = next(iter(parameters.values()))
-    first = one.dtype
-    for name, parameter in parameters.items():
-        if parameter.device != one.device:
-            raise CircuitError(
-                f"parameter {name} is on {parameter.device}, others on {one.device}",
-                expected="all parameters on one device",
-            )
-        if parameter.dtype != first or first not in (torch.float32, torch.float64):
-            raise CircuitError(
-                f"parameter {name} is {parameter.dtype}",
-                expected="parameters of float32 or float64, all of one dtype",
-                fix="train with float32 weights under torch.autocast",
-            )
-    return str(first)
-
-
-def _gradient_of(name: str, parameter: nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.is_sparse or gradient.dtype != parameter.dtype:
-        raise CircuitError(
-            f"the gradient of {name} is {'sparse' if gradient.is_sparse else gradient.dtype}",
-            expected=f"a dense one of {parameter.dtype}",
-            fix="embeddings take sparse=False",
-        )
-    return gradient
-
-
-def _refuse_fused_scaling(optimizer: torch.optim.Optimizer) -> None:
-    """A GradScaler leaves unscaling, and steps without finite gradients, to fused kernels."""
-    name = type(optimizer).__name__
-    if getattr(optimizer, "grad_scale", None) is not None:
-        raise CircuitError(
-            f"{name} with fused=True unscales the gradient itself, where it cannot be read",
-            expected="a gradient that is unscaled before the step",
-            fix="call scaler.unscale_(optimizer) before scaler.step(optimizer), or fused=False",
-        )
-    left_out = getattr(optimizer, "found_inf", None)
-    if left_out is not None and float(left_out):
-        raise CircuitError(
-            f"{name} with fused=True leaves a step without finite gradients out itself",
-            expected="an optimizer of which the GradScaler leaves it out",
-            fix="pass fused=False",
-        )

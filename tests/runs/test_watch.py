@@ -155,6 +155,50 @@ def load_past(t: int, _: nn.Module, optimizer: Any) -> None:
         optimizer.load_state_dict(state)
 
 
+def load_all(t: int, module: nn.Module, optimizer: Any) -> None:
+    """Back to an earlier checkpoint, as after a spike of the loss."""
+    if t == 2:
+        module.saved = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    if t == 6:
+        module.load_state_dict(module.saved[0])
+        optimizer.load_state_dict(module.saved[1])
+
+
+class Halved(torch.optim.AdamW):
+    """Somebody's own way around torch's step, which is hooked too where an AdamW has been made."""
+
+    def __init__(self, parameters: Any, **settings: Any) -> None:
+        torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+        super().__init__(parameters, **settings)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0.5)
+        return super().step(closure)
+
+
+class Raising(torch.optim.SGD):
+    """A step without gradients is begun, and raises."""
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if parameters[0].grad is None:
+            with torch.no_grad():
+                parameters[0].mul_(0.9)
+            self.state[parameters[0]]["momentum_buffer"].mul_(0.9)
+            raise MemoryError
+        return super().step(closure)
+
+
+def raise_once(t: int, module: nn.Module, optimizer: Any) -> None:
+    if t == 6:
+        module(torch.randn(16, 6))  # its buffers change
+        with contextlib.suppress(MemoryError):
+            optimizer.step()
+
+
 def unfreeze(t: int, module: nn.Module, optimizer: Any) -> None:
     if t == 4:
         optimizer.add_param_group({"params": list(module[2].parameters()), "lr": 0.001})
@@ -197,6 +241,10 @@ class Counted(nn.Module):
         return self.inner(x) * self.scale
 
 
+def with_buffers() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 LOOPS: dict[str, Callable[[], Loop]] = {
     "plain": Loop,
@@ -214,14 +262,19 @@ LOOPS: dict[str, Callable[[], Loop]] = {
         optimizer=groups(ADAMW, lr=0.02, foreach=True, amsgrad=True, maximize=True)
     ),
     "tied, frozen, unused": lambda: Loop(module=Tied),
-    "buffers and dropout": lambda: Loop(
-        module=lambda: nn.Sequential(
-            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3)
-        )
-    ),
+    "buffers and dropout": lambda: Loop(module=with_buffers),
     "two optimizers": lambda: Loop(optimizer=two),
     "changed between steps": lambda: Loop(between=unit_rows),
     "a state that is loaded": lambda: Loop(between=load_past),
+    "weights, buffers and a state that are loaded": lambda: Loop(
+        module=with_buffers, between=load_all
+    ),
+    "a step around another": lambda: Loop(optimizer=lambda m: Halved(m.parameters(), lr=0.02)),
+    "a step that raises": lambda: Loop(
+        module=with_buffers,
+        optimizer=lambda m: Raising(m.parameters(), lr=0.1, momentum=0.9),
+        between=raise_once,
+    ),
     "a group that is added": lambda: Loop(
         optimizer=lambda m: ADAMW(m[0].parameters(), lr=0.02), between=unfreeze
     ),
@@ -274,7 +327,8 @@ def test_the_loop_stays_as_it_is_and_every_state_is_there_again(
     assert watching.step == len(loop.seen) - 1
     for ours, theirs in zip(loop.seen, plain.seen, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    run = circuit.open_run(tmp_path / "mine", module=module)
+    kinds = [type(one) for one in (optimizer if isinstance(optimizer, list) else [optimizer])]
+    run = circuit.open_run(tmp_path / "mine", module=module, optimizers=kinds)
     assert run.steps == list(range(len(loop.seen)))
     for step in (*run.steps, 7, 3):
         state = run.state(step)
@@ -288,6 +342,7 @@ def test_the_loop_stays_as_it_is_and_every_state_is_there_again(
     worst = 0.0
     for step in run.replay(0, watching.step):
         before, after = step.before.parameters.double(), step.after.parameters.double()
+        assert torch.equal(before, run.layout.flatten(loop.seen[step.step - 1]).double())
         terms = torch.stack(list(step.update.named().values()))
         torch.testing.assert_close(terms.sum(0), after - before, rtol=0, atol=1e-12)
         worst = max(worst, step.update.rounding_ulps())
@@ -507,6 +562,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda out: watched(out, optimizer=lambda m: Noisy(m.parameters(), lr=0.1)),
         "did not take step 1 again",
     ),
+    "a draw in the step of the second": (
+        lambda out: watched(
+            out,
+            optimizer=lambda m: [SGD(m[0].parameters()), Noisy(m[2].parameters(), lr=0.1)],
+        ),
+        "did not take step 2 again",
+    ),
     "fused unscaling": (
         lambda out: watched(
             out, scaler=True, optimizer=lambda m: ADAMW(m.parameters(), fused=True)
@@ -601,9 +663,13 @@ def test_states_alone_and_rows_alone(tmp_path: Path) -> None:
         next(run.replay(0, 3))
     with pytest.raises(CircuitError, match="every 3 steps from 0 to 9"):
         run.state(4)
-    watched(tmp_path / "rows", {"keep": "rows", "scalars": [first]}, steps=4)
-    rows = read_jsonl(tmp_path / "rows/mine" / ROWS)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for keep in ("rows", "gradients"):
+        told = {"keep": keep, "scalars": [first], "every": 2}
+        watched(tmp_path / keep, told, steps=8, between=unit_rows)
+    rows, whole = (read_jsonl(tmp_path / keep / "mine" / ROWS) for keep in ("rows", "gradients"))
+    assert rows == whole
+    assert all(OUTSIDE in row["attribution"]["first"]["terms"] for row in rows)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert all(row["rounding_ulps"] <= WORST_ULPS for row in rows)
     for row in rows:
         told = row["attribution"]["first"]
