@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from circuit.attribution.attribute import Attributor
 from circuit.core.flat import ParameterLayout, norm
 from circuit.core.module import evaluated, load_buffers
 from circuit.errors import CircuitError
-from circuit.lazy import no_grad, torch
+from circuit.lazy import no_grad, np, torch
 from circuit.plugins import refuse_while_importing
 from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import KEEPS, Keep
@@ -225,13 +226,11 @@ class _Measure:
         elif scalars:
             self.values = _Values(module, self.scalars)
         self.whole = self.attributor is not None
-        # whose random numbers a scalar may draw, beside the CPU's
-        self.devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
+        self.device = next(module.parameters()).device
 
     def __call__(self, number: int, step: RecordedStep | None) -> None:
         """Measure a step that has just been taken."""
-        devices = self.devices if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with _apart(self.device):
             row = {"step": number, **self._numbers(step)}
         self.watching.rows.append(row)
         if self.storage is not None:
@@ -251,6 +250,23 @@ class _Measure:
         elif self.values is not None:
             row["scalars"] = self.values()
         return row
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Scalars see nothing of the loop's modes, and the loop nothing of the numbers they draw."""
+    python, numpy = random.getstate(), np.random.get_state()
+    drawn = [device] if device.type == "cuda" and torch.cuda.is_initialized() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=drawn))
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:  # it keeps the weights of a node for the next
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 class _Values:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import type_and_read
@@ -312,18 +313,21 @@ def test_the_loop_stays_as_it_is_and_every_state_is_there_again(
     built = plain.build()
     torch.manual_seed(2)
     plain.run(*built)
+    before = random.getstate(), np.random.get_state()[1].tolist()
     module, optimizer = loop.build()
     probe = torch.randn(4, 6)
 
     def margin(module: nn.Module) -> Tensor:
         logits = module(probe)
-        return logits[:, 0] - logits[:, 1] + torch.rand(())  # whatever it draws, the loop does not
+        drawn = torch.rand(()) + random.random() + float(np.random.rand())
+        return logits[:, 0] - logits[:, 1] + drawn  # whatever it draws, the loop does not
 
     with circuit.watch(
         module, optimizer, tmp_path / "mine", scalars=[margin], every=5, anchor_every=5
     ) as watching:
         torch.manual_seed(2)
         loop.run(module, optimizer)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     assert watching.step == len(loop.seen) - 1
     for ours, theirs in zip(loop.seen, plain.seen, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -348,6 +352,24 @@ def test_the_loop_stays_as_it_is_and_every_state_is_there_again(
         worst = max(worst, step.update.rounding_ulps())
     print(f"rounding residual: {worst:.2f} ulps")
     assert worst <= WORST_ULPS
+
+
+@pytest.mark.parametrize("attribute", [True, False])
+def test_a_step_under_autocast_is_measured_as_any(attribute: bool) -> None:
+    rows = []
+    for under in (False, True):
+        module, optimizer = Loop().build()
+
+        def norm(module: nn.Module) -> Tensor:
+            return module(torch.ones(2, 6)).square().sum()
+
+        with circuit.watch(module, optimizer, scalars=[norm], attribute=attribute) as watching:
+            for _ in range(3):
+                module(torch.ones(2, 6)).sum().backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=under):
+                    optimizer.step()
+        rows.append(watching.rows)
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("name", ["plain", "buffers and dropout", "changed between steps"])
