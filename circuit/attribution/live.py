@@ -146,20 +146,20 @@ def watch(
                     resume=resume,
                 )
             )
-            manifest = watcher.manifest(keep, every, anchor_every)
-            earlier = storage.prepare(manifest, disk)
-            if earlier is not None:
-                storage.go_on(watcher.go_on(earlier, manifest))
-            watcher.store(storage)
         a_step = size if keep == "gradients" else 0
         watching = Watching(watcher, storage, (a_step, 0 if keep == "rows" else 3 * size))
-        if storage is not None:
-            _say(watching, storage.root, steps, disk)
         if scalars or sinks or keep == "rows":
             measure = _Measure(
                 watching, module, scalars, sinks, storage, rule if attribute else None
             )
             watcher.observe(measure, every=every, whole=measure.whole or keep == "rows")
+        if storage is not None:  # nothing is dropped before all that can be refused has been
+            manifest = watcher.manifest(keep, every, anchor_every)
+            earlier = storage.prepare(manifest, disk)
+            if earlier is not None:
+                storage.go_on(watcher.go_on(earlier, manifest))
+            watcher.store(storage)
+            _say(watching, storage.root, steps, disk)
         stack.enter_context(watcher)
         yield watching
 
@@ -173,6 +173,8 @@ def _check(
         if value is not None and value < 1:
             raise CircuitError(f"{value}", where=f"`{name}`", expected="at least 1")
     odd = [one for one in optimizers if not isinstance(one, torch.optim.Optimizer)]
+    if len({id(one) for one in optimizers}) < len(optimizers):
+        raise CircuitError("one optimizer twice", where="`optimizer`", expected="each once")
     if odd or not optimizers:
         raise CircuitError(
             f"{type(odd[0]).__name__ if odd else 'nothing'} as optimizer",
@@ -301,10 +303,10 @@ class _Values:
 
 def _of_step(step: RecordedStep) -> dict[str, Any]:
     """Rates and norms, parameter by parameter: all float64 vectors at once are never held."""
-    taken, squares, ulps = step.taken, Counter[str](), 0.0
+    taken, squares, ulps = step.taken, Counter[str](), [0.0]
     for name, shape in zip(step.layout.names, step.layout.shapes, strict=True):
         update = taken.terms(ParameterLayout.of_shapes({name: shape}))
-        ulps = max(ulps, update.rounding_ulps())
+        ulps.append(update.rounding_ulps())
         vectors = {**update.named(), "/update": update.total, "/parameter": taken.after[name]}
         if name in taken.gradient:
             vectors["/gradient"] = taken.gradient[name]
@@ -315,7 +317,7 @@ def _of_step(step: RecordedStep) -> dict[str, Any]:
         **({"lr_by_group": step.lr_by_group} if len(taken.groups) > 1 else {}),
         **{f"{of}_norm": norms.pop(f"/{of}", 0.0) for of in ("gradient", "parameter", "update")},
         "term_norms": norms,
-        "rounding_ulps": ulps,
+        "rounding_ulps": float(np.max(ulps)),  # not a number where one of them is not
     }
 
 

@@ -88,6 +88,8 @@ class TakenStep:
         parts = [part for group in self.groups for part in self._parts(layout, group)]
         update = joined(layout.size, parts)
         change = torch.zeros(layout.size, dtype=torch.float64)
+        if not parts:  # no parameter had a gradient, of which there is a reference otherwise
+            update = replace(update, plain_sgd={"clipped_sgd": torch.zeros_like(change)})
         for name, value in self.outside.items():
             if name not in layout.names:
                 continue

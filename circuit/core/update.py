@@ -117,6 +117,8 @@ class UpdateTerms:
         That is the largest of the old parameter, the new one and the terms that may cancel: their
         rounding outlives their sum.
         """
+        if not self.largest.numel():
+            return 0.0
         infinity = torch.tensor(torch.inf, dtype=self.largest.dtype)
         spacing = torch.nextafter(self.largest, infinity) - self.largest
         return float((self.rounding.abs() / spacing.double()).max())

@@ -49,7 +49,6 @@ class Storage:
     ) -> None:
         """Describe it; entering it does the rest."""
         self._resume = resume
-        self._kept_rows: int | None = None
         self.keep, self._every, self._anchor_every = keep, every, anchor_every
         self._folder = OutputFolder(
             folder,
@@ -113,7 +112,8 @@ class Storage:
                 self._folder.remove([path.relative_to(self.root).as_posix()])
             elif start < step:
                 cut_behind(path, step)
-        self._kept_rows = step
+        if ROWS in self._folder.owned:
+            self._rows = RowLog(self._folder.path(ROWS), last_step=step)
 
     def is_anchor(self, step: int) -> bool:
         """Whether a state is stored behind a step, beside its gradient."""
@@ -153,7 +153,7 @@ class Storage:
         """Write the numbers of a step; null where one is not finite, as of a loop that diverges."""
         if self._rows is None:
             self._folder.claim([ROWS])
-            self._rows = RowLog(self._folder.path(ROWS), last_step=self._kept_rows)
+            self._rows = RowLog(self._folder.path(ROWS))
         self._rows.append(_finite(row))
 
 

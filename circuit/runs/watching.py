@@ -266,6 +266,12 @@ class Watcher:
         outside = {}
         for name, parameter in self._parameters.items():
             before = left[name].to(parameter.device)
+            if before.dtype != parameter.dtype or before.shape != parameter.shape:
+                raise CircuitError(
+                    f"parameter {name} has become {list(parameter.shape)} {parameter.dtype}",
+                    expected=f"{list(before.shape)} {before.dtype}, as it was when watching began",
+                    fix="watch from behind the change on, into another folder",
+                )
             if not same_bits(before, parameter):
                 outside[name] = before.clone()
         return outside

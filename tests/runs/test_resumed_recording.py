@@ -130,6 +130,10 @@ def test_a_loop_that_starts_over_is_recorded_over() -> None:
     cut_off("cut", 4)
     recorded(Loop(), "cut", 2, resume=True)
     assert Recording("cut").last_step == 2
+    assert [row["step"] for row in Recording("cut").rows] == [1, 2]
+    recorded(Loop(), "cut", 0, resume=True)  # no step is taken, and none measured
+    assert Recording("cut").last_step == 0
+    assert Recording("cut").rows == []
 
 
 def test_another_state_is_refused() -> None:

@@ -410,6 +410,23 @@ def test_an_attribution_adds_up(name: str, tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / ROWS) == watching.rows
 
 
+def test_steps_without_gradients_and_parameters_without_numbers(tmp_path: Path) -> None:
+    module = nn.Linear(6, 2)
+    module.register_parameter("none", nn.Parameter(torch.zeros(0, 3)))
+    optimizer = ADAMW(module.parameters())
+
+    def norm(module: nn.Module) -> Tensor:
+        return module.weight.square().sum() + module.none.sum()
+
+    with circuit.watch(module, optimizer, tmp_path, scalars=[norm]) as watching:
+        optimizer.step()
+        norm(module).backward()
+        optimizer.step()
+    assert watching.rows[0]["attribution"]["norm"]["actual"] == 0.0
+    series = circuit.attribute(circuit.open_run(tmp_path, module=module), [norm], 0, 2)["norm"]
+    assert series.path["adam_current_gradient"][0] == 0.0 != series.path["adam_current_gradient"][1]
+
+
 FRESH = """
 import json, sys
 import circuit
@@ -620,6 +637,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no scalar": (lambda out: watched(out, {"scalars": [3]}), "3 is no scalar"),
     "no sink": (lambda out: watched(out, {"sinks": [3]}), "int is no sink"),
     "one name twice": (lambda out: watched(out, {"scalars": [first, first]}), "each name once"),
+    "one optimizer twice": (
+        lambda out: watched(out, optimizer=lambda m: [SGD(m.parameters())] * 2),
+        "`optimizer`: one optimizer twice",
+    ),
+    "a parameter of another dtype": (
+        lambda out: watched(out, module=Tied, first=lambda m, _: m.unused.double()),
+        "parameter unused.weight has become .* torch.float64; expected .* torch.float32",
+    ),
     "a folder in use": (
         lambda out: (watched(out), watched(out)),
         "holds 3 files of an earlier `circuit watch`",
@@ -661,6 +686,8 @@ def test_an_earlier_recording_is_replaced_and_nothing_else(tmp_path: Path) -> No
     watched(tmp_path, {"overwrite": True}, steps=3)
     assert (tmp_path / "mine/steps/from_000099.journal").read_bytes() == b"somebody's"
     (tmp_path / "mine/steps/from_000099.journal").unlink()
+    with pytest.raises(CircuitError, match="3 is no scalar"):
+        watched(tmp_path, {"overwrite": True, "scalars": [3]})
     assert circuit.open_run(tmp_path / "mine").steps == [0, 1, 2, 3]
     journal = tmp_path / "mine/steps/from_000000.journal"
     changed = bytearray(journal.read_bytes())
@@ -724,6 +751,7 @@ def test_a_loop_that_diverges_goes_on_and_is_there_again(tmp_path: Path) -> None
     assert "0 bits differ" in run.verify().law
     norms = [row["parameter_norm"] for row in run.recording.rows]
     assert norms == [*told[:4], *[None] * 5]
+    assert all(row["rounding_ulps"] is None for row in run.recording.rows[4:])
     assert run.recording.columns == ADAMW_TERMS  # nothing has changed outside of the optimizer
 
 
