@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
+from hashlib import sha256
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ _looked_at: dict[Path, str] = {}
 
 
 def import_file(path: str | Path, *, missing: str) -> ModuleType:
-    """Execute a file, once: under a name that its content gives it, which no other has.
+    """Execute a file, once: under a name that its place and content give it, which no other has.
 
     Raises:
         CircuitError: there is no such file; `missing` says so.
@@ -33,7 +34,9 @@ def import_file(path: str | Path, *, missing: str) -> ModuleType:
         Exception: whatever its code raises.
     """
     path = checked_path(path)
-    name = f"circuit_file_{file_digest(path, missing=missing)[:16]}"
+    place = path.parent.resolve() / path.name
+    content = file_digest(path, missing=missing)
+    name = f"circuit_file_{sha256(f'{place} {content}'.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
@@ -139,17 +142,19 @@ def _stands_in(folder: Path, name: str, file: Path) -> bool:
         spec = find_spec(name)
     except ValueError:  # of a module that was made by hand
         spec = None
-    first = None if spec is None else spec.origin
-    if spec is not None and first is None:  # a folder without __init__.py
-        first = next(iter(spec.submodule_search_locations or ()), None)
-    if first is None:
-        return True
-    if Path(first).is_absolute() and Path(first).resolve().is_relative_to(folder.resolve()):
+    if spec is None or (spec.origin is None and name not in sys.modules):
+        return True  # a folder without __init__.py comes after all others
+    inside = spec.submodule_search_locations
+    first = [spec.origin] if spec.origin is not None else list(inside or ())
+    up = 1 if inside is not None and spec.origin is not None else 0
+    # where links stand, not where they lead
+    holders = [Path(one).parents[up].resolve() for one in first if Path(one).is_absolute()]
+    if folder.resolve() in holders or not first:
         return True
     if not package.is_file() and not module.is_file():
         return False  # a folder of anything that is called like an installed package
     raise CircuitError(
-        f"imports {name}, which stands beside it, and gets another: {first}",
+        f"imports {name}, which stands beside it, and gets another: {first[0]}",
         where=file,
         fix=f"rename {module if module.is_file() else package.parent}",
     )

@@ -17,6 +17,7 @@ from circuit.core.edit import Edit
 from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
 from circuit.model.weights import load_tensors
+from circuit.plugins import code_digests, import_named_file
 from circuit.trace.compare import state_difference
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
@@ -319,9 +320,32 @@ def test_what_it_imports_from_beside_itself_is_held_against_the_run(
     Path("parts/deep.py").unlink()
     with pytest.raises(CircuitError, match=r"deep\.py: is gone or no longer imported"):
         circuit.open_run("run", recipe=code).model(1)
+    Path("elsewhere").mkdir()
+    Path("parts").rename("elsewhere/parts")
+    Path("parts").symlink_to("elsewhere/parts")
+    assert "parts/sizes.py" in recipe_config(code, "linked").recipe.imports
     Path("json.py").write_text("")
     with pytest.raises(CircuitError, match=r"imports json, which stands beside it, and gets ano"):
         recipe_config(code, "other")
+
+
+def test_equal_files_are_executed_where_they_stand() -> None:
+    for folder in ("one", "other"):
+        Path(folder).mkdir()
+        Path(folder, "mine.py").write_text(
+            "from pathlib import Path\nat = Path(__file__).parent.name"
+        )
+        assert import_named_file(f"{folder}/mine.py", what="it").at == folder
+
+
+def test_a_folder_of_the_same_name_on_the_path_is_no_other_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("above/helping").mkdir(parents=True)
+    monkeypatch.syspath_prepend(Path("above").absolute())
+    Path("helping.py").write_text("")
+    Path("mine.py").write_text("import helping")
+    assert set(code_digests("mine.py")) == {"mine.py", "helping.py"}
 
 
 COUNT = "self.n = getattr(self, 'n', 0) + 1"
