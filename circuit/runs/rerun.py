@@ -191,11 +191,17 @@ class Rerun:
 
 
 def _class_of(kind: str, classes: Sequence[type]) -> type[torch.optim.Optimizer]:
-    """The class of that name: one of those given, or torch's."""
+    """The class of that name: one of those given, or torch's.
+
+    A script's own is `__main__`'s where it was recorded, and another module's where it is opened.
+    """
     names = {class_name(one): one for one in classes}
     kind_class: Any = names.get(kind)
     name = kind.rpartition(".")[2]
-    if kind_class is None and kind.startswith("torch.optim."):
+    if kind_class is None and not kind.startswith("torch.optim."):
+        alike = (one for one in classes if kind.endswith(f".{one.__qualname__}"))
+        kind_class = next(alike, None)
+    elif kind_class is None:
         kind_class = getattr(torch.optim, name, None)
         if kind_class is not None and class_name(kind_class) != kind:
             kind_class = None

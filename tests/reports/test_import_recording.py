@@ -347,6 +347,27 @@ def test_the_module_is_the_file_that_is_meant_here(
         monkeypatch.chdir(here)
 
 
+def test_a_scripts_own_optimizer_is_named_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class was `__main__`'s when the script was run, and is another module's now."""
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text(
+        "import torch\n\n\n"
+        "class Mine(torch.optim.SGD):\n    pass\n\n\n"
+        "def build():\n    return torch.nn.Linear(2, 1)\n"
+    )
+    script: dict[str, Any] = {"__name__": "__main__"}
+    exec(Path("script.py").read_text(), script)
+    module = script["build"]()
+    optimizer = script["Mine"](module.parameters(), lr=0.1)
+    with library.watch(module, optimizer, "mine"):
+        module(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    import_recording("mine", "script.py:build", optimizers=["script.py:Mine"])
+    assert open_run("mine").verify().difference is None
+
+
 # --- weights for the module, strictly -------------------------------------------------------------
 
 
