@@ -85,6 +85,7 @@ class SeriesScan(Report[SeriesOptions]):
         self.digests: dict[int, str] = {}
         self.configs: dict[int, str] = {}
         self.sketches: dict[int, Tensor] = {}
+        self.shapes: dict[str, list[int]] = {}
         self.gap = 0.0
 
     def points(self) -> Iterator[tuple[int, HookedTransformer]]:
@@ -98,6 +99,7 @@ class SeriesScan(Report[SeriesOptions]):
     def measure(self, point: tuple[int, HookedTransformer]) -> list[Row]:
         step, model = point
         parameters = dict(model.named_parameters())
+        self._refuse_another(step, parameters)
         self.digests[step] = tensors_digest(parameters)
         self.configs[step] = digest_of({name: str(of) for name, of in vars(model.cfg).items()})
         self.sketches[step] = _sketch(parameters)
@@ -107,6 +109,23 @@ class SeriesScan(Report[SeriesOptions]):
             {"step": step, "head": head, **attention[head], **self._born(model, head)}
             for head in heads
         ]
+
+    def _refuse_another(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """Hold a checkpoint's shapes against those of the first.
+
+        Raises:
+            CircuitError: it is of another model.
+        """
+        shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+        self.shapes = self.shapes or shapes
+        for name in {**self.shapes, **shapes}:
+            if shapes.get(name) != self.shapes.get(name):
+                raise CircuitError(
+                    f"{name} has shape {shapes.get(name, 'none')}",
+                    where=self.series.members[step],
+                    expected=f"{self.shapes.get(name, 'none')}, as at step {self.series.steps[0]}",
+                    fix="scan the checkpoints of each model by themselves",
+                )
 
     def _attention(self, model: HookedTransformer, heads: list[str]) -> dict[str, dict[str, float]]:
         asked, cfg = self.options, model.cfg

@@ -226,6 +226,14 @@ def test_files_of_weights_are_members_too(tmp_path: Path) -> None:
     assert evaluate_scalar(scalar, ours).shape == (16 * 3,)
 
 
+def test_checkpoints_of_two_models_are_no_series(tmp_path: Path) -> None:
+    for step, name in enumerate(("gpt2", "gpt2, of another width"), 1):
+        save(MODELS[name](), tmp_path / f"series/step{step}")
+    asked = SeriesOptions(series=(tmp_path / "series",), strings=2)
+    with pytest.raises(CircuitError, match=r"step2: .* has shape .*, as at step 1"):
+        run_report(SeriesScan, None, asked, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
