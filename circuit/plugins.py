@@ -21,6 +21,9 @@ importing: ContextVar[Path | None] = ContextVar("importing", default=None)
 """The file that is being imported: what it does is no run of it as a script."""
 
 
+_FILE = "circuit_file_"
+"""What the names of modules begin with that are somebody's own files."""
+
 _looked_at: dict[Path, str] = {}
 """sha256 of files that somebody's file imports, when last looked at before they were imported."""
 
@@ -36,7 +39,7 @@ def import_file(path: str | Path, *, missing: str) -> ModuleType:
     path = checked_path(path)
     place = path.parent.resolve() / path.name
     content = file_digest(path, missing=missing)
-    name = f"circuit_file_{sha256(f'{place} {content}'.encode()).hexdigest()[:16]}"
+    name = f"{_FILE}{sha256(f'{place} {content}'.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
@@ -51,6 +54,15 @@ def import_file(path: str | Path, *, missing: str) -> ModuleType:
         finally:
             importing.reset(token)
     return sys.modules[name]
+
+
+def import_as(name: str, module: ModuleType) -> None:
+    """Let other files import a file that was executed; the last one of a name, where it was edited.
+
+    A module of that name from elsewhere stays.
+    """
+    if getattr(sys.modules.get(name), "__name__", _FILE).startswith(_FILE):
+        sys.modules[name] = module
 
 
 def let_import_from(folder: Path) -> None:

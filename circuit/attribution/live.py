@@ -227,7 +227,7 @@ class _Measure:
             self.attributor = Attributor(evaluated(module), self.scalars, rule=rule)
         elif scalars:
             self.values = _Values(module, self.scalars)
-        self.whole = self.attributor is not None
+        self.whole = self.attributor is not None or not scalars  # sinks alone get the step's own
         self.device = next(module.parameters()).device
 
     def __call__(self, number: int, step: RecordedStep | None) -> None:

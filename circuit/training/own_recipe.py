@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from circuit.lazy import np, torch
 from circuit.overrides import Overrides, apply_overrides
 from circuit.plugins import (
     code_digests,
+    import_as,
     import_file,
     let_import_from,
     nearest,
@@ -158,7 +158,7 @@ def _class_of(code: str) -> type[Recipe]:
     _seed_all(0, 0)  # what it draws while it is imported
     with _told(code, "the file"):
         module = import_file(path, missing=_NO_FILE)
-    sys.modules.setdefault(path.stem, module)  # of a scalar's file that imports it, too
+    import_as(path.stem, module)  # of a scalar's file that imports it, too
     kind = getattr(module, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         what = f"'{name}' is no recipe" if kind is not None else f"has no '{name}'"

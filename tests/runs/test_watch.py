@@ -787,6 +787,10 @@ def test_sinks_get_the_numbers_of_each_step(tmp_path: Path) -> None:
         (step, {"scalars/first": value}) for step, value in zip((2, 4), values, strict=True)
     ]
     assert log.taken == writer.taken == called == expected
+    with circuit.watch(module, optimizer, sinks=[log]) as watching:
+        optimizer.step()
+    assert {"lr", "update_norm", "term_norms"} <= watching.rows[0].keys()
+    assert log.taken[-1][1]["parameter_norm"] == watching.rows[0]["parameter_norm"]
 
 
 def test_what_a_recording_has_not_is_said(recorded: tuple[Path, Loop]) -> None:

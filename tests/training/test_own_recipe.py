@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,12 @@ def test_equal_files_are_executed_where_they_stand() -> None:
             "from pathlib import Path\nat = Path(__file__).parent.name"
         )
         assert import_named_file(f"{folder}/mine.py", what="it").at == folder
+
+
+def test_a_recipe_that_is_edited_is_what_other_files_import() -> None:
+    for number in (1, 2):
+        recipe_config(written(more=f"\nnumber = {number}\n"), "run", steps=1)
+        assert import_module("my_run").number == number
 
 
 def test_a_folder_of_the_same_name_on_the_path_is_no_other_module(
