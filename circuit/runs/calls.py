@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+MASK = 1 << 14
+"""Numbers of a buffer from which on it counts as a mask."""
+
+
 @dataclass
 class Call:
     """A call of `step` that has begun.
@@ -61,17 +65,26 @@ class SeenBuffer:
 
     value: Tensor
     tensor: Tensor
-    version: int
+    version: int | None
 
     @classmethod
     def of(cls, buffer: Tensor) -> SeenBuffer:
-        return cls(buffer.detach().clone(), buffer, buffer._version)
+        # of a tensor of inference_mode writes are not counted
+        version = None if buffer.is_inference() else buffer._version
+        return cls(buffer.detach().clone(), buffer, version)
 
     def is_of(self, buffer: Tensor) -> bool:
         """Whether nothing has changed; running statistics are written without being counted."""
-        if not buffer.is_floating_point():  # masks are large, and change by counted writes alone
-            return self.tensor is buffer and self.version == buffer._version
-        return same_bits(self.value, buffer)
+        if self.tensor is buffer and self.version is not None and _is_mask(buffer):
+            return self.version == buffer._version
+        kept = self.value
+        alike = kept.dtype == buffer.dtype and kept.device == buffer.device
+        return alike and same_bits(kept, buffer)
+
+
+def _is_mask(buffer: Tensor) -> bool:
+    """Large whole numbers, which would take long to compare: they change by counted writes."""
+    return not buffer.is_floating_point() and buffer.numel() > MASK
 
 
 def dtype_of(parameters: Mapping[str, Tensor]) -> str:

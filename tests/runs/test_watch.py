@@ -242,6 +242,24 @@ class Counted(nn.Module):
         return self.inner(x) * self.scale
 
 
+class Kinds(nn.Module):
+    """Counts past torch's counter of writes, and under inference_mode; of several dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+        for name in ("passes", "seen", "kind"):
+            self.register_buffer(name, torch.zeros(3, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes.data.add_(1)
+            with torch.inference_mode():
+                self.seen = torch.full((3,), int(self.passes[0]))
+            self.kind = torch.ones(3, dtype=(torch.bfloat16, torch.float64)[int(self.seen[0]) % 2])
+        return self.inner(x)
+
+
 def with_buffers() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
 
@@ -290,6 +308,7 @@ LOOPS: dict[str, Callable[[], Loop]] = {
         accumulate=2,
         optimizer=lambda m: ADAMW(list(m.parameters())[::-1], lr=0.02),
     ),
+    "buffers of any kind": lambda: Loop(module=Kinds),
     "rprop": lambda: Loop(optimizer=lambda m: torch.optim.Rprop(m.parameters())),
     "double precision": lambda: Loop(
         module=lambda: nn.Sequential(Cast(), nn.Linear(6, 3, dtype=torch.float64))
