@@ -255,8 +255,14 @@ def selected(layout: ParameterLayout, name: str) -> Tensor:
 def _against(name: str, taken: TakenStep, layout: ParameterLayout) -> Flat:
     """What the weights are to go against: the gradient as the optimizer read it, or its mean."""
     if name == "gradient":
-        zeros = {n: torch.zeros_like(p) for n, p in taken.before.items()}
-        return layout.flatten({**zeros, **taken.gradient})
+        sign = {
+            name: -1 if group.settings.get("maximize") else 1
+            for group in taken.groups
+            for name in group.names
+        }
+        read = {name: gradient * sign[name] for name, gradient in taken.gradient.items()}
+        zeros = {name: torch.zeros_like(p) for name, p in taken.before.items()}
+        return layout.flatten({**zeros, **read})
     moments = moments_of(taken.memory, layout)
     for moment in ("exp_avg", "momentum_buffer"):
         if moment in moments:

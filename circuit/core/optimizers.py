@@ -332,7 +332,10 @@ def rule_of(kind: str, settings: Mapping[str, Any], decoupled: bool = False) -> 
             maximize=bool(settings["maximize"]),
         )
     told = kind in _DECOUPLED or bool(settings.get("decoupled_weight_decay"))
-    return AnyRule(told or (decoupled and not kind.startswith("torch.optim.")))
+    return AnyRule(
+        told or (decoupled and not kind.startswith("torch.optim.")),
+        maximize=bool(settings.get("maximize")),
+    )
 
 
 def hyper_of(settings: Mapping[str, Any]) -> Hyper:

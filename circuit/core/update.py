@@ -274,7 +274,7 @@ class AdamWRule:
         decay = None
         if self.coupled_decay:  # read as lambda theta beside the gradient
             decay = _double(taken.before).mul_(fresh * hyper.decay).div_(denominator)
-        return _with_rest(_Terms(self.names, decay, current, history), taken)
+        return _with_rest(_Terms(self.names, decay, current, history), taken, self.maximize)
 
     def momentum_form(self, taken: OptimizerStep) -> MomentumForm:
         """`M = m / (1 - beta1)`, `gain = a (1 - beta1) / D`; see `DifferentiableRule`."""
@@ -359,7 +359,7 @@ class SGDRule:
         decay = None
         if fresh != 1:
             decay = _double(taken.before).mul_(-hyper.rate * hyper.decay * fresh)
-        return _with_rest(_Terms(self.names, decay, current, history), taken)
+        return _with_rest(_Terms(self.names, decay, current, history), taken, self.maximize)
 
     def momentum_form(self, taken: OptimizerStep) -> MomentumForm:
         """`M` is torch's buffer, `gain` the rate; see `DifferentiableRule`."""
@@ -394,9 +394,11 @@ class AnyRule:
 
     Attributes:
         decoupled_decay: weights are multiplied by `1 - lr * weight_decay` beside the update.
+        maximize: the gradient is read with the other sign.
     """
 
     decoupled_decay: bool
+    maximize: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -413,7 +415,7 @@ class AnyRule:
             total=total,
             terms=dict(zip(self.names, (decay, rest)[-len(self.names) :], strict=True)),
             rounding=torch.zeros_like(total),
-            plain_sgd=_plain_sgd(taken),
+            plain_sgd=_plain_sgd(taken, self.maximize),
             largest=torch.maximum(taken.before.abs(), taken.after.abs()),
         )
 
@@ -442,7 +444,7 @@ class _Terms:
     history: Flat
 
 
-def _with_rest(terms: _Terms, taken: OptimizerStep) -> UpdateTerms:
+def _with_rest(terms: _Terms, taken: OptimizerStep, maximize: bool) -> UpdateTerms:
     """Adds to the terms of a rule those that all rules share."""
     old, dtype = taken.before.double(), taken.before.dtype
     total = taken.after.double() - old
@@ -455,14 +457,14 @@ def _with_rest(terms: _Terms, taken: OptimizerStep) -> UpdateTerms:
         total=total,
         terms=dict(zip(terms.names, (decay, terms.current, terms.history), strict=True)),
         rounding=(total - decay).sub_(terms.current).sub_(terms.history),
-        plain_sgd=_plain_sgd(taken),
+        plain_sgd=_plain_sgd(taken, maximize),
         largest=torch.stack([vector.abs() for vector in entered]).amax(0),
     )
 
 
-def _plain_sgd(taken: OptimizerStep) -> dict[str, Flat]:
+def _plain_sgd(taken: OptimizerStep, maximize: bool) -> dict[str, Flat]:
     """What plain SGD would have done with the gradient, and with what the optimizer read."""
-    rate = -taken.hyper.rate
+    rate = taken.hyper.rate if maximize else -taken.hyper.rate
     raw = {} if taken.gradient is None else {"raw_sgd": taken.gradient.double() * rate}
     return raw | {"clipped_sgd": taken.clipped.double() * rate}
 

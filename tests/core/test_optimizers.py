@@ -12,6 +12,7 @@ from hypothesis import settings as laws
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from circuit.core.edit import Edit
 from circuit.core.flat import ParameterLayout
 from circuit.core.optimizers import (
     TakenStep,
@@ -110,6 +111,20 @@ def test_terms_sum_to_the_update_for_all_groups_and_flags(
         assert update.rounding_ulps() <= WORST_ULPS
         still = slice(*layout.range("2.bias"))
         assert all(not vector[still].any() for vector in update.named().values())
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_plain_sgd_is_its_own_reference_and_direction(maximize: bool) -> None:
+    """With either sign by which a gradient is read."""
+    module, parameters, generator = small(5)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    step = taken(module, torch.optim.SGD(parameters, lr=0.1, maximize=maximize))
+    layout = ParameterLayout.of_model(module)
+    update = step.terms(layout)
+    assert torch.equal(update.references()["clipped_sgd"], update.terms["current_gradient"])
+    moved = Edit(0, 1, direction={"gradient": 1.0}).moved(step, layout)
+    torch.testing.assert_close(moved, layout.flatten(step.after))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
