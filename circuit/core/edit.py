@@ -102,7 +102,12 @@ class Edit:
             raise CircuitError(
                 f"directions {dict(self.direction)}", expected="shares that are 1 together at most"
             )
-        for step in (step for pair in self.swapped for step in pair):
+        swapped = [step for pair in self.swapped for step in dict.fromkeys(pair)]
+        for step in swapped:
+            if swapped.count(step) > 1:
+                raise CircuitError(
+                    f"the batch of step {step} is swapped twice", expected="each step in one pair"
+                )
             if not self.holds(step):
                 raise CircuitError(
                     f"the batch of step {step} is swapped",
@@ -115,9 +120,7 @@ class Edit:
 
     def batch_of(self, step: int) -> int:
         """The step whose batch a step reads."""
-        for one, other in self.swapped:
-            step = {one: other, other: one}.get(step, step)
-        return step
+        return next((sum(pair) - step for pair in self.swapped if step in pair), step)
 
     @cached_property
     def weighed(self) -> dict[str, dict[int | None, float]]:

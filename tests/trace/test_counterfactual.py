@@ -327,6 +327,7 @@ def test_its_examples_can_be_credited(
         ({"settings": {"clip": 0.0}}, "clip\\*0 leaves no gradient"),
         ({"direction": {"gradient": 1.0, "momentum": 0.5}}, "shares that are 1 together at most"),
         ({"swapped": ((6, 10),)}, "the batch of step 10 is swapped; expected a step of the edit"),
+        ({"swapped": ((6, 8), (8, 9))}, "batch of step 8 is swapped twice; expected each step in"),
         ({"end": 10}, "an edit of steps 5:10; expected steps up to 9, the end"),
         ({"end": 5}, "an edit of steps 5:5; expected start < end"),
         ({"examples": {"x": float("nan")}}, "factor nan of x; expected a finite number"),
