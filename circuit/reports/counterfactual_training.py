@@ -115,6 +115,21 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
         self.queue = sorted(edits.items(), key=lambda item: item[1].start)
         self.edits = {NULL: Edit(start, end), **dict(share(self.queue, self.options.part))}
         self.order = [NULL, *(label for label in edits if label in self.edits)]
+        self._refuse_edits()
+
+    def _refuse_edits(self) -> None:
+        """Before the first is trained: what an edit names and there is not."""
+        assert isinstance(self.run, ReplayedRun), "a recording has no batches"
+        for label, edit in self.edits.items():
+            try:
+                self.run.check_edit(edit, self.steps[1])
+            except CircuitError as error:
+                raise CircuitError(
+                    f"'{label}': {error.what}",
+                    where=error.where or "`edits`",
+                    expected=error.expected,
+                    fix=error.fix,
+                ) from error
 
     def trainings(self, part: str | None) -> list[int]:
         (start, end), edits = self.steps, [] if part is None else share(self.queue, part)

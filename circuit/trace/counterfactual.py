@@ -63,6 +63,7 @@ def record_counterfactual(
     places = {"name": f"{run.config.name} with an edit", "output_dir": root.as_posix()}
     if not isinstance(run.config, RecipeConfig):
         places["benchmark_dir"] = _benchmark_from(root, run).as_posix()
+    run.check_edit(edit, end)  # before anything is left
     config = run.otherwise(edit, end).replace(**places)
     outputs = OutputFolder(
         root, COMMAND, writes=FILES, overwrite=overwrite, resume=not overwrite, resumable=True

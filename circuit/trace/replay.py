@@ -22,6 +22,7 @@ from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, FILES, TraceManifest, TraceStore
 from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState, encode_checkpoint
+from circuit.training.otherwise import Otherwise
 from circuit.training.recipe_setup import setup_of
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
@@ -255,6 +256,13 @@ class ReplayedRun:
         while session.step < end:
             session.advance()
         return FlatState.of(session.state())
+
+    def check_edit(self, edit: Edit, end: int) -> None:
+        """Refuse what `counterfactual` would refuse before its first step; no state is made."""
+        recipe = self.setup.with_config(self.otherwise(edit, end)).recipe()
+        assert isinstance(recipe, Otherwise), "its config has an edit"
+        module = recipe.module()
+        recipe.begin(module, recipe.optimizer(module), edit.start, None)
 
     def otherwise(self, edit: Edit, end: int) -> TrainConfig:
         """The config of the training that leaves the run's with an edit; raises as above."""

@@ -136,6 +136,15 @@ def test_it_tells_of_every_edit_and_of_none(traced: Path, tmp_path: Path) -> Non
         )
 
 
+def test_an_edit_of_nothing_is_named_before_any_is_trained(
+    traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ReplayedRun, "counterfactual")
+    asked = options(traced, "x,scale=weight_decay*0", "y,drop=nobody")
+    with pytest.raises(CircuitError, match="'y': example 'nobody' occurs in no step of 2:9"):
+        run_report(CounterfactualTraining, open_run(RUN), asked, tmp_path / "out")
+
+
 def test_a_training_that_diverges_in_its_last_step_is_told(traced: Path, tmp_path: Path) -> None:
     asked = options(traced, "x,update=**1e38,steps=8:9", replays=tmp_path / "replays")
     with pytest.raises(CircuitError, match="an edit of parameters over steps 8:9 has diverged"):

@@ -338,6 +338,13 @@ def test_what_there_is_not_is_refused(run: ReplayedRun, edit: dict[str, object],
         run.counterfactual(Edit(**{"start": 5, "end": END, **edit}), END)  # type: ignore[arg-type]
 
 
+def test_what_is_refused_leaves_no_folder(run: ReplayedRun, tmp_path: Path) -> None:
+    """The right edit takes it, then."""
+    with pytest.raises(CircuitError, match="'nobody' occurs in no step of 5:9"):
+        record_counterfactual(run, Edit(5, END, {"nobody": 0.0}), END, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.usefixtures("trained")
 def test_checkpoints_alone_cannot() -> None:
     with pytest.raises(CircuitError, match="cannot be executed again from checkpoints alone"):
