@@ -17,6 +17,7 @@ Park et al. 2023, TRAK, eq. 5).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,8 @@ def lds(
         resamples: of the sets with replacement, for the interval.
         seed: of the resampling.
     """
-    predicted = -(removed @ scores)
+    # rounded once, so that sets of equal scores are tied
+    predicted = -np.array([math.fsum(scores[out]) for out in removed])
     if len(changes) < 3 or not np.ptp(predicted) or not np.ptp(changes):
         return Lds(None, None, None, None)
     draws = np.random.default_rng(seed).integers(len(changes), size=(resamples, len(changes)))

@@ -140,7 +140,7 @@ class Studied:
         return Edit(first - 1, self.window.end, examples=dict.fromkeys(names, 0.0))
 
     def spent(self, what: str | None = None, seconds: float = math.inf) -> dict[str, float]:
-        """Processor time of each method, and of a training over the window; the least measured.
+        """Processor time of each method, as it last scored, and the least of a training there.
 
         Args:
             what, seconds: one more that was measured, which is kept beside what it made.
@@ -149,7 +149,8 @@ class Studied:
             return self._costs()
         with self.kept.lock():  # other workers measure, too
             costs = self._costs()
-            costs[what] = min(seconds, costs.get(what, math.inf))
+            least = costs.get(what, math.inf) if what == TRAINING else math.inf
+            costs[what] = min(seconds, least)
             atomic_write_text(self.folder / COSTS, dump_json(sealed(costs)))
         return costs
 

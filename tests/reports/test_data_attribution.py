@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_run import RUN
 
+from circuit.attribution.replays import Replays
 from circuit.attribution.scores import Scores, lds, read_scores, write_scores
 from circuit.core.edit import Edit
 from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
 from circuit.reports.data_attribution import ALL, AttributionOptions, DataAttribution
-from circuit.reports.data_scores import Seen, Window, trak
+from circuit.reports.data_scores import TRAINING, Seen, Studied, Window, trak
 from circuit.reports.report import ReportResult, run_report
 from circuit.runs.opening import open_run
 from circuit.scalars.base import evaluate_scalar
@@ -150,6 +151,17 @@ def test_the_score_is_the_correlation_of_ranks() -> None:
     assert judged.low < judged.value < judged.high
     assert lds(scores, removed, exact / 2).spread == pytest.approx(2)
     assert lds(scores * 0, removed, exact).value is None
+    sevens = np.array([random.permutation(20) < 7 for _ in range(50)])
+    assert lds(np.full(20, 0.1), sevens, exact).value is None  # though seven 0.1 sum as they stand
+
+
+def test_a_method_costs_what_its_last_scores_did(tmp_path: Path) -> None:
+    """Of other examples they cost otherwise; a training is the same whenever it is measured."""
+    kept: Any = Replays(tmp_path, {"of": []})
+    of = Studied(None, tmp_path, {}, {}, kept, ())  # type: ignore[arg-type]
+    for what, seconds in (("trak", 1.0), (TRAINING, 3.0), ("trak", 2.0), (TRAINING, 4.0)):
+        of.spent(what, seconds)
+    assert of.spent() == {"trak": 2.0, TRAINING: 3.0}
 
 
 def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
