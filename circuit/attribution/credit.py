@@ -24,6 +24,7 @@ from circuit.attribution.losses import By, Losses, check_by
 from circuit.attribution.window import attributor_of
 from circuit.core.flat import Flat
 from circuit.core.step import Objective, Step
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.base import Run
 from circuit.scalars.base import Scalar
@@ -31,6 +32,9 @@ from circuit.scalars.base import Scalar
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+APART, ROUNDED = 0.01, 1e-4
+"""Most that the sums of the examples may be apart from the batches, and from their own sizes."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,15 @@ class CreditPass:
         self.bytes_a_step = 4 * 2 * size + self.losses.dtype.itemsize * count * size
 
     def __iter__(self) -> Iterator[StepCredit]:
-        """The steps, last first."""
+        """The steps, last first.
+
+        Raises:
+            CircuitError: as `backwards`; or the examples do not sum to the gradients taken.
+        """
         carried = torch.zeros(
             len(self.attributor.scalars), self.losses.layout.size, dtype=torch.float64
         )
-        totals = self.totals
+        totals, every = self.totals, torch.zeros(len(carried), dtype=torch.float64)
         for noted, (theta, gradient, kernel) in backwards(
             self.run, self.start, self.end, self._note
         ):
@@ -163,10 +171,22 @@ class CreditPass:
             totals.credit += credit.sum((1, 2))
             totals.apart += (credit.sum((1, 2)) - batch).abs()
             totals.batch += batch.abs()
+            every += credit.abs().sum((1, 2))
             carried.mul_(noted.keep)  # what the step before finds of it
             if noted.past is not None:  # at the window's first step: momentum from before it
                 totals.inherited -= carried @ noted.past
             yield StepCredit(noted.step, noted.objective, credit, batch)
+        # what cancels in a batch leaves the rounding of its examples' credit
+        if (totals.apart > torch.maximum(APART * totals.batch, ROUNDED * every)).any():
+            worst = float(totals.examples_error.max())
+            raise CircuitError(
+                "the losses of the examples have other gradients than those that were taken: they"
+                f" are {worst:.0%} apart",
+                expected="a module that acts in training as in evaluation and draws nothing, and"
+                " losses() that sum to loss()",
+                fix="leave dropout out where data are asked about; trace attribute and trace"
+                " counterfactual work",
+            )
 
     def _note(self, step: Step) -> tuple[_Noted, list[Tensor]]:
         """Attribute a step to the terms, and keep what its gradient's way onwards hangs on."""
@@ -239,8 +259,9 @@ def credit(
         One `Credit` a scalar, by name.
 
     Raises:
-        CircuitError: as `circuit.attribute`; or the disk has no room for what waits between two
-            anchors, 4 (2 + scalars) bytes a parameter and step.
+        CircuitError: as `circuit.attribute`; the disk has no room for what waits between two
+            anchors, 4 (2 + scalars) bytes a parameter and step; or the losses of the examples do
+            not sum to what was differentiated.
     """
     attributor = attributor_of(run, list(scalars), rule=rule, dtype=dtype, averages=True)
     whole = CreditPass(run, attributor, start, end)

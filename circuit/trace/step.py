@@ -31,6 +31,7 @@ from circuit.core.update import (
     Hyper,
     MomentumForm,
     OptimizerStep,
+    SGDRule,
     UpdateRule,
     UpdateTerms,
 )
@@ -185,8 +186,8 @@ class TracedStep:
         """Of the optimizer.
 
         Raises:
-            CircuitError: its update is not split, or not all parameters follow one rule; or an edit
-                has taken the weights elsewhere.
+            CircuitError: its update is not split, or not all parameters follow one rule; momentum
+                rests; or an edit has taken the weights elsewhere.
         """
         if self.outcome.led is not None:
             raise CircuitError(
@@ -202,6 +203,14 @@ class TracedStep:
                 + ("whose parameters follow several rules" if shared is None else "as a whole"),
                 where=f"step {self.step}",
                 expected="AdamW, Adam or SGD, of whose settings groups differ in rate and decay",
+                fix="trace attribute and trace counterfactual work",
+            )
+        resting = [name for name in self.moved.before if name not in self.moved.names]
+        if isinstance(shared[0], SGDRule) and shared[0].momentum and resting:
+            raise CircuitError(  # its share of the gradients before it is not that of the others
+                f"data cannot be credited through momentum that rests: {resting[0]} has no gradient"
+                f" at step {self.step}",
+                expected="a gradient of every parameter that has momentum",
                 fix="trace attribute and trace counterfactual work",
             )
         return cast("DifferentiableRule", shared[0])

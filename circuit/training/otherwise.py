@@ -22,6 +22,7 @@ from circuit.training.data_order import Indices
 from circuit.training.recipe import Batch, NamedExamples, Recipe, TaskRecipe
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool
     from torch import Tensor, nn
 
     from circuit.core.state import Moments
@@ -160,9 +161,8 @@ class Otherwise(Recipe):
         if isinstance(self.run, TaskRecipe):
             predicts = batch.targets != UNPREDICTED
         else:
-            with torch.no_grad():
-                losses = self.run.losses(self.run.outputs(module, batch), batch)
-            predicts = losses.new_ones(losses.shape[:2] if losses.ndim == 2 else (len(losses), 0))
+            asked = [(rows[name], at) for name, positions in named.items() for at in positions]
+            predicts = self._predicting(module, batch, asked)
         for name, positions in named.items():
             there = predicts[rows[name]].nonzero().flatten().tolist()
             missing = next((at for at in positions if at not in there), None)
@@ -173,6 +173,24 @@ class Otherwise(Recipe):
                     if there
                     else "losses() by example and position",
                 )
+
+    def _predicting(
+        self, module: nn.Module, batch: Batch, asked: Sequence[tuple[int, int]]
+    ) -> Bool[Tensor, "example pos"]:
+        """Where a loss may hang on the outputs; of what is asked, whether it does.
+
+        Args:
+            asked: rows and positions.
+        """
+        with torch.enable_grad():
+            outputs = self.run.outputs(module, batch).detach().requires_grad_()
+            losses = self.run.losses(outputs, batch)
+        predicts = losses != 0 if losses.ndim == 2 else losses.new_zeros(len(losses), 0)
+        for row, at in asked:
+            if at < predicts.shape[1]:  # a masked loss is a constant, whatever its value
+                slope = torch.autograd.grad(losses[row, at], outputs, retain_graph=True)[0]
+                predicts[row, at] = slope.any()
+        return predicts.bool()
 
     def _check_losses(self, module: nn.Module) -> None:
         """Refuse a loss that is not made of its examples': the rest would go with one of them."""

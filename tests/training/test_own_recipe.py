@@ -210,12 +210,46 @@ def test_terms_and_examples_add_up(name: str) -> None:
     assert set(credit.by_example()) <= set(map(str, range(25)))
 
 
-def test_what_draws_in_training_has_no_influence() -> None:
-    """The slope of a gradient that cannot be computed again would be that of another."""
+def test_what_draws_in_training_has_no_influence_and_no_credit() -> None:
+    """A gradient that cannot be computed again would be another's: its slope, and its parts."""
     code = written()
     trained(code)
     with pytest.raises(CircuitError, match="gradient of step 8 is another when it is computed aga"):
         circuit.influence(circuit.open_run("run", recipe=code), [shift], 0, 8)
+    with pytest.raises(CircuitError, match="have other gradients than those that were taken"):
+        circuit.credit(circuit.open_run("run", recipe=code), [shift], 0, 8)
+
+
+def test_momentum_that_rests_is_refused() -> None:
+    """A parameter without a gradient at a step keeps all of its momentum there."""
+    last = "module[-1](module[:-1](batch.inputs).detach())"
+    code = written(
+        SHARED["sgd"],
+        ("nn.Dropout(0.2)", "nn.Identity()"),
+        ("(6,)", "(5 + step % 2,)"),
+        more=f"""
+    def outputs(self, module, batch):
+        return {last} if batch.size == 5 else module(batch.inputs)
+""",
+    )
+    trained(code)
+    run = circuit.open_run("run", recipe=code)
+    assert circuit.attribute(run, [shift], 0, 4)["shift"].closure().path < 1e-2
+    with pytest.raises(CircuitError, match=r"momentum that rests: 0.weight has no gradient at ste"):
+        circuit.credit(run, [shift], 0, 4)
+
+
+def test_a_token_whose_loss_is_masked_cannot_be_left_out() -> None:
+    masked = ("return each / batch.size", "return torch.stack([each, each * 0], 1) / batch.size")
+    code = written(SHARED["sgd"], masked)
+    trained(code)
+    run = ReplayedRun.open(f"run/{DEFAULT_FOLDER}", recipe=code)
+    (step,) = run.replay(4, 5)
+    name = step.objective.ids[0]
+    assert run.counterfactual(Edit(4, 5, {f"{name}@0": 0.0}), 5).step == 5
+    for at in (1, 2):
+        with pytest.raises(CircuitError, match=f"nothing at position {at}; expected such as 0$"):
+            run.counterfactual(Edit(4, 5, {f"{name}@{at}": 0.0}), 5)
 
 
 def test_a_penalty_is_no_examples() -> None:
