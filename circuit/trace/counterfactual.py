@@ -70,7 +70,8 @@ def record_counterfactual(
     )
     with outputs as files:
         names = [f"checkpoints/{checkpoint_name(step)}" for step in (edit.start, end)]
-        files.refuse_foreign([RUN_CONFIG, ENVIRONMENT, *names])
+        planned = [RUN_CONFIG, ENVIRONMENT, *names]
+        files.refuse_foreign(planned)
         text = config.to_json()
         there = root / RUN_CONFIG
         if there.exists() and not overwrite and read_bytes(there) != text.encode():
@@ -79,6 +80,8 @@ def record_counterfactual(
             )
         first = replace(run.state(edit.start), config=config)
         run.prepare()
+        if overwrite:  # an earlier one's states of other steps would count as this one's
+            files.clear(planned)
         files.write_text(RUN_CONFIG, text)
         facts = environment_facts(config.device)
         files.write_text(ENVIRONMENT, dump_json(sealed(facts)))

@@ -345,6 +345,14 @@ def test_what_is_refused_leaves_no_folder(run: ReplayedRun, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_an_earlier_one_is_replaced_whole(run: ReplayedRun, tmp_path: Path) -> None:
+    """Its last state is none of the new one's."""
+    for factor, end in ((0.0, 7), (2.0, 6)):
+        edit = Edit(5, 6, terms={"weight_decay": factor})
+        record_counterfactual(run, edit, end, tmp_path / "run", overwrite=True)
+    assert open_run(tmp_path / "run").steps == [5, 6]
+
+
 @pytest.mark.usefixtures("trained")
 def test_checkpoints_alone_cannot() -> None:
     with pytest.raises(CircuitError, match="cannot be executed again from checkpoints alone"):
