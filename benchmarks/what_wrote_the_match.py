@@ -108,7 +108,8 @@ class Answer:
     Attributes:
         told: `formed` (null: lag 2 is not learned in time), `credit` (units of the match by what is
             predicted), `closure`, `ranked` (the reads of lag 2, those with most credit first),
-            `before` (the match at the window's start), `courses` (by name: `Course`).
+            `before` (the match at the window's start), `courses` (by name: `Course`); of a trace
+            that is named, `weights` (the digest of its last state's).
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,6 +160,9 @@ def main() -> None:
         answer = Answer(args.folder / f"steps_{first}_{last}.json")
         run = circuit.open_run(args.trace)
         assert isinstance(run, ReplayedRun)
+        weights = run.state_digests(last)["parameters"]
+        if answer.told.setdefault("weights", weights) != weights:
+            parser.error(f"{answer.path} is of another trace: choose another folder")
         reads = run.setup.split("validation_iid").batch(range(RECORDS))
         shape = run.config.model
         ask(Window(run, first, last, last, reads, shape.d_model // shape.heads // 2), answer)
