@@ -121,7 +121,8 @@ class CreditPass:
 
     Attributes:
         totals: of the steps passed so far; complete when the pass is.
-        bytes_a_step: that wait on disk, of one stretch between anchors at a time.
+        bytes_a_step: that wait on disk, of one stretch between anchors at a time; once the pass
+            has begun.
     """
 
     def __init__(
@@ -142,9 +143,8 @@ class CreditPass:
         self.run, self.attributor = run, attributor
         self.start, self.end = start, end
         self.losses = Losses(attributor.model)
-        count, size = len(attributor.scalars), self.losses.layout.size
-        self.totals = Totals(*torch.zeros(7, count, dtype=torch.float64))
-        self.bytes_a_step = 4 * 2 * size + self.losses.dtype.itemsize * count * size
+        self.totals = Totals(*torch.zeros(7, len(attributor.scalars), dtype=torch.float64))
+        self.bytes_a_step = 0
 
     def __iter__(self) -> Iterator[StepCredit]:
         """The steps, last first.
@@ -207,7 +207,9 @@ class CreditPass:
             decay=decay if coupled is None else torch.zeros_like(decay),
             rounding=shares["rounding"],
         )
-        return noted, [step.before.parameters, step.gradient, kernel]
+        waiting = [step.before.parameters, step.gradient, kernel]
+        self.bytes_a_step = sum(one.numel() * one.element_size() for one in waiting)
+        return noted, waiting
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from circuit.attribution.influence import ROUGH, InfluencePass, StepInfluence
 from circuit.attribution.losses import By
 from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
+from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.figures.data import checks_chart, facts_chart, growth_chart, top_chart
 from circuit.lazy import np
@@ -69,6 +70,15 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
         "What would a small change of a training example's weight do to a number of the weights at"
         " the end of the window?"
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.options.check_trainings and self.config.edit is not None:
+            raise CircuitError(
+                "no training leaves one that has an edit itself",
+                where="`check_trainings`",
+                expected="0, or the run that it left",
+            )
 
     def families(self) -> tuple[Scalars, ...]:
         return parse_words(self.options.scalars)

@@ -10,6 +10,8 @@ import pytest
 from tiny_run import RUN
 
 from circuit.artifacts import Row
+from circuit.core.edit import Edit
+from circuit.errors import CircuitError
 from circuit.reports.data_influence import DataInfluence, DataInfluenceOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
@@ -67,3 +69,16 @@ def test_without_trainings_the_law_says_so(traced: Path, tmp_path: Path) -> None
     assert "rough" not in result.law
     (one,) = result.summary["scalars"]
     assert (one["spread"], one["correlation"]) == (None, None)
+
+
+def test_a_training_with_an_edit_is_held_against_none(traced: Path, tmp_path: Path) -> None:
+    """Refused before its steps are walked."""
+    options = DataInfluenceOptions(
+        optimizer_trace_dir=traced,
+        probe_set=RUN / "analysis/probe_set.jsonl",
+        scalars=("loss",),
+        check_trainings=3,
+    )
+    config = open_run(RUN).config.replace(edit=Edit(3, 4))
+    with pytest.raises(CircuitError, match="no training leaves one that has an edit itself"):
+        run_report(DataInfluence, config, options, tmp_path / "out")
