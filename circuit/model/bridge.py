@@ -115,8 +115,8 @@ class NamedBridge(TransformerBridge):  # type: ignore[misc]
         for component in self.modules():
             for alias, path in getattr(component, "property_aliases", {}).items():
                 if alias in component.__dict__:
-                    of = reduce(getattr, path.split("."), component)
-                    object.__setattr__(component, alias, of)
+                    target = reduce(getattr, path.split("."), component)
+                    object.__setattr__(component, alias, target)
         return self
 
 

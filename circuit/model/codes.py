@@ -67,16 +67,17 @@ def nearest_centroid(
     shares = torch.zeros(len(pairs), vectors.shape[1], dtype=torch.float64)
     shares.index_add_(0, pair, vectors)
     pair_unit, pair_group = pairs // len(ids), pairs % len(ids)
-    left = counts[pair_group] - torch.bincount(pair)
-    rest = sums[pair_group] - shares
+    counts_left = counts[pair_group] - torch.bincount(pair)
+    sums_left = sums[pair_group] - shares
     least = _ROUNDING * vectors.norm(dim=1).amax()
-    norm, rest_norm = sums.norm(dim=1), rest.norm(dim=1)
+    norm, norm_left = sums.norm(dim=1), sums_left.norm(dim=1)
     cosines = torch.where(norm > least, vectors @ sums.T / norm, -torch.inf)
-    read, own = (unit[:, None] == pair_unit).nonzero(as_tuple=True)
-    found = (vectors[read] * rest[own]).sum(1) / rest_norm[own]
-    is_there = (left[own] > 0) & (rest_norm[own] > least)
-    cosines[read, pair_group[own]] = torch.where(is_there, found, -torch.inf)
-    return ids[cosines.argmax(1)], left[pair] > 0
+    # every read with the pairs of its own unit: these groups lose what the unit adds to them
+    read, own_pair = (unit[:, None] == pair_unit).nonzero(as_tuple=True)
+    own_cosines = (vectors[read] * sums_left[own_pair]).sum(1) / norm_left[own_pair]
+    is_there = (counts_left[own_pair] > 0) & (norm_left[own_pair] > least)
+    cosines[read, pair_group[own_pair]] = torch.where(is_there, own_cosines, -torch.inf)
+    return ids[cosines.argmax(1)], counts_left[pair] > 0
 
 
 def nearest_centroid_without(
@@ -87,8 +88,8 @@ def nearest_centroid_without(
     Nothing is left of a read that is alone in its `other` group: it cannot be scored.
     """
     means, place, sizes = group_means(vectors, other)
-    found, scored = nearest_centroid(vectors - means[place], groups, torch.arange(len(groups)))
-    return found, scored & (sizes[place] > 1)
+    nearest, scored = nearest_centroid(vectors - means[place], groups, torch.arange(len(groups)))
+    return nearest, scored & (sizes[place] > 1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,6 @@ def logits_with_code(
     if code is not None:
         basis = basis.to(states)
         states = states.clone()
-        kept = remove(states[rows, position], basis)
-        states[rows, position] = kept + code.to(states) @ basis.T
+        without = remove(states[rows, position], basis)
+        states[rows, position] = without + code.to(states) @ basis.T
     return run_from(model, stage, states)[rows, readout]

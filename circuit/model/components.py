@@ -53,9 +53,9 @@ class Component:
         def zero(value: Tensor, hook: HookPoint) -> Tensor:
             if self.head is None:
                 return torch.zeros_like(value)
-            kept = torch.ones(value.shape[-2], 1, dtype=value.dtype, device=value.device)
-            kept[self.head] = 0
-            return value * kept
+            mask = torch.ones(value.shape[-2], 1, dtype=value.dtype, device=value.device)
+            mask[self.head] = 0
+            return value * mask
 
         return self.hook_name, zero
 

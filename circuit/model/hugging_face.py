@@ -35,11 +35,11 @@ def load_pretrained(folder: Path) -> HookedTransformer:
         CircuitError: its architecture is none of `ARCHITECTURES`, or has what a HookedTransformer
             has not; a weight is missing; or it cannot be read.
     """
-    told = read_json(folder / CONFIG)
-    named = told.get("architectures") if isinstance(told, dict) else None
-    if not isinstance(named, list) or named[:1] not in [[name] for name in ARCHITECTURES]:
+    config = read_json(folder / CONFIG)
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(names, list) or names[:1] not in [[name] for name in ARCHITECTURES]:
         raise CircuitError(
-            f"architectures is {named}",
+            f"architectures is {names}",
             where=folder / CONFIG,
             expected=" or ".join(ARCHITECTURES),
         )
@@ -48,7 +48,7 @@ def load_pretrained(folder: Path) -> HookedTransformer:
     drawn = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return _converted(folder, neox=named[0] == ARCHITECTURES[1])
+        return _converted(folder, neox=names[0] == ARCHITECTURES[1])
     except CircuitError:
         raise
     except Exception as error:  # of a config that is not as its kind's anything may follow
@@ -100,14 +100,14 @@ def _refuse_others(shape: dict[str, Any], config: Any, where: Path) -> None:
     from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
     rope = getattr(config, "rope_parameters", None) or {}
-    told = {
+    supported = {
         "activation": (shape["act_fn"], tuple(SUPPORTED_ACTIVATIONS)),
         "rope_type": (rope.get("rope_type", "default"), ("default",)),
         "attention_bias": (getattr(config, "attention_bias", True), (True,)),
     }
-    for name, (value, known) in told.items():
-        if value not in known:
-            expected = " or ".join(map(str, known))
+    for name, (value, choices) in supported.items():
+        if value not in choices:
+            expected = " or ".join(map(str, choices))
             raise CircuitError(f"{name} is {value}", where=where, expected=expected)
 
 

@@ -59,8 +59,8 @@ class FastAttention(Attention):
         """
         skipped = (self.hook_q, self.hook_k, self.hook_v, self.hook_attn_scores, self.hook_pattern)
         one_input = query_input is key_input is value_input
-        asked = any(value is not None for value in more.values())
-        if not one_input or asked or self.cfg.use_attn_result or _hooked(*skipped):
+        further = any(value is not None for value in more.values())
+        if not one_input or further or self.cfg.use_attn_result or _hooked(*skipped):
             return super().forward(query_input, key_input, value_input, **more)
         rows, length, d_model = query_input.shape
         heads, _, width = self.W_Q.shape
@@ -76,8 +76,8 @@ class FastAttention(Attention):
         z = torch.bmm(scores.softmax(-1), v).view(rows, heads, length, width).transpose(1, 2)
         z = self.hook_z(z)
         # heads and width side by side on both sides: their product sums over heads
-        out = torch.addmm(self.b_O, z.reshape(-1, heads * width), self.W_O.flatten(0, 1))
-        return out.view(rows, length, d_model)
+        summed = torch.addmm(self.b_O, z.reshape(-1, heads * width), self.W_O.flatten(0, 1))
+        return summed.view(rows, length, d_model)
 
 
 class FastBlock(TransformerBlock):
@@ -88,10 +88,10 @@ class FastBlock(TransformerBlock):
     ) -> Tensor:
         """The residual stream after the block, `[batch, pos, d_model]`."""
         cfg = self.cfg
-        asked = any(value is not None for value in more.values())
+        further = any(value is not None for value in more.values())
         split = cfg.use_attn_in or cfg.use_split_qkv_input or cfg.use_hook_mlp_in
         # TransformerLens calls ln1 three times: whoever counts or changes its calls gets all three
-        if asked or split or _hooked(self.ln1, *self.ln1.children()):
+        if further or split or _hooked(self.ln1, *self.ln1.children()):
             return super().forward(resid_pre, **more)
         resid_pre = self.hook_resid_pre(resid_pre)
         normalized = self.ln1(resid_pre)
@@ -141,12 +141,12 @@ def use_fast_kernels(model: HookedTransformer) -> None:
 @cache
 def _is_known(kind: type) -> bool:
     """Whether the installed TransformerLens computes what the fast form was written against."""
-    _, methods, known = _FAST[kind]
+    _, methods, digest = _FAST[kind]
     try:
         source = "".join(map(inspect.getsource, methods))
     except OSError:  # installed without sources
         source = ""
-    if hashlib.sha256(source.encode()).hexdigest().startswith(known):
+    if hashlib.sha256(source.encode()).hexdigest().startswith(digest):
         return True
     warnings.warn(
         f"TransformerLens {version('transformer_lens')} changed {kind.__name__}, or hides it: it"

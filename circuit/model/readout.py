@@ -102,10 +102,10 @@ def read_answers(
     """
     answer = answer.to(logits.device)
     among = logits[..., values.start : values.stop]
-    own = (answer - values.start)[..., None]
-    best_wrong, competitor = among.scatter(-1, own, -torch.inf).max(-1)
+    index = (answer - values.start)[..., None]
+    best_wrong, competitor = among.scatter(-1, index, -torch.inf).max(-1)
     return Answers(
-        correct=among.gather(-1, own)[..., 0],
+        correct=among.gather(-1, index)[..., 0],
         competitor=competitor + values.start,
         best_wrong=best_wrong,
         log_probability=logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0],

@@ -64,13 +64,13 @@ def condition_codes(
     source_basis, source = coordinates("source", rank)
     _, context = coordinates("context", context_rank)
 
-    def alone(x: Code, asked: Code) -> Code:
-        """The map fitted on coordinates `x`, at the coordinates `asked`."""
-        return RidgeMap.fit(x[fit], target[fit], ridge)(asked)
+    def alone(x: Code, at: Code) -> Code:
+        """The map fitted on coordinates `x`, at the coordinates `at`."""
+        return RidgeMap.fit(x[fit], target[fit], ridge)(at)
 
-    def beside(x: Code, asked: Code) -> Code:
+    def beside(x: Code, at: Code) -> Code:
         """The same with the context's coordinates beside them."""
-        return alone(torch.cat([x, context], 1), torch.cat([asked, context[held_out]], 1))
+        return alone(torch.cat([x, context], 1), torch.cat([at, context[held_out]], 1))
 
     codes: dict[str, Code | None] = {
         "clean": None,
@@ -81,17 +81,17 @@ def condition_codes(
         "source_plus_context": beside(source, source[held_out]),
     }
     for control in controls:
-        x, asked = source, source[shuffled]
+        x, at = source, source[shuffled]
         if control == "wrong_support_value":
-            asked = vectors[control][held_out] @ source_basis
+            at = vectors[control][held_out] @ source_basis
         elif control == "random_subspace":
             x = vectors["source"] @ random_basis(len(source_basis), rank, seed)
-            asked = x[held_out]
+            at = x[held_out]
         elif control == "key_identity":
             _, x = coordinates(control, rank)
-            asked = x[held_out]
-        codes[control] = alone(x, asked)
-        codes[f"{control}_plus_context"] = beside(x, asked)
+            at = x[held_out]
+        codes[control] = alone(x, at)
+        codes[f"{control}_plus_context"] = beside(x, at)
     return target_basis, codes
 
 

@@ -48,9 +48,9 @@ def standard_model(model: HookedTransformer) -> HookedTransformer:
     """
     from circuit.model.build import build_standard
 
-    made = build_standard(model.cfg)
-    made.load_state_dict(standard_tensors(model))
-    return made.train(model.training)
+    standard = build_standard(model.cfg)
+    standard.load_state_dict(standard_tensors(model))
+    return standard.train(model.training)
 
 
 def standard_tensors(model: HookedTransformer) -> dict[str, Tensor]:
@@ -121,9 +121,9 @@ def load_standard(config: Mapping[str, Any], weights: bytes) -> HookedTransforme
 
     from circuit.model.build import build_standard
 
-    made = build_standard(HookedTransformerConfig.from_dict({**config, "device": "cpu"}))
-    made.load_state_dict(load(weights))
-    return made
+    standard = build_standard(HookedTransformerConfig.from_dict({**config, "device": "cpu"}))
+    standard.load_state_dict(load(weights))
+    return standard
 
 
 @no_grad

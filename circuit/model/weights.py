@@ -42,12 +42,12 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CircuitError: a name, the order of the names, or a shape is not the model's.
     """
-    own = dict(model.named_parameters())
-    if list(own) != list(tensors):
-        odd = sorted(set(own) ^ set(tensors)) or ["the order of the names"]
+    parameters = dict(model.named_parameters())
+    if list(parameters) != list(tensors):
+        odd = sorted(set(parameters) ^ set(tensors)) or ["the order of the names"]
         raise CircuitError(f"the weights do not belong to this model: {odd[0]} does not match")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise CircuitError(
                     f"{name} has shape {list(tensors[name].shape)}",

@@ -75,8 +75,8 @@ class AnswerScalar:
     def bind(self, model: HookedTransformer) -> BoundAnswerScalar:
         """Freeze the competitors: the given ones, or the model's of this moment."""
         if self._competitors is not None or self.name in _WITHOUT_COMPETITOR:
-            own = self.reads.answer if self._competitors is None else self._competitors
-            return BoundAnswerScalar(self, own, constant=True)
+            competitors = self.reads.answer if self._competitors is None else self._competitors
+            return BoundAnswerScalar(self, competitors, constant=True)
         with torch.no_grad():
             logits = logits_of(model, self._tokens)[self.reads.row, self.reads.at]
         competitor = read_answers(logits, self.reads.answer, self.values_range).competitor

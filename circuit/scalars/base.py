@@ -55,7 +55,7 @@ class Cache(Mapping[str, "Tensor"]):
     def __init__(
         self,
         runs: Mapping[str | None, Activations],
-        rows: Int[Tensor, " own"] | None = None,
+        rows: Int[Tensor, " scalar_sequence"] | None = None,
         ablated: str | None = None,
     ) -> None:
         """Look at some rows (all by default) of runs, which stand under the component ablated."""
@@ -63,8 +63,8 @@ class Cache(Mapping[str, "Tensor"]):
 
     def __getitem__(self, hook: str) -> Tensor:
         """The activations at a hook point that the scalar's needs name."""
-        found = self._runs[self._ablated][hook]
-        return found if self._rows is None else found[self._rows]
+        activations = self._runs[self._ablated][hook]
+        return activations if self._rows is None else activations[self._rows]
 
     def __iter__(self) -> Iterator[str]:
         """The hook points."""
@@ -169,7 +169,7 @@ class SharedBatch:
 
     tokens: Int[Tensor, "sequence pos"]
     hooks: Mapping[str | None, frozenset[str]]
-    rows: tuple[Int[Tensor, " own"] | None, ...]
+    rows: tuple[Int[Tensor, " scalar_sequence"] | None, ...]
 
     @classmethod
     def merge(cls, scalars: Sequence[Scalar], device: str = "cpu") -> SharedBatch:
@@ -189,7 +189,10 @@ class SharedBatch:
             for condition in (None, *scalar.needs.ablations):
                 hooks[condition] = hooks.get(condition, frozenset()) | set(scalar.needs.hooks)
         everything = list(range(len(places)))
-        rows = [None if own == everything else torch.tensor(own, device=device) for own in owned]
+        rows = [
+            None if indices == everything else torch.tensor(indices, device=device)
+            for indices in owned
+        ]
         return cls(tokens, hooks, tuple(rows))
 
     def run(self, model: HookedTransformer) -> dict[str | None, Activations]:
@@ -224,13 +227,13 @@ def forward_activations(
     ablated: str | None = None,
 ) -> Activations:
     """Differentiable activations at some hook points; layers after the last of them do not run."""
-    kept: Activations = {}
+    activations: Activations = {}
     if not hooks:  # a scalar of the weights alone
-        return kept
+        return activations
 
     def keep(name: str) -> Hook:  # run_with_cache would detach; a point may have other names, too
         def look(value: Tensor, hook: HookPoint) -> None:
-            kept[name] = value
+            activations[name] = value
 
         return name, look
 
@@ -244,16 +247,16 @@ def forward_activations(
         )
     layers = [_BLOCK.fullmatch(hook) for hook in hooks]
     last = None if None in layers else max(int(m[1]) for m in layers if m)
-    wanted: list[Hook] = [keep(hook) for hook in sorted(hooks)]
+    fwd_hooks: list[Hook] = [keep(hook) for hook in sorted(hooks)]
     if ablated is not None:
-        wanted = [parse_component(ablated, model).ablation(), *wanted]
+        fwd_hooks = [parse_component(ablated, model).ablation(), *fwd_hooks]
     model.run_with_hooks(
         readable(model, tokens),
         return_type="logits" if last is None else None,
         stop_at_layer=None if last is None else last + 1,
-        fwd_hooks=wanted,
+        fwd_hooks=fwd_hooks,
     )
-    return kept
+    return activations
 
 
 def _logits_alone(

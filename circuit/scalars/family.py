@@ -123,14 +123,14 @@ def parse_scalars(word: str) -> ScalarFamily | OwnScalars:
     Raises:
         CircuitError: there is no such family or key, or a value is none.
     """
-    name, given = split_word(word)
+    name, texts = split_word(word)
     if ":" in name:
-        return OwnScalars(name, given)
+        return OwnScalars(name, texts)
     family = find_family(name)
     if family is None:
         expected = f"one of {', '.join(family_names())}, or FILE.py:NAME (module:name) of your own"
         raise CircuitError(f"unknown scalar '{name}'", expected=expected)
-    return _with_options(family, name, given)
+    return _with_options(family, name, texts)
 
 
 def split_word(word: str) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -140,13 +140,13 @@ def split_word(word: str) -> tuple[str, dict[str, tuple[str, ...]]]:
         CircuitError: a part is no `key=value`.
     """
     name, *parts = (part.strip() for part in word.split(","))
-    given: dict[str, tuple[str, ...]] = {}
+    texts: dict[str, tuple[str, ...]] = {}
     for part in parts:
         key, equals, value = (text.strip() for text in part.partition("="))
         if not key or not equals or not value:
             raise CircuitError(f"'{part}' in '{word}'", expected="key=value")
-        given[key] = (*given.get(key, ()), value)
-    return name, given
+        texts[key] = (*texts.get(key, ()), value)
+    return name, texts
 
 
 def _with_options(family: type[ScalarFamily], name: str, given: Given) -> ScalarFamily:
@@ -234,9 +234,9 @@ class OwnScalars:
             return [self.measure()]
         expected = "a scalar or several (docs/scalars.md)"
         try:
-            made = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
-            one = hasattr(made, "bind") or not isinstance(made, Iterable)
-            scalars: list[Any] = [made] if one else list(made)
+            built = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
+            one = hasattr(built, "bind") or not isinstance(built, Iterable)
+            scalars: list[Any] = [built] if one else list(built)
         except CircuitError:
             raise
         except Exception as error:
@@ -293,9 +293,9 @@ class OwnScalars:
         let_import_from(Path.cwd())
         module = self.name.partition(":")[0]
         try:
-            if getattr(found := import_module(module), "__file__", None) is None:
+            if getattr(imported := import_module(module), "__file__", None) is None:
                 raise ImportError("it has no file, whose digest the report would have")
-            return found
+            return imported
         except (Exception, SystemExit) as error:  # it is anybody's code
             raise CircuitError(
                 f"module '{module}' cannot be imported ({_told(error)})",
@@ -331,8 +331,8 @@ class OwnScalars:
         if not parameters or parameters[0].kind in _BY_KEYWORD:
             expected = "a function or class that is called with them (docs/scalars.md)"
             raise CircuitError("takes no inputs", where=self.name, expected=expected)
-        known = parameters[1:]
-        types = {one.name: one.annotation for one in known}
+        keywords = parameters[1:]
+        types = {one.name: one.annotation for one in keywords}
         values: dict[str, Any] = {}
         for key, texts in self.given.items():
             if key not in types:
@@ -346,7 +346,7 @@ class OwnScalars:
             except ValidationError as error:
                 what = error.errors()[0]["msg"].removeprefix("Input should be ")
                 raise CircuitError(f"{key}={texts[0]}", where=self.name, expected=what) from None
-        for one in known:
+        for one in keywords:
             if one.default is one.empty and one.name not in values and one.kind not in _VARIADIC:
                 raise CircuitError(
                     f"needs '{one.name}'", where=self.name, fix=f"add {one.name}=..."

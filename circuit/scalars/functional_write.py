@@ -78,18 +78,18 @@ class WritePath:
             CircuitError: an address is malformed or not in the model, the second is no MLP, or the
                 source does not write before it.
         """
-        found = cls(*(parse_component(address, model, shape=shape) for address in (source, mlp)))
-        if found.mlp.head is not None:
+        path = cls(*(parse_component(address, model, shape=shape) for address in (source, mlp)))
+        if path.mlp.head is not None:
             raise CircuitError(f"component '{mlp}' is a head", expected="an MLP, such as L1MLP")
-        before = found.source.layer < found.mlp.layer or (
-            found.source.layer == found.mlp.layer and found.source.head is not None
+        before = path.source.layer < path.mlp.layer or (
+            path.source.layer == path.mlp.layer and path.source.head is not None
         )
         if not before:
             raise CircuitError(
                 f"'{source}' does not write before '{mlp}'",
                 expected="a head of the same or an earlier layer, or an earlier MLP",
             )
-        return found
+        return path
 
     @property
     def input_stage(self) -> str:
@@ -238,8 +238,8 @@ def readout_gradients(
     gradients = []
     for scalar in scalars:
         value = scalar(at_prediction)
-        into, out = torch.autograd.grad(value.sum(), (leaf, outs[0]), retain_graph=True)
-        gradients.append(ReadoutGradients(value.detach(), into, out))
+        g_in, g_out = torch.autograd.grad(value.sum(), (leaf, outs[0]), retain_graph=True)
+        gradients.append(ReadoutGradients(value.detach(), g_in, g_out))
     return gradients
 
 
@@ -404,8 +404,8 @@ class FunctionalWrites(ScalarFamily, options.PairOptions):
         if rows is None:
             with torch.no_grad():
                 logits = point.model(batch.tokens)[batch.row, batch.at]
-            own = read_answers(logits, batch.answer, values).competitor
-            return Competitors(own, own)
+            competitor = read_answers(logits, batch.answer, values).competitor
+            return Competitors(competitor, competitor)
         intervals = read_interval_at(
             rows, pairs, side=self.record_side, endpoint=endpoint, step=point.step
         )

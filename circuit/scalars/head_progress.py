@@ -140,12 +140,12 @@ def head_progress(
         values: the value tokens, a contiguous range of ids.
     """
     index, shape = reads.batch, model.cfg
-    wanted = _hooks(model)
+    hooks = _hooks(model)
     _, cache = model.run_with_cache(
-        reads.batch.tokens, names_filter=lambda name: name in wanted, return_cache_object=False
+        reads.batch.tokens, names_filter=lambda name: name in hooks, return_cache_object=False
     )
     places = (index.row, index.at)
-    found = _Gathered.of(cache, reads, shape.n_layers, [_number(head, model) for head in heads])
+    gathered = _Gathered.of(cache, reads, shape.n_layers, [_number(head, model) for head in heads])
     gradient = margin_gradient(
         model, cache[last_residual_hook(shape.n_layers)][places], index.answer, values
     )
@@ -154,12 +154,12 @@ def head_progress(
 
     def written(z: Tensor) -> dict[str, Tensor]:
         output = head_outputs(z, W_O)  # [read, head, d_model]
-        own = read_answers(output @ model.W_U, answer, values)
+        answers = read_answers(output @ model.W_U, answer, values)
         onto = torch.einsum("rhd,rd->rh", output, gradient)
-        return dict(zip(DLA, (own.margin, own.correct, onto), strict=True))
+        return dict(zip(DLA, (answers.margin, answers.correct, onto), strict=True))
 
-    dla = {condition: written(z) for condition, z in found.conditions().items()}
-    columns = dict(zip(MATCHES, found.matches(reads), strict=True))
+    dla = {condition: written(z) for condition, z in gathered.conditions().items()}
+    columns = dict(zip(MATCHES, gathered.matches(reads), strict=True))
     for condition, names in CONDITIONS.items():
         writes = dict(dla[condition])
         if names == WRITES:
@@ -218,13 +218,13 @@ class _Gathered:
 
     def conditions(self) -> dict[str, Float[Tensor, "read head d_head"]]:
         """The heads' `z` under each condition."""
-        own = self.v.sum(1) / self.slots[:, None, None]
-        swapped = own.roll(1, 0)
+        support_mean = self.v.sum(1) / self.slots[:, None, None]
+        swapped = support_mean.roll(1, 0)
         weight = self.weight[..., None]
         return {
             "": self.z,
             "swapped_value": self.z + (weight * (swapped[:, None] - self.v)).sum(1),
-            "support_attention": own,
+            "support_attention": support_mean,
             "support_attention_swapped_value": swapped,
         }
 

@@ -122,21 +122,21 @@ class Intervals:
         Raises:
             CircuitError: rows name different checkpoints or weights for one step.
         """
-        found: dict[int, Weights] = {}
+        by_step: dict[int, Weights] = {}
         for rows in self.by_steps.values():
             for row in rows:
                 for end in endpoints:
                     step, name, digest = (
                         getattr(row, f"{end}_{part}") for part in ("step", "checkpoint", "digest")
                     )
-                    known = found.setdefault(step, Weights(name, digest, row.key))
-                    if (name, digest) != (known.name, known.digest):
+                    earlier = by_step.setdefault(step, Weights(name, digest, row.key))
+                    if (name, digest) != (earlier.name, earlier.digest):
                         raise CircuitError(
-                            f"rows {known.key} and {row.key} name different weights for step"
+                            f"rows {earlier.key} and {row.key} name different weights for step"
                             f" {step}",
                             where=self.path,
                         )
-        return dict(sorted(found.items()))
+        return dict(sorted(by_step.items()))
 
     def checkpoints(self, weights: Mapping[int, Weights], run: Path) -> list[Path]:
         """The checkpoint of each step, below the run's folder or one above the row file."""
@@ -150,8 +150,8 @@ class Intervals:
         """
         types = tuple(dict.fromkeys(row.pair_type for row in self.first))
         most = max(len(inputs.batch), 1)
-        asked = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
-        by_id = {pair.pair_id: pair for pair in inputs.pairs(asked)}
+        options = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
+        by_id = {pair.pair_id: pair for pair in inputs.pairs(options)}
         for row in self.first:
             if row.pair_id not in by_id:
                 raise CircuitError(
@@ -201,29 +201,29 @@ def read_intervals(
             the side or no such interval, or an interval lacks a pair (the row is named).
     """
     every = read_typed_rows(path, ScalarPairRow)
-    for name, wanted, held in (
+    for name, values, present in (
         ("pair type", pair_types, {row.pair_type for row in every}),
         ("side", [side], {row.margin_side for row in every}),
     ):
-        for value in wanted:
-            if value not in held:
+        for value in values:
+            if value not in present:
                 raise CircuitError(
-                    f"no row of {name} '{value}'", where=path, expected=", ".join(sorted(held))
+                    f"no row of {name} '{value}'", where=path, expected=", ".join(sorted(present))
                 )
-    found: dict[tuple[int, int], dict[str, ScalarPairRow]] = {}
+    by_steps: dict[tuple[int, int], dict[str, ScalarPairRow]] = {}
     for row in sorted(every, key=lambda row: (row.source_step, row.target_step)):
         starts = start_step is None or row.source_step >= start_step
         ends = end_step is None or row.target_step <= end_step
         if starts and ends and row.margin_side == side and row.pair_type in pair_types:
-            found.setdefault((row.source_step, row.target_step), {})[row.pair_id] = row
-    if not found:
+            by_steps.setdefault((row.source_step, row.target_step), {})[row.pair_id] = row
+    if not by_steps:
         steps = sorted({(row.source_step, row.target_step) for row in every})
         raise CircuitError(
             f"no interval lies within steps {start_step} to {end_step}",
             where=path,
             expected=f"some of {', '.join(f'{s} -> {t}' for s, t in steps)}",
         )
-    return Intervals(path, _aligned(found, path, side))
+    return Intervals(path, _aligned(by_steps, path, side))
 
 
 def read_interval_at(
@@ -235,12 +235,12 @@ def read_interval_at(
         CircuitError: the file is missing, damaged or of another kind, it holds several such
             intervals, or none of a pair (the pair is named).
     """
-    own = [
+    ending = [
         row
         for row in read_typed_rows(path, ScalarPairRow)
         if row.margin_side == side and getattr(row, f"{endpoint}_step") == step
     ]
-    steps = sorted({(row.source_step, row.target_step) for row in own})
+    steps = sorted({(row.source_step, row.target_step) for row in ending})
     if len(steps) > 1:
         raise CircuitError(
             f"holds several intervals whose {endpoint} is step {step}:"
@@ -248,7 +248,7 @@ def read_interval_at(
             where=path,
             expected="one, whose competitors are taken",
         )
-    rows = {row.pair_id: row for row in own}
+    rows = {row.pair_id: row for row in ending}
     for pair in pairs:
         if pair.pair_id not in rows:
             raise CircuitError(
@@ -260,11 +260,11 @@ def read_interval_at(
 
 
 def _aligned(
-    found: Mapping[tuple[int, int], Mapping[str, ScalarPairRow]], path: Path, side: str
+    by_steps: Mapping[tuple[int, int], Mapping[str, ScalarPairRow]], path: Path, side: str
 ) -> dict[tuple[int, int], tuple[ScalarPairRow, ...]]:
     """Every interval's rows in the order of the first interval that has each pair."""
-    ids = list(dict.fromkeys(pair for rows in found.values() for pair in rows))
-    for steps, rows in found.items():
+    ids = list(dict.fromkeys(pair for rows in by_steps.values() for pair in rows))
+    for steps, rows in by_steps.items():
         for pair in ids:
             if pair not in rows:
                 raise CircuitError(
@@ -272,4 +272,4 @@ def _aligned(
                     where=path,
                     expected="the same pairs in every interval",
                 )
-    return {steps: tuple(rows[pair] for pair in ids) for steps, rows in found.items()}
+    return {steps: tuple(rows[pair] for pair in ids) for steps, rows in by_steps.items()}

@@ -155,8 +155,8 @@ def _held_out(x: Array, y: Array, fit_intercept: bool, groups: Sequence[str]) ->
     predicted = np.empty_like(y)
     # shuffled: the plain deal sorts groups by size, and its order of equals is the processor's
     folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
-    for known, left_out in folds.split(x, groups=list(groups)):
-        coefficients, intercept, _ = _solve(x[known], y[known], fit_intercept)
+    for fitted, left_out in folds.split(x, groups=list(groups)):
+        coefficients, intercept, _ = _solve(x[fitted], y[fitted], fit_intercept)
         predicted[left_out] = x[left_out] @ coefficients + intercept
     return r_squared(y, predicted, y.mean())
 

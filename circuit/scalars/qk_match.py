@@ -123,8 +123,8 @@ def check_layernorm_mode(mode: str) -> None:
         CircuitError: lists those that do.
     """
     if mode not in LAYERNORM_MODES:
-        known = " or ".join(LAYERNORM_MODES)
-        raise CircuitError(f"unknown layernorm mode '{mode}'", expected=known)
+        modes = " or ".join(LAYERNORM_MODES)
+        raise CircuitError(f"unknown layernorm mode '{mode}'", expected=modes)
 
 
 class QKMatch:
@@ -325,15 +325,15 @@ class QKMatches(ScalarFamily, options.PairOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _resolved(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _resolved(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Heads by number become addresses, and the scored type is the one that is built."""
-        given = dict(given)
-        if given.get("route_pair_type") and "pair_types" not in given:
-            given["pair_types"] = (given["route_pair_type"],)
-        layer = given.pop("head_layer", None)
+        values = dict(values)
+        if values.get("route_pair_type") and "pair_types" not in values:
+            values["pair_types"] = (values["route_pair_type"],)
+        layer = values.pop("head_layer", None)
         if layer is None:
-            return given
-        numbers = [str(head) for head in given.get("heads") or ()]
+            return values
+        numbers = [str(head) for head in values.get("heads") or ()]
         for number in numbers or ["none"]:
             if whole_number(number) is None:
                 raise CircuitError(
@@ -341,7 +341,7 @@ class QKMatches(ScalarFamily, options.PairOptions):
                     where="`heads`",
                     expected="a number, or an address such as L2H1 without `head_layer`",
                 )
-        return {**given, "heads": tuple(f"L{layer}H{number}" for number in numbers)}
+        return {**values, "heads": tuple(f"L{layer}H{number}" for number in numbers)}
 
     def check(self) -> None:
         """Bases have a form, and what is scored is built."""

@@ -58,10 +58,10 @@ class Route:
         _check_shape(self)
 
     def __str__(self) -> str:
-        given = {**self.to_row(), "head_layer": None, "head": None}
+        values = {**self.to_row(), "head_layer": None, "head": None}
         if self.head is not None:
-            given |= {"head_layer": self.head.layer, "head": self.head.head}
-        return ",".join(f"{key}={given[key]}" for key in _KEYS if given[key] is not None)
+            values |= {"head_layer": self.head.layer, "head": self.head.head}
+        return ",".join(f"{key}={values[key]}" for key in _KEYS if values[key] is not None)
 
     def to_row(self) -> dict[str, Any]:
         """The route as JSON; the head by its address."""
@@ -93,21 +93,21 @@ def parse_route(spec: str) -> Route:
         CircuitError: a key is unknown, missing, named twice or has no value; a number is none; or
             rank and head do not fit the subspace.
     """
-    given = _split(spec)
+    texts = _split(spec)
     for key in ("label", "stage", "position_role"):
-        if key not in given:
+        if key not in texts:
             raise CircuitError(f"no {key} in '{spec}'", where=_FIELD, expected=f"{key}=...")
-    numbers = {key: _number(key, given[key], spec) for key in _NUMBERS if key in given}
-    subspace = given.get("subspace", FULL_RESIDUAL)
+    numbers = {key: _number(key, texts[key], spec) for key in _NUMBERS if key in texts}
+    subspace = texts.get("subspace", FULL_RESIDUAL)
     if ("head" in numbers) != ("head_layer" in numbers):
         raise CircuitError(
-            f"route '{given['label']}' names half a head",
+            f"route '{texts['label']}' names half a head",
             where=_FIELD,
             expected="both head_layer=... and head=..., or neither",
         )
     head = Component(numbers["head_layer"], numbers["head"]) if "head" in numbers else None
     return Route(
-        given["label"], given["stage"], given["position_role"], subspace, numbers.get("rank"), head
+        texts["label"], texts["stage"], texts["position_role"], subspace, numbers.get("rank"), head
     )
 
 
@@ -168,7 +168,7 @@ def check_routes(
 
 
 def _split(spec: str) -> dict[str, str]:
-    given: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for part in spec.split(","):
         key, equals, value = (text.strip() for text in part.partition("="))
         if key not in _KEYS:
@@ -177,10 +177,10 @@ def _split(spec: str) -> dict[str, str]:
             )
         if not equals or not value:
             raise CircuitError(f"'{key}' has no value in '{spec}'", where=_FIELD)
-        if key in given:
+        if key in texts:
             raise CircuitError(f"'{key}' stands twice in '{spec}'", where=_FIELD)
-        given[key] = value
-    return given
+        texts[key] = value
+    return texts
 
 
 def _number(key: str, text: str, spec: str) -> int:

@@ -77,8 +77,8 @@ class Readout(NamedTuple):
 
     def of(self, answer: Tensor) -> ReadScalar:
         """The scalar as a function of logits, for the reads with these answers."""
-        own = torch.tensor(self.competitors, device=answer.device) if self.competitors else answer
-        return partial(_fixed, answer=answer, competitors=own, name=self.scalar)
+        fixed = torch.tensor(self.competitors, device=answer.device) if self.competitors else answer
+        return partial(_fixed, answer=answer, competitors=fixed, name=self.scalar)
 
 
 def _fixed(logits: Tensor, *, answer: Tensor, competitors: Tensor, name: str) -> Tensor:
@@ -118,14 +118,16 @@ def measure(
         CircuitError: there is no such role, or the rank is too large.
     """
     layers, source, of_mlp = model.cfg.n_layers, str(path.source), path.mlp.hook_name
-    into, out = (stage_hook(stage, layers) for stage in (path.input_stage, path.output_stage))
-    hooks = frozenset([into, out, of_mlp, LOGITS])
+    in_hook, out_hook = (
+        stage_hook(stage, layers) for stage in (path.input_stage, path.output_stage)
+    )
+    hooks = frozenset([in_hook, out_hook, of_mlp, LOGITS])
     with torch.no_grad():
         clean = forward_activations(model, batch.tokens, hooks)
         without = forward_activations(model, batch.tokens, hooks, ablated=source)
     by_role = {role: WriteReads.of(batch, role) for role in roles}
     scalars = [readout.of(batch.answer) for readout in readouts]
-    gradients = readout_gradients(model, by_role[roles[0]], path, without[into], scalars)
+    gradients = readout_gradients(model, by_role[roles[0]], path, without[in_hook], scalars)
     exact_clean, exact_without = _exact(clean), _exact(without)
     delta = deltas(Cache({None: exact_clean, source: exact_without}), path, layers)
     parts = {
@@ -148,8 +150,8 @@ def measure(
             g_out = reads.gather_own(gradient.out.cpu().double())
             products = write_products(at_role | {"g_in": g_in, "g_out": g_out}, reads.real, rank)
             through = (g_out * at_role["written"]).sum((1, 2))
-            left = products["g_out_delta_total"] - products["g_out_delta_in"] - through
-            gap = max(gap, float(left.abs().max()))
+            residual = products["g_out_delta_total"] - products["g_out_delta_in"] - through
+            gap = max(gap, float(residual.abs().max()))
             largest = max(largest, *(float(products[name].abs().max()) for name in PRODUCTS))
             products["ablation_effect"] = effect
             columns[readout, role] = {name: _nulls(values) for name, values in products.items()}

@@ -320,8 +320,13 @@ class Task(ABC):
     def tell(cls, figures: Any) -> Told:
         """Figures for a reader."""
         rows = [
-            [name, str(of.records), str(of.questions), f"{of.min_tokens}-{of.max_tokens}"]
-            for name, of in figures.splits.items()
+            [
+                name,
+                str(split.records),
+                str(split.questions),
+                f"{split.min_tokens}-{split.max_tokens}",
+            ]
+            for name, split in figures.splits.items()
         ]
         return Told(["split", "records", "questions", "tokens"], rows)
 
@@ -379,14 +384,14 @@ class Task(ABC):
             CircuitError: lists those that are.
         """
         if name not in cls.slices:
-            known = ", ".join(cls.slices)
-            expected = f"one of {known}" if known else "none, as the task has none"
+            names = ", ".join(cls.slices)
+            expected = f"one of {names}" if names else "none, as the task has none"
             raise CircuitError(f"unknown slice '{name}'", expected=expected)
 
     @classmethod
     def single_roles(cls) -> tuple[str, ...]:
         """The roles that are one position of every question."""
-        return tuple(name for name, of in cls.roles.items() if isinstance(of, str))
+        return tuple(name for name, role in cls.roles.items() if isinstance(role, str))
 
     @classmethod
     def check_roles(cls, *roles: str) -> None:

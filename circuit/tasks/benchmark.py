@@ -179,11 +179,11 @@ def write_benchmark(
     ) as folder:
         freed = folder.owned_bytes()
         require_disk(config.disk(), folder.root, freed=freed, where=config.name)
-        made = generate_benchmark(config, progress=progress)
-        folder.clear(planned=[*(f"{split}.jsonl" for split in made.splits), "metadata.json"])
+        benchmark = generate_benchmark(config, progress=progress)
+        folder.clear(planned=[*(f"{split}.jsonl" for split in benchmark.splits), "metadata.json"])
         paths: list[Path] = []
-        made.save(lambda name, text: paths.append(folder.write_text(name, text)))
-    return made, paths
+        benchmark.save(lambda name, text: paths.append(folder.write_text(name, text)))
+    return benchmark, paths
 
 
 def ensure_benchmark(task: str, folder: Path) -> None:
@@ -199,8 +199,8 @@ def ensure_benchmark(task: str, folder: Path) -> None:
                 f"holds a benchmark of the task '{there}'", where=folder, expected=f"'{task}'"
             )
         return
-    named = {"name": folder.name, "benchmark_type": task, "output_dir": str(folder), "seed": 0}
-    config = parse_config(named, find_task(task).Config, where=f"the settings of {task}")
+    settings = {"name": folder.name, "benchmark_type": task, "output_dir": str(folder), "seed": 0}
+    config = parse_config(settings, find_task(task).Config, where=f"the settings of {task}")
     write_benchmark(config)
 
 
@@ -226,14 +226,14 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
         raise _edited(where, "the digest of its figures is another")
     if metadata.vocabulary != list(vocab.tokens) or tuple(metadata.splits) != task.split_names:
         raise _edited(where, "vocabulary or splits are not those of its config")
-    wanted = list(metadata.splits) if splits is None else list(splits)
-    for name in wanted:
+    names = list(metadata.splits) if splits is None else list(splits)
+    for name in names:
         if name not in metadata.splits:
             raise _unknown_split(name, metadata.splits, where=folder)
     return Benchmark(
         task=task,
         facts=facts,
-        splits={name: _read_split(folder, name, metadata, vocab) for name in wanted},
+        splits={name: _read_split(folder, name, metadata, vocab) for name in names},
         figures=figures,
         files=metadata.splits,
         digest=metadata.digest,
@@ -271,21 +271,21 @@ def _read_metadata(folder: Path) -> tuple[BenchmarkMetadata, Task, BaseModel, Ba
             fix="run `circuit generate-benchmark --config configs/benchmark/<name>.json`; of a run"
             " that was moved away from its data, bring them along, or start where they are",
         ) from None
-    said = partial(validated, expected=_AS_WRITTEN, fix=_REGENERATE)
-    metadata = said(payload, BenchmarkMetadata, where=path)
-    named = str(metadata.config.get("benchmark_type"))
-    own = file_digest_of(named, path)  # no other code than the benchmark's is run
-    kind = find_task(named, path) if own in (None, metadata.task_sha256) else None
+    parse = partial(validated, expected=_AS_WRITTEN, fix=_REGENERATE)
+    metadata = parse(payload, BenchmarkMetadata, where=path)
+    task_name = str(metadata.config.get("benchmark_type"))
+    digest = file_digest_of(task_name, path)  # no other code than the benchmark's is run
+    kind = find_task(task_name, path) if digest in (None, metadata.task_sha256) else None
     if kind is None or metadata.task_sha256 != source_digest(kind):
         raise CircuitError(
             "the task's file is not the one that the benchmark was drawn with",
             where=metadata.config["benchmark_type"],
             fix="bring that back, or draw the benchmark again and train anew",
         )
-    config = said(metadata.config, kind.Config, where=f"{path}, config")
+    config = parse(metadata.config, kind.Config, where=f"{path}, config")
     require_memory(config.memory(), where=path)
-    figures = said(metadata.figures, kind.Figures, where=f"{path}, figures")
-    facts = said(metadata.model_extra, kind.Facts, where=path)
+    figures = parse(metadata.figures, kind.Figures, where=f"{path}, figures")
+    facts = parse(metadata.model_extra, kind.Facts, where=path)
     return metadata, kind(config, facts), figures, facts
 
 
@@ -294,10 +294,10 @@ def _digest(
 ) -> str:
     """sha256 over the config's canonical JSON, the draw's facts and the splits' digests."""
     splits = {name: file.sha256 for name, file in files.items()}
-    own = facts.model_dump(mode="json")
+    drawn = facts.model_dump(mode="json")
     if source is not None:
-        own["task_sha256"] = source
-    return digest_of({"config": config.model_dump(mode="json"), **own, "splits": splits})
+        drawn["task_sha256"] = source
+    return digest_of({"config": config.model_dump(mode="json"), **drawn, "splits": splits})
 
 
 def _edited(where: Path, what: str) -> CircuitError:

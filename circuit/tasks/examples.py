@@ -146,8 +146,8 @@ class Examples:
             CircuitError: the task has no such role.
         """
         self.task.check_roles(name)
-        of = self.task.roles[name]
-        return of(self) if callable(of) else self.at_position(self.position(name))
+        role = self.task.roles[name]
+        return role(self) if callable(role) else self.at_position(self.position(name))
 
     def position(self, role: str) -> Int64[Tensor, " example"]:
         """The position of a role that is one token of each example.
@@ -221,16 +221,16 @@ class Split:
         shape = (len(records), int(self._lengths.max()))
         self._tokens = torch.full(shape, task.vocabulary.pad)
         self._kinds = torch.full(shape, -1)
-        for row, (record, told) in enumerate(zip(records, parsed, strict=True)):
+        for row, (record, parse) in enumerate(zip(records, parsed, strict=True)):
             self._tokens[row, : len(record.tokens)] = torch.tensor(record.tokens)
-            self._kinds[row, : len(told.kinds)] = torch.tensor(told.kinds)
-        self._counts = torch.tensor([len(told.questions) for told in parsed])
+            self._kinds[row, : len(parse.kinds)] = torch.tensor(parse.kinds)
+        self._counts = torch.tensor([len(parse.questions) for parse in parsed])
         self._starts = self._counts.cumsum(0) - self._counts
         # one column an attribute of the questions, over all records one after the other
         flat = [
             (q.index, q.at, q.answer, *[q.facts[name] for name in task.facts])
-            for told in parsed
-            for q in told.questions
+            for parse in parsed
+            for q in parse.questions
         ]
         columns = np.array(flat, dtype=np.int64).reshape(len(flat), 3 + len(task.facts)).T
         self._columns = torch.from_numpy(np.ascontiguousarray(columns))

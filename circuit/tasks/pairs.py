@@ -173,8 +173,8 @@ def check_pair_types(
     """
     unknown = [kind for kind in types if kind not in task.pair_types]
     if unknown:
-        known = ", ".join(task.pair_types)
-        raise CircuitError(f"unknown pair type {unknown[0]!r}", expected=known or "no pair type")
+        names = ", ".join(task.pair_types)
+        raise CircuitError(f"unknown pair type {unknown[0]!r}", expected=names or "no pair type")
     if not types or len(set(types)) != len(types):
         raise CircuitError(
             f"pair types {', '.join(types) or '(none)'}",

@@ -68,9 +68,9 @@ class ProbeSet:
             CircuitError: the name does not end in `.jsonl`.
         """
         write(name, records_to_jsonl(self.records, self.task.vocabulary))
-        told = self.metadata.model_dump(mode="json")
+        metadata = self.metadata.model_dump(mode="json")
         first = ("schema_version", "benchmark", "benchmark_digest", *_sizes(self.task))
-        payload = sealed({key: told.pop(key) for key in first} | told)
+        payload = sealed({key: metadata.pop(key) for key in first} | metadata)
         write(metadata_path(name).name, dump_json(payload))
 
 
@@ -98,8 +98,8 @@ def draw_probe_set(
         CircuitError: a split is unknown, named twice or too small, or nothing is asked for.
     """
     if not splits or len(set(splits)) != len(splits):
-        given = ", ".join(splits) or "(none)"
-        raise CircuitError(f"splits {given}", expected="at least one split, each named once")
+        names = ", ".join(splits) or "(none)"
+        raise CircuitError(f"splits {names}", expected="at least one split, each named once")
     rng = random.Random(seed)
     records: list[Record] = []
     for split in splits:
@@ -150,13 +150,13 @@ def write_probe_set(
     command = f"generate-probe-set.{output.stem}"
     names = [output.name, metadata_path(output).name]
     with OutputFolder(output.parent, command, writes=names, overwrite=overwrite) as folder:
-        made = draw_probe_set(
+        probe_set = draw_probe_set(
             load_benchmark(benchmark_dir, splits=splits), splits, examples_per_split, seed=seed
         )
         folder.clear(planned=names)
         paths: list[Path] = []
-        made.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
-    return made, paths
+        probe_set.save(output.name, lambda name, text: paths.append(folder.write_text(name, text)))
+    return probe_set, paths
 
 
 def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
@@ -188,14 +188,14 @@ def read_probe_set(path: str | Path, benchmark: Benchmark) -> ProbeSet:
             f" {metadata_path(path).name} says",
             fix=_ANEW,
         )
-    told = metadata.model_dump(mode="json")
-    expected = told | _sizes(benchmark.task)
+    recorded = metadata.model_dump(mode="json")
+    expected = recorded | _sizes(benchmark.task)
     expected |= {"schema_version": _SCHEMA_VERSION, "benchmark": benchmark.config.name}
     expected["counts"] = dict(Counter(record.split for record in records))
-    for name in told.keys() | expected.keys():
-        if told.get(name) != expected.get(name):
+    for name in recorded.keys() | expected.keys():
+        if recorded.get(name) != expected.get(name):
             raise CircuitError(
-                f"field '{name}' is {told.get(name)}",
+                f"field '{name}' is {recorded.get(name)}",
                 where=metadata_path(path),
                 expected=str(expected.get(name)),
                 fix=_ANEW,

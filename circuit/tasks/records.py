@@ -68,8 +68,8 @@ def record_from_json(line: str, vocab: Vocabulary, *, where: object) -> Record:
         if name not in payload and not required:
             continue
         if type(payload.get(name)) is not kind:
-            given = f"field {name!r} is {payload[name]!r}" if name in payload else f"no {name!r}"
-            raise CircuitError(given, where=where, expected=f"{name!r} as {kind.__name__}")
+            problem = f"field {name!r} is {payload[name]!r}" if name in payload else f"no {name!r}"
+            raise CircuitError(problem, where=where, expected=f"{name!r} as {kind.__name__}")
     try:
         tokens = vocab.encode(payload["tokens"])
     except CircuitError as error:

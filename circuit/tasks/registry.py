@@ -37,8 +37,8 @@ def load_benchmark_config(path: str | Path, overrides: Sequence[str] = ()) -> Ta
         CircuitError: as `find_task` and `circuit.config.load_config`.
     """
     payload = read_config(checked_path(path))
-    named = payload.get("benchmark_type") if isinstance(payload, dict) else None
-    kind = find_task(named, Path(path)).Config if isinstance(named, str) else TaskConfig
+    name = payload.get("benchmark_type") if isinstance(payload, dict) else None
+    kind = find_task(name, Path(path)).Config if isinstance(name, str) else TaskConfig
     return load_config(path, kind, overrides)
 
 
@@ -53,13 +53,13 @@ def find_task(name: str, near: Path | None = None) -> type[Task]:
     """
     # every environment's metadata are searched for entry points: only where ours do not answer
     installed = {} if name in BUILT_IN else {e.name: e.value for e in entry_points(group=GROUP)}
-    known = installed | BUILT_IN
-    module, colon, attribute = known.get(name, name).rpartition(":")
+    tasks = installed | BUILT_IN
+    module, colon, attribute = tasks.get(name, name).rpartition(":")
     if not colon:
         raise CircuitError(
             f"unknown task '{name}'",
             where="field 'benchmark_type'",
-            expected=f"one of {', '.join(known)}, or file.py:Class of your own",
+            expected=f"one of {', '.join(tasks)}, or file.py:Class of your own",
         )
     if name in BUILT_IN:
         loaded: Any = import_module(module)

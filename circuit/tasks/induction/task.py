@@ -180,9 +180,9 @@ class Induction(Task):
                 if least < most
                 else f"a string of {most} distinct tokens, twice",
             )
-        asked = length - 1 if through is None else through + 1
+        count = length - 1 if through is None else through + 1
         questions = []
-        for number in range(asked):
+        for number in range(count):
             at = length + number
             for position in (at, at + 1):
                 if tokens[position] != tokens[position - length]:

@@ -98,15 +98,15 @@ def _refuse_shared(
     contents: dict[object, str] = {}
     for name, records in splits.items():
         for record, program in zip(records, programs[name], strict=True):
-            for what, seen, key in (
+            for what, labels, key in (
                 ("sample id", ids, record.sample_id),
                 ("tokens", tokens, record.tokens),
                 ("program", contents, program_key(program)),
             ):
                 label = f"{name}/{record.sample_id}"
-                if key in seen:
-                    raise CircuitError(f"{seen[key]} and {label} share their {what}")
-                seen[key] = label
+                if key in labels:
+                    raise CircuitError(f"{labels[key]} and {label} share their {what}")
+                labels[key] = label
 
 
 def _measure(

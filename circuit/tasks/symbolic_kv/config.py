@@ -46,8 +46,8 @@ class CounterfactualSplit(Config):
 def _split_kind(value: Any) -> str:
     if isinstance(value, CounterfactualSplit):
         return "counterfactual"
-    named = isinstance(value, dict) and "counterfactual_of" in value
-    return "counterfactual" if named else "generated"
+    is_counterfactual = isinstance(value, dict) and "counterfactual_of" in value
+    return "counterfactual" if is_counterfactual else "generated"
 
 
 SplitConfig = Annotated[

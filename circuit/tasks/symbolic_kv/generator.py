@@ -211,9 +211,9 @@ def _assemble(
         tokens += (WRITE, key, value)
         latest[key] = value
         while pending < len(reads) and reads[pending][0] == slot:
-            asked = reads[pending][1]
-            tokens += (READ, asked, latest[asked])
-            answered.append((asked, latest[asked]))
+            read_key = reads[pending][1]
+            tokens += (READ, read_key, latest[read_key])
+            answered.append((read_key, latest[read_key]))
             pending += 1
     tokens.append(EOS)
     return tuple(tokens), (tuple(writes), tuple(answered))

@@ -178,9 +178,9 @@ def _at(
     where: str, pos: int, tokens: tuple[int, ...], vocab: Vocabulary, expected: str
 ) -> CircuitError:
     if pos >= len(tokens):
-        found = "the record ends"
+        problem = "the record ends"
     elif 0 <= tokens[pos] < vocab.size:
-        found = f"found {vocab.tokens[tokens[pos]]}"
+        problem = f"found {vocab.tokens[tokens[pos]]}"
     else:
-        found = f"found unknown token id {tokens[pos]}"
-    return CircuitError(found, where=f"record {where}, position {pos}", expected=expected)
+        problem = f"found unknown token id {tokens[pos]}"
+    return CircuitError(problem, where=f"record {where}, position {pos}", expected=expected)

@@ -159,11 +159,11 @@ class SymbolicKV(Task):
     def tell(cls, figures: BenchmarkFigures) -> Told:
         """Sizes and shortcut accuracies, a row a split."""
         rows = []
-        for name, of in figures.splits.items():
-            k = of.strongest_positional
-            accuracies = [*of.shortcuts.values(), of.positional_shortcuts[k]]
+        for name, split in figures.splits.items():
+            k = split.strongest_positional
+            accuracies = [*split.shortcuts.values(), split.positional_shortcuts[k]]
             *limited, positional = [f"{100 * accuracy:.1f}" for accuracy in accuracies]
-            sizes = [str(of.records), str(of.reads), f"{of.min_tokens}-{of.max_tokens}"]
+            sizes = [str(split.records), str(split.reads), f"{split.min_tokens}-{split.max_tokens}"]
             rows.append([name, *sizes, *limited, str(k), positional])
         warnings = []
         if figures.warnings:
