@@ -112,21 +112,21 @@ def groups_chart(series: Series, partition: str, count: int = GROUPS) -> Chart:
         group: math.fsum(math.fsum(values) for values in kinds["path"].values())
         for group, kinds in groups.items()
     }
-    own = sorted(sums, key=lambda group: -abs(sums[group]))[:count]
-    names = own if len(own) == len(sums) else [*own, REST]
+    top = sorted(sums, key=lambda group: -abs(sums[group]))[:count]
+    names = top if len(top) == len(sums) else [*top, REST]
     name = f"groups_{partition}"
     records = []
     for step in thinned(series.steps.tolist(), GROUP_STOPS):
         shares: dict[tuple[str, str], float] = {}
         for group, kinds in groups.items():
             for term, values in kinds["path"].items():
-                key = (group if group in own else REST, term)
+                key = (group if group in top else REST, term)
                 shares[key] = shares.get(key, 0.0) + math.fsum(values[: step - series.start])
         records += [
             {"step": step, "group": group, "term": term, "contribution": share}
             for (group, term), share in shares.items()
         ]
-    ranked = "groups" if len(own) == len(sums) else f"the {len(own)} groups that end largest"
+    ranked = "groups" if len(top) == len(sums) else f"the {len(top)} groups that end largest"
     title = f"{series.scalar}, {ranked} ({partition}), up to the step; mark: the sum"
     return _bars(name, title, records, "group", names, list(series.path), at_chosen=True)
 
@@ -203,7 +203,7 @@ def _bars(
     name: str,
     title: str,
     records: Sequence[Record],
-    of: str,
+    column: str,
     names: Sequence[str],
     terms: Sequence[str],
     *,
@@ -212,18 +212,18 @@ def _bars(
     """A bar for each name, of the terms' contributions to either side, and a mark at their sum."""
     place = named(name).transform_filter(chosen()) if at_chosen else named(name)
     step = ["step"] if at_chosen else []
-    y = alt.Y(f"{of}:N").title(None).scale(domain=list(names)).sort(list(names))
+    y = alt.Y(f"{column}:N").title(None).scale(domain=list(names)).sort(list(names))
     y = y.axis(labelLimit=300)
     bars = place.mark_bar().encode(
         y=y,
         x=alt.X("contribution:Q").title("path contribution").axis(tickCount=TICKS).stack("zero"),
         color=colour("term", terms, labels=_labels(terms)),
-        tooltip=exact(*step, of, "term", "contribution"),
+        tooltip=exact(*step, column, "term", "contribution"),
     )
     sums = (
-        place.transform_aggregate(sum="sum(contribution)", groupby=[*step, of])
+        place.transform_aggregate(sum="sum(contribution)", groupby=[*step, column])
         .mark_tick(color=INK, thickness=2)
-        .encode(y=y, x="sum:Q", tooltip=exact(*step, of, "sum"))
+        .encode(y=y, x="sum:Q", tooltip=exact(*step, column, "sum"))
     )
     return chart(name, title, {name: records}, bars, sums, height=22 * len(names))
 

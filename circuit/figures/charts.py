@@ -210,8 +210,8 @@ def colour(
         return alt.Color(f"{column}:N").scale(scale).legend(only)
     shown = legend([(labels or {}).get(name, name) for name in names], title)
     if labels:
-        known = json.dumps(dict(labels))
-        shown = alt.Legend(**shown.to_dict(), labelExpr=f"({known})[datum.label] || datum.label")
+        texts = json.dumps(dict(labels))
+        shown = alt.Legend(**shown.to_dict(), labelExpr=f"({texts})[datum.label] || datum.label")
     picked = [palette[i % len(palette)] for i in range(len(names))]
     return alt.Color(f"{column}:N").scale(domain=list(names), range=picked).legend(shown)
 
@@ -254,10 +254,10 @@ def lines(
     scale = alt.Scale(type="log") if log else alt.Scale()
     if domain is not None:
         scale = alt.Scale(domain=list(domain))
-    made = named(data)
+    base = named(data)
     if where is not None:
-        made = made.transform_filter(where)
-    drawn: alt.Chart = made.mark_line(point=POINT, strokeWidth=1.8, clip=log).encode(
+        base = base.transform_filter(where)
+    drawn: alt.Chart = base.mark_line(point=POINT, strokeWidth=1.8, clip=log).encode(
         x=steps(),
         y=alt.Y(f"{y}:Q").title(y_title).scale(scale),
         color=shade,

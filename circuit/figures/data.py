@@ -138,8 +138,8 @@ def lds_chart(name: str, title: str, rows: Sequence[Record]) -> Chart:
     records = []
     for row in rows:
         share = f"{row['share']:.3g}"
-        of = f"{share}  {row['method']}"
-        records.append({"of": of, **{key: row[key] for key in keys}, "share": share})
+        label = f"{share}  {row['method']}"
+        records.append({"of": label, **{key: row[key] for key in keys}, "share": share})
     shares = list(dict.fromkeys(record["share"] for record in records))
     encoded = named(name).encode(
         y=alt.Y("of:N").title(None).sort([row["of"] for row in records]).axis(labelLimit=300),

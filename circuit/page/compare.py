@@ -141,21 +141,21 @@ def _settings(members: Sequence[_Member]) -> Panel:
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _learning(members: Sequence[_Member]) -> Panel:
     rows: list[Record] = []
     sources, missing = list[Source](), list[Missing]()
     for member in members:
-        own = evaluations(metrics_of(member.run))
-        rows += [{"run": member.name, **row} for row in own]
+        evaluated = evaluations(metrics_of(member.run))
+        rows += [{"run": member.name, **row} for row in evaluated]
         command = training_command(member.folder)
-        if own:
+        if evaluated:
             sources.append(Source(f"{member.name}: {METRICS}", METRICS, command))
         else:
             missing.append(Missing(f"{member.name}: evaluation rows", command))
@@ -281,8 +281,8 @@ def _best(member: _Member, command: str, missing: list[Missing]) -> Written | No
     shown = member.reports.shown(kind)
     if shown:
         return shown[-1]
-    asked = with_inputs([asked_for(member.reports, kind)], member.reports)
-    missing += [Missing(f"{member.name}: {one.what}", one.command) for one in asked]
+    needed = with_inputs([asked_for(member.reports, kind)], member.reports)
+    missing += [Missing(f"{member.name}: {one.what}", one.command) for one in needed]
     return None
 
 

@@ -95,7 +95,7 @@ def _look(
     ranked = (same if values is None else values).argsort(descending=True, stable=True)
     reads = sorted(ranked[:READS].tolist())
     at = batch.at[reads]
-    found: dict[str, Any] = {
+    payload: dict[str, Any] = {
         "sample_id": batch.sample_ids[0],
         "support": batch.task.support,
         "tokens": [text[token] for token in batch.tokens[0, : int(batch.lengths[0])].tolist()],
@@ -105,12 +105,12 @@ def _look(
         "attention": [],
         "predictions": [],
     }
-    for done, step in enumerate(found["steps"], start=1):
+    for done, step in enumerate(payload["steps"], start=1):
         with torch.no_grad():
             model = setup.model(run.state(step))
             logits, attention = logits_and_attention(model, batch.tokens)
         weights = attention[0][:, at].double()  # [head, read, key]
-        found["attention"].append(
+        payload["attention"].append(
             [
                 [
                     [round(w, _DIGITS) for w in row[: int(position) + 1]]
@@ -120,7 +120,7 @@ def _look(
             ]
         )
         best = logits[0, at].double().softmax(-1).max(-1)
-        found["predictions"].append(
+        payload["predictions"].append(
             [
                 {"token": text[token], "probability": round(probability, _DIGITS)}
                 for token, probability in zip(
@@ -129,8 +129,8 @@ def _look(
             ]
         )
         if progress is not None:
-            progress(done, len(found["steps"]))
-    return found
+            progress(done, len(payload["steps"]))
+    return payload
 
 
 def _read(batch: Examples, read: int, text: tuple[str, ...]) -> dict[str, Any]:

@@ -149,10 +149,10 @@ def _panels(
     panels = _told_first(panels)
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
     drawn = {source.file for panel in panels for source in panel.sources}
-    others = [one for found in reports.by_command.values() for one in found]
+    written = [one for of_command in reports.by_command.values() for one in of_command]
     further = [
         Source(reports.relative(one.path), reports.relative(one.file()), "", one.law)
-        for one in others
+        for one in written
         if reports.relative(one.path) not in drawn
     ]
     with values_of(run.path, fix="make its reports again"):

@@ -39,7 +39,7 @@ def slice_names(rows: Sequence[Row]) -> list[str]:
     if not evaluated:
         return ["lag"]
     names = list(evaluated[0])
-    return names[:1] + [by for by in names[1:] if any(len(of[by]) > 1 for of in evaluated)]
+    return names[:1] + [by for by in names[1:] if any(len(slices[by]) > 1 for slices in evaluated)]
 
 
 def sliced(rows: Sequence[Row], by: str) -> list[Record]:
@@ -54,28 +54,28 @@ def sliced(rows: Sequence[Row], by: str) -> list[Record]:
 
 def learning_panel(rows: Sequence[Row], home: str) -> Panel:
     """Answer accuracy and losses over training."""
-    found = evaluations(rows)
+    evaluated = evaluations(rows)
     trained = batches(rows)
-    splits = _unique(found, "split")
+    splits = _unique(evaluated, "split")
     shade = colour("split", splits)
-    data = {"evaluation": found, "training": trained}
+    data = {"evaluation": evaluated, "training": trained}
     accuracy = lines(
         *("evaluation", "answer_accuracy", "answer accuracy", shade, EVALUATED), domain=[0, 1]
     )
     drawn = _loss("next-token loss, nats")
-    held = lines("evaluation", "loss", "next-token loss, nats", shade, EVALUATED, log=True)
+    loss = lines("evaluation", "loss", "next-token loss, nats", shade, EVALUATED, log=True)
     return Panel(
         "learning",
         "Learning curves",
         "When does the model learn to answer, and does it carry over to the other splits?",
         charts=[
             chart("accuracy", "Answer accuracy by split", data, accuracy, at_step()),
-            chart("loss", "Loss by split; grey: training batches", data, drawn, held, at_step()),
+            chart("loss", "Loss by split; grey: training batches", data, drawn, loss, at_step()),
         ],
         tables=[_table()],
         data=data,
-        sources=[_source(home)] if found else [],
-        missing=[] if found else [_missing(home)],
+        sources=[_source(home)] if evaluated else [],
+        missing=[] if evaluated else [_missing(home)],
     )
 
 

@@ -89,8 +89,8 @@ def thinned(steps: Sequence[int], most: int) -> list[int]:
 
 def slider_steps(panels: Sequence[Panel], checkpoints: Sequence[int]) -> list[int]:
     """The steps that the slider stops at: of checkpoints and of everything that a chart follows."""
-    found = set(checkpoints)
+    steps = set(checkpoints)
     for panel in panels:
         for chart in panel.charts:
-            found |= {row["step"] for row in chart.data[chart.follows] if "step" in row}
-    return sorted(found)
+            steps |= {row["step"] for row in chart.data[chart.follows] if "step" in row}
+    return sorted(steps)

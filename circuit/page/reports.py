@@ -203,7 +203,7 @@ def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
         CircuitError: the run's task or model does not have what the report is about.
     """
     folder = Path(reports.run.config.output_dir)
-    given = {
+    paths = {
         "probe_set": folder / "analysis/probe_set.jsonl",
         "checkpoint_dir": folder / "checkpoints",
         "optimizer_trace_dir": folder / (reports.trace() or TRACE_FOLDER),
@@ -211,7 +211,7 @@ def asked_for(reports: Reports, kind: type[Report[Any]]) -> Missing:
     shape = reports.run.config.model
     head = reports.head() or f"L{min(1, shape.layers - 1)}H0"
     task = reports.task()
-    options = kind.usual(Place(shape, given, head, task))
+    options = kind.usual(Place(shape, paths, head, task))
     if task is not None:
         options.check_task(task)
     words = ["circuit", kind.command, "--config", str(folder / RUN_CONFIG), *options.words()]
@@ -258,7 +258,11 @@ def with_inputs(missing: Sequence[Missing], reports: Reports) -> list[Missing]:
 def _replacing(one: Missing, reports: Reports) -> Missing:
     """With `--overwrite` where a report that the page cannot draw stands in the command's place."""
     home = reports.run.config.output_dir
-    every = [reports.relative(found.path) for of in reports.by_command.values() for found in of]
+    every = [
+        reports.relative(written.path)
+        for of_command in reports.by_command.values()
+        for written in of_command
+    ]
     taken = {f"{home}/{Path(name).parent.as_posix()}" for name in (*reports.left_out, *every)}
     if any(one.command.endswith(f" --output-dir {shell_line([folder])}") for folder in taken):
         return Missing(one.what, f"{one.command} --overwrite")

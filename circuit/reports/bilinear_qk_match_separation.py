@@ -74,15 +74,15 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
 
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
-        model, reads, asked = point.model, self.reads, self.options
-        addresses = asked.heads or tuple(str(head) for head in all_heads(model))
+        model, reads, options = point.model, self.reads, self.options
+        addresses = options.heads or tuple(str(head) for head in all_heads(model))
         scalars = qk_matches(
             addresses,
             reads,
             layers=model.cfg.n_layers,
-            ranks=[None, *asked.ranks],
-            layernorm_mode=asked.layernorm_mode,
-            context_stage=asked.context_stage,
+            ranks=[None, *options.ranks],
+            layernorm_mode=options.layernorm_mode,
+            context_stage=options.context_stage,
         )
         shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
         hooks = shared.hooks[None] | {"unembed.hook_out"}
@@ -93,7 +93,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         groups = scored.by_slice(self.slice)
         cache = Cache({None: runs})
         for scalar in scalars:
-            found = _measure(scalar.bind(model).scores(model, cache), reads)
+            match = _measure(scalar.bind(model).scores(model, cache), reads)
             left, right = head_factors(model, scalar.component, "qk")
             top = float(svd_of_product(left, right)[1][0])
             for name, chosen in groups.items():
@@ -103,7 +103,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
                     "score": scalar.name.rsplit(".", 1)[-1],
                     self.slice: name,
                     "reads": int(chosen.sum()),
-                    **{key: float(values[chosen].double().mean()) for key, values in found.items()},
+                    **{key: float(values[chosen].double().mean()) for key, values in match.items()},
                     "answer_margin": float(margin[chosen].double().mean()),
                     "top_singular_value": top,
                     "weights_sha256": point.digest,
@@ -209,11 +209,11 @@ def gap_to_attention(
     runs = forward_activations(model, shared.tokens, shared.hooks[None] | attention)
     cache, gaps, sizes = Cache({None: runs}), [], []
     for scalar in scalars:
-        own = runs[f"blocks.{scalar.component.layer}.attn.hook_attn_scores"]
-        real = own[reads.row, scalar.component.head, reads.query]
+        attention_scores = runs[f"blocks.{scalar.component.layer}.attn.hook_attn_scores"]
+        real = attention_scores[reads.row, scalar.component.head, reads.query]
         seen = torch.arange(real.shape[1], device=real.device) <= reads.query[:, None]
-        found = scalar.bind(model).scores(model, cache)
-        gaps.append((found - real)[seen].abs().max().detach())
+        scores = scalar.bind(model).scores(model, cache)
+        gaps.append((scores - real)[seen].abs().max().detach())
         sizes.append(real[seen].abs().max().detach())
     return float(torch.stack(gaps).max()), float(torch.stack(sizes).max())
 

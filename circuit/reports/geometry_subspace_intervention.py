@@ -93,10 +93,10 @@ class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
     max_records: options.MaxRecords = None
 
     def __str__(self) -> str:
-        of = f" of {self.head}" if self.head else ""
+        of_head = f" of {self.head}" if self.head else ""
         mode = "" if self.query_mode == "single_query" else f", {self.query_mode}"
         place = f"{self.stage} / {self.position_role}{mode}"
-        return f"{self.operation} {self.subspace}{of} at {place}"
+        return f"{self.operation} {self.subspace}{of_head} at {place}"
 
 
 class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
@@ -121,46 +121,48 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
 
     def prepare(self) -> None:
         super().prepare()
-        asked, shape = self.options, self.config.model
-        self.head = None if asked.head is None else parse_component(asked.head)
-        self.ranks = asked.ranks or (None,)
+        options, shape = self.options, self.config.model
+        self.head = None if options.head is None else parse_component(options.head)
+        self.ranks = options.ranks or (None,)
         for rank in self.ranks:
             check_subspace(
-                asked.subspace,
+                options.subspace,
                 rank,
                 self.head,
                 d_model=shape.d_model,
                 d_head=shape.d_model // shape.heads,
                 token_sets=self.inputs.task.token_sets,
             )
-        self.batch = self.inputs.reads(asked.max_records)
+        self.batch = self.inputs.reads(options.max_records)
         self.unchanged = 0.0
 
     @no_grad
     def measure(self, point: Checkpointed) -> Iterator[Row]:
         """The rows of one checkpoint, rank by rank, read by read."""
-        asked, batch = self.options, self.batch
-        logits, stages = read_stages(point.model, batch.tokens, asked.stage)
-        states = stages[asked.stage]
+        options, batch = self.options, self.batch
+        logits, stages = read_stages(point.model, batch.tokens, options.stage)
+        states = stages[options.stage]
         clean = self._answers(logits[batch.row, batch.at])
-        run_on = partial(intervene, point.model, asked.stage, states, batch, asked.position_role)
+        run_on = partial(
+            intervene, point.model, options.stage, states, batch, options.position_role
+        )
         # batches of other shapes give other last bits
         again = self._answers(run_on(lambda x: x, "batch_union"))
         self.unchanged = max(self.unchanged, float((again.margin - clean.margin).abs().max()))
-        operation = {"remove": remove, "keep": keep}[asked.operation]
+        operation = {"remove": remove, "keep": keep}[options.operation]
         for rank in self.ranks:
             basis = subspace_basis(
                 point.model,
-                asked.subspace,
+                options.subspace,
                 rank,
                 head=self.head,
                 token_sets=self.inputs.task.token_sets,
             )
-            after = self._answers(run_on(partial(operation, basis=basis), asked.query_mode))
+            after = self._answers(run_on(partial(operation, basis=basis), options.query_mode))
             columns = {
                 **self._names(),
-                "positions": batch.role(asked.position_role).sum(1).tolist(),
-                "subspace_share": _share(states, batch, asked.position_role, basis).tolist(),
+                "positions": batch.role(options.position_role).sum(1).tolist(),
+                "subspace_share": _share(states, batch, options.position_role, basis).tolist(),
                 **self._columns("baseline", clean),
                 **self._columns("intervened", after),
             }
@@ -345,8 +347,8 @@ def intervene(
 def _rows(batch: Examples, role: str, mode: QueryMode) -> _Rows:
     mask = batch.role(role)
     if mode == "single_query":
-        own = torch.arange(len(batch), device=mask.device)
-        return _Rows(batch.row, mask, batch.at + 1, own)
+        each = torch.arange(len(batch), device=mask.device)
+        return _Rows(batch.row, mask, batch.at + 1, each)
     records = torch.arange(len(batch.tokens), device=mask.device)
     changed = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=mask.device)
     changed.index_add_(0, batch.row, mask.long())
@@ -389,8 +391,8 @@ def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     means["answer_accuracy_drop"] = (
         means["baseline_answer_accuracy"] - means["intervened_answer_accuracy"]
     )
-    found = means.reset_index().to_dict("records")
+    records = means.reset_index().to_dict("records")
     return [
         {str(name): value for name, value in row.items()} | {"rank": int(row["rank"]) or None}
-        for row in found
+        for row in records
     ]

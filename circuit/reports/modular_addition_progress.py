@@ -135,7 +135,7 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
             EXCLUDED: float(parts.excluded_losses(self.of_split[TRAIN]).mean()),
             KEY_POWER: sum((shares[W_E] or [])[k - 1] for k in self.key),
             SQUARED: float(sum(one.double().square().sum() for one in point.model.parameters())),
-            **{f"spread_{name}": of and len(fewest(of)) for name, of in shares.items()},
+            **{f"spread_{name}": share and len(fewest(share)) for name, share in shares.items()},
             **{f"logits_{name}": power / (whole or 1.0) for name, power in powers.items()},
             "weights_sha256": point.digest,
         }
@@ -165,7 +165,7 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
         for name, matrix in number_matrices(point.model, self.sums.modulus).items():
             norm = float(matrix.square().sum())
             self._gap("matrices", float(power_by_frequency(matrix).sum()), norm, norm)
-            shares[name] = of = power_shares(matrix).tolist()
+            shares[name] = of_matrix = power_shares(matrix).tolist()
             self.frequencies += [
                 {
                     "step": point.step,
@@ -174,19 +174,19 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
                     "share": share,
                     "is_key": k in self.key,
                 }
-                for k, share in enumerate(of, 1)
+                for k, share in enumerate(of_matrix, 1)
             ]
         return shares
 
     def conclude(self, rows: list[Row]) -> Findings:
-        given = bool(self.options.key_frequencies)
+        from_options = bool(self.options.key_frequencies)
         last = rows[-1]["step"]
         chosen = f"the fewest that hold {HELD:.0%} of W_E's non-constant power at step {last}"
         summary = {
             "modulus": self.sums.modulus,
             "steps": [row["step"] for row in rows],
             "key_frequencies": list(self.key),
-            "key_frequencies_are": "those asked for" if given else chosen,
+            "key_frequencies_are": "those asked for" if from_options else chosen,
             "learned_at": {split: learned_at(rows, split) for split in (TRAIN, TEST)},
             "last": {key: value for key, value in rows[-1].items() if key != "weights_sha256"},
         }
@@ -200,8 +200,8 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
         return Findings(rows, summary, law, {FREQUENCY_ROWS: self.frequencies})
 
     def provenance(self) -> dict[str, Any]:
-        own = self.config.provenance(self.setup.benchmark.digest)
-        return {**own, "parameters_sha256": self.digests}
+        provenance = self.config.provenance(self.setup.benchmark.digest)
+        return {**provenance, "parameters_sha256": self.digests}
 
     # --- what is shown ---
 
@@ -241,13 +241,13 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
         }
         last = results.summary["steps"][-1]
         end = [row for row in results.rows(FREQUENCY_ROWS) if row["step"] == last]
-        of = {(row["matrix"], row["frequency"]): row["share"] for row in end}
+        share_of = {(row["matrix"], row["frequency"]): row["share"] for row in end}
         ranked = sorted((row for row in end if row["matrix"] == W_E), key=lambda r: -r["share"])
         frequencies = [
             {
                 "frequency": row["frequency"],
                 "key": "key" if row["is_key"] else "",
-                **{name: of.get((name, row["frequency"])) for name in MATRICES},
+                **{name: share_of.get((name, row["frequency"])) for name in MATRICES},
             }
             for row in ranked[:16]
         ]
@@ -275,26 +275,26 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
                 chart(
                     f"frequencies_{name}",
                     f"{words}: share of each frequency in the non-constant power",
-                    {f"frequencies_{name}": of},
-                    *heat(f"frequencies_{name}", "share", tuple(of[0]), of, of="frequency"),
+                    {f"frequencies_{name}": course},
+                    *heat(f"frequencies_{name}", "share", tuple(course[0]), course, of="frequency"),
                     height=12 * (results.summary["modulus"] // 2),
                 )
                 for name, words in MATRICES.items()
-                if (of := [row for row in powers if row["matrix"] == name])
+                if (course := [row for row in powers if row["matrix"] == name])
             ),
         ]
 
 
-def _course(name: str, title: str, rows: Sequence[Row], of: dict[str, str]) -> Chart:
+def _course(name: str, title: str, rows: Sequence[Row], columns: dict[str, str]) -> Chart:
     """Columns over steps, a line each; losses on a logarithmic axis, where 0 has no place."""
     log, value = name == "losses", "nats" if name == "losses" else "value"
     points = [
         {"step": row["step"], "of": words, value: row[column]}
         for row in rows
-        for column, words in of.items()
+        for column, words in columns.items()
         if row[column] > 0 or not log
     ]
-    words = list(of.values())
+    words = list(columns.values())
     line = lines(
         name,
         value,

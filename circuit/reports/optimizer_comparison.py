@@ -76,21 +76,21 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
 
     @classmethod
     def notes(cls, results: Results[OptimizerComparisonOptions]) -> list[str]:
-        said = []
-        for group, of in results.summary["groups"].items():
-            best = of["best_answer_accuracy"]
+        bullets = []
+        for group, totals in results.summary["groups"].items():
+            best = totals["best_answer_accuracy"]
             line = (
-                f"- **{markdown_text(group)}**: {of['learned']} of {of['runs']} runs reach"
+                f"- **{markdown_text(group)}**: {totals['learned']} of {totals['runs']} runs reach"
                 f" {100 * results.summary['learned_from']:.0f} % answer accuracy on {SPLIT}"
             )
             line += (
                 ""
                 if best is None
-                else f"; the best ends at {best:.1%} ({markdown_text(of['best_run'])})"
+                else f"; the best ends at {best:.1%} ({markdown_text(totals['best_run'])})"
             )
-            line += f"; {of['diverged']} diverged" if of["diverged"] else ""
-            said.append(f"{line}.".replace("%", " %").replace("  %", " %"))
-        return ["\n".join(said)]
+            line += f"; {totals['diverged']} diverged" if totals["diverged"] else ""
+            bullets.append(f"{line}.".replace("%", " %").replace("  %", " %"))
+        return ["\n".join(bullets)]
 
     @classmethod
     def tables(cls, results: Results[OptimizerComparisonOptions]) -> list[Table]:
@@ -115,7 +115,7 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
             "answer_logit_write_last": ("last", ".3g"),
             "write_head": "head",
         }
-        groups = [{"group": name, **of} for name, of in results.summary["groups"].items()]
+        groups = [{"group": name, **totals} for name, totals in results.summary["groups"].items()]
         runs = [
             {**row, "accuracy": "diverged" if row["diverged"] else row["answer_accuracy"]}
             for row in results.summary["runs"].values()
@@ -139,8 +139,8 @@ class OptimizerComparison(Report[OptimizerComparisonOptions]):
         style = alt.StrokeDash("run:N").scale(domain=list(group_of), range=dashes).legend(strokes)
         courses: dict[str, list[dict[str, Any]]] = {}
         for row in results.rows(COURSES):
-            kept = {name: row[name] for name in ("run", "quantity", "step", "value")}
-            courses.setdefault(row["quantity"], []).append(kept | {"group": group_of[row["run"]]})
+            record = {name: row[name] for name in ("run", "quantity", "step", "value")}
+            courses.setdefault(row["quantity"], []).append(record | {"group": group_of[row["run"]]})
         shade = colour("group", list(places))
         shown = ("run", "group", "step", "value")
         return [
@@ -188,8 +188,8 @@ class ComparedRun:
         if outcome.is_file():
             diverged = read_document(outcome).get("diverged", False)
             if not isinstance(diverged, str | None):
-                said = "is damaged: 'diverged' is neither a text nor null"
-                raise CircuitError(said, where=outcome, fix=_TRAIN_ANEW)
+                problem = "is damaged: 'diverged' is neither a text nor null"
+                raise CircuitError(problem, where=outcome, fix=_TRAIN_ANEW)
         if diverged is None and not (folder / SUMMARY).is_file():
             raise CircuitError(f"holds no {SUMMARY}", where=folder, fix="finish the run first")
         config = load_run_config(folder / RUN_CONFIG)
@@ -287,12 +287,12 @@ class ComparedRun:
 
     def course_rows(self) -> list[dict[str, Any]]:
         """Everything over steps: one row a step and quantity."""
-        named = {"answer_accuracy": self.accuracy()}
+        courses = {"answer_accuracy": self.accuracy()}
         for column in _AUDITED:
-            named[column] = self.largest(column) if self.audit else []
+            courses[column] = self.largest(column) if self.audit else []
         return [
             {"run": self.name, "quantity": name, "step": step, "value": value}
-            for name, course in named.items()
+            for name, course in courses.items()
             for step, value in course
         ]
 
@@ -306,17 +306,17 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The best run of each kind of optimizer, how many learned, and every run by name."""
     groups = {}
     for group in dict.fromkeys(row["group"] for row in rows):
-        own = [row for row in rows if row["group"] == group]
-        accuracy = _most(own, "answer_accuracy")
-        best = next((row["run"] for row in own if row["answer_accuracy"] == accuracy), None)
+        of_group = [row for row in rows if row["group"] == group]
+        accuracy = _most(of_group, "answer_accuracy")
+        best = next((row["run"] for row in of_group if row["answer_accuracy"] == accuracy), None)
         groups[group] = {
-            "runs": len(own),
-            "learned": sum(row["learned_at_step"] is not None for row in own),
-            "diverged": sum(row["diverged"] is not None for row in own),
+            "runs": len(of_group),
+            "learned": sum(row["learned_at_step"] is not None for row in of_group),
+            "diverged": sum(row["diverged"] is not None for row in of_group),
             "best_run": None if accuracy is None else best,
             "best_answer_accuracy": accuracy,
-            "largest_qk_separation": _most(own, "qk_separation_last"),
-            "largest_answer_logit_write": _most(own, "answer_logit_write_last"),
+            "largest_qk_separation": _most(of_group, "qk_separation_last"),
+            "largest_answer_logit_write": _most(of_group, "answer_logit_write_last"),
         }
     return {
         "learned_from": LEARNED,

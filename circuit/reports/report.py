@@ -191,8 +191,8 @@ class Report(Generic[O]):
     def usual(cls, place: Place) -> O:
         """The options with which the page asks for the report."""
         names = cls.Options.declared()
-        given = {name: path for name, path in place.given.items() if name in names}
-        return cast("O", cls.Options(**given))
+        paths = {name: path for name, path in place.given.items() if name in names}
+        return cast("O", cls.Options(**paths))
 
     # --- the run of a report, in this order ---
 

@@ -117,8 +117,8 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
     def measure(self, point: TrainState) -> list[Row]:
         tensors = hooked_tensors(point.parameters, self.config.model)
         every = weight_spectra(tensors, self.config.model)
-        self.gaps.append(max(reconstruction_gap(found, tensors) for found in every))
-        top = [found.top(self.options.top_vector_ranks) for found in every]
+        self.gaps.append(max(reconstruction_gap(spectra, tensors) for spectra in every))
+        top = [spectra.top(self.options.top_vector_ranks) for spectra in every]
         self.spectra.append(Point(point.step, top))
         return []  # cosines are to the last one
 
@@ -139,8 +139,8 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
         )
 
     def provenance(self) -> dict[str, Any]:
-        own = self.config.provenance(self.setup.benchmark_digest)
-        return {**own, "parameters_sha256": self.digests}
+        provenance = self.config.provenance(self.setup.benchmark_digest)
+        return {**provenance, "parameters_sha256": self.digests}
 
     @classmethod
     def size(cls, results: Results[SvdOptions]) -> tuple[float, ...]:
@@ -178,14 +178,14 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
         drawn = []
         for matrix in HEAD_MATRICES:
             winner = growth[matrix][0]["component"]
-            own = [row for row in rows if row["matrix"] == matrix]
-            heads = list(dict.fromkeys(row["component"] for row in own))
+            of_matrix = [row for row in rows if row["matrix"] == matrix]
+            heads = list(dict.fromkeys(row["component"] for row in of_matrix))
             shade = colour("component", [winner, *(h for h in heads if h != winner)], first=True)
             drawn += [
                 chart(
                     f"weight_svd_{matrix}_{column}",
                     f"{matrix}: {words} ({winner} grew most)",
-                    {f"weights_{matrix}": own},
+                    {f"weights_{matrix}": of_matrix},
                     lines(f"weights_{matrix}", column, words, shade, _SHOWN),
                     at_step(),
                 )
@@ -290,35 +290,37 @@ def weight_spectra(tensors: Mapping[str, Tensor], shape: ModelConfig) -> list[Sp
         "W_QK": (of_heads("W_Q"), of_heads("W_K").mT),
         "W_OV": (of_heads("W_V"), of_heads("W_O")),
     }
-    found = []
+    spectra = []
     for matrix, (left, right) in products.items():
         u, s, v = svd_of_product(left, right)
-        found.append(_signed(matrix, heads, u, s, v))
+        spectra.append(_signed(matrix, heads, u, s, v))
     for matrix in () if shape.attention_only else MLP_MATRICES:
         u, s, vh = torch.linalg.svd(weights(f"mlp.{matrix}").double(), full_matrices=False)
-        found.append(_signed(matrix, mlps, u, s, vh.mT))
-    return found
+        spectra.append(_signed(matrix, mlps, u, s, vh.mT))
+    return spectra
 
 
-def reconstruction_gap(found: Spectra, tensors: Mapping[str, Tensor]) -> float:
+def reconstruction_gap(spectra: Spectra, tensors: Mapping[str, Tensor]) -> float:
     """Largest |U S V^T - matrix| and | |σ| - |matrix| | of the components, over |matrix|.
 
     The matrix is multiplied out here, where the SVD is taken of its factors; 0 for zeros.
     """
-    matrices = torch.stack([_matrix(found.matrix, tensors, one) for one in found.components])
+    matrices = torch.stack([_matrix(spectra.matrix, tensors, one) for one in spectra.components])
     norm = torch.linalg.matrix_norm(matrices)
-    rebuilt = (found.left * found.values[:, None]) @ found.right.mT
+    rebuilt = (spectra.left * spectra.values[:, None]) @ spectra.right.mT
     off = torch.linalg.matrix_norm(rebuilt - matrices).maximum(
-        (found.values.norm(dim=1) - norm).abs()
+        (spectra.values.norm(dim=1) - norm).abs()
     )
     return float((off / norm).nan_to_num(0.0).max())
 
 
-def _matrix(name: str, tensors: Mapping[str, Tensor], of: Component) -> Tensor:
+def _matrix(name: str, tensors: Mapping[str, Tensor], component: Component) -> Tensor:
     """A component's matrix in float64."""
-    if of.head is None:
-        return tensors[f"blocks.{of.layer}.mlp.{name}"].double()
-    q, k, v, o = (tensors[f"blocks.{of.layer}.attn.W_{x}"][of.head].double() for x in "QKVO")
+    if component.head is None:
+        return tensors[f"blocks.{component.layer}.mlp.{name}"].double()
+    q, k, v, o = (
+        tensors[f"blocks.{component.layer}.attn.W_{x}"][component.head].double() for x in "QKVO"
+    )
     return q @ k.mT if name == "W_QK" else v @ o
 
 
@@ -380,12 +382,12 @@ def _growth(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     courses: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         courses.setdefault((row["matrix"], row["component"]), []).append(row)
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_matrix: dict[str, list[dict[str, Any]]] = {}
     for (matrix, component), course in courses.items():
         top = [row["top_singular_value"] for row in course]
         growth = top[-1] - top[0]
         half = (row["step"] for row in course if row["top_singular_value"] >= top[0] + growth / 2)
-        found.setdefault(matrix, []).append(
+        by_matrix.setdefault(matrix, []).append(
             {
                 "component": component,
                 "first": top[0],
@@ -398,5 +400,5 @@ def _growth(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         )
     return {
         matrix: sorted(courses, key=lambda course: -course["growth"])
-        for matrix, courses in found.items()
+        for matrix, courses in by_matrix.items()
     }

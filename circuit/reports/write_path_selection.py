@@ -80,15 +80,15 @@ class WritePathSelection(Report[WritePathOptions]):
     question = "Which head's write, through which MLP, does the answer read most?"
 
     def prepare(self) -> None:
-        asked = self.options
+        options = self.options
         self.inputs = open_inputs(
             self.config,
-            asked.probe_set,
-            splits=asked.splits or None,
-            checkpoints=[asked.checkpoint],
+            options.probe_set,
+            splits=options.splits or None,
+            checkpoints=[options.checkpoint],
         )
-        asked.check_task(self.inputs.task)
-        self.pairs = self.inputs.pairs(asked)
+        options.check_task(self.inputs.task)
+        self.pairs = self.inputs.pairs(options)
 
     def points(self) -> Iterator[Checkpointed]:
         for point in self.inputs.models([self.options.checkpoint]):
@@ -190,9 +190,9 @@ def final_writes(
         competitor = read_answers(at, batch.answer, values).competitor
         heads = all_heads(model)
         ablated = dict(_without(model, reads.tokens, heads))
-    found = {}
+    writes = {}
     for path in write_paths(model):
-        found[str(path)] = torch.zeros(len(reads.row), dtype=torch.float64)
+        writes[str(path)] = torch.zeros(len(reads.row), dtype=torch.float64)
     for layer in range(model.cfg.n_layers):
         stage = f"layer_{layer}_post_mlp"
         before = [head for head in heads if head.layer <= layer]
@@ -202,8 +202,8 @@ def final_writes(
         for index, head in enumerate(before):
             products = reads.gather_own(gradient[index]) * reads.gather_own(delta[index])
             path = WritePath(head, parse_component(f"L{layer}MLP", model))
-            found[str(path)] = products.sum((1, 2)).double().cpu()
-    return found
+            writes[str(path)] = products.sum((1, 2)).double().cpu()
+    return writes
 
 
 def _stages(model: HookedTransformer, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -254,14 +254,14 @@ def _readouts(
     heads, count = len(held), len(reads.row)
     rows = held[:, reads.row].flatten(0, 1)
     row = torch.arange(count, device=rows.device).repeat(heads)
-    found = []
+    gradients = []
     for some, which in zip(torch.split(rows, _ROWS), torch.split(row, _ROWS), strict=True):
         leaf = some.detach().requires_grad_()
         logits = run_from(model, stage, leaf)
         at = logits[torch.arange(len(leaf), device=leaf.device), reads.prediction[which]]
         margin = _fixed_margin(at, answer=batch.answer[which], competitor=competitor[which])
-        found.append(torch.autograd.grad(margin.sum(), leaf)[0])
-    return torch.cat(found).reshape(heads, count, *held.shape[2:])
+        gradients.append(torch.autograd.grad(margin.sum(), leaf)[0])
+    return torch.cat(gradients).reshape(heads, count, *held.shape[2:])
 
 
 def write_alone(

@@ -36,8 +36,8 @@ class _Said(dict[str, Any]):
     where: Path
 
     def __missing__(self, key: str) -> Any:
-        said = f"says nothing of {key!r}"
-        raise LacksFieldError(said, where=self.where, fix="make it again with this version")
+        problem = f"says nothing of {key!r}"
+        raise LacksFieldError(problem, where=self.where, fix="make it again with this version")
 
     @classmethod
     def all(cls, value: Any, where: Path) -> Any:
@@ -46,9 +46,9 @@ class _Said(dict[str, Any]):
             return [cls.all(item, where) for item in value]
         if not isinstance(value, dict):
             return value
-        said = cls({key: cls.all(item, where) for key, item in value.items()})
-        said.where = where
-        return said
+        checked = cls({key: cls.all(item, where) for key, item in value.items()})
+        checked.where = where
+        return checked
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,20 @@ class Written:
     @property
     def summary(self) -> Mapping[str, Any]:
         """Its main numbers."""
-        found: Mapping[str, Any] = self.payload["summary"]
-        return found
+        summary: Mapping[str, Any] = self.payload["summary"]
+        return summary
 
     @property
     def parameters(self) -> Mapping[str, Any]:
         """With which it was called."""
-        found: Mapping[str, Any] = self.payload["parameters"]
-        return found
+        parameters: Mapping[str, Any] = self.payload["parameters"]
+        return parameters
 
     @property
     def provenance(self) -> Mapping[str, Any]:
         """What it was made from, where and when."""
-        found: Mapping[str, Any] = self.payload["provenance"]
-        return found
+        provenance: Mapping[str, Any] = self.payload["provenance"]
+        return provenance
 
     @property
     def written(self) -> float:
@@ -162,13 +162,13 @@ class Written:
         assert kind is not None
         words = ["circuit", *(kind.names or (kind.command,))[0].split()]
         if kind.reads_run:
-            said = self.overrides if self.overrides != config.origin().get("overrides") else None
-            words += ["--config", said["config"] if said else f"{config.output_dir}/{RUN_CONFIG}"]
-            words += [word for text in said["set"] for word in ("--set", text)] if said else []
+            typed = self.overrides if self.overrides != config.origin().get("overrides") else None
+            words += ["--config", typed["config"] if typed else f"{config.output_dir}/{RUN_CONFIG}"]
+            words += [word for text in typed["set"] for word in ("--set", text)] if typed else []
             words += config.recipe_words
             environment = self.provenance["environment"]
             for name in ("device", "threads"):
-                set_so = any(text.startswith(f"{name}=") for text in (said or {"set": ()})["set"])
+                set_so = any(text.startswith(f"{name}=") for text in (typed or {"set": ()})["set"])
                 if environment[name] != getattr(config, name) and not set_so:
                     words += [f"--{name}", str(environment[name])]
         return shell_line([*words, *options.words(), "--output-dir", folder, "--overwrite"])
@@ -232,8 +232,8 @@ def report_of(rows: Path, command: str) -> Written:
         raise CircuitError("no such file", where=rows)
     report = read_report(rows.with_name(rows.name.removesuffix(ROWS) + SUFFIX))
     if report.command != command:
-        said = f"holds rows of {report.command}"
-        raise CircuitError(said, where=rows, expected=f"rows of {command}")
+        problem = f"holds rows of {report.command}"
+        raise CircuitError(problem, where=rows, expected=f"rows of {command}")
     report.refuse_another_runs()
     return report
 
@@ -247,5 +247,5 @@ def read_document(path: str | Path) -> dict[str, Any]:
     payload = read_json(path, fix=ANEW)
     if not isinstance(payload, dict):
         raise CircuitError("is damaged (no object)", where=path, fix=ANEW)
-    said = _Said.all(unsealed(payload, where=path, fix=ANEW), Path(path))
-    return cast("dict[str, Any]", said)
+    checked = _Said.all(unsealed(payload, where=path, fix=ANEW), Path(path))
+    return cast("dict[str, Any]", checked)
