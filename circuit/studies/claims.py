@@ -220,8 +220,8 @@ class _Judge:
             if name in claim.compared and not (number or undefined):
                 raise TypeError(f"{value!r} is no number")
         except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            said = f"has no {name.replace('_', ' ')} ({error!r})"
-            raise CircuitError(said, where=path, fix="make it again") from None
+            problem = f"has no {name.replace('_', ' ')} ({error!r})"
+            raise CircuitError(problem, where=path, fix="make it again") from None
         return value
 
     def path(self, report: str) -> Path:
@@ -235,12 +235,12 @@ class _Judge:
 def _content(path: Path) -> Mapping[str, Any]:
     """The summary of a report, and of another file all; evaluations of a run from its rows."""
     if not path.name.endswith(SUFFIX):
-        found = read_document(path)
+        document = read_document(path)
         if path.name == SUMMARY:  # version 0.1.0 gave a digest only to the rows of its step
-            rows, ended = read_jsonl(path.with_name(METRICS)), ("evaluation", found.get("steps"))
+            rows, ended = read_jsonl(path.with_name(METRICS)), ("evaluation", document.get("steps"))
             last = [row for row in rows if (row["kind"], row["step"]) == ended]
-            found["evaluations"] = {row["split"]: row for row in last}
-        return found
+            document["evaluations"] = {row["split"]: row for row in last}
+        return document
     report = read_report(path)
     report.refuse_another_runs()
     return report.summary
@@ -259,8 +259,8 @@ def _max(rows: Sequence[Any], key: str) -> Any:
     return max(rows, key=lambda row: float("-inf") if row[key] is None else row[key])
 
 
-def _greater(of: Mapping[str, Any], *keys: str) -> Any:
-    values = [of[key] for key in keys]
+def _greater(record: Mapping[str, Any], *keys: str) -> Any:
+    values = [record[key] for key in keys]
     return None if None in values else max(values)
 
 
@@ -288,10 +288,10 @@ def claims_page(claims: list[Claim], title: str) -> list[str]:
         {**c.to_json(), "holds": words[c.holds], "numbers": numbers_of(c) or c.note} for c in claims
     ]
     headings = {"target": "part", "statement": "claim", "holds": "holds", "numbers": "numbers"}
-    said = (
+    counted = (
         f"{counts[True]} claims hold, {counts[False]} do not, {counts[None]} could not be judged."
     )
-    return [f"# {title}", "", said, "", *Table("", headings, rows).markdown()]
+    return [f"# {title}", "", counted, "", *Table("", headings, rows).markdown()]
 
 
 def numbers_of(claim: Claim) -> str:

@@ -61,8 +61,8 @@ def evaluate_job(target: str, run: str, which: str, split: str = "", config: str
     argv += ("--checkpoint", f"{run}/checkpoints/{which}.pt")
     argv += ("--split", split) if split else ()
     name = "_".join(run.split("/")[2:])
-    made = (f"{run}/evaluation/{which}.json",)
-    return Job(target, "evaluate", name, argv, (f"{run}/summary.json",), made)
+    outputs = (f"{run}/evaluation/{which}.json",)
+    return Job(target, "evaluate", name, argv, (f"{run}/summary.json",), outputs)
 
 
 def trace_job(target: str, run: str, trace: str, end: int, scale: Scale) -> Job:
@@ -74,10 +74,10 @@ def trace_job(target: str, run: str, trace: str, end: int, scale: Scale) -> Job:
         *("--progress-every", str(max(1, 100 * scale.unit // 250)), "--top-k-parameters", TOP),
         "--require-historical-replay",
     )
-    made = (report_file(trace, "optimizer-update-trace"),)
+    outputs = (report_file(trace, "optimizer-update-trace"),)
     inputs = (f"{run}/summary.json",)
     kind = "optimizer_update_trace"
-    return Job(target, kind, run.split("/")[2], argv, inputs, made, units=end)
+    return Job(target, kind, run.split("/")[2], argv, inputs, outputs, units=end)
 
 
 def progress_options(scale: Scale, folder: str) -> ProgressOptions:
@@ -129,10 +129,10 @@ def sharded(
         for start, end in pairwise(edges)
     ]
     argv = ("trace", "merge", folder, *(part.folder for part in parts), "--overwrite")
-    needed = tuple(path for part in parts for path in part.outputs)
-    made = (report_file(folder, kind.command),)
+    shards = tuple(path for part in parts for path in part.outputs)
+    outputs = (report_file(folder, kind.command),)
     steps = edges[-1] - edges[0]
-    whole = Job(target, "trace_merge", name, argv, needed, made, units=steps, scalars=scalars)
+    whole = Job(target, "trace_merge", name, argv, shards, outputs, units=steps, scalars=scalars)
     return [*parts, whole]
 
 
@@ -140,7 +140,7 @@ def routes(scale: Scale) -> dict[str, Any]:
     """The routes of the paper's closure, from embedding to the last layer's output."""
     prediction, support = "position_role=prediction", "position_role=support_value"
     key, value = scale.key_rank(7), scale.value_rank(64)
-    found = [
+    specs = [
         f"embed_key_support_value,stage=embedding,subspace=embedding_key_identity,rank={key},{support}",
         f"embed_support_value,stage=embedding,subspace=embedding_value_identity,rank={value},{support}",
         f"L0_out_support_value,stage=layer_0_post_mlp,subspace=full_residual,{support}",
@@ -156,13 +156,13 @@ def routes(scale: Scale) -> dict[str, Any]:
         ((2, 1), "ov_output", "layer_2_post_attn", 16, prediction),
     ):
         layer, number = head
-        found.append(
+        specs.append(
             f"L{layer}H{number}_{part},stage={stage},subspace=head_{part},rank={rank},"
             f"head_layer={layer},head={number},{role}"
         )
-    found += [
+    specs += [
         f"L1_out_prediction,stage=layer_1_post_mlp,subspace=full_residual,{prediction}",
         f"L1_out_support_value,stage=layer_1_post_mlp,subspace=full_residual,{support}",
         f"L2_attn_prediction,stage=layer_2_post_attn,subspace=full_residual,{prediction}",
     ]
-    return {"routes": [f"label={route}" for route in found]}
+    return {"routes": [f"label={route}" for route in specs]}

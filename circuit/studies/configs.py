@@ -22,9 +22,9 @@ HORIZON = 6000
 
 def ablation_configs(scale: Scale) -> dict[str, str]:
     """Name and config file of every ablation run of a scale, the pilots first."""
-    found = {name: f"{_ABLATION}/pilot_seed0007/{name}.json" for name in PILOTS}
-    found |= {name: f"{_ABLATION}/sgd_lr_sweep_seed0007/{name}.json" for name in SWEEP}
-    return found if scale.ablations is None else {name: found[name] for name in scale.ablations}
+    files = {name: f"{_ABLATION}/pilot_seed0007/{name}.json" for name in PILOTS}
+    files |= {name: f"{_ABLATION}/sgd_lr_sweep_seed0007/{name}.json" for name in SWEEP}
+    return files if scale.ablations is None else {name: files[name] for name in scale.ablations}
 
 
 def contract_configs(scale: Scale) -> list[str]:

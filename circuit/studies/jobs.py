@@ -68,9 +68,9 @@ class Examples:
     @property
     def inputs(self) -> list[str]:
         """What it has to find; what it makes itself is not among it."""
-        made = set(self.outputs)
+        outputs = set(self.outputs)
         needed = dict.fromkeys(path for job in self.jobs for path in job.inputs)
-        return [path for path in needed if path not in made]
+        return [path for path in needed if path not in outputs]
 
     @property
     def outputs(self) -> list[str]:
@@ -95,13 +95,13 @@ def command_line(argvs: Sequence[Words]) -> str:
 
 def split_commands(words: Iterable[str]) -> list[list[str]]:
     """The commands between the `+` signs of a command line."""
-    found: list[list[str]] = [[]]
+    commands: list[list[str]] = [[]]
     for word in words:
         if word == "+":
-            found.append([])
+            commands.append([])
         else:
-            found[-1].append(word)
-    return found
+            commands[-1].append(word)
+    return commands
 
 
 def report_job(
@@ -128,9 +128,9 @@ def report_job(
     config = ("--config", run) if run else ()
     argv = (*command, *config, *options.words(), *more, "--output-dir", folder, "--overwrite")
     probes = (str(options.probe_set),) if hasattr(options, "probe_set") else ()
-    made = (report_file(folder, kind.command),)
+    outputs = (report_file(folder, kind.command),)
     return Job(
-        *(target, rule, name or rule, argv, (*inputs, *probes), made),
+        *(target, rule, name or rule, argv, (*inputs, *probes), outputs),
         units=units,
         scalars=scalars,
     )
@@ -138,8 +138,8 @@ def report_job(
 
 def checkpoints(folder: str, steps: Iterable[int]) -> dict[str, Any]:
     """A folder of checkpoints and those of some steps, as reports' options."""
-    named = tuple(Path(folder, f"step_{step:06}.pt") for step in steps)
-    return {"checkpoint_dir": Path(folder), "checkpoints": named}
+    files = tuple(Path(folder, f"step_{step:06}.pt") for step in steps)
+    return {"checkpoint_dir": Path(folder), "checkpoints": files}
 
 
 def report_file(folder: str, command: str) -> str:

@@ -207,7 +207,7 @@ class Reference:
         return Path(folder, f"{kind.stem()}_pair_rows.jsonl"), report_file(folder, kind.command)
 
     def _functional(self) -> Job:
-        rows, made = self._pair_rows("trajectory")
+        rows, diagnosis = self._pair_rows("trajectory")
         options = FunctionalOptions(
             **READS,
             scalar_pair_rows=rows,
@@ -218,7 +218,7 @@ class Reference:
             scalars=("fixed_source_competitor_margin", "fixed_target_competitor_margin"),
         )
         leaf = f"l0h0_to_l0mlp_support_prediction_{self.scale.name_of(1500, 2500)}"
-        return self._report(FunctionalSubspace, options, leaf, inputs=(made,), units=12)
+        return self._report(FunctionalSubspace, options, leaf, inputs=(diagnosis,), units=12)
 
     def _value_code(self) -> Job:
         options = ValueCodeOptions(
@@ -237,7 +237,7 @@ class Reference:
     def _interventions(self) -> list[Job]:
         scale = self.scale
         narrow, wide, most = scale.key_rank(KEY_RANK), scale.value_rank(16), scale.value_rank(127)
-        found = []
+        jobs = []
         for what, rank, operation, steps in (
             ("value", wide, "remove", CAUSAL_STEPS),
             ("key", narrow, "remove", CAUSAL_STEPS),
@@ -253,7 +253,7 @@ class Reference:
                 operation=cast("Operation", operation),
             )
             span = scale.name_of(steps[0], steps[-1])
-            found.append(
+            jobs.append(
                 self._report(
                     GeometrySubspaceIntervention,
                     options,
@@ -264,7 +264,7 @@ class Reference:
                     units=len(steps),
                 )
             )
-        return found
+        return jobs
 
     def _rescue(self) -> Job:
         options = RescueOptions(
@@ -289,7 +289,7 @@ class Reference:
         return self._report(MarginClosure, options, self._scalars("routes"), units=5)
 
     def _closure(self) -> Job:
-        rows, made = self._pair_rows("routes")
+        rows, diagnosis = self._pair_rows("routes")
         leaf, stem = self._scalars("routes"), MarginClosure.stem()
         folder = f"{RUN}/analysis/{stem}/{leaf}"
         options = ScalarClosureOptions(
@@ -304,5 +304,5 @@ class Reference:
             ),
             switch_buckets=("all",),
         )
-        inputs = (report_file(folder, MarginClosure.command), made)
+        inputs = (report_file(folder, MarginClosure.command), diagnosis)
         return self._report(ScalarClosure, options, leaf, inputs=inputs)

@@ -36,16 +36,16 @@ class Study:
     @cached_property
     def jobs(self) -> list[Job]:
         """All jobs that are known from the start."""
-        made = reference.Reference(self.scale)
-        known = [
+        reference_runs = reference.Reference(self.scale)
+        jobs = [
             *self._configs(),
-            *made.common(),
-            *made.jobs(),
+            *reference_runs.common(),
+            *reference_runs.jobs(),
             *ablation.ablation_jobs(self.scale),
             *(job for seed in self.seeds for job in (*seed.jobs(), *seed.selections())),
             *ablation.wide_jobs(self.scale),
         ]
-        return [self._with_recipe(job) for job in known]
+        return [self._with_recipe(job) for job in jobs]
 
     def later(self, seed: Seed) -> list[Job]:
         """Those of a seed that depend on what is selected, with `SELECTED` for the addresses."""
@@ -74,20 +74,20 @@ class Study:
             chosen += [job for seed in self.seeds for job in self.later(seed)]
             chosen.append(self.comparison)
         makers = {path: job for job in self.jobs for path in job.outputs}
-        found = dict.fromkeys(chosen)
+        needed = dict.fromkeys(chosen)
         waiting = list(chosen)
         while waiting:
             for path in waiting.pop().inputs:
                 job = makers.get(path)
-                if job is not None and job not in found:
-                    found[job] = None
+                if job is not None and job not in needed:
+                    needed[job] = None
                     waiting.append(job)
-        return list(found)
+        return list(needed)
 
     def outputs(self, target: str) -> list[str]:
         """What a target ends with, `SELECTED` standing for addresses; shards are no part of it."""
-        made = (path for job in self.everything(target) for path in job.outputs)
-        return sorted(path for path in made if not is_part(path))
+        paths = (path for job in self.everything(target) for path in job.outputs)
+        return sorted(path for path in paths if not is_part(path))
 
     @cached_property
     def batches(self) -> list[Examples]:
@@ -121,8 +121,8 @@ class Study:
         if not self.scale.is_contract or job.recipe:
             return job
         configs = [path for path in job.inputs if path.startswith("configs/")]
-        found = (f"{path} {config_digest(path)}" for path in configs if Path(path).exists())
-        return replace(job, recipe="; ".join(found))
+        digests = (f"{path} {config_digest(path)}" for path in configs if Path(path).exists())
+        return replace(job, recipe="; ".join(digests))
 
 
 def config_digest(path: str) -> str:
