@@ -56,9 +56,9 @@ class Config(FiniteDocument):
 
     def remembering(self, other: Config) -> Self:
         """A copy that tells the overrides of another config; the values stay."""
-        made = self.model_copy()
-        made._overrides = other._overrides
-        return made
+        copied = self.model_copy()
+        copied._overrides = other._overrides
+        return copied
 
     def to_json(self, *, origin: bool = False) -> str:
         """The config as it is written to disk: indented, one trailing newline.
@@ -106,11 +106,11 @@ def load_config(
     if isinstance(payload, dict):
         payload |= places or {}
     payload = apply_overrides(payload, overrides, kind)
-    made = parse_config(payload, kind, where=path, overrides=overrides)
-    made._overrides = (
+    config = parse_config(payload, kind, where=path, overrides=overrides)
+    config._overrides = (
         Overrides(config=str(path), set=list(overrides), earlier=earlier) if overrides else earlier
     )
-    return made
+    return config
 
 
 _ORIGIN = "overrides"
@@ -205,11 +205,11 @@ def _describe(item: Any) -> str:
     if item["type"] == "missing":
         return f"missing field '{field}'"
     message = item["msg"].removeprefix("Value error, ")
-    given = item.get("input")
-    if isinstance(given, dict | list):
+    value = item.get("input")
+    if isinstance(value, dict | list):
         return f"field '{field}': {message}"
-    shown = json.dumps(given)
-    return f"field '{field}': {message}, got {shown if len(shown) < 80 else shown[:77] + '...'}"
+    text = json.dumps(value)
+    return f"field '{field}': {message}, got {text if len(text) < 80 else text[:77] + '...'}"
 
 
 def first_difference(field: str, theirs: Any, ours: Any) -> str:

@@ -115,9 +115,9 @@ class Option:
             (self.above, "more than", operator.gt),
             (self.below, "less than", operator.lt),
         )
-        given = [(words, bound, holds) for bound, words, holds in bounds if bound is not None]
-        if not all(holds(value, bound) for _, bound, holds in given):
-            expected = " and ".join(f"{words} {bound:g}" for words, bound, _ in given)
+        limits = [(words, bound, holds) for bound, words, holds in bounds if bound is not None]
+        if not all(holds(value, bound) for _, bound, holds in limits):
+            expected = " and ".join(f"{words} {bound:g}" for words, bound, _ in limits)
             raise CircuitError(str(value), where=f"`{field}`", expected=expected)
         if isinstance(value, int | float) and not abs(value) < 2**63:
             raise CircuitError(str(value), where=f"`{field}`", expected="less than 2^63 in size")
@@ -178,9 +178,9 @@ class Options(BaseModel):
 
     if not TYPE_CHECKING:  # the checker knows the fields' types from the declarations
 
-        def __init__(self, **given: Any) -> None:
+        def __init__(self, **values: Any) -> None:
             try:
-                super().__init__(**given)
+                super().__init__(**values)
             except ValidationError as error:
                 raise _refusal(error) from None
 
@@ -255,40 +255,40 @@ class Options(BaseModel):
         """
         if schema >= 2:
             return cls(**parameters)
-        given = dict(parameters)
-        pairs = given.pop("pairs", None)
+        flat = dict(parameters)
+        pairs = flat.pop("pairs", None)
         if isinstance(pairs, dict):
-            given["pair_types"] = pairs.get("types")
-            given |= {
+            flat["pair_types"] = pairs.get("types")
+            flat |= {
                 f"{end}_pairs_per_type": pairs.get(f"{end}_per_type") for end in ("max", "min")
             }
         names = {name: option.earlier or name for name, option in cls.declared().items()}
-        known = {name: given.get(name, given.get(earlier)) for name, earlier in names.items()}
-        return cls(**{name: value for name, value in known.items() if value is not None})
+        values = {name: flat.get(name, flat.get(earlier)) for name, earlier in names.items()}
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
     def words(self) -> list[str]:
         """The command line's words for every field that is not at its default."""
-        found: list[str] = []
+        words: list[str] = []
         for field, option in self.declared().items():
             value, flag = getattr(self, field), self.flags()[field]
             if value == type(self).model_fields[field].default:
                 continue
             if value is True:
-                found.append(flag)
+                words.append(flag)
                 continue
             for one in _each(value):
                 text = option.text(one)  # a value that looks like an option needs its `=`
-                found += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-        return found
+                words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+        return words
 
 
 @cache
 def _declared(kind: type[Options]) -> dict[str, Option]:
-    found = {}
+    declared = {}
     for name, info in kind.model_fields.items():
         (option,) = (one for one in info.metadata if isinstance(one, Option))
-        found[name] = replace(option, choices=option.choices or _literals(info.annotation))
-    return found
+        declared[name] = replace(option, choices=option.choices or _literals(info.annotation))
+    return declared
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def apply_overrides(payload: Any, texts: Sequence[str], kind: Kind) -> Any:
     """
     if not isinstance(payload, dict):
         return payload  # no config: validation says so
-    made = copy.deepcopy(payload)
+    changed = copy.deepcopy(payload)
     seen: dict[Path, str] = {}
     for text in texts:
         path, value = parse_override(text)
@@ -64,8 +64,8 @@ def apply_overrides(payload: Any, texts: Sequence[str], kind: Kind) -> Any:
                 fix="set each field once",
             )
         seen[path] = text
-        _replace(made, path, value, kind, text)
-    return made
+        _replace(changed, path, value, kind, text)
+    return changed
 
 
 def parse_override(text: str) -> tuple[Path, Any]:
@@ -99,8 +99,8 @@ def causes(field: Path, texts: Sequence[str]) -> list[str]:
 
     A complaint about the whole file (an empty `field`) may be due to any of them.
     """
-    of = [text for text in texts if not field or parse_override(text)[0][0] == field[0]]
-    return [_option(text) for text in of]
+    matching = [text for text in texts if not field or parse_override(text)[0][0] == field[0]]
+    return [_option(text) for text in matching]
 
 
 def advice(problems: Sequence[Any]) -> str | None:
@@ -109,10 +109,10 @@ def advice(problems: Sequence[Any]) -> str | None:
     Args:
         problems: pydantic's, of which the type counts.
     """
-    found = {problem["type"] for problem in problems}
-    if "string_type" in found:
+    problem_types = {problem["type"] for problem in problems}
+    if "string_type" in problem_types:
         return """write text that is also JSON in quotes: --set 'name="7"'"""
-    if "extra_forbidden" in found:
+    if "extra_forbidden" in problem_types:
         return "an object of another kind is set as a whole: --set 'optimizer={\"name\": ...}'"
     return None
 
@@ -151,17 +151,17 @@ def field_values(kind: Kind, payload: Any, name: str) -> list[str]:
 
 def _accepted(kind: Kind, payload: Any, name: str, texts: Sequence[str]) -> list[str]:
     """Those with which the file has no problem that it has not without them."""
-    found = []
+    accepted = []
     try:
         before = _problems(kind, payload)
         for text in texts:
             with suppress(CircuitError):
-                made = apply_overrides(payload, [f"{name}={text}"], kind)
-                if _problems(kind, made) <= before:
-                    found.append(text)
+                changed = apply_overrides(payload, [f"{name}={text}"], kind)
+                if _problems(kind, changed) <= before:
+                    accepted.append(text)
     except RecursionError:  # JSON that can be read may be nested too deeply to be copied
         return []
-    return found
+    return accepted
 
 
 def _problems(kind: Kind, payload: Any) -> set[tuple[Any, str]]:
@@ -219,9 +219,9 @@ def _refuse_unknown(
     if near:
         guesses = [".".join((*outer, near[0], *rest))]
     else:  # the right name in the wrong place?
-        known = {leaf: leaf.rpartition(".")[2] for leaf in field_names(kind, payload)}
-        last = get_close_matches(path[-1], dict.fromkeys(known.values()), n=1)
-        guesses = [leaf for leaf, ending in known.items() if [ending] == last]
+        endings = {leaf: leaf.rpartition(".")[2] for leaf in field_names(kind, payload)}
+        last = get_close_matches(path[-1], dict.fromkeys(endings.values()), n=1)
+        guesses = [leaf for leaf, ending in endings.items() if [ending] == last]
     raise CircuitError(
         f"unknown field '{'.'.join((*outer, name))}'",
         where=_option(text),
@@ -254,11 +254,11 @@ def _children(annotation: Any, payload: Any, *, every: bool = False) -> dict[str
         return dict.fromkeys(names, _value_type(annotation))
     models = _models(annotation)
     fitting = [model for model in models if every or _fits(model, payload)] or models
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for model in fitting:
         for name, field in model.model_fields.items():
-            found[name] = found[name] | field.annotation if name in found else field.annotation
-    return found
+            fields[name] = fields[name] | field.annotation if name in fields else field.annotation
+    return fields
 
 
 def _fits(model: Kind, payload: Any) -> bool:
@@ -286,8 +286,8 @@ def _models(annotation: Any) -> list[Kind]:
 
 def _value_type(annotation: Any) -> Any:
     """`T` of `dict[str, T]`, else None."""
-    found = [get_args(one)[1] for one in _alternatives(annotation) if get_origin(one) is dict]
-    return found[0] if found else None
+    value_types = [get_args(one)[1] for one in _alternatives(annotation) if get_origin(one) is dict]
+    return value_types[0] if value_types else None
 
 
 def _literals(annotation: Any) -> list[Any]:

@@ -217,17 +217,17 @@ def _attribute(
     probe_set = analysis / "probe_set.jsonl"
     write_probe_set(config.benchmark_dir, probe_set, [tour.split], tour.probes, overwrite=True)
     formed = tour.find(config, probe_set)
-    asked: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "probe_set": probe_set,
         "optimizer_trace_dir": trace.record.store.root,
         "start_step": formed.start,
         "end_step": formed.end,
         **formed.options,
     }
-    options = formed.kind.Options(**asked)
+    options = formed.kind.Options(**fields)
     folder = analysis / formed.kind.stem()
-    made = run_report(formed.kind, config, options, folder, overwrite=True, progress=progress)
-    return formed, made
+    report = run_report(formed.kind, config, options, folder, overwrite=True, progress=progress)
+    return formed, report
 
 
 # --- what forms, by task ----------------------------------------------------------------------
@@ -235,18 +235,18 @@ def _attribute(
 
 def _match(config: TrainConfig, probe_set: Path) -> Formed:
     """Lookup: the head whose QK match grew most."""
-    asked = SeparationOptions(
+    separation_options = SeparationOptions(
         probe_set=probe_set, checkpoint_dir=_checkpoints(config), ranks=(RANK,)
     )
-    found = _report(MatchSeparation, config, asked)
-    winner = found.summary["winner"]
+    report = _report(MatchSeparation, config, separation_options)
+    winner = report.summary["winner"]
     course = {
         row["step"]: row["separation"]
-        for row in read_jsonl(found.rows[0])
+        for row in read_jsonl(report.rows[0])
         if (row["head"], row["lag"], row["score"]) == (winner["head"], "all", f"rank{RANK}")
     }
     start, end = growth_window(course)
-    rivals = [head for head in found.summary["heads"] if head["score"] == winner["score"]]
+    rivals = [head for head in report.summary["heads"] if head["score"] == winner["score"]]
     highest = max(rivals, key=lambda head: head["separation_at_last"])
     words = (
         f"the QK match of {winner['head']} (rank {RANK}: support above distractors) grew most, from"
@@ -258,22 +258,22 @@ def _match(config: TrainConfig, probe_set: Path) -> Formed:
         words += f" ({highest['head']} ends highest, at {highest['separation_at_last']:.2f})"
     measured = f"measured in the {RANK} directions that it has at step {end}, it"
     options = {"heads": (winner["head"],), "ranks": (RANK,), "bases": (f"step:{end}",)}
-    return Formed(winner, words, measured, start, end, QKAttribution, options, found)
+    return Formed(winner, words, measured, start, end, QKAttribution, options, report)
 
 
 def _prefix_matching(config: TrainConfig, probe_set: Path) -> Formed:
     """Induction: the head that attends most to the support at the end."""
-    asked = InductionOptions(probe_set=probe_set, checkpoint_dir=_checkpoints(config))
-    found = _report(InductionProgress, config, asked)
-    (best,) = (one for one in found.summary["measures"] if one["measure"] == PREFIX)
-    rows = [row for row in read_jsonl(found.rows[0]) if row["head"] == best["of"]]
+    induction_options = InductionOptions(probe_set=probe_set, checkpoint_dir=_checkpoints(config))
+    report = _report(InductionProgress, config, induction_options)
+    (best,) = (one for one in report.summary["measures"] if one["measure"] == PREFIX)
+    rows = [row for row in read_jsonl(report.rows[0]) if row["head"] == best["of"]]
     start, end = growth_window({row["step"]: row[PREFIX] for row in rows})
     words = (
         f"the attention of {best['of']} from a token to what followed the token's first occurrence"
         f" is the largest of any head at the end: from {best['first']:.2f} to {best['last']:.2f}"
     )
     options = {"scalars": (f"induction,measure={PREFIX},head={best['of']}",)}
-    return Formed(best, words, "it", start, end, ScalarAttribution, options, found)
+    return Formed(best, words, "it", start, end, ScalarAttribution, options, report)
 
 
 def _generalization(config: TrainConfig, probe_set: Path) -> Formed:
@@ -303,9 +303,9 @@ def _checkpoints(config: TrainConfig) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 
-def _report(kind: type[Report[Any]], config: TrainConfig, asked: Any) -> ReportResult:
+def _report(kind: type[Report[Any]], config: TrainConfig, options: Any) -> ReportResult:
     folder = Path(config.output_dir) / "analysis" / kind.stem()
-    return run_report(kind, config, asked, folder, overwrite=True)
+    return run_report(kind, config, options, folder, overwrite=True)
 
 
 def growth_window(course: Mapping[int, float]) -> tuple[int, int]:

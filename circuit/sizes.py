@@ -44,9 +44,9 @@ _CGROUP = (
 
 def memory_limit() -> int:
     """Bytes of memory that this process may take."""
-    told = _told(MEMORY)
-    if told is not None:
-        return told
+    setting = _setting(MEMORY)
+    if setting is not None:
+        return setting
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY:
@@ -61,14 +61,14 @@ def memory_limit() -> int:
 
 def disk_limit(folder: Path) -> int:
     """Bytes that can be written below a folder, which need not exist yet."""
-    told = _told(DISK)
-    if told is not None:
-        return told
-    here = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(here).free
+    setting = _setting(DISK)
+    if setting is not None:
+        return setting
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    return shutil.disk_usage(existing).free
 
 
-def _told(name: str) -> int | None:
+def _setting(name: str) -> int | None:
     text = os.environ.get(name, "")
     if not text:
         return None
@@ -109,13 +109,13 @@ def require_disk(need: Need, folder: Path, *, freed: int = 0, where: object = No
     _require(need, disk_limit(folder) + freed, f"disk below {folder}", DISK, where)
 
 
-def _require(need: Need, limit: int, of: str, variable: str, where: object) -> None:
+def _require(need: Need, limit: int, what: str, variable: str, where: object) -> None:
     total = sum(need.values())
     if total <= limit:
         return
     largest = max(need, key=lambda name: need[name])
     raise CircuitError(
-        f"would need {shown(total)} of {of}, {shown(need[largest])} of it for {largest}",
+        f"would need {shown(total)} of {what}, {shown(need[largest])} of it for {largest}",
         where=where,
         expected=f"at most {shown(limit)}, which there is",
         fix=f"lower what it names, or say in {variable} how much may be taken",

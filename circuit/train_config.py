@@ -106,11 +106,11 @@ class ModelConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        made: dict[str, Any] = dump(self)
+        payload: dict[str, Any] = dump(self)
         for name in self.unless_usual:
             if getattr(self, name) == type(self).model_fields[name].default:
-                made.pop(name, None)
-        return made
+                payload.pop(name, None)
+        return payload
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -302,9 +302,9 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
         Args:
             benchmark_digest: None of a recording without a task.
         """
-        of = {} if benchmark_digest is None else {"benchmark_digest": benchmark_digest}
+        of_benchmark = {} if benchmark_digest is None else {"benchmark_digest": benchmark_digest}
         digests = {"config_digest": self.digest(), "recipe_digest": self.recipe_digest()}
-        return {**self.origin(), **digests, **of}
+        return {**self.origin(), **digests, **of_benchmark}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -362,8 +362,8 @@ class TrainConfig(Bookkeeping, Recipe, Machine, Places):
         """
         payload = self.model_dump(mode="json")
         changed = {key: _as_written(value) for key, value in changes.items()}
-        made = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
-        return made.remembering(self)
+        config = parse_config(payload | changed, TrainConfig, where=f"config {self.name}")
+        return config.remembering(self)
 
 
 def _as_written(value: Any) -> Any:
@@ -413,9 +413,9 @@ class PartialConfig(TrainConfig):
     @model_validator(mode="after")
     def _unknown_stays_so(self) -> Self:
         lacking = {name for name, field in type(self).model_fields.items() if field.exclude}
-        given = sorted(lacking & self.model_fields_set)
-        if given:
-            raise ValueError(f"'{given[0]}' {self._no_such_field}")
+        refused = sorted(lacking & self.model_fields_set)
+        if refused:
+            raise ValueError(f"'{refused[0]}' {self._no_such_field}")
         return self
 
     _no_such_field: ClassVar[str]
@@ -471,8 +471,8 @@ class ImportedConfig(ForeignConfig):
         """What decides the weights: the files that they were read from, and their shape."""
         payload = self.model_dump(mode="json")
         files = json.dumps(payload["imported"], sort_keys=True).encode()
-        of = {"imported": hashlib.sha256(files).hexdigest()[:16]}
-        return of | {field: payload[field] for field in ("model", "kernels")}
+        imported = {"imported": hashlib.sha256(files).hexdigest()[:16]}
+        return imported | {field: payload[field] for field in ("model", "kernels")}
 
 
 class RecipeFile(Config):
@@ -528,9 +528,9 @@ class RecipeConfig(PartialConfig):
 
     def executing(self, code: str | None) -> Self:
         """A copy whose recipe may be executed, from a file that is named here and now."""
-        named = self.model_copy()
-        named._code = code
-        return named
+        copied = self.model_copy()
+        copied._code = code
+        return copied
 
     def remembering(self, other: Config) -> Self:
         """See `Config.remembering`; the code that may be executed stays, too."""
@@ -566,9 +566,9 @@ class RecipeConfig(PartialConfig):
     def deciding(self) -> dict[str, Any]:
         """What decides the weights: the code, the seed that it is given, what is otherwise."""
         edit = {} if self.edit is None else {"edit": self.edit.to_json()}
-        of = {"name": self.recipe.name, "sha256": self.recipe.sha256}
+        recipe = {"name": self.recipe.name, "sha256": self.recipe.sha256}
         imports = {"imports": self.recipe.imports} if self.recipe.imports else {}
-        return {"recipe": of | imports, "seed": self.seed, **edit}
+        return {"recipe": recipe | imports, "seed": self.seed, **edit}
 
 
 class Recorded(Config):
@@ -677,10 +677,10 @@ def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainCo
         path = path / RUN_CONFIG
     if path.name != RUN_CONFIG:
         return load_config(path, TrainConfig, overrides)
-    folder, here = Path(os.path.normpath(path.parent.absolute())), Path.cwd()
+    folder, cwd = Path(os.path.normpath(path.parent.absolute())), Path.cwd()
     # below the working directory, however it was named, so that equal runs give equal records
     # (of a name with a link and `..` the text may lead elsewhere)
-    below = folder.is_relative_to(here) and folder.exists() and folder.samefile(path.parent)
-    named = folder.relative_to(here) if below else path.parent
-    run = {"output_dir": named.as_posix()}
+    below = folder.is_relative_to(cwd) and folder.exists() and folder.samefile(path.parent)
+    output = folder.relative_to(cwd) if below else path.parent
+    run = {"output_dir": output.as_posix()}
     return load_config(path, TrainConfig, overrides, places=run)
