@@ -54,8 +54,8 @@ path_rule = values("midpoint", "midpoint:10", "simpson", "gauss:2", "gauss:3", "
 # --- paths ----------------------------------------------------------------------------------------
 
 
-def _paths(incomplete: str, found: Iterable[Path]) -> list[str]:
-    return sorted(_starting(incomplete, map(str, found)))
+def _paths(incomplete: str, paths: Iterable[Path]) -> list[str]:
+    return sorted(_starting(incomplete, map(str, paths)))
 
 
 def _configs() -> list[Path]:
@@ -75,8 +75,8 @@ def train_config(incomplete: str) -> list[str]:
 
 def run(incomplete: str) -> list[str]:
     """Folders of runs under artifacts/."""
-    found = Path("artifacts").rglob("run_config.json")
-    return _paths(incomplete, [path.parent for path in found])
+    configs = Path("artifacts").rglob("run_config.json")
+    return _paths(incomplete, [path.parent for path in configs])
 
 
 def benchmark(incomplete: str) -> list[str]:
@@ -130,21 +130,21 @@ def own_code(incomplete: str) -> list[str]:
 
 def attribution(incomplete: str) -> list[str]:
     """Folders of attribution reports under artifacts/."""
-    found = Path("artifacts").rglob("*_attribution_report.json")
-    return _paths(incomplete, [path.parent for path in found])
+    reports = Path("artifacts").rglob("*_attribution_report.json")
+    return _paths(incomplete, [path.parent for path in reports])
 
 
 def checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
     """Checkpoints of the run whose config the command line names, else of every run."""
-    own = _config_path(ctx).parent / "checkpoints"
-    folders = [own] if own.is_dir() else Path("artifacts/runs").rglob("checkpoints")
+    of_run = _config_path(ctx).parent / "checkpoints"
+    folders = [of_run] if of_run.is_dir() else Path("artifacts/runs").rglob("checkpoints")
     return _paths(incomplete, [path for folder in folders for path in folder.glob("*.pt")])
 
 
 def checkpoint_dir(ctx: typer.Context, incomplete: str) -> list[str]:
     """Folders of checkpoints of that run, its traces' among them, else of every run."""
-    own = _config_path(ctx).parent
-    root = own if (own / "checkpoints").is_dir() else Path("artifacts/runs")
+    run_folder = _config_path(ctx).parent
+    root = run_folder if (run_folder / "checkpoints").is_dir() else Path("artifacts/runs")
     return _paths(incomplete, root.rglob("checkpoints"))
 
 
@@ -178,8 +178,8 @@ def _config(ctx: typer.Context) -> dict[str, Any]:
 def split(ctx: typer.Context, incomplete: str) -> list[str]:
     """Splits of the benchmark that the line names so far, else the usual ones."""
     folder = ctx.params.get("benchmark_dir") or _config(ctx).get("benchmark_dir")
-    found = _read(Path(str(folder)) / "metadata.json").get("splits")
-    return _starting(incomplete, found if isinstance(found, dict) else DEFAULT_SPLITS)
+    splits = _read(Path(str(folder)) / "metadata.json").get("splits")
+    return _starting(incomplete, splits if isinstance(splits, dict) else DEFAULT_SPLITS)
 
 
 def _model_shape(ctx: typer.Context) -> tuple[int, int, bool]:

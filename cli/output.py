@@ -40,9 +40,9 @@ class _Plain(Console):
     """A console on which nothing that is printed is more than letters: no name reaches a terminal
     as a command to it."""
 
-    def render(self, *asked: Any, **options: Any) -> Iterator[Segment]:
+    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
         """Segments with texts that print."""
-        for one in super().render(*asked, **options):
+        for one in super().render(*args, **options):
             if one.control or one.text.isprintable():
                 yield one
             else:
@@ -117,12 +117,12 @@ def print_result(result: ReportResult, as_json: bool) -> None:
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
     """What there is to say of something: one line a fact."""
-    made = table(title, ["", ""])
-    made.show_header = False
-    made.columns[1].justify = "left"
+    grid = table(title, ["", ""])
+    grid.show_header = False
+    grid.columns[1].justify = "left"
     for name, value in facts.items():
-        made.add_row(name, value)
-    stdout.print(made)
+        grid.add_row(name, value)
+    stdout.print(grid)
 
 
 def percent(value: float | None) -> str:
@@ -143,13 +143,13 @@ def table(title: str | None, columns: Sequence[str], words: Sequence[bool] | Non
     Args:
         words: which columns hold words; the first one by default.
     """
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         if words[index] if words else index == 0:
-            made.add_column(column, justify="left", overflow="fold", min_width=min(12, len(column)))
+            grid.add_column(column, justify="left", overflow="fold", min_width=min(12, len(column)))
         else:
-            made.add_column(column, justify="right", no_wrap=True)
-    return made
+            grid.add_column(column, justify="right", no_wrap=True)
+    return grid
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:

@@ -59,8 +59,8 @@ class Command(TyperCommand):
         except CircuitError as error:
             options = (param for param in self.params if param.param_type_name == "option")
             flags = _ELSEWHERE | {param.name: max(param.opts, key=len) for param in options}
-            said = re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error))
-            raise CircuitError(said) from error
+            message = re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error))
+            raise CircuitError(message) from error
 
 
 class Group(TyperGroup):
@@ -92,13 +92,13 @@ def refusal(mistake: Any) -> CircuitError:
     path = "circuit" if context is None else context.command_path
     fix = f"see `{path} --help`"
     typed: dict[str, Any] = {} if context is None else context.meta.get(_TYPED, {})
-    given = None if param is None else typed.get(param.name)
-    if param is not None and given not in (None, ()):
-        values = given if isinstance(given, list | tuple) else [given]
-        wanted = mistake.message.removeprefix("Input should be ").partition(", unable")[0]
+    typed_value = None if param is None else typed.get(param.name)
+    if param is not None and typed_value not in (None, ()):
+        values = typed_value if isinstance(typed_value, list | tuple) else [typed_value]
+        expected = mistake.message.removeprefix("Input should be ").partition(", unable")[0]
         return CircuitError(
             ", ".join(map(repr, values)),
-            expected=wanted.rstrip("."),
+            expected=expected.rstrip("."),
             where=f"{path} {max(param.opts, key=len) if param.opts[0][0] == '-' else param.name}",
             fix=fix,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -52,21 +52,11 @@ def quickstart(
             trace_progress=StepBar(bar, "tracing", config.steps),
             attribution_progress=ReportBar(bar, "attributing"),
         )
-    found = [] if result.formed.report is None else [result.formed.report.page]
+    report_pages = [] if result.formed.report is None else [result.formed.report.page]
     paths = [result.benchmark_folder, result.training.folder, result.trace.record.store.root]
-    paths += [*found, result.attribution.page, result.page]
+    paths += [*report_pages, result.attribution.page, result.page]
     if as_json:
-        print_json(
-            {
-                "evaluations": {e.split: e.to_row() for e in result.evaluations},
-                "example": vars(result.example),
-                "law": result.trace.law,
-                "winner": result.formed.who,
-                "attribution": result.attribution.summary["windows"][0],
-                "attribution_law": result.attribution.law,
-                "paths": [str(path) for path in paths],
-            }
-        )
+        print_json(_result_payload(result, paths))
         return
     stdout.print()
     best = result.training.best or {}
@@ -90,22 +80,34 @@ def quickstart(
     )
 
 
+def _result_payload(result: QuickstartResult, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "evaluations": {e.split: e.to_row() for e in result.evaluations},
+        "example": vars(result.example),
+        "law": result.trace.law,
+        "winner": result.formed.who,
+        "attribution": result.attribution.summary["windows"][0],
+        "attribution_law": result.attribution.law,
+        "paths": [str(path) for path in paths],
+    }
+
+
 def _print_attribution(result: QuickstartResult) -> None:
     """What has formed, how much it grew, and which terms carried it."""
     from circuit.reports.attribution import SHORT_TERMS
 
-    formed, found = result.formed, result.attribution.summary["windows"][0]
+    formed, window = result.formed, result.attribution.summary["windows"][0]
     stdout.print(formed.words, soft_wrap=True)
-    actual = found["actual"]
+    actual = window["actual"]
     carried = ", ".join(
         f"{SHORT_TERMS.get(name, name)} {100 * share / actual:+.1f} %"
-        for name, share in found["path"].items()
+        for name, share in window["path"].items()
         if name != "rounding"
     )
     stdout.print(
         f"{formed.measured} went from"
-        f" {found['value_at_start']:.2f} to {found['value_at_end']:.2f} in steps"
-        f" {found['start_step']} to {found['end_step']}; of these {actual:+.2f}: {carried}",
+        f" {window['value_at_start']:.2f} to {window['value_at_end']:.2f} in steps"
+        f" {window['start_step']} to {window['end_step']}; of these {actual:+.2f}: {carried}",
         soft_wrap=True,
     )
 

@@ -132,12 +132,12 @@ def answer(words: Sequence[str], variables: Mapping[str, str]) -> bool:
     Raises:
         CircuitError: the shell is unknown, there are more words, or its files cannot be written.
     """
-    asked, _, shell = variables.get(ASKED, "").partition("_")
-    if asked == "source" and shell in SCRIPTS:
+    action, _, shell = variables.get(ASKED, "").partition("_")
+    if action == "source" and shell in SCRIPTS:
         typer.echo(SCRIPTS[shell], nl=False)
         return True
     option, sign, shell = words[0].partition("=") if words else ("", "", "")
-    if asked or option not in (INSTALL, SHOW):
+    if action or option not in (INSTALL, SHOW):
         return False
     shells = [*([shell] if sign else []), *words[1:]]
     if len(shells) > 1:
@@ -173,12 +173,12 @@ def _present_shell() -> str:
 
 def _home() -> Path:
     try:
-        found = Path.home() if os.environ.get("HOME") != "" else Path()  # "" would be /
+        home = Path.home() if os.environ.get("HOME") != "" else Path()  # "" would be /
     except RuntimeError:  # no HOME, and the user is not known
-        found = Path()
-    if not found.is_absolute():
+        home = Path()
+    if not home.is_absolute():
         raise CircuitError("HOME names no folder", where=INSTALL, expected="an absolute path")
-    return found
+    return home
 
 
 def _install_bash() -> Path:
@@ -213,9 +213,9 @@ def _write(path: Path, script: str, rc: Path | None = None, line: str = "") -> N
 
     The start-up file may be a link, so it is not replaced, and is in whatever encoding.
     """
-    asked = os.fsencode(line)
+    encoded = os.fsencode(line)
     present = rc.read_bytes() if rc is not None and rc.exists() else None
-    if rc is None or asked in (present or b"").splitlines():
+    if rc is None or encoded in (present or b"").splitlines():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(script, encoding="utf-8")
         return
@@ -226,4 +226,4 @@ def _write(path: Path, script: str, rc: Path | None = None, line: str = "") -> N
             if present is None:
                 rc.resolve().unlink()
             raise
-        handle.write((b"\n" if present and not present.endswith(b"\n") else b"") + asked + b"\n")
+        handle.write((b"\n" if present and not present.endswith(b"\n") else b"") + encoded + b"\n")

@@ -58,13 +58,13 @@ def configs(scale: Scale) -> None:
     from circuit.studies.configs import contract_configs, scaled
     from circuit.studies.scales import find_scale
 
-    wanted = find_scale(scale)
-    if wanted.is_contract:
+    target = find_scale(scale)
+    if target.is_contract:
         raise CircuitError(
             "--scale full",
             expected="short or smoke; the full scale's configs ship with the project",
         )
-    texts = {Path(path): scaled(path, wanted) for path in contract_configs(wanted)}
+    texts = {Path(path): scaled(path, target) for path in contract_configs(target)}
     for path, text in texts.items():
         if path.exists() and read_bytes(path) != text.encode():
             raise CircuitError(
@@ -88,10 +88,10 @@ def derive_config(
     from circuit.config import load_config
     from circuit.train_config import TrainConfig
 
-    made = load_config(config, TrainConfig, overrides)
+    derived = load_config(config, TrainConfig, overrides)
     name, writes = f"derive-config.{output.stem}", [output.name]
     with OutputFolder(output.parent, name, writes=writes, overwrite=overwrite) as folder:
-        print_written([folder.write_text(output.name, made.to_json())])
+        print_written([folder.write_text(output.name, derived.to_json())])
 
 
 def train(
@@ -117,7 +117,7 @@ def train(
     from circuit.training.checkpoints import DivergedError
 
     traced = None if recorder is None else recorder.folder_of(settings)
-    resume, said = run_goes_on(settings, traced), None
+    resume, diverged = run_goes_on(settings, traced), None
     with progress_bar() as bar, signals.stop_on_first() as interrupted:
         try:
             result, report = train_run(
@@ -134,12 +134,12 @@ def train(
         except DivergedError as error:
             if outcome is None:
                 raise
-            said = error.what
-            stdout.print(said, soft_wrap=True)
+            diverged = error.what
+            stdout.print(diverged, soft_wrap=True)
     if interrupted():
         raise typer.Exit(signals.exit_code())
     if outcome is not None:
-        ended = sealed({"name": settings.name, "diverged": said})
+        ended = sealed({"name": settings.name, "diverged": diverged})
         with OutputFolder(
             outcome.parent, "train-outcome", writes=[outcome.name], overwrite=True
         ) as folder:
