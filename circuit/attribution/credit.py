@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from circuit.attribution.attribute import Attributor
@@ -100,6 +100,21 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """What a pass has at the first step of its window: all that one of the window before needs.
+
+    Attributes:
+        kernel: `H`, with what momentum keeps of it, float64 `[scalar, parameter]`.
+        totals: so far.
+        every: sums of the sizes of the examples' credit, by scalar.
+    """
+
+    kernel: Tensor
+    totals: Totals
+    every: Tensor
+
+
+@dataclass(frozen=True)
 class _Noted:
     """What the way back has to know of a step beside its vectors."""
 
@@ -120,13 +135,22 @@ class CreditPass:
     """One pass over a window, from its last step to its first.
 
     Attributes:
-        totals: of the steps passed so far; complete when the pass is.
+        totals: of the steps passed so far, those behind the window among them; complete when the
+            pass is.
+        carried: for the window before; once the pass is complete.
         bytes_a_step: that wait on disk, of one stretch between anchors at a time; once the pass
             has begun.
     """
 
     def __init__(
-        self, run: Run, attributor: Attributor, start: int, end: int, by: By = "example"
+        self,
+        run: Run,
+        attributor: Attributor,
+        start: int,
+        end: int,
+        by: By = "example",
+        *,
+        behind: Carried | None = None,
     ) -> None:
         """Describe the pass.
 
@@ -134,6 +158,8 @@ class CreditPass:
             attributor: of the scalars, made with `averages`.
             start, end: the states that the window takes one to the other.
             by: whether the credit of an example is divided further, among its positions.
+            behind: from the pass of the window that begins at `end`: credit is then what examples
+                have done by the end of that one.
 
         Raises:
             CircuitError: there is no such division.
@@ -144,6 +170,10 @@ class CreditPass:
         self.start, self.end = start, end
         self.losses = Losses(attributor.model)
         self.totals = Totals(*torch.zeros(7, len(attributor.scalars), dtype=torch.float64))
+        self._behind = behind
+        if behind is not None:
+            # what was inherited there is divided among the examples of this window
+            self.totals = replace(behind.totals, inherited=torch.zeros_like(self.totals.inherited))
         self.bytes_a_step = 0
 
     def __iter__(self) -> Iterator[StepCredit]:
@@ -152,10 +182,12 @@ class CreditPass:
         Raises:
             CircuitError: as `backwards`; or the examples do not sum to the gradients taken.
         """
-        carried = torch.zeros(
-            len(self.attributor.scalars), self.losses.layout.size, dtype=torch.float64
-        )
-        totals, every = self.totals, torch.zeros(len(carried), dtype=torch.float64)
+        totals, behind = self.totals, self._behind
+        if behind is None:
+            size = (len(self.attributor.scalars), self.losses.layout.size)
+            carried, every = (torch.zeros(shape, dtype=torch.float64) for shape in (size, size[:1]))
+        else:
+            carried, every = behind.kernel.clone(), behind.every
         for noted, (theta, gradient, kernel) in backwards(
             self.run, self.start, self.end, self._note
         ):
@@ -163,19 +195,20 @@ class CreditPass:
             # [scalar, example, pos]: a derivative of losses that were not clipped, hence -c
             credit = self.losses.derivatives(noted.objective, theta, carried, self.by) * -noted.clip
             batch = carried @ gradient.double() * -noted.clip
-            totals.actual += noted.actual
-            totals.rounding += noted.rounding
-            totals.decay += noted.decay
+            totals.actual = totals.actual + noted.actual
+            totals.rounding = totals.rounding + noted.rounding
+            totals.decay = totals.decay + noted.decay
             if noted.coupled is not None:  # decay in the momentum is carried on as gradients are
-                totals.decay -= carried @ (noted.coupled * theta.double())
-            totals.credit += credit.sum((1, 2))
-            totals.apart += (credit.sum((1, 2)) - batch).abs()
-            totals.batch += batch.abs()
-            every += credit.abs().sum((1, 2))
+                totals.decay = totals.decay - carried @ (noted.coupled * theta.double())
+            totals.credit = totals.credit + credit.sum((1, 2))
+            totals.apart = totals.apart + (credit.sum((1, 2)) - batch).abs()
+            totals.batch = totals.batch + batch.abs()
+            every = every + credit.abs().sum((1, 2))
             carried.mul_(noted.keep)  # what the step before finds of it
             if noted.past is not None:  # at the window's first step: momentum from before it
-                totals.inherited -= carried @ noted.past
+                totals.inherited = totals.inherited - carried @ noted.past
             yield StepCredit(noted.step, noted.objective, credit, batch)
+        self.carried = Carried(carried, totals, every)
         # what cancels in a batch leaves the rounding of its examples' credit
         if (totals.apart > torch.maximum(APART * totals.batch, ROUNDED * every)).any():
             worst = float(totals.examples_error.max())

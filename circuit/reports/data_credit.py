@@ -3,12 +3,14 @@
 data_credit_rows.jsonl       a row a step, scalar and example
 data_credit_steps.jsonl      a row a step and scalar: sums of the batch, by fact
 data_credit_examples.jsonl   a row a scalar and example: its sum over all steps
+data_credit_carried.jsonl    with `shard`: one row, what the steps before go on from
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from circuit.artifacts import Row, dump_row, in_row
@@ -20,6 +22,7 @@ from circuit.figures.data import facts_chart, shares_chart, top_chart
 from circuit.options import Option
 from circuit.quoting import markdown_text
 from circuit.reports.attribution_law import percent
+from circuit.reports.credit_shards import CARRIED, ROWS, STEPS, Behind, carried_row
 from circuit.reports.data_facts import SHOWN, Sums, example_lines, lead_of, numbers
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
@@ -29,7 +32,7 @@ from circuit.sizes import shown
 RANKED = 3
 """Scalars whose examples are ranked in tables; the row file has all."""
 FACTS = {"fact": "fact", "value": "value", "credit": ("credit", "+.4g")}
-ROWS, STEPS, EXAMPLES = (f"data_credit_{what}.jsonl" for what in ("rows", "steps", "examples"))
+EXAMPLES = "data_credit_examples.jsonl"
 
 
 class DataCreditOptions(WordOptions, PathOptions):
@@ -42,6 +45,17 @@ class DataCreditOptions(WordOptions, PathOptions):
             " token apart, so that facts are those of single answers."
         ),
     ] = "example"
+    shard: Annotated[
+        bool, Option("Also leave what the credit of the steps before goes on from (`behind`).")
+    ] = False
+    behind: Annotated[
+        Path | None,
+        Option(
+            "Folder of the credit of the window behind this one, made with `shard`: the report is"
+            " of both.",
+            kind="report",
+        ),
+    ] = None
 
 
 class DataCredit(TracedReport[DataCreditOptions]):
@@ -62,14 +76,30 @@ class DataCredit(TracedReport[DataCreditOptions]):
     def families(self) -> tuple[Scalars, ...]:
         return parse_words(self.options.scalars)
 
+    def prepare(self) -> None:
+        super().prepare()
+        behind = self.options.behind
+        self.behind = None if behind is None else Behind.read(behind, self)
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """The window, with that behind it."""
+        start, end = self.steps
+        return start, end if self.behind is None else self.behind.end
+
     def points(self) -> Iterator[StepCredit]:
         start, end = self.steps
         self.tell("building the scalars")
         scalars = self.source.scalars(self.inputs)
+        names = tuple(scalar.name for scalar in scalars)
         attributor = attributor_of(self.run, scalars, rule=self.options.path, averages=True)
-        self.passed = CreditPass(self.run, attributor, start, end, self.options.by)
-        self.sums = Sums(tuple(scalar.name for scalar in scalars))
+        self.sums, carried = Sums(names), None
         self.lines: dict[str, list[str]] = {ROWS: [], STEPS: []}  # from the last step to the first
+        if self.behind is not None:
+            carried = self.behind.carried(names, attributor.layout.size)
+            self.sums, self.lines = self.behind.sums(names), self.behind.lines()
+        by = self.options.by
+        self.passed = CreditPass(self.run, attributor, start, end, by, behind=carried)
         yield from self.passed
 
     def measure(self, point: StepCredit) -> list[Row]:
@@ -88,7 +118,7 @@ class DataCredit(TracedReport[DataCreditOptions]):
         return []
 
     def conclude(self, rows: list[Row]) -> Findings:
-        totals, (start, end) = self.passed.totals, self.steps
+        totals, (start, end) = self.passed.totals, self.whole
         ranked = [self.sums.ranked(at) for at in range(len(self.sums.names))]
         scalars: list[dict[str, Any]] = [
             {
@@ -105,10 +135,12 @@ class DataCredit(TracedReport[DataCreditOptions]):
         texts = {name: "\n".join([*lines[::-1], ""]) for name, lines in self.lines.items()}
         examples = [row for one in ranked for row in one]
         further: dict[str, Iterable[Row] | str] = {STEPS: texts[STEPS], EXAMPLES: examples}
+        if self.options.shard:
+            further[CARRIED] = [carried_row(end, self.sums, self.passed.carried)]
         return Findings(texts[ROWS], summary, self._law(scalars, lead), further)
 
     def _law(self, scalars: list[dict[str, Any]], lead: dict[str, Any]) -> str:
-        start, end = self.steps
+        start, end = self.whole
 
         def worst(key: str) -> str:
             known = [one[key] for one in scalars if one[key] is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -115,28 +115,35 @@ class Sums:
         names: of the scalars.
         examples: by id, how often it occurred and its shares by scalar.
         facts: by fact and value, shares by scalar.
+        texts: tokens of the examples, by id.
     """
 
     names: tuple[str, ...]
     examples: dict[str, list[Any]] = field(default_factory=dict)
     facts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    _texts: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def add(self, shares: Float[Tensor, "scalar record pos"], batch: Batch) -> Facts:
         """The shares of one step; gives those by fact."""
-        of_records = shares.sum(2).T
-        for row, (name, share) in enumerate(zip(batch.sample_ids, of_records, strict=True)):
+        for row, name in enumerate(batch.sample_ids):
+            if name not in self.texts:
+                self.texts[name] = text_of(batch, row)
+        facts = by_fact(shares, batch)
+        self.add_known(batch.sample_ids, shares.sum(2).T, facts)
+        return facts
+
+    def add_known(
+        self, ids: Sequence[str], shares: Float[Tensor, "record scalar"], facts: Facts
+    ) -> None:
+        """The shares of one step's records, and their sums by fact."""
+        for name, share in zip(ids, shares, strict=True):
             entry = self.examples.setdefault(name, [0, torch.zeros_like(share)])
             entry[0] += 1
             entry[1] = entry[1] + share
-            if name not in self._texts:
-                self._texts[name] = text_of(batch, row)
-        facts = by_fact(shares, batch)
         for fact, values in facts.items():
             sums = self.facts.setdefault(fact, {})
             for value, share in values.items():
                 sums[value] = sums.get(value, 0.0) + share
-        return facts
 
     def ranked(self, at: int) -> list[Row]:
         """Every example of one scalar, the largest share first."""
@@ -150,7 +157,7 @@ class Sums:
         """The top and the bottom of a ranking, with their tokens."""
         bottom = ranked[max(count, len(ranked) - count) :][::-1]
         return {
-            end: [{**row, "text": self._texts[row["example"]]} for row in rows]
+            end: [{**row, "text": self.texts[row["example"]]} for row in rows]
             for end, rows in (("top", ranked[:count]), ("bottom", bottom))
         }
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_run import RUN
 
 from circuit.artifacts import Row
+from circuit.attribution.losses import By
+from circuit.errors import CircuitError
 from circuit.reports.data_credit import DataCredit, DataCreditOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
@@ -70,3 +73,39 @@ def test_the_tokens_of_the_ends_are_those_of_the_records(written: ReportResult) 
     for one in written.summary["scalars"]:
         for row in (*one["top"], *one["bottom"]):
             assert row["text"] == texts[row["example"]]
+
+
+@pytest.mark.parametrize("by", ["example", "position"])
+def test_shards_are_the_whole_number_for_number(traced: Path, tmp_path: Path, by: By) -> None:
+    """Three shards, the last one first, and one pass: equal row files and summaries."""
+
+    def made(name: str, start: int, end: int, **changes: Any) -> ReportResult:
+        options = DataCreditOptions(
+            optimizer_trace_dir=traced,
+            probe_set=RUN / "analysis/probe_set.jsonl",
+            scalars=("loss", "loss,scope=answer"),
+            by=by,
+            start_step=start,
+            end_step=end,
+            **changes,
+        )
+        return run_report(DataCredit, open_run(RUN), options, tmp_path / name)
+
+    whole = made("whole", 2, 9)
+    last = made("last", 7, 9, shard=True)
+    middle = made("middle", 4, 7, shard=True, behind=last.report.parent)
+    first = made("first", 2, 4, behind=middle.report.parent)
+    for file in FILES:
+        assert (first.report.parent / file).read_bytes() == (
+            whole.report.parent / file
+        ).read_bytes()
+    assert first.summary == whole.summary
+    assert first.law == whole.law
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"behind": whole.report.parent}, "with `shard`"),
+        ({"behind": last.report.parent}, "begins at 4"),
+        ({"behind": middle.report.parent, "path": "midpoint"}, "differ in path"),
+    ]
+    for changes, words in refused:
+        with pytest.raises(CircuitError, match=words):
+            made("refused", 2, 4, **changes)
