@@ -104,17 +104,21 @@ class Losses:
             losses = self(leaves, objective, *objective.inputs)
             weights = torch.ones_like(losses, requires_grad=True)
             parts = torch.autograd.grad(
-                (losses * weights).sum(), list(leaves.values()), create_graph=True
+                (losses * weights).sum(),
+                list(leaves.values()),
+                create_graph=True,
+                materialize_grads=True,  # zeros of a parameter that the losses do not read
             )
+        used = [at for at, part in enumerate(parts) if part.requires_grad]
         rows = by_gradient(self._flat(parts)).to(self.device, self.dtype)
         curved, shares = [], []
         for at, row in enumerate(rows):
-            named = self.layout.unflatten(row)
+            along = list(self.layout.unflatten(row).values())
             # d (g . h) / d (theta, w) by a second pass backwards through the gradient
             *of_leaves, of_weights = torch.autograd.grad(
-                parts,
+                [parts[place] for place in used],
                 [*leaves.values(), weights],
-                grad_outputs=list(named.values()),
+                grad_outputs=[along[place] for place in used],
                 retain_graph=at + 1 < len(rows),
                 materialize_grads=True,
             )

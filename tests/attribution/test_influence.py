@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuit.attribution.attribute import Attributor
 from circuit.attribution.influence import InfluencePass, influence
+from circuit.attribution.losses import Losses
 from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
 from circuit.errors import CircuitError
@@ -133,3 +134,33 @@ def test_in_float32_it_is_the_same_to_its_precision(
     assert exact.steps == single.steps == sorted(exact.steps)
     assert float((exact.influence - single.influence).norm() / exact.influence.norm()) < 1e-3
     assert single.growth.keys() == {4, 5, 6, 7}
+
+
+def test_a_parameter_that_the_losses_do_not_read_changes_nothing() -> None:
+    """Neither the derivatives by the others nor those by the losses' weights."""
+
+    class Cubed(torch.nn.Module):
+        def __init__(self, *, spare: bool) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([0.5, -2.0], dtype=torch.float64))
+            if spare:
+                self.unread = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.w) ** 3
+
+    class Summed:
+        inputs = (torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64),)
+
+        def losses(self, model: Callable[[Tensor], Tensor], *inputs: Tensor) -> Tensor:
+            return model(*inputs).sum(1)
+
+    def taken(*, spare: bool) -> tuple[Tensor, Tensor]:
+        module: Any = Cubed(spare=spare)
+        objective: Any = Summed()
+        theta = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+        return Losses(module).back(objective, theta, lambda gradient: gradient[None])
+
+    (curved, shares), (more, same) = taken(spare=False), taken(spare=True)
+    assert torch.equal(same, shares)
+    assert torch.equal(more, torch.nn.functional.pad(curved, (0, 3)))
