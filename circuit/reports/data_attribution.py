@@ -9,6 +9,7 @@ the scores of each method (`<method>.npz`, circuit/attribution/scores.py) with t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 TRAININGS = "data_attribution_trainings.jsonl"
 LEAVE_ONE_OUT, RANDOM = "leave_one_out", "random"
 ALL = (*METHODS, LEAVE_ONE_OUT, RANDOM)
+UNITLESS = ("tracin", "gradient_dot", "trak", RANDOM)
+"""Methods whose scores are no changes of the scalar: their size depends on who else is scored."""
 
 
 class AttributionOptions(WordOptions):
@@ -184,6 +187,14 @@ class DataAttribution(TracedReport[AttributionOptions]):
         sets = {}
         for part in asked.shares:
             count = max(1, round(part * len(names)))
+            there_are = math.comb(len(names), count)
+            if there_are < asked.subsets:
+                raise CircuitError(
+                    f"{asked.subsets} sets of {count} of {len(names)} examples, of which there are"
+                    f" {there_are}",
+                    where="`subsets`",
+                    fix="score more examples, or give a larger share",
+                )
             sets[part] = np.zeros((asked.subsets, len(names)), dtype=bool)
             for removed in sets[part]:
                 removed[random.choice(len(names), count, replace=False)] = True
@@ -259,9 +270,14 @@ class DataAttribution(TracedReport[AttributionOptions]):
             )
         null = [abs(row["lds"]) for row in rows if row["method"] == RANDOM and row["lds"]]
         told = f"; random scores reach {max(null):.2f}" if null else ""
+        fewest = min(
+            len(np.unique(removed, axis=0)) for one in self.studied for removed in one.sets.values()
+        )
+        drawn = self.options.subsets
+        different = f" (at least {fewest} different)" if fewest < drawn else ""
         return (
-            f"{count} trainings without some examples, {self.options.subsets} sets of each window"
-            f" and share{told}"
+            f"{count} trainings without some examples, {drawn} sets{different} of each window and"
+            f" share{told}"
         )
 
     def _scores(self, one: Studied, done: dict[str, Replay]) -> list[Scores]:
@@ -306,7 +322,7 @@ class DataAttribution(TracedReport[AttributionOptions]):
                         "lds": judged.value,
                         "low": judged.low,
                         "high": judged.high,
-                        "spread": judged.spread,
+                        "spread": None if theirs.method in UNITLESS else judged.spread,
                     }
 
     def _trainings(
@@ -341,7 +357,8 @@ class DataAttribution(TracedReport[AttributionOptions]):
             " are the null.",
             "Credit says who has moved the scalar, influence what a small change of a weight would"
             " do, leave-one-out what does happen without one example: three questions. `spread` is"
-            " the standard deviation that a method predicts over that of the trainings.",
+            " the standard deviation that a method predicts over that of the trainings; the other"
+            " methods order examples, in no unit.",
         ]
 
     @classmethod
