@@ -49,10 +49,11 @@ def of_run(run: Path) -> list[Row]:
     ]
 
 
-def ends(rows: Sequence[Row]) -> dict[str, float]:
+def ends(rows: Sequence[Row]) -> dict[str, float | None]:
     """LDS, its interval and predicted over actual spread; of vectors the median and the ends."""
     if len(rows) == 1:
-        return {name: round(rows[0][name], 4) for name in ("lds", "low", "high", "spread")}
+        only = {name: rows[0][name] for name in ("lds", "low", "high", "spread")}
+        return {name: None if value is None else round(value, 4) for name, value in only.items()}
     values = sorted(row["lds"] for row in rows)
     return {
         "lds": round(float(np.median(values)), 4),
