@@ -245,8 +245,8 @@ def import_name(name: str, near: Path | None = None, *, what: str) -> Any:
 
 
 def nearest(name: str, module: ModuleType) -> str | None:
-    """The `fix` of a refusal of a name that a module lacks; None where no name of it is near."""
-    near = get_close_matches(name, vars(module), n=1)
+    """The `fix` of a refusal of a name that a module lacks; None where none to call is near it."""
+    near = get_close_matches(name, [n for n, of in vars(module).items() if callable(of)], n=1)
     return f"did you mean {near[0]}?" if near else None
 
 

@@ -241,7 +241,7 @@ class OwnScalars:
             raise
         except Exception as error:
             raise CircuitError(
-                f"raised {_told(error)}", where=self.name, expected=expected
+                f"raised {_told(error)}", where=self.name, expected=expected, fix=self._fix()
             ) from error
         if not scalars:
             raise CircuitError("gave no scalar", where=self.name, expected=expected)
@@ -249,8 +249,16 @@ class OwnScalars:
             missing = [name for name in ("name", "needs", "bind") if not hasattr(scalar, name)]
             if missing:
                 what = f"gave {scalar!r}, which has no {missing[0]}"
-                raise CircuitError(what, where=self.name, expected=expected)
+                raise CircuitError(what, where=self.name, expected=expected, fix=self._fix())
         return scalars
+
+    def _fix(self) -> str | None:
+        """What to do if it was meant as a number of the module, which its parameter has to say."""
+        target = self._named()
+        first = None if inspect.isclass(target) else _parameters(target)[0].name
+        if first in (None, "inputs"):
+            return None
+        return f"name the first parameter module, not {first}, if it is a function of the module"
 
     def _is_number(self) -> bool:
         """Whether the name is that of a number of the module, by its first parameter."""
@@ -312,15 +320,16 @@ class OwnScalars:
 
     def _target(self) -> ScalarFamily | Callable[[Any], Any]:
         """The family with its options, or the function with its keywords."""
-        target = self._named()
+        target, name = self._named(), self.name.rpartition(":")[2]
         if inspect.isclass(target) and issubclass(target, ScalarFamily):
             return _with_options(target, self.name, self.given)
         if not callable(target):
+            missing = target is None
             raise CircuitError(
-                "is no function or class of its module",
+                f"its module has no '{name}'" if missing else f"is of type {type(target).__name__}",
                 where=self.name,
-                expected="FILE.py:NAME, or module:name",
-                fix=nearest(self.name.rpartition(":")[2], self._module()),
+                expected="a function or class, as FILE.py:NAME or module:name",
+                fix=nearest(name, self._module()) if missing else None,
             )
         keywords = self._keywords(target)
         return lambda inputs: target(inputs, **keywords)

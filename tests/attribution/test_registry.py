@@ -77,6 +77,13 @@ def no_inputs(*, layer=0):
     return []
 
 
+SIZE = 3
+
+
+def of_net(net):
+    return net.W_in.square().sum()
+
+
 def five(inputs):
     return 5
 
@@ -187,7 +194,9 @@ WRONG = {
     "answer_scalar,scalar=target_best_wrong_logit": "give target_step",
     "answer_scalar,source_step=99": "step 99 of the trace is not addressable",
     "nowhere_at_all:scalar": "module 'nowhere_at_all' cannot be imported",
-    "own_scalars:missing": "own_scalars:missing: is no function or class of its module",
+    "own_scalars:missing": "own_scalars:missing: its module has no 'missing'; expected a",
+    "own_scalars:SIZE": "own_scalars:SIZE: is of type int; expected a function or class",
+    "own_scalars:of_net": "if it is a function of the module",
     "own_scalars:nothing": "own_scalars:nothing: gave 3, which has no name",
     "own_scalars:five": "own_scalars:five: gave 5, which has no name",
     "own_scalars:none_at_all": "own_scalars:none_at_all: gave no scalar; expected",

@@ -230,8 +230,10 @@ def test_no_line_of_a_long_help_is_offered(complete: Complete) -> None:
 def test_what_a_file_defines_is_offered_and_nothing_is_executed(
     complete: Complete, option: str
 ) -> None:
-    Path("mine.py").write_text("net = 1 / 0\ndef loss(module): ...\nclass Sums: ...\n")
-    names = ["mine.py:loss", "mine.py:Sums", "mine.py:net"]
+    called = "net = nn.Linear(1 / 0)\nother = Sums()\nsize = lambda module: 1 / 0\n"
+    values = "P = 1 / 0\na = torch.arange(P)\n"  # which are neither a scalar nor a module
+    Path("mine.py").write_text(f"def loss(module): ...\nclass Sums: ...\n{called}{values}")
+    names = [f"mine.py:{name}" for name in ("loss", "Sums", "net", "other", "size")]
     assert complete(f"circuit {option} mine.py:") == names
 
 
