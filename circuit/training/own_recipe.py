@@ -218,17 +218,22 @@ class OwnRecipe(Recipe):
         super().__init__(config.seed)
         self.of, self.code, self.device = of, code, config.device
         self.clip, self.decoupled_decay = of.clip, of.decoupled_decay
+        self._groups: int | None = None  # of its optimizer, once one was asked for
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise CircuitError(
                 f"clip is {self.clip}", where=code, expected="None, or a finite number above 0"
             )
 
     def prove(self) -> None:
-        """Call it again: weights and batches have to be functions of seed and step.
+        """Call it again: weights and batches have to be functions of seed and step. Take step 1.
+
+        What is refused here leaves no folder of a run that has not begun.
 
         Raises:
-            CircuitError: names what is another at the second call.
+            CircuitError: names what is another at the second call, or what the step cannot use.
         """
+        from circuit.training.step import training_step  # which imports torch
+
         first, again = (_tensors(self.module()) for _ in range(2))
         for name in {**first, **again}:
             if name not in first or name not in again or not identical(first[name], again[name]):
@@ -239,6 +244,10 @@ class OwnRecipe(Recipe):
                 self._refuse(f"batch(1) gives other {what} when it is called again after batch(2)")
         if batch.examples.tolist() != same.examples.tolist():
             self._refuse("batch(1) gives other examples when it is called again after batch(2)")
+        module = self.module()
+        optimizer = self.optimizer(module)
+        with self.watched(module, optimizer, 1):
+            training_step(self, module, optimizer, 1)
 
     def _refuse(self, what: str) -> None:
         raise CircuitError(
@@ -340,6 +349,7 @@ class OwnRecipe(Recipe):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         for group in groups_of(optimizer, names_by_id(module)):
             rule_of(kind, group.settings, self.decoupled_decay)
+        self._groups = len(optimizer.param_groups)
         checked: torch.optim.Optimizer = optimizer
         return checked
 
@@ -355,18 +365,25 @@ class OwnRecipe(Recipe):
         """Rates or decays of a step.
 
         Raises:
-            CircuitError: there are none, and the recipe says some: those of the step before would
-                stay, which no checkpoint holds.
+            CircuitError: they are not one number for each group; or there are none, and the recipe
+                says some: those of the step before would stay, which no checkpoint holds.
         """
         with _told(self.code, f"{what}()"):
             values = getattr(self.of, what)(step)
-            numbers = None if values is None else [float(value) for value in values]
-        given = [] if numbers is None else numbers
-        if self._says(what) and not (given and all(0 <= one < float("inf") for one in given)):
+        if not self._says(what):
+            return None
+        try:
+            numbers = [float(value) for value in values]
+        except (TypeError, ValueError):  # a number alone, None, or what is no number
+            numbers = []
+        sound = numbers and all(0 <= one < float("inf") for one in numbers)
+        if not sound or self._groups not in (None, len(numbers)):
+            of = "" if self._groups is None else f" of the {self._groups}"
             raise CircuitError(
-                f"{what}({step}) gives {numbers}",
+                f"{what}({step}) gives {numbers or values!r}",
                 where=self.code,
-                expected=f"a number of each parameter group at every step, or no {what}() at all",
+                expected=f"a list with one number for each{of} parameter groups of the optimizer,"
+                f" at every step, or no {what}() at all",
             )
         return numbers
 

@@ -419,6 +419,14 @@ BATCH = "    def batch("
             r"rates\(2\) gives",
         ),
         ((BATCH, RATES.replace("0.02]", "-0.02]") + BATCH), r"rates\(1\) gives \[0\.01, -0\.02\]"),
+        (
+            (BATCH, RATES.replace(", 0.02]", "]") + BATCH),
+            r"rates\(1\) gives \[0\.01\]; expected .* each of the 2 parameter groups",
+        ),
+        (
+            (BATCH, RATES.replace("[0.01 * step, 0.02]", "1e-3") + BATCH),
+            r"rates\(1\) gives 0\.001; expected a list with one number for each",
+        ),
         (("1, 0.5", "1, -0.5"), "clip is -0.5; expected None, or a finite number above 0"),
         (("sums[rows], rows)", "sums[rows], rows + 0.5)"), "and 6 numbers of examples of float32"),
         (("sums[rows], rows)", "sums[rows], rows[:, None])"), "and 6 x 1 numbers of examples"),
@@ -427,11 +435,12 @@ BATCH = "    def batch("
     ],
 )
 def test_what_cannot_be_taken_again_is_refused(changes: tuple[str, str], says: str) -> None:
-    """In one line, before a step or at the first one."""
+    """In one line; where the first step tells, before there is a folder of a run."""
     code = written(SHARED["adamw"], changes)
     with pytest.raises(CircuitError, match=says) as refusal:
         train(recipe_config(code, "run"))
     assert "\n" not in str(refusal.value)
+    assert Path("run/run_config.json").exists() == (says == r"rates\(2\) gives")
 
 
 def test_rates_may_be_tensors() -> None:
