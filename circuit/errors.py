@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 from circuit.quoting import shown
+
+T = TypeVar("T")
 
 
 class CircuitError(Exception):
@@ -38,6 +43,23 @@ class CircuitError(Exception):
         if self.fix:
             line += f"; {self.fix}"
         return " ".join(line.split())
+
+
+def several(values: Iterable[T], field: str) -> list[T]:
+    """The values of an argument that takes several.
+
+    Raises:
+        CircuitError: it is one value, without a list around it.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        name = repr(values) if isinstance(values, str) else getattr(values, "__name__", None)
+        raise CircuitError(
+            f"{name or type(values).__name__} alone",
+            where=f"`{field}`",
+            expected="several",
+            fix="put a list around it, also of one",
+        )
+    return list(values)
 
 
 def _short(where: str) -> str:

@@ -86,10 +86,11 @@ def finite_json(payload: Any, indent: int | None = None) -> str:
         if odd is None:
             raise
         name, value = odd
-        step = payload.get("step") if isinstance(payload, Mapping) else None
+        facts = payload if isinstance(payload, Mapping) else {}
+        of = f" of scalar {facts['scalar']}" if "scalar" in facts else ""
+        at = f" at step {facts['step']}" if "step" in facts else ""
         raise CircuitError(
-            f"{name} is {value}{'' if step is None else f' at step {step}'}: what it is computed"
-            " from has diverged",
+            f"{name}{of} is {value}{at}: it, or what it is computed from, has diverged",
             fix="look at the steps before",
         ) from None
 

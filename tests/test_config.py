@@ -332,7 +332,7 @@ def test_files_that_hold_no_config_are_refused(tmp_path: Path, payload: bytes) -
 def test_a_missing_file_and_a_folder_are_refused_by_path(tmp_path: Path) -> None:
     with pytest.raises(CircuitError, match=r"none\.json: no such config file"):
         load_config(tmp_path / "none.json", TrainConfig)
-    with pytest.raises(CircuitError, match="is a folder that holds no run_config"):
+    with pytest.raises(CircuitError, match=r"holds no run_config\.json; expected .*a config file"):
         load_config(tmp_path, TrainConfig)
 
 

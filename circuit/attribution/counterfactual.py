@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
+from circuit.errors import several
 from circuit.runs.base import Run
 from circuit.scalars.base import Scalar
 
@@ -50,7 +51,8 @@ def counterfactual(
     Raises:
         CircuitError: the run has no such steps, or as `Run.counterfactual`.
     """
-    attributor = attributor_of(run, list(scalars))
+    every = several(edits, "edits")
+    attributor = attributor_of(run, scalars)
     names = tuple(scalar.name for scalar in attributor.scalars)
     (last,) = run.replay(end - 1, end)
     bound = attributor.bind(last.after.parameters)
@@ -62,5 +64,5 @@ def counterfactual(
             actual,
             attributor.values(run.counterfactual(edit, end).parameters, bound),
         )
-        for edit in edits
+        for edit in every
     ]

@@ -298,7 +298,7 @@ def credit(
             anchors, 4 (2 + scalars) bytes a parameter and step; or the losses of the examples do
             not sum to what was differentiated.
     """
-    attributor = attributor_of(run, list(scalars), rule=rule, dtype=dtype, averages=True)
+    attributor = attributor_of(run, scalars, rule=rule, dtype=dtype, averages=True)
     whole = CreditPass(run, attributor, start, end)
     passed = [(one.step, one.objective.ids, one.credit.sum(2)) for one in whole][::-1]
     steps = [step for step, ids, _ in passed for _ in ids]

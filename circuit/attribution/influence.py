@@ -252,7 +252,7 @@ def influence(
         CircuitError: as `circuit.attribute`; the gradient of a scalar is zero at `end`; or that of
             a step is another when it is computed again.
     """
-    attributor = attributor_of(run, list(scalars), dtype=dtype)
+    attributor = attributor_of(run, scalars, dtype=dtype)
     whole = InfluencePass(run, attributor, start, end)
     passed = [(o.step, o.objective.ids, o.influence.sum(2), o.growth) for o in whole][::-1]
     steps = [step for step, ids, _, _ in passed for _ in ids]

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 from circuit.attribution.attribute import Attributor
 from circuit.core.flat import ParameterLayout, norm
 from circuit.core.module import evaluated, load_buffers
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, several
 from circuit.lazy import no_grad, np, torch
 from circuit.plugins import refuse_while_importing
 from circuit.runs.recorded_step import RecordedStep
 from circuit.runs.recording import KEEPS, Keep
 from circuit.runs.storing import Storage
 from circuit.runs.watching import Watcher
-from circuit.scalars.base import Measure, Scalar, SharedBatch, measured
+from circuit.scalars.base import Measure, Scalar, SharedBatch, all_measured
 from circuit.sinks import Sink, as_function, flattened
 from circuit.sizes import disk_limit, recording_disk, shown
 
@@ -124,8 +124,9 @@ def watch(
             step: it cannot be taken again from its gradient, or written.
     """
     refuse_while_importing("trains under circuit.watch")
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    _check(keep, every, anchor_every, steps, optimizers)
+    one = isinstance(optimizer, torch.optim.Optimizer) or not isinstance(optimizer, Iterable)
+    optimizers = [optimizer] if one else list(optimizer)
+    _check(keep, every, anchor_every, steps, module, optimizers)
     _check_resume(resume, overwrite, keep, folder)
     watcher = Watcher(module, optimizers, decoupled_decay=decoupled_decay)
     size = watcher.layout.size * (8 if watcher.dtype == "torch.float64" else 4)
@@ -165,13 +166,25 @@ def watch(
 
 
 def _check(
-    keep: str, every: int, anchor_every: int, steps: int | None, optimizers: Sequence[Any]
+    keep: str,
+    every: int,
+    anchor_every: int,
+    steps: int | None,
+    module: object,
+    optimizers: Sequence[Any],
 ) -> None:
     if keep not in KEEPS:
         raise CircuitError(f"'{keep}'", where="`keep`", expected=" or ".join(KEEPS))
     for name, value in (("every", every), ("anchor_every", anchor_every), ("steps", steps)):
         if value is not None and value < 1:
             raise CircuitError(f"{value}", where=f"`{name}`", expected="at least 1")
+    if not isinstance(module, torch.nn.Module):
+        raise CircuitError(
+            f"{type(module).__name__} as module",
+            where="`module`",
+            expected="an nn.Module",
+            fix="circuit.watch(module, optimizer, folder) is the order",
+        )
     odd = [one for one in optimizers if not isinstance(one, torch.optim.Optimizer)]
     if len({id(one) for one in optimizers}) < len(optimizers):
         raise CircuitError("one optimizer twice", where="`optimizer`", expected="each once")
@@ -186,10 +199,14 @@ def _check(
 
 def _check_resume(resume: bool, overwrite: bool, keep: str, folder: object) -> None:
     if resume and (overwrite or keep == "rows" or folder is None):
+        if overwrite:
+            raise CircuitError(
+                "`resume` and `overwrite` exclude each other", fix="pass one of them"
+            )
+        lacking = "no `folder`" if folder is None else "`keep` rows, which holds no state"
         raise CircuitError(
-            "with `overwrite`" if overwrite else f"with keep '{keep}' and folder {folder}",
-            where="`resume`",
-            expected="a folder, and gradients or states of its steps, of which the restart is one",
+            f"`resume` with {lacking}",
+            expected="the folder of a recording that keeps gradients or states, to go on from",
         )
 
 
@@ -216,11 +233,8 @@ class _Measure:
         rule: str | None,
     ) -> None:
         self.watching, self.storage = watching, storage
-        self.scalars = [measured(scalar) for scalar in scalars]
-        names = [scalar.name for scalar in self.scalars]
-        if len(set(names)) < len(names):
-            raise CircuitError(f"scalars {', '.join(names)}", expected="each name once")
-        self.sinks = [as_function(sink) for sink in sinks]
+        self.scalars = all_measured(scalars)
+        self.sinks = [as_function(sink) for sink in several(sinks, "sinks")]
         self.attributor: Attributor | None = None
         self.values: _Values | None = None
         if scalars and rule is not None:

@@ -20,11 +20,11 @@ from circuit.attribution.series import Series
 from circuit.core.groups import Partition, check_partition
 from circuit.core.paths import path_rule
 from circuit.environment import end_with_parent
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, several
 from circuit.lazy import torch
 from circuit.runs.base import Replayable, Run
 from circuit.runs.opening import open_steps
-from circuit.scalars.base import Measure, Scalar, measured
+from circuit.scalars.base import Measure, Scalar, all_measured
 from circuit.sinks import Sink, as_function, flattened
 
 Rows = list[dict[str, Any]]
@@ -90,19 +90,18 @@ class Worker:
             yield self.attributor.step(step).rows(self.job.partitions)
 
 
-def attributor_of(run: Run, scalars: Sequence[Scalar | Measure], **options: Any) -> Attributor:
+def attributor_of(run: Run, scalars: Iterable[Scalar | Measure], **options: Any) -> Attributor:
     """An attributor on a model of its own.
 
     Args:
         options: of `Attributor`; `dtype` of its model.
 
     Raises:
-        CircuitError: there is no scalar, two share a name, or as `Attributor`.
+        CircuitError: there is no scalar, or as `all_measured` and `Attributor`.
     """
-    every = [measured(scalar) for scalar in scalars]
-    names = [scalar.name for scalar in every]
-    if not names or len(set(names)) < len(names):
-        raise CircuitError(f"scalars {', '.join(names) or '(none)'}", expected="each once")
+    every = all_measured(scalars)
+    if not every:
+        raise CircuitError("none", where="`scalars`", expected="at least one")
     # the weights of each step are put into it
     return Attributor(run.module(options.pop("dtype", None)), every, **options)
 
@@ -139,9 +138,9 @@ def attribute(
         CircuitError: the window is not recorded, a step does not replay, two scalars share a
             name, or there is no such rule or partition.
     """
-    chosen = [check_partition(partition) for partition in partitions]
-    attributor = attributor_of(run, list(scalars), rule=rule, dtype=dtype)
-    told = [as_function(sink) for sink in sinks]
+    chosen = [check_partition(partition) for partition in several(partitions, "partitions")]
+    attributor = attributor_of(run, scalars, rule=rule, dtype=dtype)
+    told = [as_function(sink) for sink in several(sinks, "sinks")]
 
     def rows() -> Iterator[dict[str, Any]]:
         for step in run.replay(start, end):

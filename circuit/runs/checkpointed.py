@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
+from circuit.config import no_run
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
@@ -48,12 +49,7 @@ def open_folder(where: str | Path, recipe: str | None = None) -> CheckpointedRun
     path = checked_path(where)
     folder = path.parent if path.name == RUN_CONFIG else path
     if not (folder / RUN_CONFIG).is_file():
-        raise CircuitError(
-            f"holds no {RUN_CONFIG}",
-            where=folder,
-            expected="the folder of a run",
-            fix="train one with `circuit train` or `circuit quickstart`",
-        )
+        raise no_run(folder)
     config = load_run_config(folder).executing(recipe)
     return CheckpointedRun(folder, config, folder / "checkpoints")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from circuit.config import RECORDED_ROWS
 from circuit.errors import CircuitError
 from circuit.reading import checked_path
 from circuit.runs.base import Replayable
@@ -76,7 +77,7 @@ def open_run(
     holder = path.parent if path.name in names else path
     if (holder / RECORDING).is_file():
         return RecordedRun(Recording(holder), module, optimizers)
-    if module is not None:
+    if module is not None and not (holder / RECORDED_ROWS).is_file():
         raise CircuitError(
             f"holds no {RECORDING}",
             where=holder,

@@ -18,7 +18,7 @@ from circuit.core.flat import ParameterLayout
 from circuit.core.module import evaluated, made_module
 from circuit.core.optimizers import Past, moments_of
 from circuit.environment import prepare_process, require_device
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, several
 from circuit.lazy import no_grad, torch
 from circuit.plugins import import_name
 from circuit.runs.recorded_step import (
@@ -65,7 +65,7 @@ class RecordedRun:
         """
         self.recording = recording
         self._module = None if module is None else made_module(module)
-        self._given_classes = tuple(optimizers)
+        self._given_classes = tuple(several(optimizers, "optimizers"))
         self._walk: Rerun | None = None
         if self._module is not None:
             _check_module(self._module, recording)

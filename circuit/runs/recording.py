@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 
 from circuit.artifacts import read_jsonl
-from circuit.config import RECORDING, NonNegativeInt, PositiveInt
+from circuit.config import RECORDED_ROWS, RECORDING, NonNegativeInt, PositiveInt
 from circuit.core.flat import ParameterLayout
 from circuit.core.optimizers import rule_of
 from circuit.core.update import OUTSIDE
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 COMMAND = "watch"
 MANIFEST = RECORDING
-ROWS = "watch_rows.jsonl"
+ROWS = RECORDED_ROWS
 JOURNAL = ".journal"
 ENDED = "ended.json"
 FILES = (MANIFEST, ROWS, ENDED, f"steps/from_*{JOURNAL}")

@@ -9,11 +9,11 @@ needs and runs each distinct sequence once, and once more for every ablated comp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, cast
 
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, several
 from circuit.lazy import torch
 from circuit.model.components import Hook, parse_component
 from circuit.model.readout import LOGITS, logits_of, readable
@@ -154,6 +154,19 @@ def measured(scalar: Scalar | Measure) -> Scalar:
         )
     name = getattr(scalar, "__name__", type(scalar).__name__)
     return cast("Scalar", Measured(scalar, name.strip("<>")))
+
+
+def all_measured(scalars: Iterable[Scalar | Measure]) -> list[Scalar]:
+    """Several scalars, each as `measured` gives it.
+
+    Raises:
+        CircuitError: it is one without a list around it, two share a name, or as `measured`.
+    """
+    every = [measured(scalar) for scalar in several(scalars, "scalars")]
+    names = [scalar.name for scalar in every]
+    if len(set(names)) < len(names):
+        raise CircuitError(f"scalars {', '.join(names)}", expected="each once")
+    return every
 
 
 @dataclass(frozen=True)

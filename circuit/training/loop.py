@@ -26,7 +26,7 @@ from circuit.environment import (
     environment_facts,
     prepare_process,
 )
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, several
 from circuit.sealed import sealed
 from circuit.sinks import Numbers, Sink, as_function, flattened
 from circuit.sizes import require_disk, training_disk
@@ -156,7 +156,7 @@ def train(
     Raises:
         CircuitError: bad input, a folder that holds another run, or a changed environment.
     """
-    told = [as_function(sink) for sink in sinks]
+    told = [as_function(sink) for sink in several(sinks, "sinks")]
     if overwrite and resume:
         raise CircuitError("`overwrite` and `resume` exclude each other", fix="pass one of them")
     last = config.steps if stop_at is None else stop_at

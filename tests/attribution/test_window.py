@@ -260,7 +260,7 @@ def test_bad_jobs_are_refused_before_a_step_is_replayed(
         Job(trace, Matches(), partitions=("head",))  # type: ignore[arg-type]
     with pytest.raises(CircuitError, match="unknown loss scope 'lm'"):
         Job(trace, Matches(), loss_scope="lm").prepare()  # type: ignore[arg-type]
-    with pytest.raises(CircuitError, match=r"scalars \(none\); expected each once"):
+    with pytest.raises(CircuitError, match=r"`scalars`: none; expected at least one"):
         Job(trace, Nothing()).prepare()
     with pytest.raises(CircuitError, match=r"rank2, qk_match.L1H1.rank2; expected each once"):
         Job(trace, Matches(repeated=2)).prepare()

@@ -97,9 +97,10 @@ def test_what_cannot_be_replayed_says_why(with_trace: Path) -> None:
         open_run("bare").replay(3, 6)
     with pytest.raises(CircuitError, match="no checkpoint of step 4; expected one of 3, 6, 9, 12"):
         open_run("bare").state(4)
-    for nothing in ("nowhere", "data/tiny"):
-        with pytest.raises(CircuitError, match=r"holds no run_config\.json; expected the folder"):
-            open_run(nothing)
+    with pytest.raises(CircuitError, match=r"holds no run_config\.json; expected the folder"):
+        open_run("data/tiny")
+    with pytest.raises(CircuitError, match="nowhere: there is no such folder; expected the folder"):
+        open_run("nowhere")
 
 
 def test_a_trace_of_another_run_is_not_taken(with_trace: Path) -> None:

@@ -655,7 +655,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no scalar": (lambda out: watched(out, {"scalars": [3]}), "3 is no scalar"),
     "no sink": (lambda out: watched(out, {"sinks": [3]}), "int is no sink"),
-    "one name twice": (lambda out: watched(out, {"scalars": [first, first]}), "each name once"),
     "one optimizer twice": (
         lambda out: watched(out, optimizer=lambda m: [SGD(m.parameters())] * 2),
         "`optimizer`: one optimizer twice",
@@ -663,6 +662,28 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a parameter of another dtype": (
         lambda out: watched(out, module=Tied, first=lambda m, _: m.unused.double()),
         "parameter unused.weight has become .* torch.float64; expected .* torch.float32",
+    ),
+    "one name twice": (lambda out: watched(out, {"scalars": [first, first]}), "each once"),
+    "a scalar alone": (
+        lambda out: watched(out, {"scalars": first}),
+        "first alone; expected several",
+    ),
+    "a sink alone": (lambda out: watched(out, {"sinks": print}), "print alone; expected several"),
+    "module and optimizer the other way round": (
+        lambda out: circuit.watch(ADAMW([nn.Parameter()]), nn.Tanh(), out).__enter__(),  # type: ignore[arg-type]
+        "AdamW as module; expected an nn.Module",
+    ),
+    "a module as optimizer": (
+        lambda out: watched(out, optimizer=lambda m: torch.nn.Bilinear(1, 1, 1)),
+        "Bilinear as optimizer",
+    ),
+    "anew and on": (
+        lambda out: watched(out, {"resume": True, "overwrite": True}),
+        "`resume` and `overwrite` exclude each other",
+    ),
+    "on with numbers alone": (
+        lambda out: watched(out, {"resume": True, "keep": "rows"}),
+        "`resume` with `keep` rows, which holds no state; expected the folder of a recording",
     ),
     "a folder in use": (
         lambda out: (watched(out), watched(out)),
@@ -742,8 +763,9 @@ def test_states_alone_and_rows_alone(tmp_path: Path) -> None:
     for row in rows:
         told = row["attribution"]["first"]
         assert sum(told["terms"].values()) == pytest.approx(told["actual"], rel=1e-5)
-    with pytest.raises(CircuitError, match=r"holds no run_config\.json"):
-        circuit.open_run(tmp_path / "rows/mine")
+    for words in ({}, {"module": first}):
+        with pytest.raises(CircuitError, match=r"keep='rows', and no state.*circuit\.read_rows"):
+            circuit.open_run(tmp_path / "rows/mine", **words)
 
 
 def test_a_loop_that_diverges_goes_on_and_is_there_again(tmp_path: Path) -> None:
