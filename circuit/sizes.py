@@ -74,7 +74,7 @@ def _setting(name: str) -> int | None:
         return None
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?) ?([KMGT]?)B?", text, re.IGNORECASE | re.ASCII)
     if match is None:
-        raise CircuitError(f"'{text}' is no size", where=name, expected="such as 64GB")
+        raise CircuitError(f"'{text}' is no size", where=name, expected="one such as 64GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

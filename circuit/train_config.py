@@ -614,7 +614,9 @@ class RecordedConfig(ForeignConfig):
                 " heads, stages and activations are known by name",
                 where=f"config {self.name}",
                 expected="a report on logits or on numbers of your own",
-                fix="attribute a scalar of your own, answer_scalar or loss; evaluate checkpoints",
+                fix="attribute a scalar of your own"
+                if self.benchmark_dir is None
+                else "attribute a scalar of your own, answer_scalar or loss; evaluate checkpoints",
             )
         return value
 

@@ -94,10 +94,14 @@ class Edit:
             _refuse_values(part, 0, "a finite number, at least 0")
         for part in (self.patterns, self.direction):
             _refuse_values(part, 0, "a share from 0 to 1", most=1)
-        for name, known in ((self.settings, SETTINGS), (self.direction, DIRECTIONS)):
-            unknown = next((one for one in name if one not in known), None)
+        for part, known in (("settings", SETTINGS), ("direction", DIRECTIONS)):
+            unknown = next((one for one in getattr(self, part) if one not in known), None)
             if unknown is not None:
-                raise CircuitError(f"an edit of '{unknown}'", expected=f"one of {', '.join(known)}")
+                raise CircuitError(
+                    f"an edit of '{unknown}'",
+                    where=f"`{part}`",
+                    expected=f"one of {', '.join(known)}",
+                )
         if sum(self.direction.values()) > 1:
             raise CircuitError(
                 f"directions {dict(self.direction)}", expected="shares that are 1 together at most"

@@ -80,7 +80,7 @@ def parse_component(
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
-        raise CircuitError(f"unknown component '{address}'", expected="such as L2H1 or L0MLP")
+        raise CircuitError(f"unknown component '{address}'", expected="one such as L2H1 or L0MLP")
     layer, head = int(match[1]), None if match[3] else int(match[2])
     if kind is not None and (head is None) != (kind == "MLP"):
         such = "L2H1" if kind == "head" else "L0MLP"

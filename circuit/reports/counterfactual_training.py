@@ -64,15 +64,17 @@ class CounterfactualOptions(WordOptions):
     def check(self) -> None:
         """Also refuses a word that says nothing, a label twice, or one that is no folder's name."""
         super().check()
-        labels = [NULL, *(parse_edit(word, 0, MAX_STEPS)[0] for word in self.edits)]
-        labels += [] if self.edits_file is None else read_edits(self.edits_file)
-        for label in labels:
+        said = [("`edits`", parse_edit(word, 0, MAX_STEPS)[0]) for word in self.edits]
+        if self.edits_file is not None:
+            said += [("`edits_file`", label) for label in read_edits(self.edits_file)]
+        labels = [NULL, *(label for _, label in said)]
+        for where, label in reversed(said):
             if labels.count(label) > 1:
                 expected = f"another label for each, and none is '{NULL}'"
-                raise CircuitError(f"label '{label}'", where="`edits`", expected=expected)
+                raise CircuitError(f"label '{label}'", where=where, expected=expected)
             if self.runs_dir is not None and not _FOLDER.fullmatch(label):
                 expected = "letters, digits, spaces and .+-_, for a folder has its name"
-                raise CircuitError(f"label '{label}'", where="`edits`", expected=expected)
+                raise CircuitError(f"label '{label}'", where=where, expected=expected)
         if len(labels) == 1:
             raise CircuitError("no edit", where="`edits`", expected="one, or more in `edits_file`")
         if self.runs_dir is not None and self.replays is not None:
@@ -101,14 +103,14 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
     def prepare(self) -> None:
         super().prepare()
         start, end = self.steps
-        edits = dict(parse_edit(word, start, end) for word in self.options.edits)
-        if self.options.edits_file is not None:
-            edits |= read_edits(self.options.edits_file)
+        said = dict(parse_edit(word, start, end) for word in self.options.edits)
+        file = self.options.edits_file
+        edits = said if file is None else said | read_edits(file)
         for label, edit in edits.items():
             if not start <= edit.start < edit.end <= end:
                 raise CircuitError(
                     f"'{label}' is of steps {edit.start}:{edit.end}",
-                    where="`edits`",
+                    where="`edits`" if label in said else "`edits_file`",
                     expected=f"steps within {start}:{end}",
                 )
         # in the order of their starts, so that they share the replay up to them

@@ -49,7 +49,10 @@ FIXED: Mapping[str, tuple[str, float]] = {
 }
 """Keys whose values are names, with the field and the factor."""
 KEYS = (*FACTORS, *FIXED, "replace", "swap", "steps")
-WORDS = f"label[,KEY=VALUE...], with KEY one of {', '.join(sorted(KEYS))}"
+WORDS = (
+    "label,KEY=VALUE[,KEY=VALUE...], such as 'less,drop=train-00017', with KEY one of"
+    f" {', '.join(sorted(KEYS))}"
+)
 
 
 def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
@@ -88,7 +91,18 @@ def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
             raise CircuitError(f"'{word}'", where="`edits`", expected=WORDS)
     if not said:
         raise CircuitError(f"'{word}'", where="`edits`", expected=WORDS)
-    return label, Edit(start, end, swapped=tuple(swapped), **parts)
+    try:
+        return label, Edit(start, end, swapped=tuple(swapped), **parts)
+    except CircuitError as error:
+        key = _KEYS_OF.get(error.where or "")
+        where = "`edits`" if key is None else f"`edits`, key {key}"
+        raise CircuitError(
+            f"'{word}': {error.what}", where=where, expected=error.expected, fix=error.fix
+        ) from None
+
+
+_KEYS_OF = {"`settings`": "set", "`direction`": "direction"}
+"""Keys by the fields of an `Edit` that they alone fill."""
 
 
 def _put(parts: dict[str, dict[str, Any]], field: str, name: str, value: Any) -> None:

@@ -139,9 +139,12 @@ class Otherwise(Recipe):
                 self._check_positions(module, step, {name: rows[name] for name in seen})
         if missing or replaced:
             name = min(missing) if missing else self._names[min(replaced)]
+            there = ", ".join(list(self.sample_ids(edit.start + 1))[:3])
             raise CircuitError(
                 f"example '{name}' occurs in no step of {edit.start}:{edit.end}",
-                expected="examples of the batches of these steps",
+                expected=f"examples of the batches of these steps, such as {there}",
+                fix="of a token, its position is a whole number behind the @" * ("@" in name)
+                or None,
             )
 
     def _check_positions(self, module: nn.Module, step: int, rows: Mapping[str, int]) -> None:
@@ -169,7 +172,7 @@ class Otherwise(Recipe):
             if missing is not None:
                 raise CircuitError(
                     f"example '{name}' predicts nothing at position {missing}",
-                    expected=f"such as {', '.join(map(str, there[:8]))}"
+                    expected=f"a position that does, such as {', '.join(map(str, there[:8]))}"
                     if there
                     else "losses() by example and position",
                 )
@@ -249,7 +252,7 @@ class Otherwise(Recipe):
             if name not in number:
                 raise CircuitError(
                     f"no example '{name}' in '{self._task.config.train_split}'",
-                    expected=f"such as {self._names[0]}",
+                    expected=f"one such as {self._names[0]}",
                 )
         return {number[old]: number[new] for old, new in self.edit.replaced.items()}
 

@@ -146,7 +146,8 @@ class Setup:
             raise CircuitError(
                 "the recording has no task, which says what its inputs mean",
                 where=f"config {self.config.name}",
-                fix="import it again with a task, or ask for numbers of the module alone",
+                fix="import it again with `circuit import-recording FOLDER --module FILE.py:NAME"
+                " --task TASK --overwrite`, or ask for numbers of the module alone",
             )
         benchmark = load_benchmark(find_folder(self.config.benchmark_dir, self.near), splits=[])
         if self._digest not in (None, benchmark.digest):

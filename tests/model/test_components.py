@@ -50,7 +50,7 @@ def test_without_mlps_there_is_none_to_name(shape: ModelConfig) -> None:
 
 def test_names_that_do_not_exist_are_refused(model: HookedTransformer, shape: ModelConfig) -> None:
     for address in ("H1L2", "L00H0", "L0H00", "L00MLP", "L0H\u0661"):
-        with pytest.raises(CircuitError, match=f"component '{address}'; expected such as L2H1"):
+        with pytest.raises(CircuitError, match=f"component '{address}'; expected one such as L2H1"):
             parse_component(address)
     with pytest.raises(CircuitError, match=r"no component 'L2H0'; expected layers 0-1, heads 0-1"):
         parse_component("L2H0", model)

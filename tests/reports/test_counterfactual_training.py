@@ -98,11 +98,19 @@ def options(traced: Path, *edits: str, **given: Any) -> CounterfactualOptions:
         (("x,drop=a,steps=1:2,steps=3:4",), "steps=1:2,steps=3:4; expected steps=A:B, once"),
         (("x,drop=a,weight=a*0.5",), "'a' twice; expected one factor for each"),
         (("x,scale=weight_decay*2,scale=weight_decay*0",), "'weight_decay' twice"),
+        (("x,set=lr*0.5",), r"`edits`, key set: 'x,set=lr\*0.5': an edit of 'lr'; expected one of"),
     ],
 )
 def test_words_that_say_nothing_are_refused(edits: tuple[str, ...], said: str) -> None:
     with pytest.raises(CircuitError, match=said):
         options(Path("trace"), *edits)
+
+
+def test_a_label_of_the_file_is_told_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text('{"label": "a@7", "edit": {"start": 2, "end": 9, "terms": {"rest": 0.0}}}\n')
+    with pytest.raises(CircuitError, match="`edits_file`: label 'a@7'; expected letters"):
+        options(Path("trace"), "x,drop=a", edits_file=file, runs_dir=tmp_path)
 
 
 def test_a_word_may_leave_its_window_to_the_report() -> None:
