@@ -94,8 +94,9 @@ def _default(option: Any) -> str:
 
 
 def _cell(text: str | None) -> str:
-    """A help text as a table's cell, in which nothing is markup."""
-    return re.sub(r"[|*\[]", r"\\\g<0>", " ".join((text or "").split())).replace("<", "&lt;")
+    """A help text as a table's cell, in which nothing is markup; a `[` is, before `](`."""
+    line = " ".join((text or "").split()).replace("<", "&lt;")
+    return re.sub(r"[|*]|\[(?=[^\]]*\]\()", r"\\\g<0>", line)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 
 import circuit
 
@@ -66,6 +67,12 @@ def split_command(line: str) -> tuple[str, list[str]]:
 
 def test_the_page_of_options_is_that_of_the_program() -> None:
     assert tables.page() == text_of("commands.md"), f"it has changed; run: {tables.COMMAND}"
+
+
+def test_every_help_reads_as_it_stands() -> None:
+    """A terminal shows it through rich, to which `:B:` is an emoji and `[i]` a style."""
+    helps = [told.help for one in COMMANDS.values() for told in (one, *one.params)]
+    assert [text for text in helps if Text.from_markup(text).plain != text] == []
 
 
 def test_an_option_without_help_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,14 @@
 The flat vector is cut into *atoms*, the finest ranges that any partition speaks of; a partition
 maps every atom to one group, so it is listed in full and adds up to the whole. Heads and MLPs are
 told by TransformerLens's names, those of a HookedTransformer or of a bridge; of any other module,
-groups are its submodules.
+groups are its submodules, and its parameters.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from circuit.core.flat import ParameterLayout
 from circuit.core.parameter_names import hooked_name
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-Partition = Literal["layer", "component", "circuit"]
-PARTITIONS: tuple[Partition, ...] = ("layer", "component", "circuit")
-"""`layer`: embed, pos_embed, L0, ..., norms. `component`: heads and MLPs. `circuit`: q, k, v, o."""
+Partition = Literal["layer", "component", "circuit", "parameter"]
+PARTITIONS: tuple[Partition, ...] = get_args(Partition)
+"""`layer`: embed, pos_embed, L0, ..., norms. `component`: heads and MLPs. `circuit`: q, k, v, o.
+`parameter`: each tensor by its name."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(attn\.[Wb]_[QKVO]|mlp\.[Wb]_\w+|ln\d\.[wb])")
 _NUMBERED = re.compile(r".*?(?:^|\.)\d+(?=\.)")
@@ -61,6 +62,8 @@ class Atom:
 
     def group(self, partition: Partition) -> str:
         """The atom's group: `embed`, `L2`, `L2H1`, `L2H1.q`, `L2.b_O`, `L0.mlp`, `norms`, ..."""
+        if partition == "parameter":
+            return self.tensor
         match = _BLOCK.fullmatch(self.tensor)
         if match is None and self.tensor.startswith("ln_final"):
             return "norms"

@@ -47,7 +47,12 @@ class AttributionOptions(PathOptions):
     """
 
     partitions: Annotated[
-        tuple[Partition, ...], Option("Parameter groups in the rows.", flag="--partition")
+        tuple[Partition, ...],
+        Option(
+            "Parameter groups in the rows: by layer, component (heads, MLPs), circuit (q, k, v, o"
+            " of each head) or parameter (each tensor).",
+            flag="--partition",
+        ),
     ] = ("circuit",)
     loss_scope: Annotated[
         LossScope,

@@ -62,7 +62,7 @@ class AttributionOptions(WordOptions):
     windows: Annotated[
         tuple[str, ...],
         Option(
-            "A:B: examples are removed from there on, and scalars are of state B.",
+            "States A:B; examples are removed from A on, and scalars are of state B.",
             flag="--window",
             unset="all of the trace",
         ),

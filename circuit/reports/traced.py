@@ -26,7 +26,7 @@ ScalarWords = Annotated[
     tuple[str, ...],
     Option(
         "name[,key=value...]: qk_match, functional_write, answer_scalar, loss, induction,"
-        " modular_addition, or module:name of your own.",
+        " modular_addition, or FILE.py:NAME of your own.",
         flag="--scalar",
         kind="scalar",
     ),

@@ -213,6 +213,7 @@ def test_atoms_cover_the_vector_once(model: HookedTransformer) -> None:
     parts = {f"L{layer}H{head}" for layer in range(2) for head in range(2)}
     rest = {"embed", "pos_embed", "norms", "L0.b_O", "L1.b_O", "L0.mlp", "L1.mlp"}
     assert groups["component"] == parts | rest
+    assert groups["parameter"] == set(layout.names)
     assert groups["circuit"] == {f"{part}.{kind}" for part in parts for kind in "qkvo"} | rest
 
 
