@@ -200,7 +200,15 @@ def ensure_benchmark(task: str, folder: Path) -> None:
             )
         return
     settings = {"name": folder.name, "benchmark_type": task, "output_dir": str(folder), "seed": 0}
-    config = parse_config(settings, find_task(task).Config, where=f"the settings of {task}")
+    try:
+        config = parse_config(settings, find_task(task).Config, where=folder)
+    except CircuitError as error:
+        raise CircuitError(
+            f"holds no benchmark, and the task '{task}' has settings without a default:"
+            f" {error.what}",
+            where=folder,
+            fix=_draw_into(folder),
+        ) from None
     write_benchmark(config)
 
 
@@ -268,8 +276,8 @@ def _read_metadata(folder: Path) -> tuple[BenchmarkMetadata, Task, BaseModel, Ba
             error.what,
             where=folder,
             expected="metadata.json",
-            fix="run `circuit generate-benchmark --config configs/benchmark/<name>.json`; of a run"
-            " that was moved away from its data, bring them along, or start where they are",
+            fix=f"{_draw_into(folder)}; of a run that was moved away from its data, bring them"
+            " along, or start where they are",
         ) from None
     parse = partial(validated, expected=_AS_WRITTEN, fix=_REGENERATE)
     metadata = parse(payload, BenchmarkMetadata, where=path)
@@ -306,6 +314,17 @@ def _edited(where: Path, what: str) -> CircuitError:
         where=where,
         expected=_AS_WRITTEN,
         fix=_REGENERATE,
+    )
+
+
+def _draw_into(folder: Path) -> str:
+    """How a benchmark comes into a folder: by the clone's config, where this is one and has it."""
+    shipped = Path("configs/benchmark") / f"{folder.name}.json"
+    if shipped.is_file():
+        return f"draw it: `circuit generate-benchmark --config {shipped}`"
+    return (
+        "draw it: `circuit generate-benchmark --config FILE.json`, a config whose output_dir it is"
+        " (a clone has some in configs/benchmark)"
     )
 
 

@@ -104,5 +104,7 @@ def test_a_task_option_does_not_take_another_tasks_folder(
     before = {p: p.read_bytes() for p in Path("data").rglob("*") if p.is_file()}
     with pytest.raises(CircuitError, match=r"holds a benchmark of the task 'sorting.py:Sorting'"):
         ensure_benchmark("induction", Path("data/generated/sorting"))
+    with pytest.raises(CircuitError, match=r"without a default: .*generate-benchmark --config"):
+        ensure_benchmark("induction", Path("data/generated/none"))
     ensure_benchmark("sorting.py:Sorting", Path("data/generated/sorting"))
     assert before == {p: p.read_bytes() for p in Path("data").rglob("*") if p.is_file()}
