@@ -50,6 +50,11 @@ def _ansi_c(word: str) -> str:
     return f"$'{''.join(letters)}'"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`: a number with its noun, which stands for one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def markdown_text(text: object) -> str:
     """In a line or a table's cell of Markdown, as it stands: no markup, no HTML, no other cell."""
     return _MARKUP.sub(r"\\\g<0>", shown(" ".join(str(text).split())))

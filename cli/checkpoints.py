@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from circuit.quoting import counted
+
 from . import complete, options
 from .output import print_json, print_written, progress_bar, stdout, table
 from .parsing import Commands
@@ -155,7 +157,7 @@ def import_recording(
     kind = "its own class" if shape is None else f"{shape.layers} layers"
     task = "no task" if of is None else f"the task of {of}"
     steps = result.config.recorded.last_step
-    stdout.print(f"{steps} steps of a module of {kind}; {task}", soft_wrap=True)
+    stdout.print(f"{counted(steps, 'step')} of a module of {kind}; {task}", soft_wrap=True)
 
 
 def _print_import(result: ImportResult) -> None:

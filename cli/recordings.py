@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from circuit import CircuitError
+from circuit.quoting import counted
 
 from .output import print_facts, print_json, print_written, progress_bar, stdout
 
@@ -33,7 +34,7 @@ def show(folder: Path, as_json: bool) -> None:
         anchors |= {"anchors": recording.anchors}
         print_json({**payload, **anchors, **size})
         return
-    shape = f"{recording.layout.size} numbers in {len(m.parameters)} parameters"
+    shape = f"{recording.layout.size} numbers in {counted(len(m.parameters), 'parameter')}"
     print_facts(
         str(folder),
         {
@@ -67,7 +68,8 @@ def verify(folder: Path, start: int | None, end: int | None, as_json: bool) -> N
         print_json({**payload, "equal": verified.difference is None, "paths": []})
     else:
         stdout.print(
-            f"{verified.compared_anchors} stored states compared; {verified.law}", soft_wrap=True
+            f"{counted(verified.compared_anchors, 'stored state')} compared; {verified.law}",
+            soft_wrap=True,
         )
     if verified.difference is not None:
         raise typer.Exit(1)

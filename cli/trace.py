@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 
 from circuit import CircuitError
 from circuit.options import parse_window
+from circuit.quoting import counted
 
 from . import complete, options, recordings
 from .output import (
@@ -251,7 +252,7 @@ def verify(
         if not found.equal:
             facts = "; ".join(trace.changed_facts()) or "none that is recorded"
             stdout.print(f"changed since the recording: {facts}", soft_wrap=True)
-        compared = f"{found.compared_anchors} stored states compared; "
+        compared = f"{counted(found.compared_anchors, 'stored state')} compared; "
         stdout.print((compared if found.compared_anchors else "") + found.law, soft_wrap=True)
     if not found.equal:
         raise typer.Exit(1)
@@ -305,8 +306,8 @@ def checkout(
     if trace.drifts:
         first = trace.drifts[0]
         stdout.print(
-            f"state of step {step}, NOT the recorded one: {len(trace.drifts)} steps drifted, first"
-            f" step {first.step} in {first.stage}"
+            f"state of step {step}, NOT the recorded one: {counted(len(trace.drifts), 'step')}"
+            f" drifted, first step {first.step} in {first.stage}"
         )
     else:
         stdout.print(f"state of step {step}, equal to the recorded digests")
@@ -327,8 +328,8 @@ def prune(
         print_json({**vars(found), "paths": [str(folder / "trace.json")]})
         return
     stdout.print(
-        f"removed {found.removed} states ({found.freed_bytes / 1e6:.1f} MB);"
-        f" {found.anchors} anchors left"
+        f"removed {counted(found.removed, 'state')} ({found.freed_bytes / 1e6:.1f} MB);"
+        f" {counted(found.anchors, 'anchor')} left"
     )
 
 

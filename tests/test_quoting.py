@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from circuit.artifacts import dump_csv
-from circuit.quoting import csv_cell, markdown_text, plain_text, shell_line, shown
+from circuit.quoting import counted, csv_cell, markdown_text, plain_text, shell_line, shown
 from circuit.reports.tables import Table
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,11 @@ def test_a_shell_is_given_the_words_and_runs_none(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, check=True)
     assert done.stdout.decode().split("\0")[:-1] == words
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
+def test_a_number_stands_with_its_noun(number: int, told: str) -> None:
+    assert counted(number, "step") == told
 
 
 @given(texts)

@@ -12,6 +12,7 @@ from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
 from circuit.lazy import pd, torch
+from circuit.quoting import counted
 from circuit.reading import checked_path
 from circuit.runs.rows import read_rows
 from circuit.trace.replay import ReplayedRun
@@ -70,7 +71,8 @@ class CheckpointedRun:
 
     def __repr__(self) -> str:
         steps = self.steps
-        span = f"{len(steps)} checkpoints, {steps[0]} to {steps[-1]}" if steps else "no checkpoints"
+        count = counted(len(steps), "checkpoint")
+        span = f"{count}, {steps[0]} to {steps[-1]}" if steps else "no checkpoints"
         name = type(self).__name__
         return f"{name}({self.path}: {self.config.module_words}, {span})"
 

@@ -13,6 +13,7 @@ from circuit.core.state import FlatState, State
 from circuit.core.update import UpdateTerms
 from circuit.errors import CircuitError
 from circuit.lazy import torch
+from circuit.quoting import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,9 @@ class Verification:
     @property
     def law(self) -> str:
         """The closing sentence."""
-        steps = f"executed {self.end - self.start} steps from their gradients"
+        count = self.end - self.start
+        of = "its gradient" if count == 1 else "their gradients"
+        steps = f"executed {counted(count, 'step')} from {of}"
         return (
             f"{steps}, 0 bits differ" if self.difference is None else f"{steps}; {self.difference}"
         )

@@ -17,6 +17,7 @@ from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.environment import changed_facts, environment_facts
 from circuit.errors import CircuitError
+from circuit.quoting import counted
 from circuit.trace.compare import CAUSES, Difference, first_stage_that_differs, state_difference
 from circuit.trace.step import TracedStep, Tracer
 from circuit.trace.store import COMMAND, FILES, TraceManifest, TraceStore
@@ -66,10 +67,10 @@ class Verification:
     def law(self) -> str:
         """The closing sentence of the commands that replay."""
         if self.equal:
-            return f"replayed {self.steps} steps, 0 bits differ"
+            return f"replayed {counted(self.steps, 'step')}, 0 bits differ"
         first = self.drifts[0] if self.drifts else None
         where = f"first at step {first.step} in {first.stage}" if first else "at anchors only"
-        return f"replayed {self.steps} steps, {len(self.drifts)} differ, {where}"
+        return f"replayed {counted(self.steps, 'step')}, {len(self.drifts)} differ, {where}"
 
 
 @dataclass(frozen=True)
