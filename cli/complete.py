@@ -125,13 +125,13 @@ def own_code(incomplete: str) -> list[str]:
     defined = [node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     assigned = [node for node in body if isinstance(node, ast.Assign)]
 
-    def made(value: ast.expr) -> bool:  # what may be called: no number, no tensor of torch's own
+    def may_be_called(value: ast.expr) -> bool:  # no number, and no tensor of torch's functions
         if not isinstance(value, ast.Call):
             return isinstance(value, ast.Lambda)
         parts = ast.unparse(value.func).split(".")
         return parts[0] in defined or any(part[:1].isupper() for part in parts)
 
-    targets = [target for node in assigned if made(node.value) for target in node.targets]
+    targets = [target for node in assigned if may_be_called(node.value) for target in node.targets]
     defined += [target.id for target in targets if isinstance(target, ast.Name)]
     return _starting(incomplete, (f"{name}:{one}" for one in defined))
 

@@ -64,11 +64,11 @@ class CounterfactualOptions(WordOptions):
     def check(self) -> None:
         """Also refuses a word that says nothing, a label twice, or one that is no folder's name."""
         super().check()
-        said = [("`edits`", parse_edit(word, 0, MAX_STEPS)[0]) for word in self.edits]
+        labelled = [("`edits`", parse_edit(word, 0, MAX_STEPS)[0]) for word in self.edits]
         if self.edits_file is not None:
-            said += [("`edits_file`", label) for label in read_edits(self.edits_file)]
-        labels = [NULL, *(label for _, label in said)]
-        for where, label in reversed(said):
+            labelled += [("`edits_file`", label) for label in read_edits(self.edits_file)]
+        labels = [NULL, *(label for _, label in labelled)]
+        for where, label in reversed(labelled):
             if labels.count(label) > 1:
                 expected = f"another label for each, and none is '{NULL}'"
                 raise CircuitError(f"label '{label}'", where=where, expected=expected)
@@ -103,14 +103,14 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
     def prepare(self) -> None:
         super().prepare()
         start, end = self.steps
-        said = dict(parse_edit(word, start, end) for word in self.options.edits)
+        typed = dict(parse_edit(word, start, end) for word in self.options.edits)
         file = self.options.edits_file
-        edits = said if file is None else said | read_edits(file)
+        edits = typed if file is None else typed | read_edits(file)
         for label, edit in edits.items():
             if not start <= edit.start < edit.end <= end:
                 raise CircuitError(
                     f"'{label}' is of steps {edit.start}:{edit.end}",
-                    where="`edits`" if label in said else "`edits_file`",
+                    where="`edits`" if label in typed else "`edits_file`",
                     expected=f"steps within {start}:{end}",
                 )
         # in the order of their starts, so that they share the replay up to them
