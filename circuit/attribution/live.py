@@ -124,8 +124,8 @@ def watch(
             step: it cannot be taken again from its gradient, or written.
     """
     refuse_while_importing("trains under circuit.watch")
-    one = isinstance(optimizer, torch.optim.Optimizer) or not isinstance(optimizer, Iterable)
-    optimizers = [optimizer] if one else list(optimizer)
+    several_given = isinstance(optimizer, Iterable)  # no optimizer is, nor most modules
+    optimizers: list[Any] = list(optimizer) if several_given else [optimizer]  # type: ignore[arg-type]
     _check(keep, every, anchor_every, steps, module, optimizers)
     _check_resume(resume, overwrite, keep, folder)
     watcher = Watcher(module, optimizers, decoupled_decay=decoupled_decay)

@@ -94,12 +94,12 @@ class Edit:
             _refuse_values(part, 0, "a finite number, at least 0")
         for part in (self.patterns, self.direction):
             _refuse_values(part, 0, "a share from 0 to 1", most=1)
-        for part, known in (("settings", SETTINGS), ("direction", DIRECTIONS)):
-            unknown = next((one for one in getattr(self, part) if one not in known), None)
+        for name, known in (("settings", SETTINGS), ("direction", DIRECTIONS)):
+            unknown = next((one for one in getattr(self, name) if one not in known), None)
             if unknown is not None:
                 raise CircuitError(
                     f"an edit of '{unknown}'",
-                    where=f"`{part}`",
+                    where=f"`{name}`",
                     expected=f"one of {', '.join(known)}",
                 )
         if sum(self.direction.values()) > 1:

@@ -94,8 +94,8 @@ def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
     try:
         return label, Edit(start, end, swapped=tuple(swapped), **parts)
     except CircuitError as error:
-        key = _KEYS_OF.get(error.where or "")
-        where = "`edits`" if key is None else f"`edits`, key {key}"
+        of_key = _KEYS_OF.get(error.where or "")
+        where = "`edits`" if of_key is None else f"`edits`, key {of_key}"
         raise CircuitError(
             f"'{word}': {error.what}", where=where, expected=error.expected, fix=error.fix
         ) from None

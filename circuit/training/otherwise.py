@@ -143,8 +143,7 @@ class Otherwise(Recipe):
             raise CircuitError(
                 f"example '{name}' occurs in no step of {edit.start}:{edit.end}",
                 expected=f"examples of the batches of these steps, such as {there}",
-                fix="of a token, its position is a whole number behind the @" * ("@" in name)
-                or None,
+                fix="the position of a token, behind the @, is a number" if "@" in name else None,
             )
 
     def _check_positions(self, module: nn.Module, step: int, rows: Mapping[str, int]) -> None:

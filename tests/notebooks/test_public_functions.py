@@ -88,8 +88,11 @@ def test_in_float64_only_the_rules_error_is_left(traced: ReplayedRun) -> None:
 
 def test_attribute_refuses_what_it_cannot_name(traced: ReplayedRun) -> None:
     scalar = match_of("L0H0")
-    for scalars in ([], [scalar, scalar]):
-        with pytest.raises(circuit.CircuitError, match="expected each once"):
+    refused = [([], "expected at least one"), ([scalar, scalar], "expected each once")]
+    for scalars, message in refused:
+        with pytest.raises(circuit.CircuitError, match=message):
             circuit.attribute(traced, scalars, 2, 6)
+    with pytest.raises(circuit.CircuitError, match="`partitions`: 'layer' alone; expected several"):
+        circuit.attribute(traced, [scalar], 2, 6, partitions="layer")  # type: ignore[arg-type]
     with pytest.raises(circuit.CircuitError, match="unknown partition 'heads'"):
         circuit.attribute(traced, [scalar], 2, 6, partitions=["heads"])  # type: ignore[list-item]

@@ -162,7 +162,7 @@ def test_another_state_is_refused() -> None:
             recorded(changed(part, None), "cut", 8, resume=True)
     with pytest.raises(CircuitError, match="begun otherwise: keep was 'gradients'"):
         recorded(Loop.at(saved[4]), "cut", 8, resume=True, keep="states")
-    with pytest.raises(CircuitError, match="`resume`: with `overwrite`"):
+    with pytest.raises(CircuitError, match="`resume` and `overwrite` exclude"):
         recorded(Loop.at(saved[4]), "cut", 8, resume=True, overwrite=True)
     assert Recording("cut").last_step == 6
     assert len(states_of("cut")) == 7

@@ -317,7 +317,7 @@ def test_its_examples_can_be_credited(
     [
         ({"examples": {"nobody": 0.0}}, "'nobody' occurs in no step of 5:9"),
         ({"examples": {"nobody@2": 0.0}}, "'nobody' occurs in no step of 5:9; .*, such as train-"),
-        ({"examples": {"train-00003@x": 0.0}}, "of a token, the position behind the @ is a whole"),
+        ({"examples": {"train-00003@x": 0.0}}, "the position of a token, behind the @, is a numb"),
         (
             {"examples": {"train-00003@900": 0.0}},
             "nothing at position 900; expected a position that",

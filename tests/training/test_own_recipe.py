@@ -248,7 +248,7 @@ def test_a_token_whose_loss_is_masked_cannot_be_left_out() -> None:
     name = step.objective.ids[0]
     assert run.counterfactual(Edit(4, 5, {f"{name}@0": 0.0}), 5).step == 5
     for at in (1, 2):
-        with pytest.raises(CircuitError, match=f"nothing at position {at}; expected such as 0$"):
+        with pytest.raises(CircuitError, match=f"nothing at position {at}; expected .* such as 0$"):
             run.counterfactual(Edit(4, 5, {f"{name}@{at}": 0.0}), 5)
 
 
