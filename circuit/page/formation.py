@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +147,7 @@ def _panels(
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     if run.config.shape is not None and run.config.benchmark_dir is not None:
         panels.append(example_panel(run, folder, reports.head(), progress))
-    panels = _told_first(panels)
+    panels = _told_apart(_told_first(panels))
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
     drawn = {source.file for panel in panels for source in panel.sources}
     written = [one for of_command in reports.by_command.values() for one in of_command]
@@ -165,3 +166,9 @@ def _told_first(panels: Sequence[Panel]) -> list[Panel]:
     titles = {panel.title for panel in panels if panel.sources}
     once = [panel for panel in panels if panel.sources or panel.title not in titles]
     return sorted(once, key=lambda panel: not (panel.sources or panel.example))
+
+
+def _told_apart(panels: Sequence[Panel]) -> list[Panel]:
+    """Each panel says which one it is only where another one has its title."""
+    titles = Counter(panel.title for panel in panels)
+    return [panel if titles[panel.title] > 1 else replace(panel, which="") for panel in panels]

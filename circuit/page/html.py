@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from circuit.figures.charts import STYLE
-from circuit.page.panel import Panel, Source
+from circuit.page.panel import MOST, Panel, Source
 
 
 def render(
@@ -42,6 +42,7 @@ def render(
         facts=facts,
         panels=panels,
         further=further,
+        most=MOST,
         steps=steps,
         style=Markup(_part("page.css")),
         script=Markup(_part("page.js")),

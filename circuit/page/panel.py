@@ -10,6 +10,8 @@ from circuit.figures.charts import Chart
 from circuit.quoting import shell_line
 from circuit.train_config import RUN_CONFIG
 
+MOST = 24
+"""Reports of a kind that are drawn, at most: a page is one file."""
 Record = dict[str, Any]
 """One row of a panel's data: columns of a report's row under their own names."""
 
@@ -64,8 +66,15 @@ class Panel:
     sources: Sequence[Source] = ()
     missing: Sequence[Missing] = ()
     notes: Sequence[str] = ()
+    which: str = ""
+    """Of several panels with one title: the report's folder, and what it is about."""
     example: Mapping[str, Any] | None = None
     """Of the panel that draws attention over tokens: see circuit.page.example."""
+
+    @property
+    def heading(self) -> str:
+        """Title, and which one of several it is."""
+        return f"{self.title}: {self.which}" if self.which else self.title
 
 
 def training_command(home: str, *words: str) -> str:

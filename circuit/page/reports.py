@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
-from circuit.page.panel import Missing, Panel, Source, Table
+from circuit.page.panel import MOST, Missing, Panel, Source, Table
 from circuit.quoting import plain_text, shell_line
 from circuit.reading import values_of
 from circuit.reports.report import Place, Report, all_reports
@@ -70,10 +70,11 @@ class Reports:
             return sorted(readable, key=completeness)
 
     def shown(self, kind: type[Report[Any]]) -> list[Written]:
-        """Those that the page shows: the most complete one, or every one, the newest of equals."""
+        """Those that the page shows: the most complete one, or each, the newest of equals."""
         if not kind.every:
             return self.of(kind)[-1:]
-        return list({str(one.results.options): one for one in self.of(kind)}.values())
+        each = list({str(one.results.options): one for one in self.of(kind)}.values())
+        return each[-MOST:]
 
     def source(self, report: Written, file: str = "") -> Source:
         """Where the numbers of one of a report's files stand, and what makes it again."""
@@ -174,7 +175,8 @@ def report_panels(reports: Reports, kind: type[Report[Any]]) -> list[Panel]:
 
 def _panel(reports: Reports, kind: type[Report[Any]], report: Written) -> Panel:
     """What a report shows."""
-    title = kind.title or kind.command
+    title, folder = kind.title or kind.command, reports.relative(report.path.parent)
+    folder = folder.removeprefix("analysis/")
     charts = kind.charts(report.results)
     declared = kind.tables(report.results)
     data = {key: list(rows) for drawn in charts for key, rows in drawn.data.items()}
@@ -193,6 +195,7 @@ def _panel(reports: Reports, kind: type[Report[Any]], report: Written) -> Panel:
         data=data,
         sources=[reports.source(report)],
         notes=[plain_text(note) for note in kind.notes(report.results)],
+        which=", ".join(filter(None, (folder, kind.about(report.results)))),
     )
 
 

@@ -349,6 +349,10 @@ class DataAttribution(TracedReport[AttributionOptions]):
     # --- what is shown ---
 
     @classmethod
+    def about(cls, results: Results[AttributionOptions]) -> str:
+        return f"steps {', '.join(results.summary['windows'])}"
+
+    @classmethod
     def notes(cls, results: Results[AttributionOptions]) -> list[str]:
         return [
             "The linear datamodeling score (LDS) is the Spearman correlation, over random sets of"

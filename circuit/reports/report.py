@@ -250,6 +250,11 @@ class Report(Generic[O]):
         return []
 
     @classmethod
+    def about(cls, results: Results[O]) -> str:
+        """What tells it from others of its kind, in a few words: the page's headings have it."""
+        return ""
+
+    @classmethod
     def size(cls, results: Results[O]) -> tuple[float, ...]:
         """How complete a report is: the page shows the most complete one."""
         return ()

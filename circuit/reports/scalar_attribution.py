@@ -20,7 +20,6 @@ class ScalarAttribution(Attribution[ScalarAttributionOptions]):
     Options = ScalarAttributionOptions
     any_module = True
     of_recipes = True
-    every = True
 
     def families(self) -> tuple[Scalars, ...]:
         return parse_words(self.options.scalars)

@@ -11,7 +11,7 @@ from circuit.core.paths import RULES, path_rule
 from circuit.errors import CircuitError
 from circuit.options import Option, ProbeOptions
 from circuit.reports.inputs import Inputs, RecipeInputs, recipe_inputs, traced_inputs
-from circuit.reports.report import Report
+from circuit.reports.report import Report, Results
 from circuit.runs.base import Replayable
 from circuit.runs.opening import open_steps
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
@@ -126,6 +126,7 @@ class TracedReport(Report[T]):
     """
 
     reads_batches: ClassVar[bool] = False
+    every = True
     run: Replayable
     source: TracedScalars
     inputs: Inputs | RecipeInputs
@@ -200,6 +201,11 @@ class TracedReport(Report[T]):
 
     def provenance(self) -> dict[str, Any]:
         return dict(self.origin)
+
+    @classmethod
+    def about(cls, results: Results[T]) -> str:
+        """The window."""
+        return "steps {start_step}:{end_step}".format_map(results.summary)
 
     def identity(self, scalars: Sequence[Scalar], end: int) -> dict[str, Any]:
         """Of which scalars, in which run, values of trainings to state `end` are."""
