@@ -7,7 +7,7 @@ all rows, at steps few enough to draw.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from circuit.attribution.series import Kind, Series
@@ -29,6 +29,8 @@ from circuit.lazy import alt
 
 STOPS = 120
 """Steps at which sums by term are drawn."""
+COURSE_STOPS = 40
+"""Steps at which the sums of a further scalar are drawn."""
 GROUP_STOPS = 24
 """Steps at which sums by group are drawn."""
 GROUPS = 16
@@ -48,11 +50,26 @@ def series_charts(series: Series) -> list[Chart]:
 
 def terms_chart(series: Series, kind: Kind = "path") -> Chart:
     """What each term has contributed since the first step, stacked; the actual change as a line."""
-    stops = thinned(series.steps.tolist(), STOPS)
-    data = {"term_sums": term_sums(series, stops), "totals": totals(series, stops)}
+    return _terms_chart(series, kind, KINDS, STOPS)
+
+
+def course_charts(further: Sequence[Series]) -> list[Chart]:
+    """The terms of further scalars, small: by path alone, and at fewer steps."""
+    return [
+        _terms_chart(series, "path", ["path"], COURSE_STOPS, f"course_{number}_")
+        for number, series in enumerate(further, start=1)
+    ]
+
+
+def _terms_chart(
+    series: Series, kind: Kind, kinds: Iterable[Kind], most: int, prefix: str = ""
+) -> Chart:
+    stops = thinned(series.steps.tolist(), most)
+    sums, lines = f"{prefix}term_sums", f"{prefix}totals"
+    data = {sums: term_sums(series, stops, kinds), lines: totals(series, stops)}
     terms = list(series.path)
     bars = (
-        named("term_sums")
+        named(sums)
         .transform_filter(f"datum.kind === '{kind}'")
         .mark_bar(binSpacing=0)
         .encode(
@@ -60,20 +77,21 @@ def terms_chart(series: Series, kind: Kind = "path") -> Chart:
             x2=alt.X2("step"),
             y=alt.Y("contribution:Q")
             .title("sum from the first step")
-            .scale(domain=_extent(data))  # one for both kinds
+            .scale(domain=_extent(data[sums], data[lines]))  # one for both kinds
             .stack("zero"),
             color=colour("term", terms, labels=_labels(terms)),
             tooltip=exact("step", "term", "contribution"),
         )
     )
+    # a bar of one or several steps is as high as the sum at its end; the line keeps to the bars
     actual = (
-        named("totals")
-        .mark_line(color=INK, strokeWidth=2)
+        named(lines)
+        .mark_line(color=INK, strokeWidth=2, interpolate="step-before")
         .encode(x=steps(), y="actual:Q", tooltip=exact("step", "value", "actual", kind))
     )
-    name = "terms" if kind == "path" else f"terms_{kind}"
+    name = f"{prefix}terms" if kind == "path" else f"terms_{kind}"
     title = f"{KINDS[kind]} to {series.scalar}; line: the actual change"
-    return chart(name, title, data, bars, actual, at_step(), height=240)
+    return chart(name, title, data, bars, actual, at_step(), height=160 if prefix else 240)
 
 
 def closure_chart(series: Series) -> Chart:
@@ -151,12 +169,12 @@ def scalars_chart(summaries: Sequence[Record], count: int = 3 * GROUPS) -> Chart
     return _bars("scalars", title, records, "scalar", names, list(ranked[0]["path"]))
 
 
-def term_sums(series: Series, stops: Sequence[int]) -> list[Record]:
+def term_sums(series: Series, stops: Sequence[int], kinds: Iterable[Kind] = KINDS) -> list[Record]:
     """What each term has contributed from the first step to each stop."""
     starts = [series.start, *stops[:-1]]
     columns = {
         (kind, term): values.tolist()
-        for kind in KINDS
+        for kind in kinds
         for term, values in getattr(series, kind).items()
     }
     return [
@@ -232,14 +250,14 @@ def _labels(terms: Sequence[str]) -> dict[str, str]:
     return {term: TERM_NAMES.get(term, term) for term in terms}
 
 
-def _extent(data: Mapping[str, Sequence[Record]]) -> list[float]:
+def _extent(sums: Sequence[Record], totals: Sequence[Record]) -> list[float]:
     """The largest pile of terms in either direction, of both kinds."""
     piles: dict[tuple[int, str, bool], float] = {}
-    for record in data["term_sums"]:
+    for record in sums:
         value = record["contribution"]
         key = (record["step"], record["kind"], value >= 0)
         piles[key] = piles.get(key, 0.0) + value
-    edges = [*piles.values(), *(record["actual"] for record in data["totals"]), 0.0]
+    edges = [*piles.values(), *(record["actual"] for record in totals), 0.0]
     low, high = min(edges), max(edges)
     room = 0.04 * (high - low or 1.0)
     return [low - room if low < 0 else 0.0, high + room]

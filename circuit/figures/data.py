@@ -59,7 +59,7 @@ def shares_chart(scalar: str, rows: Sequence[Record]) -> Chart:
             tooltip=exact("step", "sign", "credit"),
         )
     )
-    line = named("share_sums").mark_line(color=INK, strokeWidth=2)
+    line = named("share_sums").mark_line(color=INK, strokeWidth=2, interpolate="step-before")
     line = line.encode(x=step_axis(), y="sum:Q", tooltip=exact("step", "sum"))
     title = f"Credit of the examples of each step for {scalar}; line: the sum so far"
     data = {"shares": records, "share_sums": sums}

@@ -18,7 +18,7 @@ from circuit.attribution.series import Collected, Series, check_windows
 from circuit.attribution.window import Job, Rows, attribute_window
 from circuit.core.groups import Partition
 from circuit.core.paths import path_rule
-from circuit.figures.attribution import scalars_chart, series_charts
+from circuit.figures.attribution import course_charts, scalars_chart, series_charts
 from circuit.figures.charts import Chart
 from circuit.options import Option, parse_window
 from circuit.quoting import markdown_text
@@ -37,6 +37,8 @@ SHORT_TERMS = {
     "historical_momentum": "momentum",
 }
 """The terms of an update as headings of narrow columns."""
+COURSES = 8
+"""Further scalars whose course is drawn, at most."""
 
 
 class AttributionOptions(PathOptions):
@@ -162,8 +164,8 @@ class Attribution(TracedReport[A]):
                 " step, so changes are per step and their sum is not the last value minus the"
                 " first."
             ),
-            f"Charts are of {markdown_text(lead['scalar'])}, the scalar that changed most. What is"
-            f" not in its sum, first order: {references}."
+            f"Charts are of {markdown_text(lead['scalar'])}{_further(results)}. What is not in its"
+            f" sum, first order: {references}."
             # a recording's gradients are behind any clipping, whose factor nobody knows
             + (f" Mean clip factor {clip:.4f}." if (clip := lead["mean_clip_factor"]) < 1 else ""),
         ]
@@ -215,13 +217,38 @@ class Attribution(TracedReport[A]):
 
     @classmethod
     def charts(cls, results: Results[A]) -> list[Chart]:
-        lead, summaries = results.summary["lead"], results.summary["windows"]
-        rows = results.rows(holding=in_row("scalar", lead))
-        series = Series.collect(row for row in rows if row["scalar"] == lead)[lead]
-        steps = (results.summary["start_step"], results.summary["end_step"])
-        whole = [s for s in summaries if (s["start_step"], s["end_step"]) == steps]
-        whole = list({s["scalar"]: s for s in whole}.values())
-        return [*series_charts(series), *([scalars_chart(whole)] if len(whole) > 1 else [])]
+        lead, *further = _ranked(results)
+
+        def series(name: str) -> Series:
+            rows = results.rows(holding=in_row("scalar", name))
+            return Series.collect(row for row in rows if row["scalar"] == name)[name]
+
+        charts = series_charts(series(lead["scalar"]))
+        if further:
+            charts.append(scalars_chart([lead, *further]))
+        return charts + course_charts([series(one["scalar"]) for one in further[:COURSES]])
+
+
+def _ranked(results: Results[A]) -> list[Row]:
+    """What every scalar did over the whole: the lead, then by how much each changed."""
+    summary = results.summary
+    steps = (summary["start_step"], summary["end_step"])
+    whole = [s for s in summary["windows"] if (s["start_step"], s["end_step"]) == steps]
+    by_name = {one["scalar"]: one for one in whole}
+    return sorted(
+        by_name.values(), key=lambda one: (one["scalar"] != summary["lead"], -abs(one["actual"]))
+    )
+
+
+def _further(results: Results[A]) -> str:
+    """What a note says of the scalars besides the lead."""
+    further = len(_ranked(results)) - 1
+    if not further:
+        return ""
+    drawn = "every other one has"
+    if further > COURSES:
+        drawn = f"of {further} others the {COURSES} that follow have"
+    return f", the scalar that changed most; {drawn} a chart below"
 
 
 class KeptRows:
