@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
-from circuit.attribution.series import Kind, Series
+from circuit.attribution.series import Closure, Kind, Series
 from circuit.figures.charts import (
     INK,
     TERM_NAMES,
@@ -191,8 +191,20 @@ def term_sums(series: Series, stops: Sequence[int], kinds: Iterable[Kind] = KIND
 
 
 def totals(series: Series, stops: Sequence[int]) -> list[Record]:
-    """The scalar, its actual change, what was predicted, and the closure errors, at each stop."""
-    records: list[Record] = []
+    """The scalar, its actual change, what was predicted, and the closure errors, at each stop.
+
+    First of all the state that the first step starts from, of which nothing is predicted.
+    """
+    records: list[Record] = [
+        {
+            "step": series.start,
+            "scalar": series.scalar,
+            "value": float(series.before[0]),
+            "actual": 0.0,
+            **{str(kind): 0.0 for kind in KINDS},
+            **{f"closure_{one.name}": None for one in fields(Closure)},
+        }
+    ]
     for step in stops:
         window = series.window(series.start, step)
         closure = {f"closure_{name}": value for name, value in asdict(window.closure()).items()}

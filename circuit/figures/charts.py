@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ TERM_NAMES = {
 }
 """Terms of an update as legends call them."""
 
-TICKS = {"expr": "max(3, floor(width / 75))"}
+TICKS = {"expr": "max(2, floor(width / 75))"}
 """Ticks that the width of a chart has room for."""
 POINT = {"size": 28, "filled": True}
 _WIDTH_OF_A_LETTER, _WIDTH_OF_A_SYMBOL = 7, 34
@@ -52,7 +52,8 @@ STYLE: dict[str, Any] = {
         **{"titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 12},
         **{"labelOverlap": "greedy", "labelSeparation": 8},
     },
-    "axisX": {"grid": False},
+    # a first label that is pushed inwards leaves no room for the second one
+    "axisX": {"grid": False, "labelFlush": False},
     "legend": {
         **{"labelColor": INK, "titleColor": "var(--muted)", "titleFontWeight": "normal"},
         **{"labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "symbolStrokeWidth": 2},
@@ -175,6 +176,13 @@ def steps(column: str = "step", **scale: Any) -> alt.X:
     """The x axis of optimizer steps."""
     axis = alt.Axis(format="d", tickCount=TICKS, labelFlush=True, title="optimizer step")
     return alt.X(f"{column}:Q").axis(axis).scale(nice=False, **scale)
+
+
+def fitted(values: Iterable[float | None]) -> alt.Scale:
+    """The y scale of a course that ends where its values do; a log one where they are far apart."""
+    present = [value for value in values if value is not None]
+    low, high = min(present, default=1.0), max(present, default=1.0)
+    return alt.Scale(type="log", nice=False) if 0 < 3 * low < high else alt.Scale(zero=False)
 
 
 def exact(*columns: str) -> list[alt.Tooltip]:

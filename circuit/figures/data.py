@@ -16,6 +16,7 @@ from circuit.figures.charts import (
     colour,
     equals,
     exact,
+    fitted,
     named,
 )
 from circuit.figures.charts import steps as step_axis
@@ -36,7 +37,8 @@ def shares_chart(scalar: str, rows: Sequence[Record]) -> Chart:
     """
     steps = [row["step"] for row in rows]
     stops = thinned(steps, STOPS)
-    first, records, sums = steps[0] - 1, [], []
+    first = steps[0] - 1
+    records, sums = [], [{"step": first, "sum": 0.0}]
     start = first
     for stop in stops:
         part = rows[start - first : stop - first]
@@ -105,12 +107,13 @@ def growth_chart(scalar: str, rows: Sequence[Record]) -> Chart:
     """
     chosen = set(thinned([row["step"] for row in rows], STOPS))
     records = [{k: row[k] for k in ("step", "growth")} for row in rows if row["step"] in chosen]
+    scale = fitted(record["growth"] for record in records)
     line = (
         named("growth")
         .mark_line(strokeWidth=1.8)
         .encode(
             x=step_axis(),
-            y=alt.Y("growth:Q").title("norm, over that at the end").scale(type="log"),
+            y=alt.Y("growth:Q").title("norm, over that at the end").scale(scale),
             color=alt.value("var(--c1)"),
             tooltip=exact("step", "growth"),
         )

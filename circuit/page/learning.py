@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from circuit.artifacts import Row
-from circuit.figures.charts import at_step, chart, colour, exact, lines, named, steps
+from circuit.figures.charts import (
+    CATEGORY,
+    GREY,
+    at_step,
+    chart,
+    colour,
+    exact,
+    fitted,
+    lines,
+    named,
+    steps,
+)
 from circuit.figures.charts import of_slices as shade_of_slices
 from circuit.lazy import alt
 from circuit.page.panel import Missing, Panel, Record, Source, Table, pick, training_command
@@ -62,8 +73,9 @@ def learning_panel(rows: Sequence[Row], home: str) -> Panel:
     accuracy = lines(
         *("evaluation", "answer_accuracy", "answer accuracy", shade, EVALUATED), domain=[0, 1]
     )
-    drawn = _loss("next-token loss, nats")
-    loss = lines("evaluation", "loss", "next-token loss, nats", shade, EVALUATED, log=True)
+    scale = fitted(row["loss"] for row in (*evaluated, *trained))
+    drawn = _loss("next-token loss, nats", GREY, scale)
+    loss = lines("evaluation", "loss", "next-token loss, nats", shade, EVALUATED)
     return Panel(
         "learning",
         "Learning curves",
@@ -86,22 +98,23 @@ def loss_panel(rows: Sequence[Row], train: str) -> Panel:
         train: the command that trains the run again.
     """
     data = {"training": batches(rows)}
+    drawn = _loss("loss", CATEGORY[0], fitted(row["loss"] for row in data["training"]))
     return Panel(
         "learning",
         "Learning curve",
         "How fast does the loss of the batches fall?",
-        charts=[chart("loss", "Loss of training batches", data, _loss("loss"), at_step())],
+        charts=[chart("loss", "Loss of training batches", data, drawn, at_step())],
         data=data,
         sources=[Source(METRICS, METRICS, train)],
     )
 
 
-def _loss(title: str) -> alt.Chart:
-    """A thin grey line: batches are noisy, and splits are what is compared."""
-    line = named("training").mark_line(color="var(--c8)", strokeWidth=1, opacity=0.8)
+def _loss(title: str, shade: str, scale: alt.Scale) -> alt.Chart:
+    """A thin line, for batches are noisy; grey where splits are what is compared."""
+    line = named("training").mark_line(color=shade, strokeWidth=1.2)
     drawn: alt.Chart = line.encode(
         x=steps(),
-        y=alt.Y("loss:Q").scale(type="log", nice=True).axis(grid=False).title(title),
+        y=alt.Y("loss:Q").scale(scale).axis(grid=False).title(title),
         tooltip=exact(*TRAINED),
     )
     return drawn

@@ -23,9 +23,9 @@ from circuit.options import Option
 from circuit.quoting import markdown_text
 from circuit.reports.attribution_law import percent
 from circuit.reports.credit_shards import CARRIED, ROWS, STEPS, Behind, carried_row
-from circuit.reports.data_facts import SHOWN, Sums, example_lines, lead_of, numbers
+from circuit.reports.data_facts import SHOWN, Sums, example_lines, lead_of, numbers, with_tokens
 from circuit.reports.report import Findings, Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 from circuit.reports.traced import PathOptions, Scalars, TracedReport, WordOptions, parse_words
 from circuit.sizes import shown
 
@@ -175,8 +175,8 @@ class DataCredit(TracedReport[DataCreditOptions]):
             "Credit divides what happened among the examples that were there, with learning rates,"
             " clip factors and denominators as they were; what momentum carried on counts where its"
             " gradient was taken. It does not say what would have happened without an example.",
-            f"Charts and sums by fact are of {markdown_text(lead['scalar'])}, the scalar that"
-            " changed most. "
+            f"Charts and sums by fact are of {markdown_text(lead['scalar'])}"
+            + (", the scalar that changed most. " if len(results.summary["scalars"]) > 1 else ". ")
             + (
                 "Facts are those of single answers; `predicted` is the kind of every token that was"
                 " predicted."
@@ -203,11 +203,12 @@ class DataCredit(TracedReport[DataCreditOptions]):
             {**one, **{name: percent(one[name]) for name in shares}}
             for one in results.summary["scalars"]
         ]
+        facts = _facts(lead)
         asked = [lead, *(one for one in results.summary["scalars"] if one is not lead)]
         return [
             Table("What adds up", columns, rows, console=32),
             *(table for one in asked[:RANKED] for table in _ranking(one)),
-            Table(f"By fact: {markdown_text(lead['scalar'])}", FACTS, _facts(lead)),
+            *([Table(f"By fact: {markdown_text(lead['scalar'])}", FACTS, facts)] if facts else []),
         ]
 
     @classmethod
@@ -224,8 +225,8 @@ class DataCredit(TracedReport[DataCreditOptions]):
 
 def _ranking(scalar: Mapping[str, Any]) -> list[Table]:
     """The examples that moved a scalar most, one way and the other."""
-    columns = {"share": ("credit", "+.4g"), "example": "example", "times": "times"}
-    columns["text"] = "tokens"
+    columns: Columns = {"share": ("credit", "+.4g"), "example": "example", "times": "times"}
+    columns = with_tokens(columns, scalar["top"])
     name = markdown_text(scalar["scalar"])
     raised = [row for row in scalar["top"] if row["share"] > 0]
     lowered = [row for row in scalar["bottom"] if row["share"] < 0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from circuit.artifacts import Row, dump_row
 from circuit.lazy import torch
 from circuit.reports.report import Results
+from circuit.reports.tables import Columns
 from circuit.tasks.examples import UNPREDICTED, Examples
 
 if TYPE_CHECKING:
@@ -164,6 +165,11 @@ class Sums:
     def of_scalar(self, at: int) -> dict[str, dict[str, float]]:
         """Sums by fact and value of one scalar."""
         return {fact: numbers(values, at) for fact, values in self.facts.items()}
+
+
+def with_tokens(columns: Columns, rows: Iterable[Row]) -> Columns:
+    """The columns of a ranking, and the examples' tokens where they have some."""
+    return {**columns, "text": "tokens"} if any(row["text"] for row in rows) else columns
 
 
 def numbers(values: Mapping[str, Tensor], at: int) -> dict[str, float]:

@@ -24,9 +24,9 @@ from circuit.figures.data import checks_chart, facts_chart, growth_chart, top_ch
 from circuit.lazy import np
 from circuit.options import Option
 from circuit.quoting import markdown_text
-from circuit.reports.data_facts import SHOWN, Sums, example_lines, lead_of, numbers
+from circuit.reports.data_facts import SHOWN, Sums, example_lines, lead_of, numbers, with_tokens
 from circuit.reports.report import Findings, Results
-from circuit.reports.tables import Table
+from circuit.reports.tables import Columns, Table
 from circuit.reports.traced import Scalars, TracedReport, WordOptions, parse_words
 
 ROWS, STEPS, EXAMPLES, CHECKS = (
@@ -208,7 +208,7 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
     @classmethod
     def tables(cls, results: Results[DataInfluenceOptions]) -> list[Table]:
         lead = lead_of(results)
-        columns = {
+        columns: Columns = {
             "scalar": "scalar",
             "value": ("value at the end", "+.4g"),
             "slope": ("norm of its gradient", ".3g"),
@@ -216,8 +216,8 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
             "spread": ("predicted / actual spread", ".3g"),
             "correlation": ("correlation", "+.2f"),
         }
-        ranking = {"share": ("influence", "+.4g"), "example": "example", "times": "times"}
-        ranking["text"] = "tokens"
+        ranking: Columns = {"share": ("influence", "+.4g"), "example": "example", "times": "times"}
+        ranking = with_tokens(ranking, lead["top"])
         return [
             Table("Derivatives and their gauges", columns, results.summary["scalars"], console=32),
             Table("Examples that would raise it", ranking, lead["top"], console=4),
