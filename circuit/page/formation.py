@@ -13,9 +13,11 @@ from circuit.page.html import render
 from circuit.page.learning import METRICS, learning_panel, loss_panel, slice_names, slice_panel
 from circuit.page.panel import Missing, Panel, Source, slider_steps, training_command
 from circuit.page.reports import Reports, attribution_asked_for, report_panels, with_inputs
+from circuit.page.watched import watched_panel
 from circuit.reading import values_of
 from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
+from circuit.runs.recording import ROWS
 from circuit.train_config import ImportedConfig, RecipeConfig, RecordedConfig, TrainConfig
 
 COMMAND = "page"
@@ -124,7 +126,10 @@ def page_folder(path: Path, *, overwrite: bool) -> OutputFolder:
 
 def metrics_of(run: CheckpointedRun) -> list[Row]:
     """Rows of the run's metrics; none where it has not logged yet."""
-    path = run.path / METRICS
+    return _logged(run.path / METRICS)
+
+
+def _logged(path: Path) -> list[Row]:
     return list(read_jsonl(path, tolerate_torn_tail=True)) if path.exists() else []
 
 
@@ -133,7 +138,9 @@ def _panels(
 ) -> tuple[list[Panel], list[Source], list[int]]:
     folder, panels = run.config.output_dir, list[Panel]()
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
-    if isinstance(run.config, RecordedConfig):  # its loop logs elsewhere
+    if isinstance(run.config, RecordedConfig):
+        with values_of(run.path / ROWS, fix="record the loop again"):
+            panels += watched_panel(_logged(run.path / ROWS))
         panels += attribution_asked_for(reports)
     elif isinstance(run.config, RecipeConfig):
         train, rows = training_command(folder, *run.config.recipe_words), metrics_of(run)

@@ -165,6 +165,7 @@ def test_from_an_own_loop_to_an_attribution_page(mine: Callable[..., Done]) -> N
     rows = read_jsonl(Path("mine/analysis/loss/scalar_attribution_rows.jsonl"))
     assert {row["scalar"] for row in rows} == {"loss", "loss.factor=2"}
     assert set(rows[0]["groups"]["circuit"]) == {"0", "2", "4"}
+    assert Path("mine/analysis/loss/course_1_terms.svg").exists()  # of the other scalar
     page = done("page", "mine", "--overwrite").out
     assert "mine/analysis/loss" in page or "analysis/loss" in page
     again = open_run("mine")
