@@ -31,16 +31,18 @@ def render(
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    asked = [panel for panel in panels if not (panel.sources or panel.example or panel.charts)]
     payload = {
         "steps": list(steps),
         "style": STYLE,
-        "panels": {panel.name: _payload(panel) for panel in panels},
+        "panels": {panel.name: _payload(panel) for panel in panels if panel not in asked},
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(_part("page.html")).render(
         title=title,
         facts=facts,
         panels=panels,
+        asked=asked,  # of what is not there
         further=further,
         most=MOST,
         steps=steps,

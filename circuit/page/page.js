@@ -35,6 +35,11 @@ function shown(value) {
     : String(Number(value.toPrecision(5)));
 }
 
+// A figure takes as many rows of a pixel as it is high: beside a tall one stand several.
+const fitted = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+  target.style.gridRowEnd = `span ${Math.ceil(target.getBoundingClientRect().height)}`;
+}));
+
 async function drawChart(figure, chart, data) {
   const holder = make("div", { class: "chart" });
   figure.append(make("figcaption", {}, chart.title), holder);
@@ -157,6 +162,7 @@ function draw(name, panel) {
   const drawn = panel.charts.map((chart) => {
     const figure = make("figure");
     figures.append(figure);
+    fitted.observe(figure);
     return drawChart(figure, chart, data);
   });
   const tables = section.querySelector(".tables");
@@ -193,6 +199,12 @@ function setTheme(theme) {
   else document.documentElement.dataset.theme = theme;
 }
 
+// A link to what is folded opens it.
+function unfold() {
+  const target = document.getElementById(location.hash.slice(1));
+  if (target instanceof HTMLDetailsElement) target.open = true;
+}
+
 function listen() {
   const slider = document.getElementById("step");
   slider.addEventListener("input", () => moveTo(Number(slider.value)));
@@ -211,4 +223,6 @@ if (page.steps.length > 0) {
   listen();
   await moveTo(page.steps.length - 1);
 }
+window.addEventListener("hashchange", unfold);
+unfold();
 document.documentElement.dataset.ready = "";

@@ -103,9 +103,10 @@ class Reports:
             return None
 
     def is_of_task(self, kind: type[Report[Any]]) -> bool:
-        """Whether a kind of report is about runs of any task, or of this run's."""
-        task = self.task() if kind.task else None
-        return not kind.task or (task is not None and task.config.benchmark_type == kind.task)
+        """Whether a kind of report is usual for runs of any task, or of this run's."""
+        usual = kind.asked_of or kind.task
+        task = self.task() if usual else None
+        return not usual or (task is not None and task.config.benchmark_type == usual)
 
     def trace(self) -> str | None:
         """The folder of the longest trace, relative to the run's; a recording is its own."""

@@ -75,6 +75,8 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
     Options = InductionOptions
     title = "How induction forms"
     question = "Which heads become an induction circuit, in which order, and what does it gain?"
+    place = 9
+    asked_of = "induction"
 
     def prepare(self) -> None:
         super().prepare()

@@ -148,6 +148,8 @@ class Report(Generic[O]):
         every: whether the page shows every report of the kind, or the most complete one.
         task: of the runs that it is about, where it is about those of one task alone: the page of
             another run leaves it out.
+        asked_of: the task of which it is usual to ask, where it is not usual of every one: pages of
+            other runs show it, but do not ask for it.
     """
 
     command: ClassVar[str]
@@ -164,6 +166,7 @@ class Report(Generic[O]):
     place: ClassVar[int | None] = None
     every: ClassVar[bool] = False
     task: ClassVar[str] = ""
+    asked_of: ClassVar[str] = ""
 
     def __init__(self, options: O, config: TrainConfig | None = None) -> None:
         self.options = options

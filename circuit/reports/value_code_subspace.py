@@ -99,6 +99,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
     title = "Value readability by stage"
     question = "From which stage, and from which step on, can the value be read at a position?"
     place = 6
+    asked_of = "symbolic_kv_stream"
 
     @classmethod
     def usual(cls, place: Place) -> SubspaceOptions:

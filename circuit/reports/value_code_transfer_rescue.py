@@ -162,6 +162,7 @@ class ValueCodeTransferRescue(OfCheckpoints[RescueOptions]):
     title = "Rescue"
     question = "Which code, put back where the value code was removed, gives the answer back?"
     place = 8
+    asked_of = "symbolic_kv_stream"
 
     @classmethod
     def usual(cls, place: Place) -> RescueOptions:

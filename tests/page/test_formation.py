@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ Page = Any
 Circuit = Callable[..., tuple[int, str, str]]
 
 
-PLACED = [kind for kind in all_reports() if kind.place is not None and not kind.task]
+LOOKUP = "symbolic_kv_stream"
+PLACED = [
+    kind for kind in all_reports() if kind.place and (kind.asked_of or kind.task) in ("", LOOKUP)
+]
 """Reports that the page of a lookup run asks for."""
 
 
@@ -293,6 +297,21 @@ def test_the_most_complete_report_is_shown_then_the_newest(told: Path) -> None:
         run_report(kind, open_folder(told), asked, told / "analysis" / name)
     shown = Reports(open_folder(told)).shown(kind)
     assert [report.path.parent.name for report in shown] == ["newer"]
+
+
+def test_reports_of_one_kind_are_told_apart(told: Path) -> None:
+    file = "bilinear_qk_rank_adam_state_attribution_report.json"
+    (path,) = (told / "analysis").rglob(file)
+    shutil.copytree(path.parent, told / "analysis/again")
+    payload = json.loads(path.read_text())
+    del payload["digest"]
+    payload["parameters"]["windows"] = ["0:1"]  # of equal options the newest alone is drawn
+    (told / "analysis/again" / file).write_text(
+        json.dumps({**payload, "digest": digest_of(payload)})
+    )
+    headings = [panel.heading for panel in formation_page(told, "page.html").panels]
+    assert len(set(headings)) == len(headings)
+    assert [": again, steps " in heading for heading in headings].count(True) == 1
 
 
 def test_no_text_ends_the_data_element() -> None:
