@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from circuit.attribution.series import Closure, Kind, Series
 from circuit.figures.charts import (
     INK,
+    LABELS,
     TERM_NAMES,
     TICKS,
     Chart,
@@ -243,7 +244,7 @@ def _bars(
     place = named(name).transform_filter(chosen()) if at_chosen else named(name)
     step = ["step"] if at_chosen else []
     y = alt.Y(f"{column}:N").title(None).scale(domain=list(names)).sort(list(names))
-    y = y.axis(labelLimit=300)
+    y = y.axis(labelLimit=LABELS)
     bars = place.mark_bar().encode(
         y=y,
         x=alt.X("contribution:Q").title("path contribution").axis(tickCount=TICKS).stack("zero"),

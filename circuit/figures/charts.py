@@ -38,6 +38,8 @@ TERM_NAMES = {
 
 TICKS = {"expr": "max(2, floor(width / 75))"}
 """Ticks that the width of a chart has room for."""
+LABELS = {"expr": "min(360, 0.65 * containerSize()[0])"}
+"""The most that labels beside bars take, so that there is room for the bars."""
 POINT = {"size": 28, "filled": True}
 _WIDTH_OF_A_LETTER, _WIDTH_OF_A_SYMBOL = 7, 34
 

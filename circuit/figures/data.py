@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from circuit.figures.attribution import STOPS, thinned
 from circuit.figures.charts import (
     INK,
+    LABELS,
     TICKS,
     Chart,
     Record,
@@ -145,7 +146,7 @@ def lds_chart(name: str, title: str, rows: Sequence[Record]) -> Chart:
         records.append({"of": label, **{key: row[key] for key in keys}, "share": share})
     shares = list(dict.fromkeys(record["share"] for record in records))
     encoded = named(name).encode(
-        y=alt.Y("of:N").title(None).sort([row["of"] for row in records]).axis(labelLimit=300),
+        y=alt.Y("of:N").title(None).sort([row["of"] for row in records]).axis(labelLimit=LABELS),
         color=colour("share", shares, title="removed"),
         tooltip=exact(*keys),
     )
@@ -159,7 +160,7 @@ def _bars(
 ) -> Chart:
     names = [row["of"] for row in records]
     encoded = named(name).encode(
-        y=alt.Y("of:N").title(None).sort(names).axis(labelLimit=360),
+        y=alt.Y("of:N").title(None).sort(names).axis(labelLimit=LABELS),
         x=alt.X(f"{what}:Q").title(what).axis(tickCount=TICKS),
         tooltip=exact(*records[0]),
     )

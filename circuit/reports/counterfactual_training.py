@@ -13,7 +13,7 @@ from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
-from circuit.figures.charts import TICKS, Chart, chart, exact, named
+from circuit.figures.charts import LABELS, TICKS, Chart, chart, exact, named
 from circuit.lazy import alt, np, torch
 from circuit.options import Option
 from circuit.quoting import markdown_text
@@ -244,7 +244,7 @@ def _chart(at: int, scalar: str, records: list[Any]) -> Chart:
         named(name)
         .mark_bar()
         .encode(
-            y=alt.Y("edit:N").title(None).sort(labels).axis(labelLimit=300),
+            y=alt.Y("edit:N").title(None).sort(labels).axis(labelLimit=LABELS),
             x=alt.X("change:Q").title("change at the end").axis(tickCount=TICKS),
             color=alt.value("var(--c1)"),
             tooltip=exact(*records[0]),
