@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
 from hashlib import sha256
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from circuit.artifacts import find_near
@@ -28,6 +29,21 @@ _looked_at: dict[Path, str] = {}
 """sha256 of files that somebody's file imports, when last looked at before they were imported."""
 
 
+class _Text(SourceFileLoader):
+    """Executes the text that was digested.
+
+    A cache in `__pycache__` knows a file by its size and the second in which it was written: of one
+    that was edited within that second it is another's.
+    """
+
+    def __init__(self, name: str, path: str, text: bytes) -> None:
+        super().__init__(name, path)
+        self._text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._text, self.path)
+
+
 def import_file(path: str | Path, *, missing: str) -> ModuleType:
     """Execute a file, once: under a name that its place and content give it, which no other has.
 
@@ -38,16 +54,18 @@ def import_file(path: str | Path, *, missing: str) -> ModuleType:
     """
     path = checked_path(path)
     place = path.parent.resolve() / path.name
-    content = file_digest(path, missing=missing)
+    text = read_bytes(path, missing=missing)
+    content = sha256(text).hexdigest()
     name = f"{_FILE}{sha256(f'{place} {content}'.encode()).hexdigest()[:16]}"
     if name not in sys.modules:
-        spec = spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
+        loader = _Text(name, str(path), text)
+        spec = spec_from_file_location(name, path, loader=loader)
+        if spec is None or path.suffix != ".py":
             raise ImportError("it is no Python file")
         sys.modules[name] = module = module_from_spec(spec)
         token = importing.set(path)
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise

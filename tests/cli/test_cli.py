@@ -267,7 +267,7 @@ ERRORS: list[tuple[Callable[[Run], None], list[str], list[str]]] = [
     (wrong_type, TRAIN, ["field 'steps': Input should be a valid integer", 'got "many"']),
     (bad_json, TRAIN, ["configs/train/tiny.json:2:11: not valid JSON"]),
     (no_config, TRAIN, ["configs/train/tiny.json: no such config file", "check the path"]),
-    (no_benchmark, TRAIN, ["data/none: no benchmark", "run `circuit generate-benchmark"]),
+    (no_benchmark, TRAIN, ["data/none: no benchmark", "draw it: `circuit generate-benchmark"]),
     (truncated_split, TRAIN, ["data/tiny/train.jsonl:60: "]),
     (missing_split, TRAIN, ["data/tiny/heldout_pairs.jsonl: no such file"]),
     (other_config, EVALUATE, ["belongs to another config: seed is 11 there and 12 here"]),

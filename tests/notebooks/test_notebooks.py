@@ -128,7 +128,7 @@ def test_without_the_run_one_line_says_what_to_type(
         sources = "\n".join(cell.source for cell in code(tool.read(path)))
         (opened,) = re.findall(r'circuit\.open_run\("([^"]+)"\)', sources)
         assert opened == tool.RUN
-        with pytest.raises(circuit.CircuitError, match=r"run_config\.json.*`circuit quickstart`$"):
+        with pytest.raises(circuit.CircuitError, match=r"no such folder.*`circuit quickstart`$"):
             circuit.open_run(opened)
 
 

@@ -142,7 +142,7 @@ def test_a_torn_row_and_the_rows_beyond_the_last_anchor_are_written_again(
         assert not stopped.store.complete
         assert stopped.store.last_step == rows
         if rows:
-            assert stopped.verify().law == f"replayed {rows} steps, 0 bits differ"
+            assert stopped.verify().law == f"replayed {rows} step{'s' * (rows > 1)}, 0 bits differ"
         with pytest.raises(CircuitError, match=f"stopped at {rows}; .*record --resume"):
             list(stopped.replay(rows, rows + 1))
         found = recording(make_config(), resume=True)
