@@ -12,7 +12,7 @@ from circuit import CircuitError
 
 from . import options
 from .output import interrupted_says, print_json, print_result, progress_bar, stdout, table
-from .workflow import Live, print_again
+from .workflow import Live, print_again, print_ends
 
 if TYPE_CHECKING:
     from circuit.options import Options
@@ -147,9 +147,7 @@ def _print_plan(plan: PartsPlan, every_path: bool) -> None:
     stdout.print(shown)
     print_again(plan.again, workflow)
     if every_path:
-        stdout.print("it ends with:")
-        for job in plan.jobs:
-            stdout.print(f"  {job.outputs[0]}", soft_wrap=True)
+        print_ends(job.outputs[0] for job in plan.jobs)
     where = f"{workflow.cores} cores" if workflow.profile is None else f"{workflow.profile.name}"
     stdout.print(
         f"{len(plan.jobs)} jobs on {where}; what is kept already is not trained again; logs under"

@@ -10,7 +10,7 @@ import typer
 
 from . import complete, options
 from .output import interrupted_says, print_json, progress_bar, stdout, table
-from .workflow import Live, print_again
+from .workflow import Live, print_again, print_ends
 
 if TYPE_CHECKING:
     from circuit.studies.claims import Claim
@@ -117,9 +117,7 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
         stdout.print(made)
     print_again(plan.again, request)
     if every_path:
-        stdout.print("it ends with:")
-        for path in plan.outputs:
-            stdout.print(f"  {request.folder / path}", soft_wrap=True)
+        print_ends(request.folder / path for path in plan.outputs)
     if plan.jobs:
         stdout.print(
             f"{request.target} at scale {request.scale.name}: {cost.jobs} commands, about"

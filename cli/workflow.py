@@ -20,6 +20,13 @@ def print_again(rules: Iterable[PlannedRule], workflow: Workflow) -> None:
         stdout.print(f"again: {rule.job}: {reason}", soft_wrap=True)
 
 
+def print_ends(paths: Iterable[Any]) -> None:
+    """What the jobs leave, a line each."""
+    stdout.print("it ends with:")
+    for path in paths:
+        stdout.print(f"  {path}", soft_wrap=True)
+
+
 class Live:
     """Shows which rules run, and a line for each that is done."""
 
