@@ -67,6 +67,7 @@ class Totals:
         rounding: of what the optimizer's float32 left out.
         apart: `sum over steps |sum of credit - batch|`.
         batch: `sum over steps |batch|`.
+        every: `sum over steps and examples |credit|`.
     """
 
     actual: Tensor
@@ -76,6 +77,7 @@ class Totals:
     rounding: Tensor
     apart: Tensor
     batch: Tensor
+    every: Tensor
 
     @property
     def predicted(self) -> Float[Tensor, " scalar"]:
@@ -106,12 +108,10 @@ class Carried:
     Attributes:
         kernel: `H`, with what momentum keeps of it, float64 `[scalar, parameter]`.
         totals: so far.
-        every: sums of the sizes of the examples' credit, by scalar.
     """
 
     kernel: Tensor
     totals: Totals
-    every: Tensor
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class CreditPass:
         self.run, self.attributor = run, attributor
         self.start, self.end = start, end
         self.losses = Losses(attributor.model)
-        self.totals = Totals(*torch.zeros(7, len(attributor.scalars), dtype=torch.float64))
+        self.totals = Totals(*torch.zeros(8, len(attributor.scalars), dtype=torch.float64))
         self._behind = behind
         if behind is not None:
             # what was inherited there is divided among the examples of this window
@@ -182,12 +182,12 @@ class CreditPass:
         Raises:
             CircuitError: as `backwards`; or the examples do not sum to the gradients taken.
         """
-        totals, behind = self.totals, self._behind
-        if behind is None:
+        totals = self.totals
+        if self._behind is None:
             size = (len(self.attributor.scalars), self.losses.layout.size)
-            carried, every = (torch.zeros(shape, dtype=torch.float64) for shape in (size, size[:1]))
+            carried = torch.zeros(size, dtype=torch.float64)
         else:
-            carried, every = behind.kernel.clone(), behind.every
+            carried = self._behind.kernel.clone()
         for noted, (theta, gradient, kernel) in backwards(
             self.run, self.start, self.end, self._note
         ):
@@ -203,14 +203,14 @@ class CreditPass:
             totals.credit = totals.credit + credit.sum((1, 2))
             totals.apart = totals.apart + (credit.sum((1, 2)) - batch).abs()
             totals.batch = totals.batch + batch.abs()
-            every = every + credit.abs().sum((1, 2))
+            totals.every = totals.every + credit.abs().sum((1, 2))
             carried.mul_(noted.keep)  # what the step before finds of it
             if noted.past is not None:  # at the window's first step: momentum from before it
                 totals.inherited = totals.inherited - carried @ noted.past
             yield StepCredit(noted.step, noted.objective, credit, batch)
-        self.carried = Carried(carried, totals, every)
+        self.carried = Carried(carried, totals)
         # what cancels in a batch leaves the rounding of its examples' credit
-        if (totals.apart > torch.maximum(APART * totals.batch, ROUNDED * every)).any():
+        if (totals.apart > torch.maximum(APART * totals.batch, ROUNDED * totals.every)).any():
             worst = float(totals.examples_error.max())
             raise CircuitError(
                 "the losses of the examples have other gradients than those that were taken: they"

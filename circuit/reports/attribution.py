@@ -217,16 +217,17 @@ class Attribution(TracedReport[A]):
 
     @classmethod
     def charts(cls, results: Results[A]) -> list[Chart]:
-        lead, *further = _ranked(results)
-
-        def series(name: str) -> Series:
-            rows = results.rows(holding=in_row("scalar", name))
-            return Series.collect(row for row in rows if row["scalar"] == name)[name]
-
-        charts = series_charts(series(lead["scalar"]))
-        if further:
-            charts.append(scalars_chart([lead, *further]))
-        return charts + course_charts([series(one["scalar"]) for one in further[:COURSES]])
+        ranked = _ranked(results)
+        drawn = [one["scalar"] for one in ranked[: 1 + COURSES]]
+        # of one scalar other lines are not even parsed; of several the file is read once
+        holding = in_row("scalar", drawn[0]) if len(drawn) == 1 else ""
+        series = Series.collect(
+            row for row in results.rows(holding=holding) if row["scalar"] in drawn
+        )
+        charts = series_charts(series[drawn[0]])
+        if len(ranked) > 1:
+            charts.append(scalars_chart(ranked))
+        return charts + course_charts([series[name] for name in drawn[1:]])
 
 
 def _ranked(results: Results[A]) -> list[Row]:

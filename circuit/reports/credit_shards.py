@@ -42,7 +42,7 @@ def carried_row(end: int, sums: Sums, carried: Carried) -> Row:
     kernels = [base64.b64encode(one.numpy().tobytes()).decode() for one in carried.kernel]
     totals = {one.name: getattr(carried.totals, one.name).tolist() for one in fields(Totals)}
     row = {"end": end, "scalars": list(sums.names), "kernels": kernels, "totals": totals}
-    return {**row, "every": carried.every.tolist(), "texts": sums.texts}
+    return {**row, "texts": sums.texts}
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,11 @@ class Behind:
                     where=self.report.path.parent,
                     expected=f"{len(names)} scalars of {size} parameters",
                 )
-            exact = {name: torch.from_numpy(np.array(of)) for name, of in self._sums.items()}
-            every = exact.pop("every")
-            return Carried(torch.from_numpy(np.stack(kernels)), Totals(**exact), every)
-
-    @property
-    def _sums(self) -> dict[str, list[float]]:
-        """By scalar."""
-        return {**self.row["totals"], "every": self.row["every"]}
+            totals = {
+                name: torch.tensor(values, dtype=torch.float64)
+                for name, values in self.row["totals"].items()
+            }
+            return Carried(torch.from_numpy(np.stack(kernels)), Totals(**totals))
 
     @cached_property
     def _rows(self) -> dict[str, list[Row]]:

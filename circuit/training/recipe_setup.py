@@ -38,11 +38,11 @@ class RecipeSetup(Setup):
     def with_config(self, config: TrainConfig) -> RecipeSetup:
         """See `Setup.with_config`; the code that was named here is named there."""
         assert isinstance(config, RecipeConfig), "it is of the same recipe"
-        made = super().with_config(config.executing(config.code or self.config.code))
-        assert isinstance(made, RecipeSetup)
+        copied = super().with_config(config.executing(config.code or self.config.code))
+        assert isinstance(copied, RecipeSetup)
         if config.device != self.config.device:
-            made._recipe = []
-        return made
+            copied._recipe = []
+        return copied
 
     @property
     def digest(self) -> str:

@@ -92,11 +92,11 @@ class Setup:
 
     def with_config(self, config: TrainConfig) -> Setup:
         """The same with another config of the same recipe; what is built is shared."""
-        made = copy.copy(self)
-        made.config = config
+        copied = copy.copy(self)
+        copied.config = config
         if config.device != self.config.device:
-            made._model = []
-        return made
+            copied._model = []
+        return copied
 
     def is_of(self, config: TrainConfig, benchmark_digest: str) -> bool:
         """Whether a run with this recipe on this benchmark is the same run."""
