@@ -21,6 +21,7 @@ from circuit.errors import CircuitError
 from circuit.lazy import np, torch
 from circuit.reading import values_of
 from circuit.reports.data_facts import Facts, Sums
+from circuit.reports.seams import inputs_of, refuse_difference
 from circuit.reports.written import SUFFIX, Written, read_report
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ ROWS, STEPS, CARRIED = (f"data_credit_{what}.jsonl" for what in ("rows", "steps"
 _ANEW = "make the credit of that window again, with `shard`"
 _SAME = ("scalars", "by", "path", "splits")
 """Options that two shards share."""
-_OF_A_CALL = ("overrides", "trace", "environment", "started_unix", "seconds")
 
 
 def carried_row(end: int, sums: Sums, carried: Carried) -> Row:
@@ -79,22 +79,21 @@ class Behind:
                 where=where,
                 expected=f"a window that begins at {end}, where this one ends",
             )
-        ours, told = before.options.to_json(), theirs.to_json()
-        read = {k: fact for k, fact in before.provenance().items() if k not in _OF_A_CALL}
-        there = {k: self.report.provenance.get(k) for k in read}
-        trace, its = before.provenance()["trace"], self.report.provenance["trace"]
-        pairs = {
-            **{name: (ours.get(name), told.get(name)) for name in _SAME},
-            **{name: (read[name], there[name]) for name in read},
-            f"the state of step {end}": (trace["state_at_end"], its["state_at_start"]),
-        }
-        for name, (one, other) in pairs.items():
-            if one != other:
-                raise CircuitError(
-                    f"the shards differ in {name}: {one!r} and {other!r}",
-                    where=where,
-                    expected="shards of one run, with the same scalars and options",
-                )
+        sides = (
+            (before.options, before.provenance(), "state_at_end"),
+            (theirs, self.report.provenance, "state_at_start"),
+        )
+        settings = [
+            {
+                **{name: options.to_json().get(name) for name in _SAME},
+                **inputs_of(provenance),
+                f"the state of step {end}": provenance["trace"][state],
+            }
+            for options, provenance, state in sides
+        ]
+        refuse_difference(
+            *settings, where=where, expected="shards of one run, with the same scalars and options"
+        )
 
     @property
     def end(self) -> int:

@@ -15,16 +15,12 @@ from circuit.errors import CircuitError
 from circuit.reading import values_of
 from circuit.reports.attribution import Attribution, AttributionOptions, KeptRows, parse_windows
 from circuit.reports.report import Progress, ReportResult, open_report
+from circuit.reports.seams import MERGED, inputs_of, refuse_difference
 from circuit.reports.written import SUFFIX, Written, read_report
 
 _ANEW = "make the attribution again"
 _OF_A_SHARD = ("start_step", "end_step", "windows", "workers")
 _PATHS = ("probe_set", "optimizer_trace_dir", "scalar_pair_rows")
-_MERGED = "shard_overrides"
-_OF_A_CALL = (
-    *("overrides", "trace", "environment", "started_unix", "seconds"),
-    *("merged_from", _MERGED),
-)
 
 
 def merge_attributions(
@@ -71,7 +67,7 @@ def _merged(
         **first.inputs,
         "trace": {**first.trace, "state_at_end": last.trace["state_at_end"]},
         "merged_from": [[shard.start, shard.end] for shard in shards],
-        **({_MERGED: overrides} if overrides else {}),
+        **({MERGED: overrides} if overrides else {}),
     }
     with open_report(first.kind, output_dir, overwrite=overwrite) as writer:
         kept = KeptRows()
@@ -128,14 +124,14 @@ class _Shard:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What was read, but for the trace, and what families say of theirs."""
-        return {k: fact for k, fact in self.report.provenance.items() if k not in _OF_A_CALL}
+        """See `inputs_of`."""
+        return inputs_of(self.report.provenance)
 
     @property
     def overrides(self) -> list[dict[str, Any]]:
         """Steps and overrides of those calls behind the shard that had any."""
         if self.report.overrides is None:  # none, or a shard that was merged itself
-            return list(self.report.provenance.get(_MERGED, ()))
+            return list(self.report.provenance.get(MERGED, ()))
         return [{"steps": [self.start, self.end], "overrides": self.report.overrides}]
 
     def settings(self) -> dict[str, Any]:
@@ -161,15 +157,13 @@ def _read_shard(folder: Path) -> _Shard:
 
 
 def _refuse_seam(earlier: _Shard, later: _Shard) -> None:
-    ours, theirs = earlier.settings(), later.settings()
     where = later.report.path.parent
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            raise CircuitError(
-                f"the shards differ in {name}: {ours.get(name)!r} and {theirs.get(name)!r}",
-                where=where,
-                expected=f"as in {earlier.report.path.parent}",
-            )
+    refuse_difference(
+        earlier.settings(),
+        later.settings(),
+        where=where,
+        expected=f"as in {earlier.report.path.parent}",
+    )
     if later.start != earlier.end:
         what = "an overlap" if later.start < earlier.end else "a gap"
         raise CircuitError(
