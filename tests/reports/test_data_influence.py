@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 import pytest
 from tiny_run import RUN
@@ -18,12 +19,19 @@ from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
 
 
+def asked(traced: Path, *scalars: str, **options: Any) -> DataInfluenceOptions:
+    probe_set = RUN / "analysis/probe_set.jsonl"
+    return DataInfluenceOptions(
+        optimizer_trace_dir=traced, probe_set=probe_set, scalars=scalars, **options
+    )
+
+
 @pytest.fixture(params=["example", "position"])
 def written(request: pytest.FixtureRequest, traced: Path, tmp_path: Path) -> ReportResult:
-    options = DataInfluenceOptions(
-        optimizer_trace_dir=traced,
-        probe_set=RUN / "analysis/probe_set.jsonl",
-        scalars=("loss", "loss,scope=answer"),
+    options = asked(
+        traced,
+        "loss",
+        "loss,scope=answer",
         by=request.param,
         start_step=1,
         end_step=8,
@@ -57,13 +65,7 @@ def test_rows_add_up_and_gauges_are_theirs(written: ReportResult) -> None:
 
 
 def test_without_trainings_the_law_says_so(traced: Path, tmp_path: Path) -> None:
-    options = DataInfluenceOptions(
-        optimizer_trace_dir=traced,
-        probe_set=RUN / "analysis/probe_set.jsonl",
-        scalars=("loss",),
-        start_step=4,
-        end_step=6,
-    )
+    options = asked(traced, "loss", start_step=4, end_step=6)
     result = run_report(DataInfluence, open_run(RUN), options, tmp_path / "out")
     assert "not held against trainings" in result.law
     assert "rough" not in result.law
@@ -73,12 +75,7 @@ def test_without_trainings_the_law_says_so(traced: Path, tmp_path: Path) -> None
 
 def test_a_training_with_an_edit_is_held_against_none(traced: Path, tmp_path: Path) -> None:
     """Refused before its steps are walked."""
-    options = DataInfluenceOptions(
-        optimizer_trace_dir=traced,
-        probe_set=RUN / "analysis/probe_set.jsonl",
-        scalars=("loss",),
-        check_trainings=3,
-    )
+    options = asked(traced, "loss", check_trainings=3)
     config = open_run(RUN).config.replace(edit=Edit(3, 4))
     with pytest.raises(CircuitError, match="no training leaves one that has an edit itself"):
         run_report(DataInfluence, config, options, tmp_path / "out")
