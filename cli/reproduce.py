@@ -75,17 +75,17 @@ def reproduce(
     with interrupted_says("start it again to go on"), progress_bar(not as_json) as bar:
         outcome = run(request, Live(bar, quiet=as_json, aside=(request.goal,)))
     outcome.refuse_failure()
-    found, paths = _claims(plan)
+    claims, paths = _claims(plan)
     if as_json:
         print_json(
             {
                 "seconds": time.monotonic() - began,
-                "claims": [claim.to_json() for claim in found],
+                "claims": [claim.to_json() for claim in claims],
                 "paths": [str(path) for path in paths],
             }
         )
     else:
-        _print_claims(found, paths)
+        _print_claims(claims, paths)
         if not request.scale.shows_effects:
             stdout.print(
                 f"scale {scale} runs every command, in {request.scale.long_steps} steps: too few to"
@@ -107,14 +107,14 @@ def _plan_payload(plan: Plan) -> dict[str, Any]:
 
 def _print_plan(plan: Plan, every_path: bool) -> None:
     request = plan.request
-    made = table(None, ["rule", "commands", "core time", "disk"])
+    costs = table(None, ["rule", "commands", "core time", "disk"])
     for kind, cost in plan.by_kind.items():
-        made.add_row(kind, str(cost.jobs), duration(cost.seconds), size(cost.megabytes))
+        costs.add_row(kind, str(cost.jobs), duration(cost.seconds), size(cost.megabytes))
     cost = plan.cost
     if not plan.jobs:
         stdout.print(f"{request.target} ({request.scale.name}): everything is there and current")
     else:
-        stdout.print(made)
+        stdout.print(costs)
     print_again(plan.again, request)
     if every_path:
         print_ends(request.folder / path for path in plan.outputs)
@@ -135,27 +135,27 @@ def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:
     from circuit.studies.study import Study
 
     request = plan.request
-    found = judge(Study(request.scale), request.folder, request.target)
+    claims = judge(Study(request.scale), request.folder, request.target)
     title = f"Claims of the study: {request.target}, scale {request.scale.name}"
     name = f"claims_{request.target.replace('-', '_')}"
     place, writes = request.folder / "artifacts" / "claims", [f"{name}.md", f"{name}.json"]
     with OutputFolder(place, f"reproduce.{name}", writes=writes, overwrite=True) as folder:
-        page = folder.write_text(f"{name}.md", "\n".join(claims_page(found, title)) + "\n")
-        rows = folder.write_text(f"{name}.json", dump_json([claim.to_json() for claim in found]))
-    return found, [page, rows]
+        page = folder.write_text(f"{name}.md", "\n".join(claims_page(claims, title)) + "\n")
+        rows = folder.write_text(f"{name}.json", dump_json([claim.to_json() for claim in claims]))
+    return claims, [page, rows]
 
 
-def _print_claims(found: list[Claim], paths: list[Path]) -> None:
+def _print_claims(claims: list[Claim], paths: list[Path]) -> None:
     from circuit.studies.claims import numbers_of
 
     marks = {True: "holds", False: "DOES NOT HOLD", None: "not judged"}
-    for claim in found:
+    for claim in claims:
         stdout.print(
             f"{marks[claim.holds]:>14}  {claim.statement}: {numbers_of(claim) or claim.note}",
             soft_wrap=True,
         )
-    held = sum(claim.holds is True for claim in found)
-    stdout.print(f"{held} of {len(found)} claims hold in this reproduction")
+    held = sum(claim.holds is True for claim in claims)
+    stdout.print(f"{held} of {len(claims)} claims hold in this reproduction")
     for path in paths:
         stdout.print(f"wrote {path}", soft_wrap=True)
 

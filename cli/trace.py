@@ -137,7 +137,7 @@ def record(
     from circuit.reports.optimizer_update_trace import optimizer_update_trace
     from circuit.trace.record import RecordOptions
 
-    wanted = RecordOptions(
+    asked_for = RecordOptions(
         end_step=end_step,
         num_steps=num_steps,
         resume_checkpoint=resume_checkpoint,
@@ -155,7 +155,7 @@ def record(
         report = optimizer_update_trace(
             settings,
             output_dir,
-            wanted,
+            asked_for,
             overwrite=overwrite,
             resume=resume,
             progress=StepBar(bar, "recording", end_step, progress_every),
@@ -199,9 +199,9 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     }
     losses = [row["loss"] for row in store.rows]
     if as_json:
-        wanted = {"config", "start_step", "end_step", "anchor_every", "checkpoint_every"}
-        wanted |= {"checkpoint_start_step", "storage", "environment", "benchmark_digest"}
-        payload = manifest.model_dump(mode="json", include=wanted)
+        fields = {"config", "start_step", "end_step", "anchor_every", "checkpoint_every"}
+        fields |= {"checkpoint_start_step", "storage", "environment", "benchmark_digest"}
+        payload = manifest.model_dump(mode="json", include=fields)
         print_json(
             {**payload, "last_step": store.last_step, "anchors": anchors, "bytes": size}
             | {"losses": losses}
@@ -234,27 +234,27 @@ def verify(
     with progress_bar(not as_json) as bar:
         trace = ReplayedRun.open(folder, recipe=recipe)
         last = trace.store.last_step if end is None else end
-        found = trace.verify(start, end, progress=StepBar(bar, "replaying", last))
+        outcome = trace.verify(start, end, progress=StepBar(bar, "replaying", last))
     if as_json:
         payload: dict[str, Any] = {
-            "law": found.law,
-            "steps": found.steps,
-            "equal": found.equal,
-            "drifts": [vars(drift) for drift in found.drifts],
-            "anchors": [{"step": step, "difference": str(d)} for step, d in found.anchors],
+            "law": outcome.law,
+            "steps": outcome.steps,
+            "equal": outcome.equal,
+            "drifts": [vars(drift) for drift in outcome.drifts],
+            "anchors": [{"step": step, "difference": str(d)} for step, d in outcome.anchors],
             "changed_facts": trace.changed_facts(),
             "paths": [],
         }
         print_json(payload)
     else:
-        for step, difference in found.anchors[:1]:
+        for step, difference in outcome.anchors[:1]:
             stdout.print(f"anchor {step}: {difference}", soft_wrap=True)
-        if not found.equal:
+        if not outcome.equal:
             facts = "; ".join(trace.changed_facts()) or "none that is recorded"
             stdout.print(f"changed since the recording: {facts}", soft_wrap=True)
-        compared = f"{counted(found.compared_anchors, 'stored state')} compared; "
-        stdout.print((compared if found.compared_anchors else "") + found.law, soft_wrap=True)
-    if not found.equal:
+        compared = f"{counted(outcome.compared_anchors, 'stored state')} compared; "
+        stdout.print((compared if outcome.compared_anchors else "") + outcome.law, soft_wrap=True)
+    if not outcome.equal:
         raise typer.Exit(1)
 
 
@@ -323,13 +323,13 @@ def prune(
     """Keep fewer anchors. Every step stays addressable; states checked out into it go too."""
     from circuit.trace.prune import prune_trace
 
-    found = prune_trace(folder, anchor_every)
+    pruned = prune_trace(folder, anchor_every)
     if as_json:
-        print_json({**vars(found), "paths": [str(folder / "trace.json")]})
+        print_json({**vars(pruned), "paths": [str(folder / "trace.json")]})
         return
     stdout.print(
-        f"removed {counted(found.removed, 'state')} ({found.freed_bytes / 1e6:.1f} MB);"
-        f" {counted(found.anchors, 'anchor')} left"
+        f"removed {counted(pruned.removed, 'state')} ({pruned.freed_bytes / 1e6:.1f} MB);"
+        f" {counted(pruned.anchors, 'anchor')} left"
     )
 
 

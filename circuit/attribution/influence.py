@@ -144,7 +144,9 @@ class InfluencePass:
                 hyper=noted.hyper,
             )
             before.append(adjoint)  # before the gradient's own way to the weights is added
-            n = gradient.norm()
+            n = (
+                gradient.norm()
+            )  # [parameter] -> a number: of what was clipped, frozen ones left out
             _refuse_another(float(n), noted)
             if c >= 1:
                 return u
@@ -254,6 +256,7 @@ def influence(
     """
     attributor = attributor_of(run, scalars, dtype=dtype)
     whole = InfluencePass(run, attributor, start, end)
+    # the pass goes from the last step to the first; [scalar, example, pos] -> [scalar, example]
     passed = [(o.step, o.objective.ids, o.influence.sum(2), o.growth) for o in whole][::-1]
     steps = [step for step, ids, _, _ in passed for _ in ids]
     examples = [name for _, ids, _, _ in passed for name in ids]

@@ -96,8 +96,8 @@ class Series:
 
     def predicted(self, kind: Kind) -> Values:
         """Sum of the contributions of all terms `[step]`."""
-        found: Values = np.sum(list(getattr(self, kind).values()), axis=0)
-        return found
+        predicted: Values = np.sum(list(getattr(self, kind).values()), axis=0)  # [term, step]
+        return predicted
 
     def window(self, start: int, end: int) -> Series:
         """The steps that take state `start` to state `end`.
@@ -113,8 +113,8 @@ class Series:
 
         def cut(columns: dict[str, Any]) -> dict[str, Any]:
             return {
-                name: cut(found) if isinstance(found, dict) else found[at]
-                for name, found in columns.items()
+                name: cut(column) if isinstance(column, dict) else column[at]
+                for name, column in columns.items()
             }
 
         return Series(
@@ -141,6 +141,7 @@ class Series:
             return error / scale if scale else None
 
         def errors(kind: Kind) -> tuple[float | None, float | None]:
+            # fsum: thousands of steps of either sign cancel, and shards add up in another order
             off = self.predicted(kind) - actual
             return (
                 ratio(abs(math.fsum(off)), abs(math.fsum(actual))),

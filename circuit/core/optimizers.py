@@ -286,6 +286,7 @@ def shared_rule(
     each = [hyper_of(group.settings) for group in groups]
     if len(moved) == len(layout.names) and all(hyper == each[0] for hyper in each):
         return rule, each[0]
+    # a rate and decay for each number of the flat vector: the rule itself knows no groups
     rate, decay = torch.zeros(2, layout.size, dtype=torch.float64)
     for group, hyper in zip(groups, each, strict=True):
         for name in group.names:

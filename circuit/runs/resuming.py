@@ -26,8 +26,8 @@ def check_manifest(now: RecordingManifest, recording: Recording) -> None:
         CircuitError: names the first that differs.
     """
     ours, theirs = (m.model_dump(exclude={"environment"}) for m in (now, recording.manifest))
-    made = recording.not_saved.difference(recording.manifest.not_saved)  # by the loop, since
-    ours["not_saved"] = [name for name in now.not_saved if name not in made]
+    later = recording.not_saved.difference(recording.manifest.not_saved)  # by the loop, since
+    ours["not_saved"] = [name for name in now.not_saved if name not in later]
     odd = [f"{name} was {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
     odd += changed_facts(recording.manifest.environment, now.environment)
     if odd:

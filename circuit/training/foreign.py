@@ -57,8 +57,8 @@ def read_tensors(path: Path, payload: bytes) -> Tensors:
             " safetensors.torch.save_file or torch.save of model.state_dict()",
             damaged="save it again",
         )
-    found = _unwrapped(content, path)
-    embeddings = [name for name in found if _is_embedding(name)]
+    unwrapped = _unwrapped(content, path)
+    embeddings = [name for name in unwrapped if _is_embedding(name)]
     if len(embeddings) > 1:
         raise CircuitError(
             f"holds weights twice: {' and '.join(embeddings[:2])}",
@@ -66,8 +66,8 @@ def read_tensors(path: Path, payload: bytes) -> Tensors:
             expected="those of one model",
         )
     prefix = "".join(embeddings).removesuffix("embed.W_E")
-    named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    if len(named) < len(found):
+    named = {name.removeprefix(prefix): tensor for name, tensor in unwrapped.items()}
+    if len(named) < len(unwrapped):
         raise CircuitError(
             f"holds names both with and without {prefix!r}", where=path, expected="one model"
         )
@@ -143,10 +143,10 @@ def infer_model(
     def shape(name: str, axes: str) -> list[int]:
         if name not in tensors:
             raise CircuitError(f"holds no {name}", where=where, expected=_KIND, fix=_held(tensors))
-        found = list(tensors[name].shape)
-        if len(found) != len(axes.split()):
-            raise CircuitError(f"{name} has shape {found}", where=where, expected=f"[{axes}]")
-        return found
+        sizes = list(tensors[name].shape)
+        if len(sizes) != len(axes.split()):
+            raise CircuitError(f"{name} has shape {sizes}", where=where, expected=f"[{axes}]")
+        return sizes
 
     d_model = shape("embed.W_E", "d_vocab d_model")[1]
     heads, _, d_head = shape("blocks.0.attn.W_Q", "head d_model d_head")
@@ -156,8 +156,8 @@ def infer_model(
             where=where,
             expected=f"heads whose widths add up to d_model {d_model}",
         )
-    blocks = [found for name in tensors if (found := BLOCK.fullmatch(name))]
-    has_mlps = any(found[2].startswith("mlp.") for found in blocks)
+    blocks = [match for name in tensors if (match := BLOCK.fullmatch(name))]
+    has_mlps = any(block[2].startswith("mlp.") for block in blocks)
     payload = {
         "layers": _count_blocks(tensors, where),
         "heads": heads,
@@ -187,7 +187,7 @@ def _held(tensors: Mapping[str, Tensor]) -> str:
 
 def absent_biases(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
     """Kinds of biases that no block holds, and that are zero therefore."""
-    held = {found[2] for name in tensors if (found := BLOCK.fullmatch(name))}
+    held = {match[2] for name in tensors if (match := BLOCK.fullmatch(name))}
     kinds = [kind for kind in BIASES if not (config.attention_only and kind.startswith("mlp."))]
     return [kind for kind in kinds if kind not in held]
 
@@ -271,13 +271,13 @@ def _drop_buffers(given: Tensors, config: ModelConfig, where: Path) -> None:
 
 
 def _as_float32(name: str, tensor: Tensor, where: Path) -> Tensor:
-    made = tensor.detach().to(torch.float32)
-    if tensor.is_floating_point() and not torch.isfinite(made).all():
+    single = tensor.detach().to(torch.float32)
+    if tensor.is_floating_point() and not torch.isfinite(single).all():
         raise CircuitError(f"{name} holds values that are not finite", where=where)
-    if not tensor.is_floating_point() or not torch.equal(made.to(tensor.dtype), tensor):
+    if not tensor.is_floating_point() or not torch.equal(single.to(tensor.dtype), tensor):
         raise CircuitError(
             f"{name} is {tensor.dtype} and has no exact float32 form",
             where=where,
             fix="save the tensors as float32 (`tensor.float()`), which rounds them",
         )
-    return made.contiguous().clone()
+    return single.contiguous().clone()

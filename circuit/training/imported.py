@@ -136,7 +136,7 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         CircuitError: there is none, or one does not exist.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(checked_path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES)
@@ -144,14 +144,14 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
                 raise CircuitError(
                     "holds no file of weights", where=path, expected=", ".join(SUFFIXES)
                 )
-            found += inside
+            files += inside
         elif path.exists():  # a pipe or a device is refused where it is read
-            found.append(path)
+            files.append(path)
         else:
             raise CircuitError("no such file or folder", where=path)
-    if not found:
+    if not files:
         raise CircuitError("no file is named", expected="files of weights, or folders of them")
-    return found
+    return files
 
 
 def steps_of(files: Sequence[Path], given: Sequence[int] | None = None) -> list[int]:
@@ -175,15 +175,16 @@ def steps_of(files: Sequence[Path], given: Sequence[int] | None = None) -> list[
 
 
 def _named_step(path: Path) -> int:
-    found = _STEP.findall(path.stem) or re.findall(r"\d+", path.stem)
-    if len(found) != 1:
+    numbers = _STEP.findall(path.stem) or re.findall(r"\d+", path.stem)
+    if len(numbers) != 1:
         raise CircuitError(
-            f"its name tells {'no step' if not found else 'several numbers: ' + ', '.join(found)}",
+            "its name tells "
+            + (f"several numbers: {', '.join(numbers)}" if numbers else "no step"),
             where=path,
             expected="a name such as step_000100.safetensors or checkpoint-100.pt",
             fix="rename it, or give the step of every file",
         )
-    return int(found[0])
+    return int(numbers[0])
 
 
 def _survey(
@@ -201,8 +202,8 @@ def _survey(
         digest, tensors = _read(path)
         model = model or model_of(tensors, path, told)
         untied = model.model_copy(update={"tied_unembedding": False})
-        made = fitted(tensors, untied, benchmark.vocabulary.size, path)
-        tied = tied and is_tied(made)
+        whole = fitted(tensors, untied, benchmark.vocabulary.size, path)
+        tied = tied and is_tied(whole)
         absent = absent_biases(tensors, model)
         if zero is not None and absent != zero:
             raise CircuitError(

@@ -42,15 +42,15 @@ def saved_states(run: Path) -> dict[int, Path]:
     Raises:
         CircuitError: it is the only one, and damaged.
     """
-    found = list_checkpoints(run / "checkpoints")
+    states = list_checkpoints(run / "checkpoints")
     best = run / BEST
     if best.exists():
         try:
-            found.setdefault(read_header(best).step, best)
+            states.setdefault(read_header(best).step, best)
         except CircuitError:
-            if not found:
+            if not states:
                 raise
-    return dict(sorted(found.items()))
+    return dict(sorted(states.items()))
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class EarlierRun:
         Raises:
             CircuitError: it is another one, or its config or its states are gone.
         """
-        self.root, self.folder, self.wanted = folder.root, folder, config
+        self.root, self.folder, self.asked_for = folder.root, folder, config
         path = self.root / RUN_CONFIG
         self.config = load_run_config(path)
         if config.edit is not None and RUN_CONFIG not in folder.owned:
@@ -138,8 +138,10 @@ class EarlierRun:
             )
         difference = config.recipe_difference(self.config)
         if difference is not None:
-            own = isinstance(config, RecipeConfig)
-            with_it = "the recipe's file as it was" if own else "the run's own run_config.json"
+            of_recipe = isinstance(config, RecipeConfig)
+            with_it = (
+                "the recipe's file as it was" if of_recipe else "the run's own run_config.json"
+            )
             raise CircuitError(
                 f"cannot resume with another config: {difference}",
                 where=path,
@@ -206,7 +208,7 @@ class EarlierRun:
         best = state.notes.get("best")
         if best is None:
             return {}
-        asked = self.wanted.best
+        asked = self.asked_for.best
         if (best["split"], best["metric"]) != (asked.split, asked.metric):
             return {}
         return {"best": best}
@@ -219,27 +221,27 @@ class EarlierRun:
         """
         with values_of(self.root / METRICS, fix=_ANEW):
             rows = read_jsonl(self.root / METRICS, tolerate_torn_tail=True)
-            found = sum(row["step"] <= state.step for row in rows)
-        expected = int(state.notes.get(METRICS_ROWS, found))
-        if found != expected:
+            there = sum(row["step"] <= state.step for row in rows)
+        expected = int(state.notes.get(METRICS_ROWS, there))
+        if there != expected:
             raise CircuitError(
-                f"holds {found} rows up to step {state.step}",
+                f"holds {there} rows up to step {state.step}",
                 where=self.root / METRICS,
                 expected=str(expected),
                 fix="rows were lost; resume from an earlier checkpoint with `resume_from`, or start"
                 " anew with `overwrite`",
             )
-        return int(found)
+        return int(there)
 
     def go_on(self, state: TrainState) -> None:
         """Drop what is of later steps, and record the config that is in use from now on."""
         self._drop_later(state)
         self._restore_best(state)
         kept = {"steps", "benchmark_dir", *Bookkeeping.model_fields}
-        ours, theirs = (c.model_dump(include=kept) for c in (self.wanted, self.config))
+        ours, theirs = (c.model_dump(include=kept) for c in (self.asked_for, self.config))
         if ours != theirs:
             machine = {"device": self.config.device, "threads": self.config.threads}
-            used = self.wanted.replace(**machine)
+            used = self.asked_for.replace(**machine)
             self.folder.write_text(RUN_CONFIG, used.to_json(origin=True))
 
     def _drop_later(self, state: TrainState) -> None:
@@ -247,7 +249,7 @@ class EarlierRun:
         step_of = {f"checkpoints/{checkpoint_name(step)}": step for step in self.states}
         if (self.root / BEST).exists():
             step_of[BEST] = read_header(self.root / BEST).step
-        if state.step < self.wanted.steps:
+        if state.step < self.asked_for.steps:
             step_of[SUMMARY] = 1 + max(step_of.values())
         later = [name for name, step in step_of.items() if step > state.step]
         later.sort(key=lambda name: -step_of[name])
@@ -256,14 +258,14 @@ class EarlierRun:
     def _restore_best(self, state: TrainState) -> None:
         """Let `best.pt` be what the state's notes say, as far as its checkpoint is left."""
         best, step = self.root / BEST, self.notes(state).get("best", {}).get("step")
-        found = read_header(best).step if best.exists() else None
+        best_step = read_header(best).step if best.exists() else None
         checkpoint = self.root / "checkpoints" / checkpoint_name(step or 0)
-        if found != step and step is not None and checkpoint.exists():
+        if best_step != step and step is not None and checkpoint.exists():
             self.folder.write_bytes(BEST, encode_checkpoint(load_checkpoint(checkpoint)))
-        elif found is not None and step is None:
+        elif best_step is not None and step is None:
             # the best by a measure that is no longer asked for, unless it is the only state
-            own = self.root / "checkpoints" / checkpoint_name(state.step)
-            self.folder.remove([BEST] if own.exists() else [])
+            last = self.root / "checkpoints" / checkpoint_name(state.step)
+            self.folder.remove([BEST] if last.exists() else [])
 
     def _had_states(self) -> bool:
         """Whether rows or a summary tell of steps after which a state was saved."""
