@@ -1,11 +1,13 @@
 """What `circuit study data-attribution` measured of some runs: a table, and the rows behind it.
 
-    python benchmarks/lds_tables.py TARGET RUN [RUN ...]    # RUN/analysis/data_attribution
+    python benchmarks/lds_tables.py TARGET [RUN ...]    # RUN/analysis/data_attribution
 
-Writes TARGET, a JSON file of the first scalar's rows of every run, with the cost of each method in
-trainings over the window, and prints a Markdown table: by task, window and share, the mean LDS of
-each method over the runs (one a seed) and its ends; of one run its 95 % bootstrap interval; of
-random scores the median, and the ends over all vectors of all runs.
+Puts the first scalar's rows of every run into TARGET, a JSON file, in place of those of the same
+task, seed and window, with the cost of each method in trainings over the window. Prints a Markdown
+table of the whole file: by task, window and share, the mean LDS of each method over the runs (one a
+seed) and its ends; of one run its 95 % bootstrap interval; of random scores the median, and the
+ends over all vectors of all runs. Runs have their windows in common, or in order of their steps:
+the second of one seed stands beside the second of another.
 """
 
 from __future__ import annotations
@@ -72,16 +74,48 @@ def cell(rows: Sequence[Row]) -> str:
     return f"{np.mean([row['lds'] for row in rows]):.2f} ({low:.2f} to {high:.2f})"
 
 
+def whose(row: Row) -> tuple[Any, ...]:
+    """Task, seed and window."""
+    return row["task"], row["seed"], row["window"]
+
+
+def merged(target: Path, runs: Sequence[Path]) -> list[Row]:
+    """The rows of the file, those of `runs` replaced or added."""
+    rows = [row for run in runs for row in of_run(run)]
+    replaced = {whose(row) for row in rows}
+    before = read_json(target)["rows"] if target.exists() else []
+    return [row for row in before if whose(row) not in replaced] + rows
+
+
+def window_names(rows: Sequence[Row]) -> dict[tuple[Any, ...], str]:
+    """By task, seed and window: the windows at this place in the order of each seed's."""
+    windows: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for task, seed, window in sorted(
+        {whose(row) for row in rows}, key=lambda of: int(of[2].split(":")[0])
+    ):
+        windows[task, seed].append(window)
+    names: dict[tuple[Any, ...], str] = {}
+    for (task, seed), of_seed in windows.items():
+        for place, window in enumerate(of_seed):
+            beside = [
+                of[place] for (other, _), of in windows.items() if other == task if of[place:]
+            ]
+            names[task, seed, window] = " or ".join(sorted(set(beside)))
+    return names
+
+
 def main(target: Path, runs: Sequence[Path]) -> None:
     """Write the file, and print both tables."""
-    rows = [row for run in runs for row in of_run(run)]
+    rows = merged(target, runs)
     atomic_write_text(target, dump_json({"rows": rows}))
+    names = window_names(rows)
     groups: dict[tuple[Any, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     costs: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row["task"], row["window"], row["share"]][row["method"]].append(row)
+        window = names[whose(row)]
+        groups[row["task"], window, row["share"]][row["method"]].append(row)
         if row["cost"] is not None:
-            costs[row["task"], row["window"]][row["method"]].append(row["cost"])
+            costs[row["task"], window][row["method"]].append(row["cost"])
     methods = [name for name in ALL if any(name in of for of in groups.values())]
     print(f"| task | seeds | window | removed | {' | '.join(methods)} |")
     print("|---|---:|---|---:|" + "---|" * len(methods))
