@@ -23,6 +23,7 @@ from circuit.attribution.credit import CreditPass
 from circuit.attribution.influence import InfluencePass
 from circuit.attribution.losses import By
 from circuit.attribution.window import attributor_of
+from circuit.quoting import counted
 from circuit.reports.traced import TracedScalars
 from circuit.scalars.base import Scalar
 from circuit.scalars.family import parse_scalars
@@ -48,7 +49,7 @@ def main() -> None:
     count, told, ratios = len(several), [], {}
     by: By
     for scalars in (several[:1], several):
-        name = f"{len(scalars)} scalar{'s' * (len(scalars) > 1)}"
+        name = counted(len(scalars), "scalar")
         ratios[f"attribution, {name}"] = _ratio(trace, start, _Attributed(trace, scalars), end)
         for by in ("example", "position"):
             asked = _Credited(trace, scalars, by)
@@ -67,7 +68,9 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"  {name}: {ratio:.2f}")
     for by in ("example", "position"):
-        single, many = (ratios[f"credit by {by}, {n}"] for n in ("1 scalar", f"{count} scalars"))
+        single, many = (
+            ratios[f"credit by {by}, {n}"] for n in ("1 scalar", counted(count, "scalar"))
+        )
         beyond = single - ratios["attribution, 1 scalar"]
         print(f"credit by {by}: {beyond:.2f} beyond attribution; {many / single:.2f} for {count}")
 
