@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
 from circuit import CircuitError
@@ -32,6 +22,9 @@ from . import signals
 from .streams import BLOCKS
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+
     from circuit.reports.report import ReportResult
     from circuit.reports.tables import Table as Declared
 
@@ -143,6 +136,8 @@ def table(title: str | None, columns: Sequence[str], words: Sequence[bool] | Non
     Args:
         words: which columns hold words; the first one by default.
     """
+    from rich.table import Table
+
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         if words[index] if words else index == 0:
@@ -164,24 +159,11 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(BLOCKS[round(7 * (value - low) / span)] for value in means)
 
 
-class _Speed(ProgressColumn):
-    """Finished units a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "", style="dim")
-
-
 @contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     """A bar on stderr with count, rate and time left; a task's `note` field is shown behind."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        _Speed(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
-    )
+    from .bar import COLUMNS, Progress
+
     shown = enabled and stderr.is_terminal  # else rich leaves an empty line
-    with Progress(*columns, console=stderr, disable=not shown, transient=True) as bar:
+    with Progress(*COLUMNS, console=stderr, disable=not shown, transient=True) as bar:
         yield bar

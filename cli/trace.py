@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.progress import Progress as Bar
 
 from circuit import CircuitError
-from circuit.options import parse_window
 from circuit.quoting import counted
 
 from . import complete, options, recordings
@@ -31,6 +29,8 @@ from .reports import ReportBar
 from .training import load_train_config
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from circuit.trace.step import TracedStep
 
 PANEL = "Trace"
@@ -177,10 +177,11 @@ def show(folder: TraceFolder, as_json: options.Json = False) -> None:
     if recordings.is_recording(folder):
         recordings.show(folder, as_json)
         return
-    from circuit.reports.optimizer_update_trace import trace_bytes
     from circuit.trace.store import TraceStore
 
     store = TraceStore(folder)
+    from circuit.reports.optimizer_update_trace import trace_bytes
+
     manifest, environment = store.manifest, store.manifest.environment
     size = trace_bytes(store)
     anchors = [step for step in manifest.anchors() if step <= store.last_step]
@@ -225,6 +226,8 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
+    from circuit.options import parse_window
+
     start, end = parse_window(steps, "--steps") if steps else (None, None)
     if recordings.is_recording(folder):
         recordings.verify(folder, start, end, as_json)

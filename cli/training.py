@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress as Bar
 
 from circuit import CircuitError
 from circuit.quoting import shell_line
@@ -26,6 +25,8 @@ from .output import (
 )
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from circuit.reports.optimizer_update_trace import TraceReport
     from circuit.tasks.base import Task
     from circuit.trace.while_training import TraceRecorder

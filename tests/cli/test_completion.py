@@ -398,6 +398,15 @@ def test_help_and_completion_import_nothing_but_what_draws_them(
     assert said in done.stdout
 
 
+@pytest.mark.parametrize("words", [["--help"], ["trian"], ["trace", "nowhere"], ["train", "--no"]])
+def test_words_that_name_nothing_are_refused_before_pydantic_is_imported(words: list[str]) -> None:
+    """Before half of what else there is to import."""
+    line = [sys.executable, "-c", LIGHT, json.dumps(words)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert ("error: circuit" in done.stderr) is (words != ["--help"])
+    assert "pydantic" not in done.stderr.splitlines()[-1].split()
+
+
 @pytest.mark.usefixtures("trained")
 def test_a_model_without_mlps_is_offered_none(complete: Complete) -> None:
     config = Path("configs/train/tiny.json")
