@@ -1,6 +1,6 @@
 """Whole-process time of commands, and what each imports; against another checkout if one is given.
 
-python benchmarks/commands.py RUN [--against OTHER_PYTHON] [--runs 5]
+python benchmarks/commands.py RUN [--against OTHER_PYTHON] [--runs 5] [--only refused]
 
 RUN is the folder of a run with a probe set and a trace (`circuit quickstart` makes one). Each
 command runs in a process of its own, in turn with the other interpreter's (A B A B ...); times are
@@ -62,6 +62,17 @@ def commands(run: Path, out: str) -> dict[str, list[str]]:
         "answer-scalar-residual-diagnosis": (
             *("answer-scalar-residual-diagnosis", *config, *probes, *two, *to),
         ),
+        "refused: unknown command": ("trian",),
+        "refused: unknown option": ("train", "--nowhere"),
+        "refused: no such config": ("train", "--config", "nowhere.json"),
+        "refused: no folder of a run": ("page", out),
+        "refused: no folder of a trace": ("trace", "show", out),
+        "refused: unknown field": ("train", *config, "--set", "nowhere=1"),
+        "refused: field out of bounds": ("train", *config, "--set", "steps=0"),
+        "refused: option out of bounds": (
+            *("weight-svd-trace", *config, *two, *to, "--max-singular-values", "0"),
+        ),
+        "refused: no such probe set": (*code[:4], "nowhere.jsonl", *code[5:], *stage),
         "refused: unknown head": (*qk, "--head", "L9H9"),
         "refused: unknown stage": (*code, "--stage", "layer_9_post_mlp"),
         "refused: window outside": (*qk, "--head", "L0H0", "--end-step", "999999"),
@@ -96,6 +107,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--against", help="another interpreter, with a circuit of its own")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", default="", help="what begins with this")
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop(
@@ -108,7 +120,7 @@ def main() -> None:
     smallest = [seconds([sys.executable, "-c", SMALLEST, "one"], 2) for _ in range(asked.runs)]
     shown = statistics.median(smallest)
     print(f"| refused by the smallest Typer program | {shown:.2f} s | {shown / floor:.1f} |")
-    for name in commands(asked.run, "out"):
+    for name in (one for one in commands(asked.run, "out") if one.startswith(asked.only)):
         times = [[timed(python, name, asked.run) for python in pythons] for _ in range(asked.runs)]
         here, *other = (statistics.median(column) for column in zip(*times, strict=True))
         line = f"| {name} | {here:.2f} s | {here / floor:.1f} |"
