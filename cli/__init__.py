@@ -1,5 +1,6 @@
 """The command line: parse, call the library, print. Installed as `circuit.cli`."""
 
+import sys
 from importlib import import_module
 
 from . import signals
@@ -14,6 +15,9 @@ def main(program: str = "program") -> None:
         program: the module of it, which takes time to import.
     """
     signals.begin()
+    # importing what jupyterlab brings for the jsonschema of altair builds 38 grammars of addresses,
+    # three quarters of the import; no schema of a chart has an address
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     try:
         import_module(f".{program}", __name__).main()
     finally:
