@@ -82,18 +82,13 @@ def dump_json(payload: Any) -> str:
     return finite_json(payload, indent=2) + "\n"
 
 
-def find_folder(folder: str | Path, near: Path) -> Path:
-    """A folder that a config names, relative to the nearest folder above `near` that has it.
-
-    Configs name folders from the project's root: that of the run, wherever the program is started;
-    the current folder counts where no folder above `near` has it. Where it is not found, it is
-    returned as it was given, so that the reader's error names it.
-    """
-    return find_near(folder, near)
-
-
 def find_near(path: str | Path, near: Path | None) -> Path:
-    """The same of a folder or a file; without `near`, the path as it was given."""
+    """A file that a config names, relative to the nearest folder above `near` that has it.
+
+    Configs name files from the project's root: that of the run, wherever the program is started;
+    the current folder counts where no folder above `near` has it. Where it is not found, and
+    without `near`, it is returned as it was given, so that the reader's error names it.
+    """
     path = Path(path)
     if path.is_absolute() or near is None:
         return path
@@ -251,7 +246,7 @@ class RowLog:
         """Open for appending, keeping rows with `step` <= `last_step` (all others go)."""
         self.path = path
         kept: list[dict[str, Any]] = []
-        if last_step is not None and path.exists():
+        if last_step is not None and os.path.lexists(path):
             rows = read_jsonl(path, tolerate_torn_tail=True)
             with values_of(path, fix="make it again"):
                 kept = [row for row in rows if row["step"] <= last_step]

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from circuit.artifacts import OutputFolder
+from circuit.artifacts import OutputFolder, find_near
 from circuit.config import Sha256, digest_of, parse_config
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
@@ -27,7 +27,7 @@ from circuit.tasks.base import Progress, Record, Stored, Task, TaskConfig, Vocab
 from circuit.tasks.records import records_from_jsonl, records_to_jsonl
 from circuit.tasks.registry import file_digest_of, find_task, source_digest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, METADATA = 1, "metadata.json"
 
 WriteFile = Callable[[str, str], None]
 """Writes a text under a file name, in a folder that the caller chose."""
@@ -128,7 +128,7 @@ class Benchmark:
         source = source_digest(type(self.task))
         payload |= {} if source is None else {"task_sha256": source}
         payload |= self.facts.model_dump(mode="json") | self.config.origin()
-        write("metadata.json", json.dumps(payload, indent=1) + "\n")
+        write(METADATA, json.dumps(payload, indent=1) + "\n")
 
 
 def generate_benchmark(config: TaskConfig, progress: Progress | None = None) -> Benchmark:
@@ -174,13 +174,13 @@ def write_benchmark(
     with OutputFolder(
         config.output_dir,
         "generate-benchmark",
-        writes=("*.jsonl", "metadata.json"),
+        writes=("*.jsonl", METADATA),
         overwrite=overwrite,
     ) as folder:
         freed = folder.owned_bytes()
         require_disk(config.disk(), folder.root, freed=freed, where=config.name)
         benchmark = generate_benchmark(config, progress=progress)
-        folder.clear(planned=[*(f"{split}.jsonl" for split in benchmark.splits), "metadata.json"])
+        folder.clear(planned=[*(f"{split}.jsonl" for split in benchmark.splits), METADATA])
         paths: list[Path] = []
         benchmark.save(lambda name, text: paths.append(folder.write_text(name, text)))
     return benchmark, paths
@@ -192,7 +192,7 @@ def ensure_benchmark(task: str, folder: Path) -> None:
     Raises:
         CircuitError: a setting has no default, or the folder holds the benchmark of another task.
     """
-    if (folder / "metadata.json").exists():
+    if (folder / METADATA).exists():
         there = load_benchmark(folder, splits=[]).config.benchmark_type
         if there != task:
             raise CircuitError(
@@ -212,6 +212,11 @@ def ensure_benchmark(task: str, folder: Path) -> None:
     write_benchmark(config)
 
 
+def find_benchmark(folder: str | Path, near: Path) -> Path:
+    """Where the benchmark is that a config names; another folder of that name is none."""
+    return find_near(Path(folder, METADATA), near).parent
+
+
 def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> Benchmark:
     """Read a benchmark's metadata and the named splits (all by default), and verify them.
 
@@ -223,7 +228,7 @@ def load_benchmark(folder: str | Path, splits: Sequence[str] | None = None) -> B
     """
     folder = checked_path(folder)
     metadata, task, figures, facts = _read_metadata(folder)
-    vocab, where = task.vocabulary, folder / "metadata.json"
+    vocab, where = task.vocabulary, folder / METADATA
     if metadata.schema_version != SCHEMA_VERSION:
         raise _edited(where, f"schema version {metadata.schema_version}, not {SCHEMA_VERSION}")
     if metadata.name != task.config.name:
@@ -268,14 +273,14 @@ def _read_split(
 
 
 def _read_metadata(folder: Path) -> tuple[BenchmarkMetadata, Task, BaseModel, BaseModel]:
-    path = folder / "metadata.json"
+    path = folder / METADATA
     try:
         payload = read_json(path, missing="no benchmark in this folder", fix=_REGENERATE)
     except MissingFileError as error:
         raise CircuitError(
             error.what,
             where=folder,
-            expected="metadata.json",
+            expected=METADATA,
             fix=f"{_draw_into(folder)}; of a run that was moved away from its data, bring them"
             " along, or start where they are",
         ) from None

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from circuit.artifacts import OutputFolder, dump_json, find_folder
+from circuit.artifacts import OutputFolder, dump_json
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
 from circuit.reading import read_bytes
 from circuit.sealed import sealed
+from circuit.tasks.benchmark import find_benchmark
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
@@ -104,5 +105,5 @@ def record_counterfactual(
 def _benchmark_from(root: Path, run: ReplayedRun) -> Path:
     """The run's benchmark as a run in that folder names it: as before, where that leads there."""
     named = run.config.benchmark_dir
-    there = find_folder(named, run.setup.near)
-    return Path(named) if find_folder(named, root / RUN_CONFIG) == there else there.absolute()
+    there = find_benchmark(named, run.setup.near)
+    return Path(named) if find_benchmark(named, root / RUN_CONFIG) == there else there.absolute()

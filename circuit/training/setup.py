@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from circuit.artifacts import find_folder
 from circuit.core.module import evaluated
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
@@ -27,7 +26,7 @@ from circuit.sizes import (
     weights_memory,
 )
 from circuit.tasks.base import Record
-from circuit.tasks.benchmark import Benchmark, load_benchmark
+from circuit.tasks.benchmark import Benchmark, find_benchmark, load_benchmark
 from circuit.tasks.examples import Split, Stream
 from circuit.train_config import (
     RUN_CONFIG,
@@ -149,7 +148,7 @@ class Setup:
                 fix="import it again with `circuit import-recording FOLDER --module FILE.py:NAME"
                 " --task TASK --overwrite`, or ask for numbers of the module alone",
             )
-        benchmark = load_benchmark(find_folder(self.config.benchmark_dir, self.near), splits=[])
+        benchmark = load_benchmark(find_benchmark(self.config.benchmark_dir, self.near), splits=[])
         if self._digest not in (None, benchmark.digest):
             raise CircuitError(
                 f"the benchmark is not the recorded one: digest {benchmark.digest[:12]}, recorded"

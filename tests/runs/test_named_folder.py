@@ -123,6 +123,17 @@ def test_a_moved_run_resumes_from_any_working_directory(
     assert found == {Path(name).name for name in expected}
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_another_folder_of_the_benchmarks_name_is_not_taken_for_it(
+    copied: Path, circuit: Circuit, name: str
+) -> None:
+    """It stands nearer, as the folder of a report does that is named like the benchmark's."""
+    for nearer in (copied / "analysis", copied, copied.parent):
+        (nearer / "data/tiny").mkdir(parents=True)
+    done = circuit(*COMMANDS[name])
+    assert done.code == 0, done.err
+
+
 def test_a_history_that_is_not_there_is_refused(copied: Path, circuit: Circuit) -> None:
     shutil.rmtree(copied / "checkpoints")
     words = ("trace", "record", *CONFIG, *FROM_START, *OUT, "--require-historical-replay")
