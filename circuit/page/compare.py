@@ -22,7 +22,6 @@ from circuit.lazy import alt
 from circuit.page.formation import (
     PageResult,
     left_out_fact,
-    metrics_of,
     page_folder,
 )
 from circuit.page.html import render
@@ -43,6 +42,7 @@ from circuit.reports.report import find_report
 from circuit.reports.written import ANEW, Written
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.schemas import is_over_all
+from circuit.training.run_folder import read_metrics
 
 FILE = "comparison.html"
 """Name of the page beside the first run's folder."""
@@ -152,7 +152,7 @@ def _learning(members: Sequence[_Member]) -> Panel:
     rows: list[Record] = []
     sources, missing = list[Source](), list[Missing]()
     for member in members:
-        evaluated = evaluations(metrics_of(member.run))
+        evaluated = evaluations(read_metrics(member.run.path))
         rows += [{"run": member.name, **row} for row in evaluated]
         command = training_command(member.folder)
         if evaluated:

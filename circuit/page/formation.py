@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from circuit.artifacts import OutputFolder, Row, read_jsonl
+from circuit.artifacts import OutputFolder, read_jsonl
 from circuit.page.example import example_panel
 from circuit.page.html import render
 from circuit.page.learning import METRICS, learning_panel, loss_panel, slice_names, slice_panel
@@ -19,6 +20,7 @@ from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.runs.recording import ROWS
 from circuit.train_config import ImportedConfig, RecipeConfig, RecordedConfig, TrainConfig
+from circuit.training.run_folder import read_metrics
 
 COMMAND = "page"
 FILE = "formation.html"
@@ -124,36 +126,16 @@ def page_folder(path: Path, *, overwrite: bool) -> OutputFolder:
     return OutputFolder(path.parent, name, writes=[path.name], overwrite=overwrite)
 
 
-def metrics_of(run: CheckpointedRun) -> list[Row]:
-    """Rows of the run's metrics; none where it has not logged yet."""
-    return _logged(run.path / METRICS)
-
-
-def _logged(path: Path) -> list[Row]:
-    return list(read_jsonl(path, tolerate_torn_tail=True)) if path.exists() else []
-
-
 def _panels(
     run: CheckpointedRun, reports: Reports, progress: Callable[[int, int], None] | None
 ) -> tuple[list[Panel], list[Source], list[int]]:
-    folder, panels = run.config.output_dir, list[Panel]()
     kinds = sorted(all_reports(), key=lambda kind: (kind.place is None, kind.place))
-    if isinstance(run.config, RecordedConfig):
-        with values_of(run.path / ROWS, fix="record the loop again"):
-            panels += watched_panel(_logged(run.path / ROWS))
+    panels = _log_panels(run, reports)
+    if isinstance(run.config, RecordedConfig | RecipeConfig):
         panels += attribution_asked_for(reports)
-    elif isinstance(run.config, RecipeConfig):
-        train, rows = training_command(folder, *run.config.recipe_words), metrics_of(run)
-        panels += [loss_panel(rows, train)] if rows else []  # a counterfactual run has logged none
-        panels += attribution_asked_for(reports)
-    else:
-        rows = metrics_of(run)
-        with values_of(run.path / METRICS, fix=TRAINED_ANEW):
-            panels.append(learning_panel(rows, folder))
-            panels += [slice_panel(rows, folder, by, reports.task()) for by in slice_names(rows)]
     panels += [panel for kind in kinds for panel in report_panels(reports, kind)]
     if run.config.shape is not None and run.config.benchmark_dir is not None:
-        panels.append(example_panel(run, folder, reports.head(), progress))
+        panels.append(example_panel(run, run.config.output_dir, reports.head(), progress))
     panels = _told_apart(_told_first(panels))
     panels = [replace(panel, missing=with_inputs(panel.missing, reports)) for panel in panels]
     drawn = {source.file for panel in panels for source in panel.sources}
@@ -166,6 +148,23 @@ def _panels(
     with values_of(run.path, fix="make its reports again"):
         steps = slider_steps(panels, run.steps)
     return panels, sorted(further, key=lambda source: source.file), steps
+
+
+def _log_panels(run: CheckpointedRun, reports: Reports) -> list[Panel]:
+    """What was written down while the run went on."""
+    config, folder = run.config, run.config.output_dir
+    if isinstance(config, RecordedConfig):
+        path = run.path / ROWS
+        rows = read_jsonl(path, tolerate_torn_tail=True) if os.path.lexists(path) else []
+        with values_of(path, fix="record the loop again"):
+            return watched_panel(rows)
+    rows = read_metrics(run.path)
+    with values_of(run.path / METRICS, fix=TRAINED_ANEW):
+        if not isinstance(config, RecipeConfig):
+            slices = [slice_panel(rows, folder, by, reports.task()) for by in slice_names(rows)]
+            return [learning_panel(rows, folder), *slices]
+        train = training_command(folder, *config.recipe_words)
+        return [loss_panel(rows, train)] if rows else []  # a counterfactual run has logged none
 
 
 def _told_first(panels: Sequence[Panel]) -> list[Panel]:

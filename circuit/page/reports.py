@@ -123,11 +123,13 @@ class Reports:
         if longest is not None:
             return self.relative(longest.path.parent)
         # of a counterfactual run, or a training that was stopped: a trace without its report
-        return TRACE_FOLDER if (self.run.path / TRACE_FOLDER / MANIFEST).is_file() else None
+        return TRACE_FOLDER if os.path.lexists(self.run.path / TRACE_FOLDER / MANIFEST) else None
 
 
 def _reports_below(folder: Path) -> list[Path]:
-    """The JSON of every report; `rglob` would leave out what may not be looked into.
+    """The JSON of every report, and what stands in its place, which its reader refuses.
+
+    `rglob` would leave out what may not be looked into.
 
     Raises:
         OSError: a folder cannot be read.
@@ -138,7 +140,10 @@ def _reports_below(folder: Path) -> list[Path]:
 
     walk = os.walk(folder, onerror=refuse) if folder.exists() else ()
     return sorted(
-        Path(place, name) for place, _, names in walk for name in names if name.endswith(SUFFIX)
+        Path(place, name)
+        for place, folders, names in walk
+        for name in (*folders, *names)
+        if name.endswith(SUFFIX)
     )
 
 

@@ -18,7 +18,7 @@ from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
 from circuit.reports.written import ANEW, SUFFIX, read_document, read_report
 from circuit.train_config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
-from circuit.training.run_folder import METRICS, SUMMARY
+from circuit.training.run_folder import METRICS, SUMMARY, read_metrics
 
 Course = list[tuple[int, float]]
 """Values over optimizer steps."""
@@ -193,7 +193,7 @@ class ComparedRun:
         if diverged is None and not (folder / SUMMARY).is_file():
             raise CircuitError(f"holds no {SUMMARY}", where=folder, fix="finish the run first")
         config = load_run_config(folder / RUN_CONFIG)
-        rows = read_jsonl(folder / METRICS, tolerate_torn_tail=diverged is not None)
+        rows = read_metrics(folder, whole=diverged is None)
         with values_of(folder / METRICS, fix=_TRAIN_ANEW):
             shown = [
                 _course_row(row, ("answer_accuracy", "loss"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
-from circuit.artifacts import Row, read_jsonl
+from circuit.artifacts import Row
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart, at_step, chart, colour, lines
 from circuit.options import Option, Options
@@ -19,7 +19,7 @@ from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table, cell
 from circuit.reports.written import read_document
 from circuit.train_config import RUN_CONFIG, TrainConfig, load_run_config
-from circuit.training.run_folder import METRICS, SUMMARY
+from circuit.training.run_folder import METRICS, SUMMARY, read_metrics
 
 _MEASURES = {
     "loss": ".3f",
@@ -161,7 +161,7 @@ def evaluations(folder: Path, config: TrainConfig) -> list[dict[str, Any]]:
         return [
             {**known, "step": int(row["step"]), "split": str(row["split"])}
             | {name: row[name] and float(row[name]) for name in _MEASURES}
-            for row in read_jsonl(folder / METRICS)
+            for row in read_metrics(folder, whole=True)
             if row["kind"] == "evaluation"
         ]
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from circuit.artifacts import OutputFolder, RowLog, dump_json
+from circuit.artifacts import OutputFolder, RowLog, dump_json, read_jsonl
 from circuit.core.flat import Flat
+from circuit.errors import CircuitError
 from circuit.journal import Journal, check_journal, cut_behind
+from circuit.reading import values_of
 from circuit.runs.recording import (
     COMMAND,
     ENDED,
@@ -105,7 +107,12 @@ class Storage:
         """Drop what an earlier recording holds of later steps: it is going to be written again.
 
         Killed at any point, it is a recording up to that step or a later one.
+
+        Raises:
+            CircuitError: its rows do not reach that step.
         """
+        if ROWS in self._folder.owned:
+            self._refuse_lost_rows(step)
         self._folder.remove([ENDED] if ENDED in self._folder.owned else [])
         for start, path in reversed(journals(self.root).items()):
             if start > step:
@@ -114,6 +121,22 @@ class Storage:
                 cut_behind(path, step)
         if ROWS in self._folder.owned:
             self._rows = RowLog(self._folder.path(ROWS), last_step=step)
+
+    def _refuse_lost_rows(self, step: int) -> None:
+        path, due = self._folder.path(ROWS), step - step % self._every
+        if not due:
+            return
+        with values_of(path, fix="record the loop again with `overwrite`"):
+            steps = [row["step"] for row in read_jsonl(path, tolerate_torn_tail=True)]
+            last = max((one for one in steps if one <= step), default=0)
+        if last != due:
+            raise CircuitError(
+                f"holds no row between steps {last} and {step}",
+                where=path,
+                expected=f"that of step {due}",
+                fix="rows were lost; go on from an earlier state, or record the loop again with"
+                " `overwrite`",
+            )
 
     def is_anchor(self, step: int) -> bool:
         """Whether a state is stored behind a step, beside its gradient."""

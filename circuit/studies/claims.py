@@ -22,7 +22,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import read_jsonl
 from circuit.errors import CircuitError
 from circuit.reports.tables import Table
 from circuit.reports.written import SUFFIX, read_document, read_report
@@ -30,7 +29,7 @@ from circuit.strict_json import parse_json
 from circuit.studies.configs import ablation_configs
 from circuit.studies.reference import KEY_RANK
 from circuit.studies.study import PAPER, Study
-from circuit.training.run_folder import METRICS, SUMMARY
+from circuit.training.run_folder import SUMMARY, read_metrics
 
 Numbers = dict[str, float | int | str | None]
 _TEST = re.compile(r"(\w+)(?: - (\w+))? ([<>=]+) (?:([\d.]+)(?: \* (\w+))?|(\w+))")
@@ -237,7 +236,8 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not path.name.endswith(SUFFIX):
         document = read_document(path)
         if path.name == SUMMARY:  # version 0.1.0 gave a digest only to the rows of its step
-            rows, ended = read_jsonl(path.with_name(METRICS)), ("evaluation", document.get("steps"))
+            rows = read_metrics(path.parent, whole=True)
+            ended = ("evaluation", document.get("steps"))
             last = [row for row in rows if (row["kind"], row["step"]) == ended]
             document["evaluations"] = {row["split"]: row for row in last}
         return document

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuit.artifacts import OutputFolder, read_jsonl
+from circuit.artifacts import OutputFolder, Row, read_jsonl
 from circuit.environment import changed_facts, recorded_facts
 from circuit.errors import CircuitError
 from circuit.reading import values_of
@@ -24,6 +25,7 @@ from circuit.training.checkpoints import (
     encode_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_description,
     read_header,
 )
 
@@ -51,6 +53,41 @@ def saved_states(run: Path) -> dict[int, Path]:
             if not states:
                 raise
     return dict(sorted(states.items()))
+
+
+def read_metrics(run: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`.
+
+    Args:
+        whole: refuse that there is none yet, and a torn last line, which a writer leaves that was
+            killed in it.
+
+    Raises:
+        CircuitError: it is damaged, or does not hold the rows that the last checkpoint has counted.
+    """
+    path, saved = run / METRICS, list_checkpoints(run / "checkpoints")
+    if not whole and not os.path.lexists(path):
+        return []
+    rows = read_jsonl(path, tolerate_torn_tail=not whole)
+    if saved:
+        last = read_description(saved[max(saved)])
+        _count(rows, path, last.step, last.notes.metrics_rows)
+    return rows
+
+
+def _count(rows: Sequence[Row], path: Path, step: int, expected: int | None) -> int:
+    """How many rows are of steps up to one; None was expected by version 0.1.0."""
+    with values_of(path, fix=_ANEW):
+        there = int(sum(row["step"] <= step for row in rows))
+    if there != (there if expected is None else expected):
+        raise CircuitError(
+            f"holds {there} rows up to step {step}",
+            where=path,
+            expected=str(expected),
+            fix="rows were lost; train on from an earlier checkpoint with `resume_from`, or anew"
+            " with `overwrite`",
+        )
+    return there
 
 
 @dataclass(frozen=True)
@@ -219,19 +256,9 @@ class EarlierRun:
         Raises:
             CircuitError: not as many as when the state was saved (version 0.1.0 did not count).
         """
-        with values_of(self.root / METRICS, fix=_ANEW):
-            rows = read_jsonl(self.root / METRICS, tolerate_torn_tail=True)
-            there = sum(row["step"] <= state.step for row in rows)
-        expected = int(state.notes.get(METRICS_ROWS, there))
-        if there != expected:
-            raise CircuitError(
-                f"holds {there} rows up to step {state.step}",
-                where=self.root / METRICS,
-                expected=str(expected),
-                fix="rows were lost; resume from an earlier checkpoint with `resume_from`, or start"
-                " anew with `overwrite`",
-            )
-        return int(there)
+        path = self.root / METRICS
+        rows = read_jsonl(path, tolerate_torn_tail=True)
+        return _count(rows, path, state.step, state.notes.get(METRICS_ROWS))
 
     def go_on(self, state: TrainState) -> None:
         """Drop what is of later steps, and record the config that is in use from now on."""

@@ -273,12 +273,42 @@ def test_a_damaged_report_or_row_is_named(told: Path, circuit: Circuit) -> None:
     code, _, err = circuit("page", str(told), "--output", "page.html")
     assert code == 2
     assert report.name in err
+    report.unlink()
+    report.mkdir()
+    code, _, err = circuit("page", str(told), "--output", "page.html")
+    assert (code, f"{report}: is a folder" in err) == (2, True), err
+    report.rmdir()
     report.write_text(kept)
     rows = report.with_name("weight_svd_trace_rows.jsonl")
     rows.write_text(rows.read_text().replace('"step": 6', '"step": 7', 1))
     code, _, err = circuit("page", str(told), "--output", "page.html")
     assert code == 2
     assert "weight_svd_trace_rows.jsonl" in err
+
+
+@pytest.mark.parametrize("left", ["", "[" * 100, "half", "all but one", "torn", "loop"])
+def test_rows_that_the_last_checkpoint_has_counted_and_that_are_gone_are_told(
+    other: Path, circuit: Circuit, left: str
+) -> None:
+    """Each row has a digest, and the checkpoint the number of rows: what is cut off is noticed."""
+    metrics = other / "metrics.jsonl"
+    whole = metrics.read_text()
+    lines = whole.splitlines(keepends=True)
+    cut = {"half": lines[:9], "all but one": lines[:-1], "torn": [whole[:-9]]}
+    metrics.unlink()
+    if left == "loop":
+        metrics.symlink_to(metrics.name)
+    else:
+        metrics.write_text("".join(cut.get(left, [left])))
+    for words in (
+        ("page", str(other), "--output", "page.html"),
+        ("page", "--compare", str(RUN), str(other), "--output", "page.html"),
+        ("study", "compare-optimizers", "--run", str(RUN), "--run", str(other)),
+    ):
+        code, _, err = circuit(*words, *(() if words[0] == "page" else ("--output-dir", "out")))
+        assert (code, err.count("\n")) == (2, 1), (words, err)
+        assert str(metrics) in err, err
+        assert not Path("page.html").exists()
 
 
 def test_a_missing_benchmark_is_asked_for(bare: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,32 @@ def test_a_recording_goes_on(keep: str, restart: int, capsys: pytest.CaptureFixt
     if keep == "gradients":
         run = circuit.open_run("cut", module=Loop().module)
         assert run.verify().law == f"executed {STEPS} steps from their gradients, 0 bits differ"
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("left", ["nothing", "deep", "cut", "fewer", "loop"])
+def test_rows_up_to_the_state_that_are_gone_are_told(every: int, left: str) -> None:
+    """Nothing is written before; rows of later steps may be torn, for they come again."""
+    saved = cut_off("cut", 10, every=every)
+    rows = Path("cut") / ROWS
+    lines = rows.read_text().splitlines(keepends=True)
+    due = [line for line in lines if json.loads(line)["step"] <= 7]
+    text = {"cut": "".join(due)[:-9], "fewer": "".join(due[:-1]), "deep": "[" * 99}.get(left, "")
+    rows.unlink()
+    _ = rows.symlink_to(rows.name) if left == "loop" else rows.write_text(text)
+    before = {p: p.read_bytes() for p in Path("cut").rglob("*") if p.is_file()}
+    says = (
+        "symbolic links"
+        if left == "loop"
+        else f"expected that of step {7 - 7 % every}; rows were lost"
+    )
+    with pytest.raises(CircuitError, match=says):
+        recorded(Loop.at(saved[7]), "cut", STEPS, every=every, resume=True)
+    assert {p: p.read_bytes() for p in Path("cut").rglob("*") if p.is_file()} == before
+    rows.unlink()
+    rows.write_text("".join(due) + lines[-1][:-9])
+    recorded(Loop.at(saved[7]), "cut", STEPS, every=every, resume=True)
+    assert [row["step"] for row in read_jsonl(rows)] == list(range(every, STEPS + 1, every))
 
 
 def test_where_there_is_none_it_begins() -> None:

@@ -13,7 +13,7 @@ import torch
 from command_line import type_and_read
 
 import circuit
-from circuit.artifacts import read_jsonl
+from circuit.artifacts import dump_rows, read_jsonl
 from circuit.core.edit import Edit
 from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
@@ -500,6 +500,13 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = line.removeprefix("  circuit ").replace("FILE.py:NAME", SCALAR.split()[1])
     typed(words, capsys)
     assert " from analysis/NAME/scalar_attribution" in typed("page run --overwrite", capsys).out
+    metrics = read_jsonl(Path("run/metrics.jsonl"))
+    for wrong in (metrics[-1] | {"loss": "low"}, {"kind": "train"}):
+        Path("run/metrics.jsonl").write_text(dump_rows([*metrics[:-1], wrong]))  # digests are right
+        done = type_and_read(["page", "run", "--overwrite"], capsys)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert "run/metrics.jsonl: holds other values than this program writes" in done.err
+    Path("run/metrics.jsonl").write_text(dump_rows(metrics))
     for words, says in (
         (f"trace verify {TRACE}", f"--recipe {code}"),
         ("train", "missing option '--config'"),
