@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from circuit.training.checkpoints import DivergedError
 
 NULL = "nothing"
 """Label of the training that changes nothing."""
+_ONE = "one, or more in `edits_file`"
 _FOLDER = re.compile(r"[\w][\w .+-]*")
 
 
@@ -62,11 +63,26 @@ class CounterfactualOptions(WordOptions):
     ] = None
 
     def check(self) -> None:
-        """Also refuses a word that says nothing, a label twice, or one that is no folder's name."""
+        """Also refuses a word that says nothing, and as `check_labels`."""
         super().check()
+        self.check_labels(())
+        if not self.edits and self.edits_file is None:
+            raise CircuitError("no edit", where="`edits`", expected=_ONE)
+        if self.runs_dir is not None and self.replays is not None:
+            raise CircuitError(
+                "`replays` and `runs_dir`",
+                expected="one of them: what is kept as a run is not trained again either",
+            )
+        share((), self.part)
+
+    def check_labels(self, filed: Iterable[str]) -> None:
+        """Refuse a label twice, or one that is no folder's name where it is to be one.
+
+        Args:
+            filed: labels of the file's edits.
+        """
         labelled = [("`edits`", parse_edit(word, 0, MAX_STEPS)[0]) for word in self.edits]
-        if self.edits_file is not None:
-            labelled += [("`edits_file`", label) for label in read_edits(self.edits_file)]
+        labelled += [("`edits_file`", label) for label in filed]
         labels = [NULL, *(label for _, label in labelled)]
         for where, label in reversed(labelled):
             if labels.count(label) > 1:
@@ -75,14 +91,6 @@ class CounterfactualOptions(WordOptions):
             if self.runs_dir is not None and not _FOLDER.fullmatch(label):
                 expected = "letters, digits, spaces and .+-_, for a folder has its name"
                 raise CircuitError(f"label '{label}'", where=where, expected=expected)
-        if len(labels) == 1:
-            raise CircuitError("no edit", where="`edits`", expected="one, or more in `edits_file`")
-        if self.runs_dir is not None and self.replays is not None:
-            raise CircuitError(
-                "`replays` and `runs_dir`",
-                expected="one of them: what is kept as a run is not trained again either",
-            )
-        share(labels, self.part)
 
 
 class CounterfactualTraining(TracedReport[CounterfactualOptions]):
@@ -100,12 +108,20 @@ class CounterfactualTraining(TracedReport[CounterfactualOptions]):
     def families(self) -> tuple[Scalars, ...]:
         return parse_words(self.options.scalars)
 
+    def check(self) -> None:
+        """Also reads the file: not as an option, for it may have gone when the report is drawn."""
+        super().check()
+        file = self.options.edits_file
+        self.filed = {} if file is None else read_edits(file)
+        self.options.check_labels(self.filed)
+        if not self.options.edits and not self.filed:
+            raise CircuitError("no edit", where="`edits_file`", expected=_ONE)
+
     def prepare(self) -> None:
         super().prepare()
         start, end = self.steps
         typed = dict(parse_edit(word, start, end) for word in self.options.edits)
-        file = self.options.edits_file
-        edits = typed if file is None else typed | read_edits(file)
+        edits = typed | self.filed
         for label, edit in edits.items():
             if not start <= edit.start < edit.end <= end:
                 raise CircuitError(

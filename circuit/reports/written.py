@@ -204,6 +204,7 @@ def read_report(path: str | Path) -> Written:
         payload = read_json(path, missing="no such report", fix=_AWAY)
         for key in ("summary", "parameters", "provenance"):
             _ = payload[key].keys()
+        _ = payload.get("sha256", {}).keys()
         _ = payload["command"], payload["law"], float(payload["provenance"]["started_unix"])
         if "overrides" in payload["provenance"]:
             Overrides.model_validate(payload["provenance"]["overrides"])

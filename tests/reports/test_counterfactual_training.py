@@ -15,6 +15,7 @@ from circuit.errors import CircuitError
 from circuit.reports.counterfactual_training import CounterfactualOptions, CounterfactualTraining
 from circuit.reports.edits import KEYS, parse_edit, read_edits
 from circuit.reports.report import run_report
+from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
 from circuit.trace.replay import ReplayedRun
 from circuit.training.loop import train
@@ -106,11 +107,12 @@ def test_words_that_say_nothing_are_refused(edits: tuple[str, ...], said: str) -
         options(Path("trace"), *edits)
 
 
-def test_a_label_of_the_file_is_told_of_the_file(tmp_path: Path) -> None:
+def test_a_label_of_the_file_is_told_of_the_file(traced: Path, tmp_path: Path) -> None:
     file = tmp_path / "edits.jsonl"
     file.write_text('{"label": "a@7", "edit": {"start": 2, "end": 9, "terms": {"rest": 0.0}}}\n')
+    asked = options(traced, "x,drop=a", edits_file=file, runs_dir=tmp_path)
     with pytest.raises(CircuitError, match="`edits_file`: label 'a@7'; expected letters"):
-        options(Path("trace"), "x,drop=a", edits_file=file, runs_dir=tmp_path)
+        run_report(CounterfactualTraining, open_run(RUN), asked, tmp_path / "out")
 
 
 def test_a_word_may_leave_its_window_to_the_report() -> None:
@@ -194,6 +196,10 @@ def test_workers_share_what_is_done(
     trained.clear()
     assert rows("both", replays=folder) == alone
     assert trained == [2]
+    gone = file.rename(tmp_path / "moved.jsonl")  # what is written is read all the same
+    report = read_report(tmp_path / "both/counterfactual_training_report.json")
+    assert len(CounterfactualTraining.tables(report.results)[0].rows) == 10
+    gone.rename(file)
     with pytest.raises(CircuitError, match="trainings of another run, or values of other scalars"):
         rows("other", replays=folder, scalars=("loss",))
     for more in (  # of the same names

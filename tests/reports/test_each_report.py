@@ -19,6 +19,7 @@ from tiny_run import RUN
 
 from circuit import CircuitError, read_rows
 from circuit.artifacts import read_jsonl
+from circuit.config import digest_of
 from circuit.figures.charts import Chart, chart, colour, equals
 from circuit.options import CheckpointOptions, Option
 from circuit.reports.report import ReportResult, run_report
@@ -154,15 +155,21 @@ def test_a_chart_leaves_the_texts_of_its_data_and_has_no_point_for_a_null(
 
 
 @every_report
-def test_what_is_shown_is_made_from_what_is_written(written: Written, command: str) -> None:
+def test_what_is_shown_is_made_from_what_is_written(
+    written: Written, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And from nothing else: where it is read, no file of its options stands."""
     result = written(command)
-    results = read_report(result.report).results
+    report = result.report.absolute()
+    files = {path.name: path.read_text() for path in result.figures}
+    monkeypatch.chdir(tmp_path)
+    results = read_report(report).results
     kind = result.kind
     assert kind.notes(results) == list(result.notes)
     assert [t.markdown() for t in kind.tables(results)] == [t.markdown() for t in result.tables]
     charts = kind.charts(results)
     drawn = {f"{one.name}.svg": DRAWN[essence(one)] for one in charts}
-    assert drawn == {path.name: path.read_text() for path in result.figures}
+    assert drawn == files
     assert len(drawn) == len(charts), "two charts share a name"
     for one in charts:
         alt.LayerChart.validate(dict(one.spec))  # which refuses what is no Vega-Lite
@@ -229,6 +236,11 @@ def test_a_changed_digit_is_refused_by_whoever_reads_it(written: Written, comman
     result.report.write_text(json.dumps({**payload, "schema_version": 1, "law": "to 0"}))
     with pytest.raises(CircuitError, match="digest"):
         read_report(result.report)
+    for key in ("parameters", "provenance", "sha256", "summary"):
+        forged = {k: v for k, v in payload.items() if k != "digest"} | {key: 1.5}
+        result.report.write_text(json.dumps({**forged, "digest": digest_of(forged)}))
+        with pytest.raises(CircuitError, match="is no report of this program"):
+            read_report(result.report)
     result.report.write_text(whole)
     read = read_report(result.report)
     assert read.payload == {k: v for k, v in payload.items() if k != "digest"}
