@@ -8,6 +8,7 @@ batch has.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, TypeVar
 
+from circuit.artifacts import writing
 from circuit.core.step import Step
 from circuit.lazy import np, torch
 from circuit.runs.base import Run
@@ -33,18 +35,26 @@ class Stack:
         self._shapes: list[list[tuple[torch.dtype, torch.Size]]] = []
 
     def __enter__(self) -> Stack:
-        self._file: IO[bytes] = tempfile.TemporaryFile()
+        with _writing():
+            self._file: IO[bytes] = tempfile.TemporaryFile()
         return self
 
     def __exit__(
         self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # it writes once more what could not be written
+            self._file.close()
 
     def push(self, tensors: Sequence[Tensor]) -> None:
-        """Put tensors of the CPU on top."""
-        for tensor in tensors:
-            self._file.write(tensor.detach().contiguous().numpy().data)
+        """Put tensors of the CPU on top.
+
+        Raises:
+            CircuitError: the disk is full.
+        """
+        with _writing():
+            for tensor in tensors:
+                self._file.write(tensor.detach().contiguous().numpy().data)
+            self._file.flush()
         self._shapes.append([(tensor.dtype, tensor.shape) for tensor in tensors])
 
     def pop(self) -> list[Tensor]:
@@ -60,6 +70,11 @@ class Stack:
             torch.from_numpy(part).view(dtype).view(shape)
             for part, (dtype, shape) in zip(parts, shapes, strict=True)
         ]
+
+
+def _writing() -> contextlib.AbstractContextManager[None]:
+    fix = "free space there, or say in TMPDIR which folder has some"
+    return writing(Path(tempfile.gettempdir()), fix=fix)
 
 
 def backwards(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +188,12 @@ def test_a_stack_gives_back_what_was_put_on_it() -> None:
             back = stack.pop()
             assert [t.dtype for t in back] == [t.dtype for t in tensors]
             assert all(map(torch.equal, back, tensors))
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_full_disk_under_a_stack_is_one_line(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tensor would have stayed in a buffer until the file is closed."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(Path("/dev/full").open, "wb"))
+    told = pytest.raises(CircuitError, match=r"could not be written \(No space left.*TMPDIR")
+    with told, Stack() as stack:
+        stack.push([torch.zeros(size)])
