@@ -210,7 +210,8 @@ class Collected:
         """One row more.
 
         Raises:
-            CircuitError: its step does not follow the one before of its scalar.
+            CircuitError: its step does not follow the one before of its scalar, or it has other
+                terms or groups.
         """
         self._columns.setdefault(row["scalar"], _Columns()).add(row)
 
@@ -243,8 +244,9 @@ class _Columns:
         if "nodes" in row:
             for name in ("nodes", "agrees", "rounded"):
                 self.adapted.setdefault(name, []).append(row.get(name, False))
-        self.template = {key: row[key] for key in ("first_order", "path", "references", "groups")}
-        self.numbers.extend(_leaves(self.template))
+        told = {key: row[key] for key in ("first_order", "path", "references", "groups")}
+        self.template = self.template or told
+        self.numbers.extend(_leaves(told, self.template, row["step"]))
 
     def series(self, scalar: str) -> Series:
         numbers = iter(np.array(self.numbers).reshape(len(self.steps), -1).T.copy())
@@ -269,12 +271,18 @@ class _Columns:
         )
 
 
-def _leaves(template: Mapping[str, Any]) -> Iterable[float]:
-    for value in template.values():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
+def _leaves(told: Mapping[str, Any], like: Mapping[str, Any], step: int) -> Iterable[float]:
+    """The numbers of a row, in the order of the first row's."""
+    if told.keys() != like.keys():
+        raise CircuitError(
+            f"step {step} tells of {', '.join(told) or 'nothing'}",
+            expected=f"{', '.join(like) or 'nothing'}, as the steps before",
+        )
+    for name, first in like.items():
+        if isinstance(first, Mapping):
+            yield from _leaves(told[name], first, step)
         else:
-            yield value
+            yield told[name]
 
 
 def check_windows(windows: Sequence[tuple[int, int]], start: int, end: int) -> None:

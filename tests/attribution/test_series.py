@@ -171,6 +171,26 @@ def test_a_step_that_is_missing_or_twice_is_refused() -> None:
         Series.collect(rows + rows)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("path", "rest"), 1.0, r"step 4 tells of .*rest; expected "),
+        (("references",), {}, "step 4 tells of nothing; expected raw_sgd, as the steps before"),
+        (("groups", "circuit", "all"), {}, "step 4 tells of .*, all; expected "),
+        (("groups", "parts"), {}, "step 4 tells of circuit, parts; expected circuit, as"),
+    ],
+)
+def test_a_step_of_other_terms_or_groups_is_refused(path: Any, value: Any, says: str) -> None:
+    rows = made_rows(0, 4)
+    *within, last = path
+    node = rows[-1]
+    for name in within:
+        node = node[name]
+    node[last] = value
+    with pytest.raises(CircuitError, match=says):
+        Series.collect(rows)
+
+
 @pytest.mark.parametrize("window", [(7, 9), (8, 8), (10, 9), (9, 13), (-1, 9)], ids=str)
 def test_windows_outside_are_refused(window: tuple[int, int]) -> None:
     series = Series.collect(made_rows(0, 4, first=9))["a"]
