@@ -11,7 +11,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 from law import Ended, differing, files, renewed, typed
 from wide import READ as WIDE
+
+from circuit.strict_json import parse_json
+from circuit.training.checkpoints import read_header
 
 RUN, HALF = "runs/tiny", "runs/half"
 CHECKPOINT = f"{RUN}/checkpoints/step_000012.pt"
@@ -82,6 +85,8 @@ SAYS = {
     f"{RUN}/run_config.json": f"{RUN}/run_config.json",
     "exported/model.safetensors": "out/run_config.json",
     "exported/config.json": "out/run_config.json",
+    "own/run_config.json": "own/checkpoints/step_000006.pt",
+    "edits.jsonl": "out/counterfactual_training_rows.jsonl",
 }
 """Where it stands what a command has made of a file whose values are its author's, so no digest."""
 SCANNED = {
@@ -131,16 +136,32 @@ def within(said: Any, record: Any) -> bool:
     return all(within(v, record.get(k)) for k, v in said.items() if k not in places)
 
 
-def on_record(name: str, flipped: bytes, out: str) -> bool:
-    """Whether the output tells that it was made of what the file says now."""
-    text = Path(SAYS[name]).read_text() if name in SAYS and Path(SAYS[name]).exists() else ""
-    if hashlib.sha256(flipped).hexdigest() in text or "assumed, since weights" in out:
+def on_record(name: str, flipped: bytes) -> bool:
+    """Whether what was made tells that it was made of what the file says now."""
+    record = Path(SAYS.get(name, ""))
+    if not record.is_file():
+        return False
+    if hashlib.sha256(flipped).hexdigest().encode() in record.read_bytes():
         return True
-    record = json.loads(text or "null") or {}
+    lines = flipped.splitlines() if name == "edits.jsonl" else [flipped]
     try:
-        return within(json.loads(flipped), record.get("config", record))
+        said = [parse_json(line) for line in lines]
     except ValueError:
         return False
+    if name == "edits.jsonl":
+        return {line["label"]: line["edit"] for line in said} == dict(told_edits(record))
+    if record.suffix == ".pt":
+        made = read_header(record).config.model_dump(mode="json")
+    else:
+        made = json.loads(record.read_bytes())
+    return within(said[0], made.get("config", made))
+
+
+def told_edits(rows: Path) -> Iterator[tuple[str, Any]]:
+    """Labels and edits of the trainings of a report, but for the one that changes nothing."""
+    for row in map(json.loads, rows.read_text().splitlines()):
+        if row["parts"]:
+            yield row["edit"], {"start": row["start_step"], "end": row["end_step"], **row["parts"]}
 
 
 def content(name: str) -> bytes | None:
@@ -164,15 +185,15 @@ def verdict(
     if code in (1, 2):
         return "refused", ""
     untouched = {name} if content(name) == flipped else set()
-    recorded = flipped is not None and on_record(name, flipped, done.out)
+    recorded = flipped is not None and on_record(name, flipped)  # before `sound` makes all anew
     _, sound_said, sound_made = sound()
     lost = set(differing(sound_made, made)) - untouched
-    if name in SCANNED and lost:
-        told = re.compile(rf'"{SCANNED[name]}": {{[^}}]*}}'.encode())
-        pair = [of["out/series_scan_report.json"] for of in (made, sound_made)]
-        recorded = told.findall(pair[0]) != told.findall(pair[1])
     if not lost and said == sound_said:
         return "without effect", ""
+    if name in SCANNED:
+        told = re.compile(rf'"{SCANNED[name]}": {{[^}}]*}}'.encode())
+        now, then = (told.findall(of["out/series_scan_report.json"]) for of in (made, sound_made))
+        recorded = now != then
     return ("on record", "") if recorded else ("wrong", f"{sorted(lost)} {said[-200:]}")
 
 

@@ -105,13 +105,14 @@ class Cut:
     def lost(self) -> Iterator[str]:
         """Files that are neither as before nor as the job leaves them.
 
-        A log may end early, a manifest may list what is still to come, or a part of it.
+        A log may end early, as may what is known of costs; a manifest may list what is still to
+        come, or a part of it.
         """
         here = files()
         for name in self.old | self.new | here:
             data, old, new = here.get(name), self.old.get(name), self.new.get(name)
             whole = data in (old, new) or (data is None and name in self.own)
-            log = data is not None and name.endswith((".jsonl", ".journal"))
+            log = data is not None and name.endswith((".jsonl", ".journal", "costs.json"))
             log = log and any(one and one.startswith(data) for one in (old, new))
             manifest = False
             if name.endswith(".manifest.json") and data is not None:  # `files` gives its names
