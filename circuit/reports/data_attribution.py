@@ -224,15 +224,15 @@ class DataAttribution(TracedReport[AttributionOptions]):
             if not path.exists() or set(read_scores(path).examples) != set(window.names):
                 scores = METHODS[what](window)
                 names = tuple(window.names)
+                one.spent(what, time.process_time() - began)  # what is kept has a cost
                 write_scores(path, Scores(what, window.scalar_names, names, window.pair, scores))
-                one.spent(what, time.process_time() - began)
             return []
         state = self.run.counterfactual(what, one.window.end)
         values = self.attributor.values(state.parameters, self.bound[one.window.end])
-        one.kept.add(Replay(what, tuple(values.tolist()), state.stages()))
         steps = one.window.end - what.start
         whole = (one.window.end - one.window.start) / steps
         one.spent(TRAINING, (time.process_time() - began) * whole)
+        one.kept.add(Replay(what, tuple(values.tolist()), state.stages()))
         return []
 
     # --- what it says ---
