@@ -3,6 +3,7 @@
 #   make test         create the environment, then lint, type-check and test
 #   make docs         build the documentation's site in build/site, strictly
 #   make test-lens4   create .venv-lens4.3.0 with TransformerLens 4.3, then test what runs on it
+#   make fuzz         put damaged files, hostile words, kills and full disks to it; an hour
 #   make test-tools   create .venv-tools with Lightning and the trackers, then test with them
 # Variables:
 #   PYTHON=python3.12   the interpreter that creates the environment
@@ -21,10 +22,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export MPLBACKEND ?= Agg
 unexport PYTHONDONTWRITEBYTECODE  # modules are compiled once, not by each process of the tests
 
-.PHONY: help environment quickstart test test-lens4 test-tools test-system lint types layers unit docs bench
+.PHONY: help environment quickstart test test-lens4 test-tools test-system fuzz lint types layers unit docs bench
 
 help:
-	@sed -n '2,12s/^# \{0,1\}//p' Makefile
+	@sed -n '2,13s/^# \{0,1\}//p' Makefile
 
 environment: $(READY)
 
@@ -87,7 +88,10 @@ test-tools:
 	@.venv-tools/bin/pytest tests/tools
 
 test-system: $(READY)
-	@$(BIN)/pytest -m system
+	@$(BIN)/pytest -m "system and not slow"
+
+fuzz: $(READY)
+	@$(BIN)/pytest -rP -m system tests/fuzz
 
 # a public name, option or page that says nothing fails in the tests, a dead link or anchor in both
 docs: $(VENV)/.docs

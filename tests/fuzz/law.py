@@ -15,11 +15,13 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import altair  # noqa: F401  what a fork would else import anew
+import pytest
 import transformer_lens  # noqa: F401
 from command_line import type_in
 from wide import watch
@@ -34,6 +36,8 @@ from circuit.sealed import unsealed
 from circuit.strict_json import parse_json
 
 CODES = {0, 2, 130, 143}
+SYSTEM, WHOLE = [pytest.mark.system], [pytest.mark.system, pytest.mark.slow]
+"""`make test-system` runs some of what is fuzzed in full size, five minutes; `make fuzz` it all."""
 SECONDS = 120
 """Of a processor, after which a command that takes a second is said to hang."""
 MEMORY = 3 << 30
@@ -41,6 +45,11 @@ MEMORY = 3 << 30
 CLOCK = rb'"(?:seconds\w*|steps_per_second|started_unix|steps_of_this_call)": [^,\n}]+'
 COSTS = rb'"costs": \{(?:[^{}]|\{[^{}]*\})*\}'
 """What methods have cost, each a time over another."""
+
+
+def in_parts(parts: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Of the full size, each to be run apart; the first of them by `make test-system`."""
+    return [pytest.param(*part, marks=WHOLE if at else SYSTEM) for at, part in enumerate(parts)]
 
 
 @dataclass(frozen=True)

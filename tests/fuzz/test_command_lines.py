@@ -15,7 +15,7 @@ from circuit.cli.program import program
 from each_report import GOOD
 from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
-from law import renewed, typed
+from law import in_parts, renewed, typed
 
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
@@ -171,11 +171,9 @@ def lines(draw: st.DrawFn, commands: list[tuple[Words, Any]]) -> Words:
     return (*chosen, *draw(st.sampled_from([()] * 9 + [("--no-such",), ("x",), ("--",), ("-h",)])))
 
 
-PARTS = [pytest.param(400, part, marks=pytest.mark.system) for part in range(1, 6)]
-"""Of the long run, each to be run apart."""
-
-
-@pytest.mark.parametrize(("count", "part"), [(20, 0), *PARTS])
+@pytest.mark.parametrize(
+    ("count", "part"), [(20, 0), *in_parts((400, part) for part in range(1, 6))]
+)
 def test_whatever_is_said_is_done_exactly_or_refused_in_one_line(
     count: int, part: int, place: Path, world: Path
 ) -> None:

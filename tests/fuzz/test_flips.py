@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from law import Ended, differing, files, renewed, typed
+from law import Ended, differing, files, in_parts, renewed, typed
 from wide import READ as WIDE
 
 from circuit.strict_json import parse_json
@@ -197,9 +197,7 @@ def verdict(
     return ("on record", "") if recorded else ("wrong", f"{sorted(lost)} {said[-200:]}")
 
 
-PARTS = 6
-"""Of the long runs, each to be run apart."""
-BY_HAND = [pytest.param(200, part, marks=pytest.mark.system) for part in range(1, PARTS + 1)]
+BY_HAND = in_parts((200, part) for part in range(1, 7))
 
 
 @pytest.mark.parametrize(("count", "part"), [(len(READ) - len(HARMS), 0), *BY_HAND])

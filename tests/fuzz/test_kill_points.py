@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from faults import PAGE, full, recording, small_disk
-from law import Ended, differing, files, renewed, typed
+from law import SYSTEM, WHOLE, Ended, differing, files, renewed, typed
 from wide import WRITTEN
 
 Words = tuple[str, ...]
@@ -27,7 +27,8 @@ MATCH = "runs/tiny/analysis/bilinear_qk_match_separation/bilinear_qk_match_separ
 SELECT = ("study", "select-heads", "--separation-rows", MATCH, *OUT, "--start-step", "3")
 SELECT += ("--end-step", "12")
 NOTES = Path("out/notes.txt")
-SYSTEM = pytest.mark.system
+SHORT = {"train", "trace record", "report anew", "watch on", "influence"}
+"""Jobs of `make test-system`."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class Cut:
 
 def each(names: Iterable[str], step: int) -> list[Any]:
     """Jobs one by one."""
-    return [pytest.param((name,), step, marks=SYSTEM, id=name) for name in names]
+    marks = {name: SYSTEM if name in SHORT else WHOLE for name in names}
+    return [pytest.param((name,), step, marks=marks[name], id=name) for name in marks]
 
 
 @pytest.mark.parametrize(("names", "step"), [(("train", "report anew"), 13), *each(JOBS | WIDE, 1)])

@@ -17,7 +17,7 @@ import pytest
 import typer.main
 from circuit.cli.program import program
 from each_report import GOOD
-from law import renewed, typed
+from law import in_parts, renewed, typed
 from test_command_lines import Words, leaves
 from test_flips import MATCH
 
@@ -169,8 +169,8 @@ def told(name: str) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-SLICES = [pytest.param(slice(part, 100, 5), marks=pytest.mark.system) for part in range(5)]
-"""Of a hundred names, each to be run apart."""
+SLICES = in_parts((slice(part, 100, 5),) for part in range(5))
+"""Of a hundred names."""
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), *SLICES], ids=str)
