@@ -45,6 +45,15 @@ class CircuitError(Exception):
         return " ".join(line.split())
 
 
+def told(error: BaseException) -> str:
+    """What somebody's code has raised, in one line, also where it cannot say so itself."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001  its `__str__` is somebody's code, too
+        text = "which has no text"
+    return f"{type(error).__name__}: {text}"
+
+
 def several(values: Iterable[T], field: str) -> list[T]:
     """The values of an argument that takes several.
 

@@ -15,7 +15,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from circuit.artifacts import find_near
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, told
 from circuit.reading import checked_path, file_digest, read_bytes
 
 importing: ContextVar[Path | None] = ContextVar("importing", default=None)
@@ -243,11 +243,12 @@ def import_named_file(path: str | Path, near: Path | None = None, *, what: str) 
     let_import_from(path.absolute().parent)
     try:
         return import_file(path, missing=f"{what}'s file cannot be read: there is none")
-    except CircuitError:
+    except (CircuitError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # it is anybody's code
-        told = f"{type(error).__name__}: {error}"
-        raise CircuitError(f"{what}'s file cannot be imported ({told})", where=path) from error
+    except BaseException as error:  # it is anybody's code
+        raise CircuitError(
+            f"{what}'s file cannot be imported ({told(error)})", where=path
+        ) from error
 
 
 def import_name(name: str, near: Path | None = None, *, what: str) -> Any:

@@ -137,6 +137,12 @@ def run(app: typer.Typer, words: list[str]) -> int:
             command.invoke(context)
     except typer.Exit as ending:
         return int(ending.exit_code)
+    except SystemExit as ending:  # Typer has its own: it is code of somebody's that ends itself
+        raise CircuitError(
+            f"code of yours ended the program (SystemExit: {ending.code})",
+            expected="that it returns",
+            fix="take `sys.exit` out of what a task, a scalar or a recipe does",
+        ) from ending
     except MISTAKE as mistake:
         raise refusal(mistake) from None
     return 0

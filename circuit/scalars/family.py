@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, told
 from circuit.options import Options
 from circuit.plugins import import_named_file, is_file_name, let_import_from, nearest
 from circuit.reading import file_digest
@@ -237,11 +237,11 @@ class OwnScalars:
             built = target.build(inputs) if isinstance(target, ScalarFamily) else target(inputs)
             one = hasattr(built, "bind") or not isinstance(built, Iterable)
             scalars: list[Any] = [built] if one else list(built)
-        except CircuitError:
+        except (CircuitError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             raise CircuitError(
-                f"raised {_told(error)}", where=self.name, expected=expected, fix=self._fix()
+                f"raised {told(error)}", where=self.name, expected=expected, fix=self._fix()
             ) from error
         if not scalars:
             raise CircuitError("gave no scalar", where=self.name, expected=expected)
@@ -284,8 +284,10 @@ class OwnScalars:
         def numbers(module: nn.Module) -> Tensor:
             try:
                 values: Tensor = target(module)
-            except Exception as error:  # it is anybody's code
-                raise CircuitError(f"raised {_told(error)}", where=self.name) from error
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # it is anybody's code
+                raise CircuitError(f"raised {told(error)}", where=self.name) from error
             return values
 
         keys = (f"{key}={one}" for key, several in self.given.items() for one in several)
@@ -304,9 +306,11 @@ class OwnScalars:
             if getattr(imported := import_module(module), "__file__", None) is None:
                 raise ImportError("it has no file, whose digest the report would have")
             return imported
-        except (Exception, SystemExit) as error:  # it is anybody's code
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it is anybody's code
             raise CircuitError(
-                f"module '{module}' cannot be imported ({_told(error)})",
+                f"module '{module}' cannot be imported ({told(error)})",
                 where=self.name,
                 expected="module:name, importable from the current folder",
             ) from error
@@ -370,10 +374,6 @@ def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
         return list(inspect.signature(target).parameters.values())
     except ValueError:  # of some that are written in C
         return []
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

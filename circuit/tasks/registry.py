@@ -14,7 +14,7 @@ from typing import Any
 
 from circuit.artifacts import find_near
 from circuit.config import load_config, read_config
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, told
 from circuit.plugins import import_file
 from circuit.reading import checked_path, file_digest
 from circuit.tasks.base import Task, TaskConfig
@@ -101,9 +101,9 @@ def _imported(module: str, near: Path | None, *, installed: bool) -> Any:
         if installed:
             return import_module(module)
         return import_file(find_near(module, near), missing=_NO_FILE)
-    except CircuitError:
+    except (CircuitError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # it is anybody's code
+    except BaseException as error:  # it is anybody's code
         raise CircuitError(
-            f"the task's module cannot be imported ({type(error).__name__}: {error})", where=module
+            f"the task's module cannot be imported ({told(error)})", where=module
         ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.core.module import load_buffers, made_module
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, told
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors
 from circuit.plugins import import_name, named_code, refuse_changed_code
@@ -28,11 +28,10 @@ def named_module(name: str, near: Path | None = None) -> nn.Module:
     expected = "an nn.Module, or a function that makes one and takes no arguments"
     try:
         module = made_module(named)
-    except CircuitError:
+    except (CircuitError, KeyboardInterrupt):
         raise
-    except Exception as error:  # it is anybody's code
-        told = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
-        raise CircuitError(told, where=name, expected=expected) from error
+    except BaseException as error:  # it is anybody's code
+        raise CircuitError(f"raised {told(error)}", where=name, expected=expected) from error
     if not isinstance(module, torch.nn.Module):
         raise CircuitError(f"gives {type(module).__name__}", where=name, expected=expected)
     return module

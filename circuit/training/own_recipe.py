@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from circuit.config import parse_config
 from circuit.core.digests import identical
 from circuit.core.optimizers import groups_of, names_by_id, rule_of
-from circuit.errors import CircuitError
+from circuit.errors import CircuitError, told
 from circuit.lazy import np, torch
 from circuit.overrides import Overrides, apply_overrides
 from circuit.plugins import (
@@ -195,15 +195,14 @@ def _told(code: str, what: str) -> Iterator[None]:
     """Say in one line where somebody's code has failed."""
     try:
         yield
-    except CircuitError:
+    except (CircuitError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # it is anybody's code
+    except BaseException as error:  # it is anybody's code
         file = _split(code)[0]
         frames = traceback.extract_tb(error.__traceback__)
         lines = [one.lineno for one in frames if Path(one.filename).name == file.name]
         where = f"{file}:{lines[-1]}" if lines else str(file)
-        text = " ".join(str(error).split())
-        raise CircuitError(f"{what} raised {type(error).__name__}: {text}", where=where) from error
+        raise CircuitError(f"{what} raised {told(error)}", where=where) from error
 
 
 class OwnRecipe(Recipe):

@@ -76,3 +76,18 @@ def test_the_first_quickstart_replaces_none(
     assert "replaced" not in circuit("quickstart").out
     Path("artifacts/runs/quickstart").mkdir(parents=True)
     assert "the earlier quickstart is replaced" in circuit("quickstart").out
+
+
+@pytest.mark.parametrize("code", [None, 0, 1, "done"])
+def test_somebodys_code_that_ends_the_program_is_a_refusal(
+    circuit: Run, monkeypatch: pytest.MonkeyPatch, code: object
+) -> None:
+    """Otherwise it would end with the exit code of a command that has done its work."""
+
+    def ended(*_: Any, **__: Any) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("circuit.quickstart.quickstart", ended)
+    done = circuit("quickstart")
+    assert done.code == 2
+    assert f"error: code of yours ended the program (SystemExit: {code}); " in done.err

@@ -103,6 +103,12 @@ def test_a_task_of_ones_own_is_drawn_written_and_read_back() -> None:
         ("mine.py:Config", None, "mine.py: 'Config' is no task"),
         ("mine.py:Echo", "1 / 0", "mine.py: .*cannot be imported .ZeroDivisionError: division"),
         ("mine.py:Echo", "raise SystemExit(3)", "mine.py: .*cannot be imported .SystemExit: 3"),
+        ("mine.py:Echo", "raise GeneratorExit", "mine.py: .*cannot be imported .GeneratorExit"),
+        (
+            "mine.py:Echo",
+            "class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd",
+            "mine.py: .*cannot be imported .Odd: which has no text",
+        ),
         ("mine.py:Echo", "class Echo(", "mine.py: .*cannot be imported .SyntaxError"),
         ("mine.py:Echo", "import no_such_module", "cannot be imported .ModuleNotFoundError"),
         ("mine.txt:Echo", "text", "mine.txt: .*cannot be imported .ImportError: it is no Python"),

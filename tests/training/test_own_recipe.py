@@ -431,6 +431,8 @@ BATCH = "    def batch("
         (("sums[rows], rows)", "sums[rows], rows + 0.5)"), "and 6 numbers of examples of float32"),
         (("sums[rows], rows)", "sums[rows], rows[:, None])"), "and 6 x 1 numbers of examples"),
         (("return module\n", "return module.to('meta')\n"), r"module\(\) raised NotImplementedErr"),
+        (("return module\n", "raise GeneratorExit\n"), r"module\(\) raised GeneratorExit"),
+        (("return module\n", "raise SystemExit\n"), r"module\(\) raised SystemExit"),
         ((BATCH, "    def update(self, *_):\n        pass\n\n" + BATCH), "'Sums' defines update"),
     ],
 )
