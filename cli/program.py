@@ -140,6 +140,7 @@ def _answer() -> int:
 OUT_OF_MEMORY = (os.strerror(errno.ENOMEM), "out of memory", "failed to map segment")
 """What torch's allocators and the loader of libraries say, which have no exception of their own."""
 OUT_OF_FILES = os.strerror(errno.EMFILE)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def of_the_machine(error: BaseException) -> CircuitError | None:
@@ -155,6 +156,8 @@ def of_the_machine(error: BaseException) -> CircuitError | None:
     if isinstance(error, OSError) and error.filename is not None:
         # of a path that was only looked at: no permission, a loop of links
         return CircuitError(str(error.strerror), where=os.fsdecode(error.filename))
+    if isinstance(error, OSError) and error.errno in FULL:  # of an open file, which names none
+        return CircuitError(str(error.strerror), fix="free some space there, or raise the limit")
     if isinstance(error, FileNotFoundError):  # what `os.getcwd` raises, which names no file
         return CircuitError("the current folder is gone", fix="change to one that is there")
     return None

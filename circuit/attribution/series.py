@@ -279,6 +279,8 @@ def _leaves(told: Mapping[str, Any], like: Mapping[str, Any], step: int) -> Iter
             expected=f"{', '.join(like) or 'nothing'}, as the steps before",
         )
     for name, first in like.items():
+        if isinstance(first, Mapping) != isinstance(told[name], Mapping):
+            raise CircuitError(f"step {step} tells otherwise of {name} than the steps before")
         if isinstance(first, Mapping):
             yield from _leaves(told[name], first, step)
         else:

@@ -178,6 +178,8 @@ def test_a_step_that_is_missing_or_twice_is_refused() -> None:
         (("references",), {}, "step 4 tells of nothing; expected raw_sgd, as the steps before"),
         (("groups", "circuit", "all"), {}, "step 4 tells of .*, all; expected "),
         (("groups", "parts"), {}, "step 4 tells of circuit, parts; expected circuit, as"),
+        (("groups", "circuit"), 1.0, "step 4 tells otherwise of circuit than"),
+        (("references", "raw_sgd"), {"more": 1.0}, "step 4 tells otherwise of raw_sgd than"),
     ],
 )
 def test_a_step_of_other_terms_or_groups_is_refused(path: Any, value: Any, says: str) -> None:

@@ -359,7 +359,8 @@ try:
     main()
 except SystemExit:
     pass
-packages = {name.partition(".")[0] for name in set(sys.modules) - there if name[0] != "_"}
+came = {name for name, module in sys.modules.items() if module} - there  # None: kept away
+packages = {name.partition(".")[0] for name in came if name[0] != "_"}
 print(*sorted(packages - sys.stdlib_module_names), file=sys.stderr)
 """
 TERMINAL = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -179,6 +180,7 @@ def test_a_bug_ends_with_a_code_of_its_own(
     ("error", "said"),
     [
         (MemoryError(), "the memory ran out"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some"),
         (RuntimeError("DefaultCPUAllocator: ... (Cannot allocate memory)"), "the memory ran out"),
         (ImportError("libx.so: failed to map segment from shared object"), "the memory ran out"),
         (Panic('Os { code: 24, message: "Too many open files" }'), "too many files are open"),
