@@ -59,16 +59,15 @@ def read_metrics(run: Path, *, whole: bool = False) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`.
 
     Args:
-        whole: refuse that there is none yet, and a torn last line, which a writer leaves that was
+        whole: refuse that there is none, and a torn last line, which a writer leaves that was
             killed in it.
 
     Raises:
         CircuitError: it is damaged, or does not hold the rows that the last checkpoint has counted.
     """
     path, saved = run / METRICS, list_checkpoints(run / "checkpoints")
-    if not whole and not os.path.lexists(path):
-        return []
-    rows = read_jsonl(path, tolerate_torn_tail=not whole)
+    there = whole or os.path.lexists(path)
+    rows = read_jsonl(path, tolerate_torn_tail=not whole) if there else []
     if saved:
         last = read_description(saved[max(saved)])
         _count(rows, path, last.step, last.notes.metrics_rows)

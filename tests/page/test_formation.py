@@ -286,7 +286,7 @@ def test_a_damaged_report_or_row_is_named(told: Path, circuit: Circuit) -> None:
     assert "weight_svd_trace_rows.jsonl" in err
 
 
-@pytest.mark.parametrize("left", ["", "[" * 100, "half", "all but one", "torn", "loop"])
+@pytest.mark.parametrize("left", ["", "[" * 100, "half", "all but one", "torn", "loop", "gone"])
 def test_rows_that_the_last_checkpoint_has_counted_and_that_are_gone_are_told(
     other: Path, circuit: Circuit, left: str
 ) -> None:
@@ -298,7 +298,7 @@ def test_rows_that_the_last_checkpoint_has_counted_and_that_are_gone_are_told(
     metrics.unlink()
     if left == "loop":
         metrics.symlink_to(metrics.name)
-    else:
+    elif left != "gone":
         metrics.write_text("".join(cut.get(left, [left])))
     for words in (
         ("page", str(other), "--output", "page.html"),
