@@ -17,7 +17,7 @@ import pytest
 import typer.main
 from circuit.cli.program import program
 from each_report import GOOD
-from law import in_parts, renewed, typed
+from law import WHOLE, in_parts, renewed, typed
 from test_command_lines import Words, leaves
 from test_flips import MATCH
 
@@ -170,7 +170,8 @@ def told(name: str) -> tuple[dict[str, Any], list[str]]:
 
 
 SLICES = in_parts((slice(part, 100, 5),) for part in range(5))
-"""Of a hundred names."""
+LONG_SLICES = [pytest.param(*one.values, marks=WHOLE) for one in SLICES]
+"""Of a hundred names; a slice takes a minute, or through every command four."""
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), *SLICES], ids=str)
@@ -191,7 +192,7 @@ def test_a_name_is_a_name_wherever_it_is_printed(part: slice, place: Path, world
     assert wrong == [], "\n".join(wrong)
 
 
-@pytest.mark.parametrize("part", [slice(0, 1), *SLICES], ids=str)
+@pytest.mark.parametrize("part", [slice(0, 1), *LONG_SLICES], ids=str)
 def test_a_name_changes_nothing_of_what_a_command_does(
     part: slice, place: Path, world: Path
 ) -> None:
