@@ -94,14 +94,15 @@ def window_names(rows: Sequence[Row]) -> dict[tuple[Any, ...], str]:
         {whose(row) for row in rows}, key=lambda of: int(of[2].split(":")[0])
     ):
         windows[task, seed].append(window)
-    names: dict[tuple[Any, ...], str] = {}
-    for (task, seed), of_seed in windows.items():
+    beside: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for (task, _), of_seed in windows.items():
         for place, window in enumerate(of_seed):
-            beside = [
-                of[place] for (other, _), of in windows.items() if other == task if of[place:]
-            ]
-            names[task, seed, window] = " or ".join(sorted(set(beside)))
-    return names
+            beside[task, place].add(window)
+    return {
+        (task, seed, window): " or ".join(sorted(beside[task, place]))
+        for (task, seed), of_seed in windows.items()
+        for place, window in enumerate(of_seed)
+    }
 
 
 def main(target: Path, runs: Sequence[Path]) -> None:
