@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from circuit.quoting import shown
@@ -52,6 +53,29 @@ def told(error: BaseException) -> str:
     except Exception:  # noqa: BLE001  its `__str__` is somebody's code, too
         text = "which has no text"
     return f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def code_of_somebody(
+    say: Callable[[str], str],
+    *,
+    where: object,
+    expected: str | None = None,
+) -> Iterator[None]:
+    """A block that runs somebody's code: whatever it raises or ends itself with is one line.
+
+    Args:
+        say: what is said of it, given what was raised.
+
+    Raises:
+        CircuitError: the block has raised one, or anything but a keyboard interrupt.
+    """
+    try:
+        yield
+    except (CircuitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise CircuitError(say(told(error)), where=where, expected=expected) from error
 
 
 def several(values: Iterable[T], field: str) -> list[T]:

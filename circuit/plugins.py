@@ -15,7 +15,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from circuit.artifacts import find_near
-from circuit.errors import CircuitError, told
+from circuit.errors import CircuitError, code_of_somebody
 from circuit.reading import checked_path, file_digest, read_bytes
 
 importing: ContextVar[Path | None] = ContextVar("importing", default=None)
@@ -241,14 +241,8 @@ def import_named_file(path: str | Path, near: Path | None = None, *, what: str) 
     """
     path = checked_path(find_near(path, near))
     let_import_from(path.absolute().parent)
-    try:
+    with code_of_somebody(lambda it: f"{what}'s file cannot be imported ({it})", where=path):
         return import_file(path, missing=f"{what}'s file cannot be read: there is none")
-    except (CircuitError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # it is anybody's code
-        raise CircuitError(
-            f"{what}'s file cannot be imported ({told(error)})", where=path
-        ) from error
 
 
 def import_name(name: str, near: Path | None = None, *, what: str) -> Any:

@@ -144,9 +144,7 @@ class InfluencePass:
                 hyper=noted.hyper,
             )
             before.append(adjoint)  # before the gradient's own way to the weights is added
-            n = (
-                gradient.norm()
-            )  # [parameter] -> a number: of what was clipped, frozen ones left out
+            n = gradient.norm()  # of what was clipped: frozen parameters are left out
             _refuse_another(float(n), noted)
             if c >= 1:
                 return u

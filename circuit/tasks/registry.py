@@ -14,7 +14,7 @@ from typing import Any
 
 from circuit.artifacts import find_near
 from circuit.config import load_config, read_config
-from circuit.errors import CircuitError, told
+from circuit.errors import CircuitError, code_of_somebody
 from circuit.plugins import import_file
 from circuit.reading import checked_path, file_digest
 from circuit.tasks.base import Task, TaskConfig
@@ -97,13 +97,7 @@ def source_digest(kind: type[Task]) -> str | None:
 
 def _imported(module: str, near: Path | None, *, installed: bool) -> Any:
     """Somebody's module: a file is imported once, under a name that no other has."""
-    try:
+    with code_of_somebody(lambda it: f"the task's module cannot be imported ({it})", where=module):
         if installed:
             return import_module(module)
         return import_file(find_near(module, near), missing=_NO_FILE)
-    except (CircuitError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # it is anybody's code
-        raise CircuitError(
-            f"the task's module cannot be imported ({told(error)})", where=module
-        ) from error

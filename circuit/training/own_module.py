@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit.core.module import load_buffers, made_module
-from circuit.errors import CircuitError, told
+from circuit.errors import CircuitError, code_of_somebody
 from circuit.lazy import torch
 from circuit.model.weights import load_tensors
 from circuit.plugins import import_name, named_code, refuse_changed_code
@@ -26,12 +26,8 @@ def named_module(name: str, near: Path | None = None) -> nn.Module:
     """
     named = import_name(name, near, what="the model")
     expected = "an nn.Module, or a function that makes one and takes no arguments"
-    try:
+    with code_of_somebody(lambda it: f"raised {it}", where=name, expected=expected):
         module = made_module(named)
-    except (CircuitError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # it is anybody's code
-        raise CircuitError(f"raised {told(error)}", where=name, expected=expected) from error
     if not isinstance(module, torch.nn.Module):
         raise CircuitError(f"gives {type(module).__name__}", where=name, expected=expected)
     return module
