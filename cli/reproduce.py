@@ -42,6 +42,12 @@ def reproduce(
             autocompletion=complete.values(*complete.SCALES),
         ),
     ] = "full",
+    seed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Seed of the cross-seed study, or FIRST:LAST of several; the scale's without any."
+        ),
+    ] = None,
     cores: options.Cores = 2,
     dry_run: options.DryRun = False,
     profile: options.Profile = None,
@@ -52,12 +58,12 @@ def reproduce(
     What follows after -- goes to Snakemake as it is.
     """
     from circuit.studies.reproduce import Request, make_plan
-    from circuit.studies.scales import find_scale
+    from circuit.studies.scales import find_scale, seeds_of
     from circuit.studies.workflow import check_executor, packaged_profile, run
 
     request = Request(
         target,
-        find_scale(scale),
+        find_scale(scale, [number for words in seed or () for number in seeds_of(words)]),
         cores=cores,
         profile=None if profile is None else packaged_profile(profile),
         options=tuple(context.args),

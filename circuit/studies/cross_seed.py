@@ -44,6 +44,7 @@ class Seed:
         self.run = f"{ROOT}/seed_{seed:04}"
         self.name = f"seed_{seed:04}"
         self.run_config = f"{self.run}/run_config.json"
+        self.summary = f"{self.run}/summary.json"  # written behind the trace beside it
         self.config = f"{ROOT}/configs/{self.name}.json"
         self.horizon = scale.step(MATCH_WINDOW[1])
         span = scale.name_of(*MATCH_WINDOW)
@@ -91,7 +92,7 @@ class Seed:
             self.scan,
             run=self.run_config,
             name=self.name,
-            inputs=(self.trace_report,),
+            inputs=(self.summary,),
             units=25,
         )
 
@@ -115,7 +116,7 @@ class Seed:
                 self.paths,
                 run=self.run_config,
                 name=self.name,
-                inputs=(f"{self.run}/summary.json",),
+                inputs=(self.summary,),
             ),
         ]
 
@@ -147,7 +148,7 @@ class Seed:
             options,
             self.match_folder(address),
             run=self.run_config,
-            inputs=(self.trace_report, self.selected_heads),
+            inputs=(self.summary, self.selected_heads),
             edges=shard_edges(0, self.horizon, self.scale.qk_shards),
         )
 
@@ -165,7 +166,7 @@ class Seed:
             options,
             self.write_folder(address),
             run=self.run_config,
-            inputs=(self.trace_report, self.selected_paths),
+            inputs=(self.summary, self.selected_paths),
             edges=shard_edges(start, end, self.scale.write_shards),
         )
 

@@ -1,4 +1,5 @@
-"""The rules of the cross-seed study that depend on which heads and paths are selected."""
+"""The rules of the cross-seed study. Each stands for all seeds, so that they can be an array of
+Slurm's; attributions depend on which heads and paths are selected."""
 
 FIRST = STUDY.seeds[0]
 LATER = STUDY.later(FIRST)
@@ -17,6 +18,10 @@ def pattern(job, wildcard="", spans=False):
         folder, span, name = path.rsplit("/", 2)
         path = f"{folder}/{{span}}/{name}"
     return path
+
+
+def of_seed(kind, wildcards):
+    return STUDY.of_seeds[kind, f"seed_{wildcards.seed}"]
 
 
 def shard_patterns(jobs, wildcard):
@@ -59,6 +64,28 @@ def attributions(wildcards):
 def compare(reports):
     """The command that compares the seeds; a dry run has one word for all that is not known yet."""
     return command_line([cross_seed.comparison_job([*reports]).argv])
+
+
+for job in FIRST.jobs():
+
+    rule:
+        name:
+            job.kind
+        input:
+            lambda w, kind=job.kind: of_seed(kind, w).inputs,
+        output:
+            pattern(job),
+        log:
+            f"artifacts/logs/{job.kind}__seed_{{seed}}.log",
+        params:
+            command=lambda w, kind=job.kind: command_line([of_seed(kind, w).argv]),
+            recipe=lambda w, kind=job.kind: of_seed(kind, w).recipe,
+            version=__version__,
+        threads: NEEDS[job.kind]["threads"]
+        resources:
+            **NEEDS[job.kind]["resources"],
+        shell:
+            RUN
 
 
 checkpoint select_heads:

@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Examples:
+class Batch:
     """Jobs of one kind that run in one process, one after the other: one rule."""
 
     target: str

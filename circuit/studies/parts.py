@@ -66,8 +66,8 @@ class Parts(Workflow):
         return Path(self.output_dir, "parts")
 
     @property
-    def setting(self) -> str:
-        return f"plan={self.plan}"
+    def settings(self) -> tuple[str, ...]:
+        return (f"plan={self.plan}",)
 
     @cached_property
     def plan(self) -> str:

@@ -34,8 +34,9 @@ class Request(Workflow):
         return self.scale.folder
 
     @property
-    def setting(self) -> str:
-        return f"scale={self.scale.name}"
+    def settings(self) -> tuple[str, ...]:
+        seeds = ",".join(map(str, self.scale.seeds))
+        return f"scale={self.scale.name}", f"seeds={seeds}"
 
     @property
     def goal(self) -> str:
@@ -106,7 +107,7 @@ def planned_jobs(study: Study, rules: Sequence[PlannedRule]) -> Iterator[Job]:
             yield study.comparison
     for seed in study.seeds:
         own = f"{seed.seed:04}"
-        for job in seed.selections():
+        for job in (*seed.jobs(), *seed.selections()):
             if (job.kind, own) in listed:
                 yield job
         rest = study.later(seed)

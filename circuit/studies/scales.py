@@ -8,7 +8,9 @@ contract's commands and paths hold as they stand there, but for the steps and ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ CONTRACT_UNIT = 250
 LONG = 16000
 """Steps of the two reference runs in the contract."""
 ALL_SEEDS = (11, 13, 17, 23, 29)
+LARGEST_SEED = 9999
+"""Folders of seeds are named by four digits."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,30 @@ SCALES = {
 }
 
 
-def find_scale(name: str) -> Scale:
-    """A scale by name.
+def seeds_of(words: str) -> range:
+    """The seeds that `11`, or `1:1000` with both ends, stand for.
+
+    Raises:
+        CircuitError: it is neither, or there are none in between.
+    """
+    found = re.fullmatch(r"(\d{1,4})(?::(\d{1,4}))?", words, re.ASCII)
+    seeds = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not seeds:
+        raise CircuitError(
+            f"'{words}'",
+            where="`seed`",
+            expected=f"a seed of 0 to {LARGEST_SEED}, or FIRST:LAST",
+        )
+    return seeds
+
+
+def find_scale(name: str, seeds: Sequence[int] = ()) -> Scale:
+    """A scale by name, and with other seeds than its own if some are named.
 
     Raises:
         CircuitError: there is no such scale.
     """
     if name not in SCALES:
         raise CircuitError(f"unknown scale '{name}'", expected=f"one of {', '.join(SCALES)}")
-    return SCALES[name]
+    scale = SCALES[name]
+    return replace(scale, seeds=tuple(dict.fromkeys(seeds))) if seeds else scale

@@ -13,7 +13,7 @@ from circuit.errors import CircuitError
 from circuit.studies import ablation, cross_seed, reference
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.cross_seed import Seed, comparison_job
-from circuit.studies.jobs import Examples, Job, Words
+from circuit.studies.jobs import Batch, Job, Words
 from circuit.studies.scales import Scale
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig
 from circuit.train_config import TrainConfig
@@ -90,21 +90,28 @@ class Study:
         return sorted(path for path in paths if not is_part(path))
 
     @cached_property
-    def batches(self) -> list[Examples]:
-        """The rules: one a job, or, where the scale is batched, one a kind and target."""
+    def of_seeds(self) -> dict[tuple[str, str], Job]:
+        """Those of the cross-seed study, by kind and seed: rules with the seed as wildcard."""
+        return {(job.kind, job.name): job for job in self.jobs if job.target == cross_seed.TARGET}
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The rules without: one a job, or, where the scale is batched, one a kind and target."""
         groups: dict[str, list[Job]] = {}
         for job in self.jobs:
-            if job.kind in ("select_heads", "select_write_paths"):
-                continue  # checkpoints of the workflow, with the seed as wildcard
+            if job.target == cross_seed.TARGET:
+                continue
             name = job.target if self.scale.batched else job.name
             groups.setdefault(_identifier(f"{job.kind}__{name}"), []).append(job)
-        return [
-            Examples(jobs[0].target, jobs[0].kind, n, tuple(jobs)) for n, jobs in groups.items()
-        ]
+        return [Batch(jobs[0].target, jobs[0].kind, n, tuple(jobs)) for n, jobs in groups.items()]
 
     def targets(self, target: str) -> list[str]:
         """Files that a target asks for, as far as they are known from the start."""
-        return [path for job in self.of(target) for path in job.outputs if not is_part(path)]
+        # a rule for all seeds makes one file: the trace beside a run has its seed in other digits
+        files = (
+            (j.outputs[:1] if j.target == cross_seed.TARGET else j.outputs) for j in self.of(target)
+        )
+        return [path for of_job in files for path in of_job if not is_part(path)]
 
     def _configs(self) -> list[Job]:
         """At other scales than the contract's, the configs themselves are made."""

@@ -59,8 +59,8 @@ class Workflow(ABC):
 
     @property
     @abstractmethod
-    def setting(self) -> str:
-        """What the Snakefile is told, as `name=value`: a value that no shell could take apart."""
+    def settings(self) -> tuple[str, ...]:
+        """What the Snakefile is told, as `name=value`: values that no shell could take apart."""
 
     @property
     @abstractmethod
@@ -85,7 +85,7 @@ class Workflow(ABC):
         profile = ["--workflow-profile", str(self.profile)] if self.profile else []
         return [
             *(sys.executable, "-m", "circuit.studies.processes", "--snakefile", snakefile),
-            *("--directory", str(self.folder), "--config", self.setting),
+            *("--directory", str(self.folder), "--config", *self.settings),
             *("--cores", str(self.cores), *profile),
             *("--rerun-incomplete", "--nolock", "--keep-going", "--show-failed-logs"),
             *extra,

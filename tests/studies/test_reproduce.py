@@ -247,6 +247,8 @@ def test_bad_changes_of_a_config_are_refused(
         (("paper", "--scale", "huge"), "unknown scale 'huge'; expected one of full"),
         (("paper", "--scale", "full"), "configs of the contract are not here"),
         (("paper", "--profile", "nowhere"), "no profile 'nowhere'"),
+        (("cross-seed", "--seed", "9:7"), "--seed: '9:7'; expected a seed of 0 to 9999, or FIRST"),
+        (("cross-seed", "--seed", "10000"), "--seed: '10000'; expected a seed of 0 to 9999"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(

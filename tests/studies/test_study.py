@@ -21,7 +21,7 @@ from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.costs import cost_of, rates
 from circuit.studies.jobs import split_commands
 from circuit.studies.reproduce import Request, make_plan
-from circuit.studies.scales import SCALES
+from circuit.studies.scales import SCALES, find_scale
 from circuit.studies.study import PAPER, TARGETS, Study
 from circuit.studies.workflow import read_dry_run
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig
@@ -164,6 +164,14 @@ def test_batched_rules_run_all_instances_in_one_process() -> None:
 def test_a_batch_needs_nothing_that_it_makes_itself() -> None:
     for batch in Study(SCALES["smoke"]).batches:
         assert not set(batch.inputs) & set(batch.outputs)
+
+
+def test_rules_are_as_many_for_any_number_of_seeds() -> None:
+    one, many = (Study(find_scale("full", seeds)) for seeds in (range(7, 8), range(1, 13)))
+    assert [batch.name for batch in one.batches] == [batch.name for batch in many.batches]
+    assert {seed.name for seed in many.seeds} == {f"seed_{seed:04}" for seed in range(1, 13)}
+    assert len(many.of_seeds) == 12 * len(one.of_seeds)
+    assert set(many.targets("cross-seed")) <= set(many.outputs("cross-seed"))
 
 
 @pytest.mark.parametrize("scale", ["short", "smoke"])
