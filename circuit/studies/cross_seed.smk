@@ -1,5 +1,5 @@
-"""The rules of the cross-seed study. Each stands for all seeds, so that they can be an array of
-Slurm's; attributions depend on which heads and paths are selected."""
+"""The rules of the cross-seed study. Each stands for all seeds; attributions depend on which heads
+and paths are selected."""
 
 FIRST = STUDY.seeds[0]
 LATER = STUDY.later(FIRST)
