@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from . import complete, options
 from .output import print_json, print_written, progress_bar, stdout, table
@@ -84,5 +83,7 @@ def _print_benchmark(made: Benchmark) -> None:
     stdout.print(shown)
     if told.note:
         stdout.print(told.note, style="dim", soft_wrap=True)
+    from rich.text import Text
+
     for warning in told.warnings:
         stdout.print(Text("warning: ", style="yellow") + Text(warning), soft_wrap=True)

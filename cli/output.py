@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
-from rich.console import Console
-from rich.segment import Segment
-from rich.text import Text
 
 from circuit import CircuitError
 from circuit.quoting import plain_text, shown
@@ -22,6 +20,7 @@ from . import signals
 from .streams import BLOCKS
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
@@ -29,29 +28,34 @@ if TYPE_CHECKING:
     from circuit.reports.tables import Table as Declared
 
 
-class _Plain(Console):
-    """A console on which nothing that is printed is more than letters: no name reaches a terminal
-    as a command to it."""
+class _Late:
+    """A console of rich's, which is imported and made when something is printed."""
 
-    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
-        """Segments with texts that print."""
-        for one in super().render(*args, **options):
-            if one.control or one.text.isprintable():
-                yield one
-            else:
-                yield Segment("\n".join(map(shown, one.text.split("\n"))), one.style)
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+
+    @cached_property
+    def console(self) -> Console:
+        """It, on which texts stay as they are."""
+        from .console import Plain
+
+        return Plain(highlight=False, markup=False, emoji=False, **self._settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.console, name)
 
 
-_console = partial(_Plain, highlight=False, markup=False, emoji=False)  # texts stay as they are
 _on_terminal = sys.stdout is not None and sys.stdout.isatty()
 # a pipe has no width: 80 columns would break paths and tables that a program or a file takes whole
-stdout = _console(width=None if _on_terminal else 120)
-stderr = _console(stderr=True)
+stdout = cast("Console", _Late(width=None if _on_terminal else 120))
+_stderr = _Late(stderr=True)
+stderr = cast("Console", _stderr)
 
 
 def print_error(error: CircuitError) -> None:
-    """One line on stderr, unwrapped."""
-    stderr.print(Text("error: ", style="bold red") + Text(str(error)), soft_wrap=True)
+    """One line on stderr, unwrapped, without rich, whose import takes longer than a refusal."""
+    line = typer.style("error: ", fg="red", bold=True) + shown(error)
+    typer.echo(line, file=sys.stderr, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def say_interrupted(further: str) -> int:
@@ -76,6 +80,8 @@ def print_json(payload: Mapping[str, Any]) -> None:
 
 def print_written(paths: Sequence[Path | str]) -> None:
     """The closing line of a command: where its outputs stand."""
+    from rich.text import Text
+
     for path in paths:
         stdout.print(Text("wrote ", style="dim") + Text(shown(path)), soft_wrap=True)
 
@@ -159,11 +165,28 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(BLOCKS[round(7 * (value - low) / span)] for value in means)
 
 
+class _NoBar:
+    """Where none is shown: rich is not imported for it."""
+
+    console = stderr
+
+    def add_task(self, *_: Any, **__: Any) -> int:
+        """None."""
+        return 0
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Nothing moves."""
+
+
 @contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     """A bar on stderr with count, rate and time left; a task's `note` field is shown behind."""
+    if not (enabled and sys.stderr.isatty()):
+        yield cast("Progress", _NoBar())
+        return
     from .bar import COLUMNS, Progress
 
-    shown = enabled and stderr.is_terminal  # else rich leaves an empty line
-    with Progress(*COLUMNS, console=stderr, disable=not shown, transient=True) as bar:
+    shown = stderr.is_terminal  # else rich leaves an empty line
+    console = _stderr.console
+    with Progress(*COLUMNS, console=console, disable=not shown, transient=True) as bar:
         yield bar

@@ -8,9 +8,13 @@ for it.
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,6 +24,7 @@ from circuit import CircuitError
 MISTAKE: type[Any] = typer.BadParameter.__mro__[2]
 """click's `ClickException`, of which some versions of Typer have a copy of their own."""
 _TYPED = "circuit.typed"
+_PLAIN_NUMBER = re.compile("[0-9]{1,15}")
 _ELSEWHERE = {"overwrite": "--overwrite", "resume": "--resume", "allow_drift": "--allow-drift"}
 """What a command may have to say of the option of another one."""
 
@@ -45,14 +50,58 @@ def once(command: Any, context: Any, parser: Any) -> Any:
     return parser
 
 
-def off(params: list[Any]) -> list[Any]:
-    """The options, of which switches are off by default.
+class Reading:
+    """How the values of an option are read: by Typer, unless they need no reading.
 
-    Typer's own are None, and of None it asks pydantic, which takes longer than all else.
+    Typer asks pydantic, which takes longer than all else, also of what is not given, and of texts.
+    """
+
+    def __init__(self, param: Any) -> None:
+        annotation = param.type_descriptor.annotation
+        self.info = param.type_descriptor.parameter_info
+        self.kind = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        self.by_typer: Callable[[], Any] = param.get_runtime_param
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The value, or the values of an option that takes several."""
+        several = param.multiple or param.nargs == -1
+        if value is None:
+            return () if several else None
+        if all(map(self.is_plain, value if several else [value])):
+            return [self.kind(one) for one in value] if several else self.kind(value)
+        return self.by_typer().coerce(value, param=param, ctx=ctx)
+
+    def is_plain(self, value: Any) -> bool:
+        """Whether the type alone makes it of the text, and nothing is to be said of it."""
+        if self.kind in (str, Path):
+            return self.kind is str or _may_be_read(value)
+        least, most = self.info.min, self.info.max
+        return (
+            self.kind is int
+            and _PLAIN_NUMBER.fullmatch(str(value)) is not None
+            and (least is None or int(value) >= least)
+            and (most is None or int(value) <= most)
+        )
+
+
+def _may_be_read(path: Any) -> bool:
+    """Whether a path is nothing's, or of what may be read: what may not Typer refuses."""
+    try:
+        return os.access(path, os.R_OK) or not os.access(path, os.F_OK)
+    except ValueError:  # no path
+        return False
+
+
+def quick(params: list[Any]) -> list[Any]:
+    """The options, whose values are read without pydantic where that can be.
+
+    Switches are off by default: Typer's own are None, of which it asks pydantic.
     """
     for param in params:
         if param.type_descriptor.annotation is bool and param.default is None:
             param.default = False
+        if "get_runtime_param" not in vars(param):
+            param.get_runtime_param = lambda reading=Reading(param): reading
     return params
 
 
@@ -61,7 +110,7 @@ class Command(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Typer's."""
-        return off(super().get_params(ctx))
+        return quick(super().get_params(ctx))
 
     def make_parser(self, ctx: Any) -> Any:
         """Typer's, which takes no option twice."""
@@ -69,6 +118,9 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Typer's; a refusal names options."""
+        if not gc.get_freeze_count():
+            gc.freeze()  # what was imported until now stays
+        gc.enable()
         try:
             return super().invoke(ctx)
         except CircuitError as error:
@@ -83,7 +135,7 @@ class Group(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Typer's."""
-        return off(super().get_params(ctx))
+        return quick(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Without a word, the help, and the exit code of a mistake."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from . import complete, options
 from .output import percent, print_json, print_written, progress_bar, stdout
@@ -114,6 +113,8 @@ def _print_attribution(result: QuickstartResult) -> None:
 
 def _print_example(example: Example) -> None:
     """The sequence up to the read, the attended tokens shaded, and the answer."""
+    from rich.text import Text
+
     line = Text()
     for position, weight in enumerate(example.attention):
         token = example.tokens[position]
