@@ -22,10 +22,11 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
 
+from circuit.documents import validated
 from circuit.errors import CircuitError
 from circuit.manifest import Claimed, Manifest
 from circuit.quoting import csv_cell
-from circuit.reading import checked_path, read_bytes, read_json, read_lines, validated, values_of
+from circuit.reading import checked_path, read_bytes, read_json, read_lines, values_of
 from circuit.sealed import sealed, unsealed
 from circuit.strict_json import finite_json, parse_json
 

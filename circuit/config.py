@@ -14,10 +14,11 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
+from circuit.documents import FiniteDocument
 from circuit.errors import CircuitError
+from circuit.folders import read_config
 from circuit.overrides import Overrides, advice, apply_overrides, causes
-from circuit.quoting import shell_line
-from circuit.reading import FiniteDocument, MissingFileError, checked_path, read_json
+from circuit.reading import checked_path
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -116,61 +117,6 @@ def load_config(
 
 _ORIGIN = "overrides"
 """Key of the record in a run_config.json."""
-
-
-RECORDING = "recording.json"
-"""What tells the folder of a recording (`circuit.watch`)."""
-RECORDED_ROWS = "watch_rows.jsonl"
-"""What stands beside it, or, of `keep="rows"`, alone."""
-
-
-def no_run(folder: Path) -> CircuitError:
-    """What to say where a run is asked for and a folder has no run_config.json: what it is."""
-    expected = "the folder of a run, or a config file"
-    if not folder.is_dir():
-        return CircuitError(
-            "there is no such folder",
-            where=folder,
-            expected=expected,
-            fix="check the path, or train one with `circuit train` or `circuit quickstart`",
-        )
-    if (folder / RECORDING).is_file():
-        return CircuitError(
-            "is a recording of somebody's own loop, which has no config",
-            where=folder,
-            expected=expected,
-            fix="say what makes its module: `circuit import-recording "
-            + shell_line([str(folder)])
-            + " --module FILE.py:NAME`; without that circuit trace show, verify and checkout take"
-            " it, and circuit.open_run in Python",
-        )
-    if (folder / RECORDED_ROWS).is_file():
-        return CircuitError(
-            "holds the numbers of a loop alone, which was watched with keep='rows', and no state",
-            where=folder,
-            expected=expected,
-            fix="circuit.read_rows reads them; watch it again with keep='gradients' or 'states'",
-        )
-    return CircuitError(
-        "holds no run_config.json",
-        where=folder,
-        expected=expected,
-        fix="train one with `circuit train` or `circuit quickstart`",
-    )
-
-
-def read_config(path: Path) -> Any:
-    """The JSON of a config file.
-
-    Raises:
-        CircuitError: it is missing, cannot be read or is no JSON.
-    """
-    if path.is_dir():
-        raise no_run(path)
-    try:
-        return read_json(path, missing="no such config file")
-    except MissingFileError as error:
-        raise CircuitError(error.what, where=path, fix="check the path") from None
 
 
 def _parse_origin(payload: Any, path: Path) -> Overrides:

@@ -12,15 +12,15 @@ import platform
 import signal
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
 from circuit import __version__
+from circuit.documents import Document, validated
 from circuit.errors import CircuitError
-from circuit.reading import Document, MissingFileError, read_json, validated
+from circuit.reading import MissingFileError, read_json
 from circuit.sealed import unsealed
 
 Facts = dict[str, Any]
@@ -173,6 +173,8 @@ def environment_facts(device: str = "cpu") -> Facts:
 
 
 def _version(distribution: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(distribution)
     except PackageNotFoundError:  # the core does without TransformerLens

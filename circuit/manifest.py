@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from circuit.reading import Document
+from circuit.documents import Document
 
 
 def digest(payload: bytes) -> str:

@@ -22,17 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_o
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from circuit.errors import CircuitError
-from circuit.model.components import parse_component
-from circuit.model.stages import stage_hook
-from circuit.model.subspaces import check_name
 from circuit.numerals import whole_number
 from circuit.reading import checked_path
-from circuit.schemas import SWITCH_BUCKETS
-from circuit.tasks.base import Task
-from circuit.tasks.examples import check_single
-from circuit.tasks.groups import groups_of
-from circuit.tasks.pairs import SIDES, check_pair_types
-from circuit.train_config import ModelConfig
+from circuit.schemas import SIDES, SWITCH_BUCKETS
+
+if TYPE_CHECKING:
+    from circuit.tasks.base import Task
+    from circuit.train_config import ModelConfig
 
 OF_TASK = ("role", "single_role", "pair_type", "group_by", "subspace", "task_slice")
 """Kinds of values that the run's task says."""
@@ -128,6 +124,9 @@ class Option:
         Raises:
             CircuitError: names it.
         """
+        from circuit.model.components import parse_component
+        from circuit.model.stages import stage_hook
+
         kinds: dict[str, Literal["head", "MLP"]] = {"head": "head", "mlp": "MLP"}
         try:
             if self.kind == "stage":
@@ -145,6 +144,11 @@ class Option:
         Raises:
             CircuitError: names the field, the value and what there is.
         """
+        from circuit.model.subspaces import check_name
+        from circuit.tasks.examples import check_single
+        from circuit.tasks.groups import groups_of
+        from circuit.tasks.pairs import check_pair_types
+
         checks: dict[str, Callable[[], None]] = {
             "role": lambda: task.check_roles(value),
             "single_role": lambda: check_single(task, value),

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic import BaseModel, ValidationError
 
+from circuit.documents import Document
 from circuit.errors import CircuitError
-from circuit.reading import Document
 from circuit.strict_json import RefusedJsonError, parse_json
 
 Kind = type[BaseModel]

@@ -2,7 +2,8 @@
 
 A path is checked before the system sees it; only regular files are opened, so that a pipe, a socket
 or a device can neither hang nor fill the memory; the size is held against the memory before a byte
-is read; JSON goes through the strict parser, and from there into a typed schema.
+is read; JSON goes through the strict parser, and from there into a typed schema
+(circuit/documents.py). Nothing here imports pydantic: what is not there is refused before it is.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any
 
 from circuit.errors import CircuitError
 from circuit.sizes import require_memory
@@ -31,23 +30,6 @@ MAX_LINE = 2**26
 
 _JSON_OVERHEAD = 30
 """Bytes of memory for a byte of JSON, at most: `[[],[],...]` takes 28 (CPython 3.11)."""
-
-Schema = TypeVar("Schema", bound=BaseModel)
-
-
-class Document(BaseModel):
-    """What a file of this program holds: closed, frozen, strict.
-
-    No validator is built before a file is read: most commands read one kind or none.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
-
-
-class FiniteDocument(Document):
-    """One whose numbers are all finite."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class MissingFileError(CircuitError):
@@ -188,30 +170,3 @@ def values_of(path: str | Path, *, fix: str) -> Iterator[None]:
             where=path,
             fix=fix,
         ) from error
-
-
-def validated(
-    payload: Any,
-    kind: type[Schema],
-    *,
-    where: object,
-    expected: str | None = None,
-    fix: str | None = None,
-) -> Schema:
-    """A JSON payload as an object of a schema.
-
-    Raises:
-        CircuitError: a field is missing, unknown, of another type or out of range; it is named.
-    """
-    try:
-        return kind.model_validate_json(json.dumps(payload))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise CircuitError(
-            f"field '{field}': {message}" if field else message,
-            where=where,
-            expected=expected,
-            fix=fix,
-        ) from None

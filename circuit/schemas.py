@@ -12,19 +12,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import ValidationError, model_validator
 
 from circuit.artifacts import read_jsonl
+from circuit.documents import FiniteDocument
 from circuit.errors import CircuitError
-from circuit.reading import FiniteDocument
 
 SWITCH_BUCKETS = ("all", "same_competitor", "competitor_switch")
 """Which rows of an interval enter: all, or by whether the competitor switched."""
 
 Side = Literal["clean", "corrupted"]
 """Side of a pair."""
+SIDES = get_args(Side)
 
 RouteBasis = Literal["refit", "source"]
 """Bases of route scores: those of each checkpoint, or the source's at both ends of an interval."""

@@ -33,7 +33,7 @@ from circuit.config import (
 )
 from circuit.core.edit import Edit
 from circuit.errors import CircuitError
-from circuit.reading import checked_path
+from circuit.folders import RUN_CONFIG, config_file
 
 Device = Literal["cpu", "cuda", "mps"]
 Kernels = Literal["fast", "plain"]
@@ -657,10 +657,6 @@ _VARIETIES: dict[str, tuple[type[PartialConfig], str]] = {
 """By the field that tells them."""
 
 
-RUN_CONFIG = "run_config.json"
-"""In the folder of a run: the values in use."""
-
-
 def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A training config: a file, or the folder of a run.
 
@@ -674,9 +670,7 @@ def load_run_config(where: str | Path, overrides: Sequence[str] = ()) -> TrainCo
     Raises:
         CircuitError: as `load_config`.
     """
-    path = checked_path(where)
-    if (path / RUN_CONFIG).is_file():
-        path = path / RUN_CONFIG
+    path = config_file(where)
     if path.name != RUN_CONFIG:
         return load_config(path, TrainConfig, overrides)
     folder, cwd = Path(os.path.normpath(path.parent.absolute())), Path.cwd()

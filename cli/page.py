@@ -45,6 +45,11 @@ def page(
     """Write one self-contained HTML page from whatever reports a run has."""
     if not compare and len(run) > 1:
         raise CircuitError(f"{len(run)} runs", expected="one", fix="pass --compare for several")
+    from circuit.folders import run_folder
+
+    if compare == (len(run) > 1):
+        for one in run:
+            run_folder(one)
     from circuit.page import comparison_page, formation_page
 
     if compare:

@@ -14,10 +14,14 @@ from .output import print_facts, print_json, print_written, progress_bar, stdout
 
 
 def is_recording(folder: Path) -> bool:
-    """Whether a folder holds a recording."""
-    from circuit.runs.recording import MANIFEST
+    """Whether a folder holds a recording, and no trace.
 
-    return (folder / MANIFEST).is_file()
+    Raises:
+        CircuitError: it holds neither.
+    """
+    from circuit.folders import RECORDING, trace_folder
+
+    return (folder / RECORDING).is_file() or not trace_folder(folder)
 
 
 def show(folder: Path, as_json: bool) -> None:

@@ -226,9 +226,11 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Replay a trace and compare every step and every anchor. Exit code 1 if bits differ."""
-    from circuit.options import parse_window
+    start, end = None, None
+    if steps:
+        from circuit.options import parse_window
 
-    start, end = parse_window(steps, "--steps") if steps else (None, None)
+        start, end = parse_window(steps, "--steps")
     if recordings.is_recording(folder):
         recordings.verify(folder, start, end, as_json)
         return

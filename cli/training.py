@@ -308,8 +308,7 @@ def load_train_config(
         CircuitError: as `load_config`, or a field has an option and a --set of its own: one of
             them would be lost, and the record tells only the --set.
     """
-    from circuit.overrides import parse_override
-    from circuit.train_config import load_run_config
+    from circuit.folders import config_file
 
     if path is None:
         settings = _new_config(recipe, overrides or (), **of_recipe)
@@ -321,7 +320,12 @@ def load_train_config(
                 f"--{flag} goes with --recipe alone, and --config is given, too",
                 fix=f"set the config's field: --set {told[0]}=...",
             )
+        config_file(path)
+        from circuit.train_config import load_run_config
+
         settings = load_run_config(path, overrides or ()).executing(recipe)
+    from circuit.overrides import parse_override
+
     said = {parse_override(text)[0][0]: text for text in overrides or ()}
     given = {"device": device, "threads": threads, "train_split": train_split}
     for name, value in given.items():

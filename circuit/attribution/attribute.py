@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
+from circuit.attribution.losses import LOSS_SCOPES, LossScope
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.groups import Atom, Partition, atoms
 from circuit.core.module import load_buffers
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformer_lens import HookedTransformer
 
-LossScope = Literal["full_lm", "answer"]
-LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
 AnyStep = TypeVar("AnyStep", bound=Step)
 Shares: TypeAlias = "Float[Tensor, 'scalar term atom']"
 

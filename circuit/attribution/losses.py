@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+LossScope = Literal["full_lm", "answer"]
+"""Which tokens' losses count: all, or those of answers."""
+LOSS_SCOPES: tuple[LossScope, ...] = get_args(LossScope)
+
 ByGradient: TypeAlias = "Callable[[Flat], Float[Tensor, 'scalar parameter']]"
 By = Literal["example", "position"]
 DIRECTIONS = 4

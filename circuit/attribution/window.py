@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from circuit.attribution.attribute import Attributor, LossScope, check_loss_scope
+from circuit.attribution.attribute import Attributor, check_loss_scope
+from circuit.attribution.losses import LossScope
 from circuit.attribution.series import Series
 from circuit.core.groups import Partition, check_partition
 from circuit.core.paths import path_rule

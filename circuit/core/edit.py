@@ -20,9 +20,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.groups import PARTITIONS, atoms
-from circuit.core.optimizers import Group, TakenStep, moments_of, term_names
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.numerals import WHOLE
@@ -30,6 +27,9 @@ from circuit.numerals import WHOLE
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
+
+    from circuit.core.flat import Flat, ParameterLayout
+    from circuit.core.optimizers import Group, TakenStep
 
 SETTINGS = ("rate", "decay", "clip")
 DIRECTIONS = ("gradient", "momentum")
@@ -176,6 +176,8 @@ class Edit:
         Args:
             taken: what the optimizer read and wrote.
         """
+        from circuit.core.optimizers import term_names
+
         before, after = layout.flatten(taken.before), layout.flatten(taken.after)
         scaled = {name: factor for name, factor in self.terms.items() if factor != 1}
         steered = {name: share for name, share in self.direction.items() if share}
@@ -215,6 +217,9 @@ class Edit:
         Raises:
             CircuitError: names what there is not, and what there is.
         """
+        from circuit.core.flat import ParameterLayout
+        from circuit.core.optimizers import term_names
+
         if self.terms:
             names = (*term_names(kind, groups, decoupled), "rounding")
             unknown = next((name for name in self.terms if name not in names), None)
@@ -247,6 +252,8 @@ def selected(layout: ParameterLayout, name: str) -> Tensor:
     Raises:
         CircuitError: there is none of that name.
     """
+    from circuit.core.groups import PARTITIONS, atoms
+
     mask = torch.zeros(layout.size, dtype=torch.bool)
     known: dict[str, None] = {}
     for atom in atoms(layout):
@@ -270,6 +277,8 @@ def _against(name: str, taken: TakenStep, layout: ParameterLayout) -> Flat:
         read = {name: gradient * sign[name] for name, gradient in taken.gradient.items()}
         zeros = {name: torch.zeros_like(p) for name, p in taken.before.items()}
         return layout.flatten({**zeros, **read})
+    from circuit.core.optimizers import moments_of
+
     moments = moments_of(taken.memory, layout)
     for moment in ("exp_avg", "momentum_buffer"):
         if moment in moments:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from circuit.core.digests import tensor_digest, tensors_digest
 from circuit.core.flat import Flat, ParameterLayout
-from circuit.core.optimizers import is_moment
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 
@@ -101,6 +100,8 @@ class FlatState:
 
         A parameter of which nothing is remembered yet has zeros, as torch starts from.
         """
+        from circuit.core.optimizers import is_moment
+
         layout = ParameterLayout.of_shapes({n: t.shape for n, t in parameters.items()})
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
         flat: dict[str, Flat] = {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from circuit.core.flat import Flat
-from circuit.core.state import FlatState
-from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, UpdateTerms
-
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+    from circuit.core.flat import Flat
+    from circuit.core.state import FlatState
+    from circuit.core.update import DifferentiableRule, Hyper, MomentumForm, UpdateTerms
 
 
 class Objective(Protocol):

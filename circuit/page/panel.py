@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from circuit.figures.charts import Chart
+from circuit.folders import RUN_CONFIG
 from circuit.quoting import shell_line
-from circuit.train_config import RUN_CONFIG
 
 MOST = 24
 """Reports of a kind that are drawn, at most: a page is one file."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.page.panel import MOST, Missing, Panel, Source, Table
 from circuit.quoting import plain_text, shell_line
 from circuit.reading import values_of
@@ -17,7 +18,7 @@ from circuit.reports.written import ANEW, SUFFIX, Written, read_report
 from circuit.runs.checkpointed import CheckpointedRun
 from circuit.tasks.base import Task
 from circuit.trace.store import MANIFEST
-from circuit.train_config import RUN_CONFIG, ForeignConfig, RecordedConfig
+from circuit.train_config import ForeignConfig, RecordedConfig
 from circuit.training.run_folder import Identity
 
 PROBES = 96

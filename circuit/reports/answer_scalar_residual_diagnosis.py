@@ -39,8 +39,7 @@ from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, ScalarNames
-from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, Side, run_relative
-from circuit.tasks.pairs import SIDES
+from circuit.schemas import SIDES, SWITCH_BUCKETS, ScalarPairRow, Side, run_relative
 
 if TYPE_CHECKING:
     from torch import Tensor

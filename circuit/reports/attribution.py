@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import field_validator
 
 from circuit.artifacts import Row, dump_row, in_row
-from circuit.attribution.attribute import LossScope
+from circuit.attribution.losses import LossScope
 from circuit.attribution.series import Collected, Series, check_windows
-from circuit.attribution.window import Job, Rows, attribute_window
 from circuit.core.groups import Partition
 from circuit.core.paths import path_rule
-from circuit.figures.attribution import course_charts, scalars_chart, series_charts
-from circuit.figures.charts import Chart
 from circuit.options import Option, parse_window
 from circuit.quoting import markdown_text
 from circuit.reports.attribution_law import closing_law, path_words, percent
 from circuit.reports.report import Findings, Results
 from circuit.reports.tables import Table
 from circuit.reports.traced import PathOptions, Scalars, TracedReport
-from circuit.runs.base import Replayable
 from circuit.scalars.family import ScalarFamily
+
+if TYPE_CHECKING:
+    from circuit.attribution.window import Rows
+    from circuit.figures.charts import Chart
+    from circuit.runs.base import Replayable
 
 SHORT_TERMS = {
     "weight_decay": "decay",
@@ -124,12 +125,16 @@ class Attribution(TracedReport[A]):
 
     def prepare(self) -> None:
         super().prepare()
+        from circuit.attribution.window import Job
+
         asked = self.options
         folder = asked.optimizer_trace_dir
         self.job = Job(folder, self.source, asked.path, asked.partitions, asked.loss_scope)
         self.kept = KeptRows()
 
     def points(self) -> Iterator[Rows]:
+        from circuit.attribution.window import attribute_window
+
         start, end = self.steps
         self.tell("building the scalars")
         worker = self.job.prepare(self.run, self.inputs)
@@ -217,6 +222,8 @@ class Attribution(TracedReport[A]):
 
     @classmethod
     def charts(cls, results: Results[A]) -> list[Chart]:
+        from circuit.figures.attribution import course_charts, scalars_chart, series_charts
+
         ranked = _ranked(results)
         drawn = [one["scalar"] for one in ranked[: 1 + COURSES]]
         # of one scalar other lines are not even parsed; of several the file is read once

@@ -22,8 +22,9 @@ from circuit.attribution.replays import Replays, key
 from circuit.attribution.window import attributor_of
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
+from circuit.documents import validated
 from circuit.lazy import np, torch
-from circuit.reading import MissingFileError, read_json, validated
+from circuit.reading import MissingFileError, read_json
 from circuit.sealed import sealed, unsealed
 from circuit.tasks.examples import UNPREDICTED
 from circuit.trace.replay import ReplayedRun

@@ -11,12 +11,13 @@ from circuit.artifacts import OutputFolder, dump_json
 from circuit.core.digests import tensors_digest
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.reading import MissingFileError, read_json
 from circuit.reports.inputs import check_finite
 from circuit.sealed import sealed, unsealed
 from circuit.tasks.base import Task
 from circuit.trace.states import States
-from circuit.train_config import RUN_CONFIG, TrainConfig
+from circuit.train_config import TrainConfig
 from circuit.training.evaluate import Evaluation, evaluate
 from circuit.training.recipe_setup import setup_of
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, cast
 from circuit.artifacts import OutputFolder
 from circuit.config import parse_config
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.lazy import torch
 from circuit.model.readout import logits_of, readable
 from circuit.plugins import import_name, named_code
 from circuit.runs.recorded import RecordedRun
 from circuit.runs.recording import Recording
 from circuit.tasks.benchmark import Benchmark, ensure_benchmark, load_benchmark
-from circuit.train_config import RUN_CONFIG, RecordedConfig, TrainConfig
+from circuit.train_config import RecordedConfig, TrainConfig
 from circuit.training.checkpoints import (
     STEP_FILES,
     TrainState,

@@ -13,30 +13,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from circuit.core.digests import tensors_digest
 from circuit.errors import CircuitError
-from circuit.model.weights import load_tensors
-from circuit.options import PairOptions
-from circuit.runs.base import Replayable
-from circuit.tasks.base import Record, Task, Vocabulary
-from circuit.tasks.benchmark import Benchmark
-from circuit.tasks.examples import Examples
-from circuit.tasks.pairs import Pair, build_pairs, pair_batch
-from circuit.tasks.probes import ProbeSet, read_probe_set
-from circuit.trace.states import States
-from circuit.train_config import RecipeConfig, TrainConfig
-from circuit.training.checkpoints import (
-    TrainState,
-    checkpoint_name,
-    checkpoint_step,
-    list_checkpoints,
-    read_description,
-)
-from circuit.training.recipe_setup import setup_of
-from circuit.training.setup import Setup
+from circuit.folders import look_for_probe_set
+from circuit.train_config import RecipeConfig
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+
+    from circuit.options import PairOptions
+    from circuit.runs.base import Replayable
+    from circuit.tasks.base import Record, Task, Vocabulary
+    from circuit.tasks.benchmark import Benchmark
+    from circuit.tasks.examples import Examples
+    from circuit.tasks.pairs import Pair
+    from circuit.tasks.probes import ProbeSet
+    from circuit.trace.states import States
+    from circuit.train_config import TrainConfig
+    from circuit.training.checkpoints import TrainState
+    from circuit.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,8 @@ class Inputs:
         Raises:
             CircuitError: too few of a type, with the reasons.
         """
+        from circuit.tasks.pairs import build_pairs
+
         types = options.pair_types
         most, least = options.max_pairs_per_type, options.min_pairs_per_type
         if (types, most, least) not in self._pairs:
@@ -129,6 +125,8 @@ class Inputs:
 
     def side(self, pairs: Sequence[Pair], side: str) -> Examples:
         """One side of pairs: read `i` of the batch is that of pair `i`."""
+        from circuit.tasks.pairs import pair_batch
+
         self.setup.prepare()
         batch = pair_batch(self.task, pairs, side)
         return batch.to(self.config.device)
@@ -153,6 +151,9 @@ class Inputs:
         Raises:
             CircuitError: the step does not replay.
         """
+        from circuit.core.digests import tensors_digest
+        from circuit.training.checkpoints import checkpoint_name
+
         assert self.run is not None, "only a report on a trace asks for its steps"
         digest = tensors_digest(self.run.state(step).parameters)
         path = self.run.path / "checkpoints" / checkpoint_name(step)
@@ -174,6 +175,9 @@ def models_at(
     setup: Setup, states: States, checkpoints: Sequence[Path], *, finite: bool = True
 ) -> Iterator[Checkpointed]:
     """The model at each checkpoint, ascending by step; see `Inputs.models`."""
+    from circuit.core.digests import tensors_digest
+    from circuit.model.weights import load_tensors
+
     model: HookedTransformer | None = None
     for path, state in states_at(setup, states, checkpoints, finite=finite):
         if model is None:
@@ -228,6 +232,9 @@ def open_inputs(
         CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
             no record of a split; or as `check_headers`.
     """
+    look_for_probe_set(probe_set)
+    from circuit.training.recipe_setup import setup_of
+
     inputs = _inputs(setup_of(config, probe_set), probe_set, splits)
     check_headers(inputs.setup, inputs.states, checkpoints)
     return inputs
@@ -247,6 +254,9 @@ def traced_inputs(
     Raises:
         CircuitError: config or probe set belong to another run than the trace.
     """
+    from circuit.trace.states import States
+    from circuit.training.recipe_setup import setup_of
+
     _refuse_another(config, run)
     if probe_set is None:
         return Inputs(run.setup, States(run.setup), None, [], None, run)
@@ -285,6 +295,8 @@ def recipe_inputs(config: RecipeConfig, run: Replayable) -> RecipeInputs:
     Raises:
         CircuitError: config or device are not those of the trace; or nobody has named the code.
     """
+    from circuit.training.recipe_setup import setup_of
+
     _refuse_another(config, run)
     run.share(setup_of(run.config.executing(config.code), run.path))
     run.setup.recipe()
@@ -312,6 +324,9 @@ def _refuse_another(config: TrainConfig, run: Replayable) -> None:
 
 
 def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = None) -> Inputs:
+    from circuit.tasks.probes import read_probe_set
+    from circuit.trace.states import States
+
     probe = read_probe_set(probe_set, setup.benchmark)
     held = list(probe.metadata.counts)
     for split in splits or ():
@@ -335,6 +350,8 @@ def choose_checkpoints(
         CircuitError: there are fewer than `least`, two are of one step, or one whose name does not
             tell its step is missing or damaged.
     """
+    from circuit.training.checkpoints import list_checkpoints
+
     chosen = list(checkpoints or ())
     if not chosen and checkpoint_dir is not None:
         chosen = list(list_checkpoints(checkpoint_dir).values())
@@ -350,6 +367,8 @@ def choose_checkpoints(
 
 def _by_step(checkpoints: Sequence[Path]) -> list[Path]:
     """Checkpoints ascending by the step that their name tells, or else the file."""
+    from circuit.training.checkpoints import checkpoint_step, read_description
+
     found: dict[int, Path] = {}
     for path in checkpoints:
         step = checkpoint_step(path)

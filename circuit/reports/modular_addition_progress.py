@@ -36,8 +36,6 @@ from circuit.scalars.modular_addition import (
 )
 from circuit.tasks.base import Task
 from circuit.tasks.modular_addition.task import TEST, TRAIN, ModularAddition
-from circuit.trace.states import States
-from circuit.training.recipe_setup import setup_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -90,6 +88,9 @@ class ModularAdditionProgress(OfCheckpoints[ProgressOptions]):
     question = "When does a circuit of few frequencies form, and when does it take over?"
 
     def prepare(self) -> None:
+        from circuit.trace.states import States
+        from circuit.training.recipe_setup import setup_of
+
         self.setup = setup_of(self.config, self.options.checkpoints[0])
         task = self.setup.benchmark.task
         self.options.check_task(task)

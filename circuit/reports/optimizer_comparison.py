@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from circuit.artifacts import Row, read_jsonl
 from circuit.errors import CircuitError
 from circuit.figures.charts import INK, Chart, at_step, chart, colour, legend, lines
+from circuit.folders import RUN_CONFIG
 from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.quoting import markdown_text
@@ -17,7 +18,7 @@ from circuit.reading import values_of
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
 from circuit.reports.written import ANEW, SUFFIX, read_document, read_report
-from circuit.train_config import RUN_CONFIG, AdamWConfig, TrainConfig, load_run_config
+from circuit.train_config import AdamWConfig, TrainConfig, load_run_config
 from circuit.training.run_folder import METRICS, SUMMARY, read_metrics
 
 Course = list[tuple[int, float]]

@@ -22,22 +22,24 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 from urllib.parse import quote
 
 from circuit.artifacts import OutputFolder, Row, dump_json, dump_rows
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
-from circuit.figures.charts import Chart
 from circuit.options import CheckpointOptions, Options, ProbeOptions
 from circuit.quoting import markdown_text
-from circuit.reports.inputs import Inputs, choose_checkpoints, open_inputs
 from circuit.reports.listing import PANEL
 from circuit.reports.tables import Table
 from circuit.sealed import sealed
 from circuit.strict_json import parse_json
-from circuit.tasks.base import Task
-from circuit.train_config import ModelConfig, RecipeConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from circuit.figures.charts import Chart
+    from circuit.reports.inputs import Inputs
+    from circuit.tasks.base import Task
+    from circuit.train_config import ModelConfig, TrainConfig
 
 O = TypeVar("O", bound=Options)  # noqa: E741  the field's name for it
 Progress = Callable[[int, int, str], None]
@@ -183,6 +185,8 @@ class Report(Generic[O]):
     @property
     def recipe(self) -> bool:
         """Whether the run is one of a recipe."""
+        from circuit.train_config import RecipeConfig
+
         return isinstance(self._config, RecipeConfig)
 
     @classmethod
@@ -282,6 +286,8 @@ class OfCheckpoints(Report[C]):
 
     def check(self) -> None:
         super().check()
+        from circuit.reports.inputs import choose_checkpoints
+
         chosen = choose_checkpoints(
             self.options.checkpoints, self.options.checkpoint_dir, least=self.least
         )
@@ -289,6 +295,8 @@ class OfCheckpoints(Report[C]):
         self.digests: dict[str, str] = {}
 
     def prepare(self) -> None:
+        from circuit.reports.inputs import open_inputs
+
         options = cast("ProbeOptions", self.options)
         self.inputs = open_inputs(
             self.config,

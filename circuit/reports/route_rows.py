@@ -19,8 +19,8 @@ from circuit.scalars.transfer import (
     route_bases,
     route_scores,
 )
-from circuit.schemas import RouteBasis, RouteRow, Side
-from circuit.tasks.pairs import SIDES, Pair
+from circuit.schemas import SIDES, RouteBasis, RouteRow, Side
+from circuit.tasks.pairs import Pair
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -49,8 +49,8 @@ from circuit.reports.tables import Table, by_step, cell
 from circuit.scalars.answers import MOVING
 from circuit.scalars.routes import Route, check_labels, check_routes, read_route
 from circuit.scalars.transfer import PairSides
-from circuit.schemas import RouteBasis
-from circuit.tasks.pairs import SIDES, record_of
+from circuit.schemas import SIDES, RouteBasis
+from circuit.tasks.pairs import record_of
 from circuit.train_config import ModelConfig
 
 FITS = "route_to_margin_closure_fits.jsonl"

@@ -13,12 +13,13 @@ from typing import Annotated, Any
 from circuit.artifacts import Row
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart, at_step, chart, colour, lines
+from circuit.folders import RUN_CONFIG
 from circuit.options import Option, Options
 from circuit.reading import values_of
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table, cell
 from circuit.reports.written import read_document
-from circuit.train_config import RUN_CONFIG, TrainConfig, load_run_config
+from circuit.train_config import TrainConfig, load_run_config
 from circuit.training.run_folder import METRICS, SUMMARY, read_metrics
 
 _MEASURES = {

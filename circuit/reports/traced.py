@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from circuit.core.paths import RULES, path_rule
 from circuit.errors import CircuitError
 from circuit.options import Option, ProbeOptions
-from circuit.reports.inputs import Inputs, RecipeInputs, recipe_inputs, traced_inputs
 from circuit.reports.report import Report, Results
-from circuit.runs.base import Replayable
-from circuit.runs.opening import open_steps
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
 from circuit.train_config import RecipeConfig, RecordedConfig, TrainConfig
-from circuit.training.recipe_setup import setup_of
 
 if TYPE_CHECKING:
+    from circuit.reports.inputs import Inputs, RecipeInputs
+    from circuit.runs.base import Replayable
     from circuit.scalars.base import Scalar
 
 Scalars = ScalarFamily | OwnScalars
@@ -94,6 +92,8 @@ class TracedScalars:
             CircuitError: names the step; or config or probe set are of another run, or there is
                 none.
         """
+        from circuit.reports.inputs import recipe_inputs, traced_inputs
+
         if isinstance(self.config, RecipeConfig):
             return recipe_inputs(self.config, run)
         if self.probe_set is None and self.config.benchmark_dir is not None:
@@ -107,6 +107,8 @@ class TracedScalars:
 
     def scalars(self, inputs: Inputs | RecipeInputs) -> list[Scalar]:
         """All of them, family by family."""
+        from circuit.reports.inputs import RecipeInputs
+
         if isinstance(inputs, RecipeInputs):
             return [family.measure() for family in self.families]
         return [scalar for family in self.families for scalar in family.build(inputs)]
@@ -158,6 +160,8 @@ class TracedReport(Report[T]):
             raise refused_without("batch", f"run {self.config.name}")
         super().check()
         if self.recipe:
+            from circuit.training.recipe_setup import setup_of
+
             setup_of(self.config).recipe()  # before scalars, which may import its file
         self.followed = tuple(self.families())
         for family in self.followed:
@@ -167,6 +171,8 @@ class TracedReport(Report[T]):
                 family.check_model(self.config.model)
 
     def prepare(self) -> None:
+        from circuit.runs.opening import open_steps
+
         asked = self.options
         self.run = trace = open_steps(asked.optimizer_trace_dir)
         start, end = asked.within(trace)

@@ -39,14 +39,13 @@ from circuit.options import CheckpointOptions, Option
 from circuit.reports.inputs import check_headers, states_at
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table
-from circuit.trace.states import States
 from circuit.train_config import ModelConfig
-from circuit.training.checkpoints import TrainState
-from circuit.training.recipe_setup import setup_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from circuit.training.checkpoints import TrainState
 
 VALUES = "weight_svd_singular_values"
 VECTORS = "weight_svd_top_singular_vectors.jsonl"
@@ -103,6 +102,9 @@ class WeightSvdTrace(OfCheckpoints[SvdOptions]):
         )
 
     def prepare(self) -> None:
+        from circuit.trace.states import States
+        from circuit.training.recipe_setup import setup_of
+
         self.setup = setup_of(self.config, self.options.checkpoints[0])
         self.states = States(self.setup)
         check_headers(self.setup, self.states, self.options.checkpoints)

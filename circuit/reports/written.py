@@ -11,12 +11,13 @@ from typing import Any, cast
 from circuit.artifacts import iter_jsonl
 from circuit.config import digest_of
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.overrides import Overrides
 from circuit.quoting import shell_line
 from circuit.reading import file_digest, read_json
 from circuit.reports.report import Report, ReportResult, Results, find_report
 from circuit.sealed import unsealed
-from circuit.train_config import RUN_CONFIG, TrainConfig
+from circuit.train_config import TrainConfig
 from circuit.training.run_folder import refuse_another_runs
 
 SUFFIX, PAGE, ROWS = "_report.json", "_report.md", "_rows.jsonl"

@@ -7,19 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from circuit.config import no_run
 from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.errors import CircuitError
+from circuit.folders import run_folder
 from circuit.lazy import pd, torch
 from circuit.quoting import counted
-from circuit.reading import checked_path
 from circuit.runs.rows import read_rows
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
 from circuit.trace.store import MANIFEST
 from circuit.trace.while_training import DEFAULT_FOLDER
-from circuit.train_config import RUN_CONFIG, TrainConfig, load_run_config
+from circuit.train_config import TrainConfig, load_run_config
 from circuit.training.checkpoints import (
     StateHeader,
     TrainState,
@@ -47,10 +46,7 @@ def open_folder(where: str | Path, recipe: str | None = None) -> CheckpointedRun
     Raises:
         CircuitError: there is no run, or its config is damaged.
     """
-    path = checked_path(where)
-    folder = path.parent if path.name == RUN_CONFIG else path
-    if not (folder / RUN_CONFIG).is_file():
-        raise no_run(folder)
+    folder = run_folder(where)
     config = load_run_config(folder).executing(recipe)
     return CheckpointedRun(folder, config, folder / "checkpoints")
 

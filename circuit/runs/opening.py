@@ -16,21 +16,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from circuit.config import RECORDED_ROWS
 from circuit.errors import CircuitError
+from circuit.folders import RECORDED_ROWS, RECORDING, RUN_CONFIG, TRACE
 from circuit.reading import checked_path
-from circuit.runs.base import Replayable
-from circuit.runs.checkpointed import CheckpointedRun, open_folder
-from circuit.runs.recorded import RecordedRun
-from circuit.runs.recording import MANIFEST as RECORDING
-from circuit.runs.recording import Recording
-from circuit.trace.replay import ReplayedRun
-from circuit.trace.store import MANIFEST
-from circuit.train_config import RUN_CONFIG
-from circuit.training.checkpoints import list_checkpoints, read_header
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from circuit.runs.base import Replayable
+    from circuit.runs.checkpointed import CheckpointedRun
+    from circuit.runs.recorded import RecordedRun
+    from circuit.trace.replay import ReplayedRun
 
 
 @overload
@@ -72,11 +68,13 @@ def open_run(
     Raises:
         CircuitError: there is nothing of a run, or its description is damaged.
     """
+    from circuit.runs.checkpointed import CheckpointedRun, open_folder
+
     path = checked_path(where)
-    names = (MANIFEST, RUN_CONFIG, RECORDING, "checkpoints")
+    names = (TRACE, RUN_CONFIG, RECORDING, "checkpoints")
     holder = path.parent if path.name in names else path
     if (holder / RECORDING).is_file():
-        return RecordedRun(Recording(holder), module, optimizers)
+        return _recorded(holder, module, optimizers)
     if module is not None and not (holder / RECORDED_ROWS).is_file():
         raise CircuitError(
             f"holds no {RECORDING}",
@@ -84,10 +82,14 @@ def open_run(
             expected="the folder of a recording, where `module` is given",
             fix="record one with circuit.watch(module, optimizer, folder)",
         )
-    if (holder / MANIFEST).is_file():
+    if (holder / TRACE).is_file():
+        from circuit.trace.replay import ReplayedRun
+
         return ReplayedRun.open(holder, allow_drift=allow_drift, recipe=recipe)
     if (holder / RUN_CONFIG).is_file():
         return open_folder(holder, recipe)
+    from circuit.training.checkpoints import list_checkpoints, read_header
+
     saved = list_checkpoints(path) if path.is_dir() else {}
     if saved:
         config = read_header(saved[max(saved)]).config.executing(recipe)
@@ -102,7 +104,20 @@ def open_steps(where: str | Path) -> Replayable:
         CircuitError: there is neither, or its description is damaged.
     """
     path = checked_path(where)
-    holder = path.parent if path.name in (MANIFEST, RECORDING) else path
+    holder = path.parent if path.name in (TRACE, RECORDING) else path
     if (holder / RECORDING).is_file():
-        return RecordedRun(Recording(holder))
+        return _recorded(holder)
+    from circuit.trace.replay import ReplayedRun
+
     return ReplayedRun.open(path)
+
+
+def _recorded(
+    folder: Path,
+    module: nn.Module | Callable[[], nn.Module] | None = None,
+    optimizers: Sequence[type] = (),
+) -> RecordedRun:
+    from circuit.runs.recorded import RecordedRun
+    from circuit.runs.recording import Recording
+
+    return RecordedRun(Recording(folder), module, optimizers)

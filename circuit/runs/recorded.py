@@ -19,6 +19,7 @@ from circuit.core.module import evaluated, made_module
 from circuit.core.optimizers import Past, moments_of
 from circuit.environment import prepare_process, require_device
 from circuit.errors import CircuitError, several
+from circuit.folders import RUN_CONFIG
 from circuit.lazy import no_grad, torch
 from circuit.plugins import import_name
 from circuit.runs.recorded_step import (
@@ -30,7 +31,7 @@ from circuit.runs.recorded_step import (
 from circuit.runs.recording import Recording
 from circuit.runs.records import StoredState
 from circuit.runs.rerun import ElsewhereError, Rerun
-from circuit.train_config import RUN_CONFIG, RecordedConfig, load_run_config
+from circuit.train_config import RecordedConfig, load_run_config
 from circuit.training.checkpoints import StateHeader
 from circuit.training.own_module import load_state, refuse_changed_files
 from circuit.training.setup import NO_BENCHMARK, Setup

@@ -23,21 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 
 from circuit.artifacts import read_jsonl
-from circuit.config import RECORDED_ROWS, RECORDING, NonNegativeInt, PositiveInt
+from circuit.config import NonNegativeInt, PositiveInt
 from circuit.core.flat import ParameterLayout
 from circuit.core.optimizers import rule_of
 from circuit.core.update import OUTSIDE
+from circuit.documents import Document, FiniteDocument, validated
 from circuit.errors import CircuitError
+from circuit.folders import RECORDED_ROWS, RECORDING
 from circuit.journal import read_payload, read_records
-from circuit.reading import (
-    Document,
-    FiniteDocument,
-    MissingFileError,
-    checked_path,
-    read_json,
-    validated,
-    values_of,
-)
+from circuit.reading import MissingFileError, checked_path, read_json, values_of
 from circuit.runs.records import StateLine, StepLine, StoredState, StoredStep, state_of, step_of
 from circuit.sealed import unsealed
 

@@ -16,9 +16,9 @@ from pydantic import Field
 from circuit.config import NonNegativeInt
 from circuit.core.flat import Flat
 from circuit.core.optimizers import Group, Past
+from circuit.documents import Document
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.reading import Document
 
 if TYPE_CHECKING:
     from torch import Tensor

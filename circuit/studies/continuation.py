@@ -11,10 +11,11 @@ from typing import Any
 
 from circuit import __version__
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.reading import read_json
 from circuit.studies.commands import BENCHMARK_FILE
 from circuit.trace.store import TraceStore
-from circuit.train_config import RUN_CONFIG, TrainConfig
+from circuit.train_config import TrainConfig
 from circuit.training.checkpoints import list_checkpoints, read_description
 from circuit.training.run_folder import ENVIRONMENT
 

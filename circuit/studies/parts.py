@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from circuit.artifacts import atomic_write_text, dump_json
 from circuit.config import digest_of
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.options import Options
 from circuit.reports.report import open_report
 from circuit.reports.traced import TracedReport
@@ -28,7 +29,7 @@ from circuit.studies.costs import needs_of_rule
 from circuit.studies.jobs import Job, Words, command_line, report_job
 from circuit.studies.workflow import PlannedRule, Workflow, dry_run
 from circuit.trace.store import MANIFEST
-from circuit.train_config import RUN_CONFIG, TrainConfig
+from circuit.train_config import TrainConfig
 
 GATHER = "gather"
 

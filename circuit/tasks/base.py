@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel
 
 from circuit.config import Config, FolderName, NonNegativeInt
+from circuit.documents import Document
 from circuit.errors import CircuitError
-from circuit.reading import Document
 
 if TYPE_CHECKING:
     from torch import Tensor

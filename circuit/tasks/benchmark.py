@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from circuit.artifacts import OutputFolder, find_near
 from circuit.config import Sha256, digest_of, parse_config
+from circuit.documents import validated
 from circuit.errors import CircuitError
 from circuit.overrides import Overrides
-from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.reading import MissingFileError, checked_path, read_json
 from circuit.sizes import require_disk, require_memory
 from circuit.tasks.base import Progress, Record, Stored, Task, TaskConfig, Vocabulary
 from circuit.tasks.records import records_from_jsonl, records_to_jsonl

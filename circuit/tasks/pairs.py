@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.numerals import whole_number
+from circuit.schemas import SIDES
 from circuit.tasks.base import Question, Record, SkippedError, Task
 from circuit.tasks.examples import Examples
 
@@ -44,9 +45,6 @@ class Pair:
         """The record of the side `clean` or `corrupted`. Raises CircuitError for another name."""
         check_side(name)
         return self.clean if name == "clean" else self.corrupted
-
-
-SIDES = ("clean", "corrupted")
 
 
 def check_side(name: str) -> None:

@@ -18,8 +18,10 @@ from pydantic import ConfigDict, Field
 
 from circuit.artifacts import OutputFolder, dump_json
 from circuit.config import Sha256
+from circuit.documents import validated
 from circuit.errors import CircuitError
-from circuit.reading import MissingFileError, checked_path, read_json, validated
+from circuit.folders import metadata_path, no_probe_set
+from circuit.reading import MissingFileError, checked_path, read_json
 from circuit.sealed import sealed, unsealed
 from circuit.tasks.base import Record, Stored, Task
 from circuit.tasks.benchmark import Benchmark, WriteFile, load_benchmark
@@ -72,18 +74,6 @@ class ProbeSet:
         first = ("schema_version", "benchmark", "benchmark_digest", *_sizes(self.task))
         payload = sealed({key: metadata.pop(key) for key in first} | metadata)
         write(metadata_path(name).name, dump_json(payload))
-
-
-def metadata_path(path: str | Path) -> Path:
-    """`<name>.metadata.json` beside the probe set `<name>.jsonl`.
-
-    Raises:
-        CircuitError: the name does not end in `.jsonl`.
-    """
-    path = Path(path)
-    if path.suffix != ".jsonl":
-        raise CircuitError("no name of a probe set", where=path, expected="a name in .jsonl")
-    return path.with_suffix(".metadata.json")
 
 
 def draw_probe_set(
@@ -211,13 +201,8 @@ def _read_metadata(path: Path) -> ProbeSetMetadata:
     where = metadata_path(path)
     try:
         payload = read_json(where, fix=_ANEW)
-    except MissingFileError as error:
-        raise CircuitError(
-            error.what,
-            where=where if path.exists() else path,
-            expected="a probe set with its metadata beside it",
-            fix="run `circuit generate-probe-set --output` with this path",
-        ) from None
+    except MissingFileError:
+        raise no_probe_set(path) from None
     if isinstance(payload, dict):
         payload = unsealed(payload, where=where, fix=_ANEW)
     return validated(payload, ProbeSetMetadata, where=where, fix=_ANEW)

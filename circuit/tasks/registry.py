@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from circuit.artifacts import find_near
-from circuit.config import load_config, read_config
+from circuit.config import load_config
 from circuit.errors import CircuitError, code_of_somebody
+from circuit.folders import read_config
 from circuit.plugins import import_file
 from circuit.reading import checked_path, file_digest
 from circuit.tasks.base import Task, TaskConfig

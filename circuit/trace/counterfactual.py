@@ -16,6 +16,7 @@ from circuit.core.edit import Edit
 from circuit.core.state import FlatState
 from circuit.environment import environment_facts
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.reading import read_bytes
 from circuit.sealed import sealed
 from circuit.tasks.benchmark import find_benchmark
@@ -23,7 +24,7 @@ from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.trace.step import TracedStep
 from circuit.trace.while_training import DEFAULT_FOLDER
-from circuit.train_config import RUN_CONFIG, RecipeConfig
+from circuit.train_config import RecipeConfig
 from circuit.training.checkpoints import STEP_FILES, checkpoint_name, encode_checkpoint
 from circuit.training.run_folder import ENVIRONMENT
 

@@ -20,9 +20,11 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from circuit.artifacts import dump_json, read_jsonl
 from circuit.config import NonNegativeInt, PositiveInt, Sha256, digest_of
 from circuit.core.state import STATE_STAGES
+from circuit.documents import FiniteDocument, validated
 from circuit.environment import RecordedFacts
 from circuit.errors import CircuitError
-from circuit.reading import FiniteDocument, MissingFileError, checked_path, read_json, validated
+from circuit.folders import TRACE, no_trace, trace_folder
+from circuit.reading import MissingFileError, read_json
 from circuit.sizes import require_memory
 from circuit.train_config import StepNumber, TrainConfig
 from circuit.training.checkpoints import (
@@ -34,7 +36,7 @@ from circuit.training.checkpoints import (
 )
 
 COMMAND = "optimizer-update-trace"
-MANIFEST = "trace.json"
+MANIFEST = TRACE
 ROWS = "optimizer_update_trace_rows.jsonl"
 WHILE_TRAINING = "recorded_while_training.json"
 FILES = (MANIFEST, ROWS, WHILE_TRAINING, "optimizer_update_trace*", STEP_FILES)
@@ -165,8 +167,7 @@ class TraceStore:
         Raises:
             CircuitError: there is no trace, or its manifest is damaged.
         """
-        path = checked_path(path)
-        self.root = path.parent if path.name == MANIFEST else path
+        self.root = trace_folder(path)
         self.manifest = _read_manifest(self.root / MANIFEST)
 
     @property
@@ -300,14 +301,7 @@ def _read_manifest(path: Path) -> TraceManifest:
     try:
         payload = read_json(path, fix=fix)
     except MissingFileError:
-        of_run = sorted(path.parent.glob(f"analysis/**/{MANIFEST}"))
-        record = "record one with `circuit trace record`, or of your own loop with circuit.watch"
-        raise CircuitError(
-            "there is no trace here",
-            where=path.parent,
-            expected=f"a folder with {MANIFEST}",
-            fix=f"this run's is {of_run[0].parent}" if of_run else record,
-        ) from None
+        raise no_trace(path.parent) from None
     if not isinstance(payload, dict) or "digest" not in payload:
         raise CircuitError("damaged manifest (no digest)", where=path, fix=fix)
     if payload.pop("digest") != digest_of(payload):

@@ -26,9 +26,10 @@ from circuit.artifacts import atomic_write_bytes
 from circuit.config import NonNegativeInt, Sha256, parse_config
 from circuit.core.digests import tensor_digest
 from circuit.core.state import State
+from circuit.documents import FiniteDocument, validated
 from circuit.errors import CircuitError
 from circuit.lazy import torch
-from circuit.reading import FiniteDocument, MissingFileError, open_file, validated
+from circuit.reading import MissingFileError, open_file
 from circuit.sizes import require_memory
 from circuit.strict_json import parse_json
 from circuit.train_config import StepNumber, TrainConfig

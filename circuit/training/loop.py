@@ -27,12 +27,13 @@ from circuit.environment import (
     prepare_process,
 )
 from circuit.errors import CircuitError, several
+from circuit.folders import RUN_CONFIG
 from circuit.sealed import sealed
 from circuit.sinks import Numbers, Sink, as_function, flattened
 from circuit.sizes import require_disk, training_disk
 from circuit.tasks.base import Task
 from circuit.tasks.examples import Split
-from circuit.train_config import RUN_CONFIG, RecipeConfig, TrainConfig
+from circuit.train_config import RecipeConfig, TrainConfig
 from circuit.training.checkpoints import (
     STEP_FILES,
     DivergedError,

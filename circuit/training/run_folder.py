@@ -11,14 +11,9 @@ from typing import Any
 from circuit.artifacts import OutputFolder, Row, read_jsonl
 from circuit.environment import changed_facts, recorded_facts
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.reading import values_of
-from circuit.train_config import (
-    RUN_CONFIG,
-    Bookkeeping,
-    RecipeConfig,
-    TrainConfig,
-    load_run_config,
-)
+from circuit.train_config import Bookkeeping, RecipeConfig, TrainConfig, load_run_config
 from circuit.training.checkpoints import (
     TrainState,
     checkpoint_name,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from circuit.core.module import evaluated
 from circuit.environment import prepare_process
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.lazy import torch
 from circuit.model.kinds import build
 from circuit.model.layout import bridge_config, standard_bridge_tensors
@@ -28,13 +29,7 @@ from circuit.sizes import (
 from circuit.tasks.base import Record
 from circuit.tasks.benchmark import Benchmark, find_benchmark, load_benchmark
 from circuit.tasks.examples import Split, Stream
-from circuit.train_config import (
-    RUN_CONFIG,
-    ImportedConfig,
-    ModelConfig,
-    RecordedConfig,
-    TrainConfig,
-)
+from circuit.train_config import ImportedConfig, ModelConfig, RecordedConfig, TrainConfig
 from circuit.training.checkpoints import StateHeader, TrainState
 from circuit.training.evaluate import BATCH
 from circuit.training.own_module import named_module, refuse_changed_files

@@ -18,7 +18,7 @@ from circuit.cli import reproduce
 from circuit.cli.app import app
 from typer.main import get_command
 
-from circuit.attribution.attribute import LossScope
+from circuit.attribution.losses import LossScope
 from circuit.core.groups import Partition
 from circuit.model.stages import stage_names
 from circuit.reports.geometry_subspace_intervention import Operation, QueryMode
@@ -26,9 +26,9 @@ from circuit.scalars.answers import ANSWER_SCALARS
 from circuit.scalars.family import family_names
 from circuit.scalars.functional_write import Reference, Target
 from circuit.scalars.qk_match import LayerNormMode
+from circuit.schemas import SIDES
 from circuit.studies.scales import SCALES
 from circuit.studies.study import TARGETS
-from circuit.tasks.pairs import SIDES
 from circuit.tasks.symbolic_kv.task import SymbolicKV
 from circuit.train_config import Device
 

@@ -171,7 +171,7 @@ def test_a_bug_ends_with_a_code_of_its_own(
     def broken(*_: Any) -> None:
         raise bug
 
-    monkeypatch.setattr("circuit.trace.store.TraceStore.__init__", broken)
+    monkeypatch.setattr("circuit.folders.trace_folder", broken)
     done = forked("trace", "show", "any")
     assert (done.code, bug.__name__.encode() in done.err) == (70, True)
 
@@ -192,7 +192,7 @@ def test_what_the_machine_lacks_is_said_in_one_line(
     def broken(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("circuit.trace.store.TraceStore.__init__", broken)
+    monkeypatch.setattr("circuit.folders.trace_folder", broken)
     done = forked("trace", "show", "any")
     assert (done.code, done.err.count(b"\n")) == (2, 1)
     assert said in done.err.decode()

@@ -22,8 +22,7 @@ from circuit.reports.inputs import open_inputs
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.scalars.answers import ANSWER_SCALARS, FIXED_SOURCE, FIXED_TARGET, MOVING
-from circuit.schemas import SWITCH_BUCKETS, ScalarPairRow, find_checkpoint, read_typed_rows
-from circuit.tasks.pairs import SIDES
+from circuit.schemas import SIDES, SWITCH_BUCKETS, ScalarPairRow, find_checkpoint, read_typed_rows
 from circuit.tasks.symbolic_kv.stream import program_of
 from circuit.train_config import TrainConfig
 

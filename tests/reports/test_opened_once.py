@@ -23,8 +23,8 @@ COUNTED = {
     "benchmark": "circuit.training.setup.load_benchmark",
     "model": "circuit.model.build.build_model",
     "trace": "circuit.trace.replay.TraceStore",
-    "pairs": "circuit.reports.inputs.build_pairs",
-    "probe set": "circuit.reports.inputs.read_probe_set",
+    "pairs": "circuit.tasks.pairs.build_pairs",
+    "probe set": "circuit.tasks.probes.read_probe_set",
     "config": "circuit.train_config.load_run_config",
 }
 CONFIG = f"--config {RUN}/run_config.json"

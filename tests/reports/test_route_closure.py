@@ -27,7 +27,8 @@ from circuit.reports.route_to_scalar_closure import ScalarClosure, ScalarClosure
 from circuit.scalars.least_squares import FOLDS
 from circuit.scalars.routes import parse_route
 from circuit.scalars.transfer import PairRuns, PairSides, route_bases, route_scores
-from circuit.tasks.pairs import SIDES, record_of
+from circuit.schemas import SIDES
+from circuit.tasks.pairs import record_of
 from circuit.train_config import TrainConfig
 
 RUN = Path("runs/tiny")

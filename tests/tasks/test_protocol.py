@@ -16,14 +16,16 @@ from small_benchmarks import SETTINGS
 
 from circuit.config import parse_config
 from circuit.errors import CircuitError
+from circuit.folders import metadata_path
+from circuit.schemas import SIDES
 from circuit.tasks.base import Record, Task
 from circuit.tasks.benchmark import Benchmark, generate_benchmark, load_benchmark, write_benchmark
 from circuit.tasks.examples import UNPREDICTED, Examples
 from circuit.tasks.groups import group_tokens, groups_of
 from circuit.tasks.induction.task import Induction
 from circuit.tasks.modular_addition.task import ModularAddition
-from circuit.tasks.pairs import SIDES, PairSet, build_pairs, pair_batch, record_of
-from circuit.tasks.probes import draw_probe_set, metadata_path, read_probe_set, write_probe_set
+from circuit.tasks.pairs import PairSet, build_pairs, pair_batch, record_of
+from circuit.tasks.probes import draw_probe_set, read_probe_set, write_probe_set
 from circuit.tasks.registry import BUILT_IN, find_task
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"

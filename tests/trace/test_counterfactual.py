@@ -19,13 +19,14 @@ from circuit.core.flat import ParameterLayout
 from circuit.core.state import FlatState
 from circuit.core.update import OUTSIDE
 from circuit.errors import CircuitError
+from circuit.folders import RUN_CONFIG
 from circuit.runs.opening import open_run
 from circuit.scalars.loss import LossScalar
 from circuit.tasks.benchmark import Benchmark
 from circuit.tasks.examples import UNPREDICTED
 from circuit.trace.counterfactual import record_counterfactual
 from circuit.trace.replay import ReplayedRun
-from circuit.train_config import RUN_CONFIG, TrainConfig
+from circuit.train_config import TrainConfig
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from circuit.documents import Document
 from circuit.errors import CircuitError
-from circuit.reading import Document
 from circuit.tasks.base import Record
 from circuit.tasks.symbolic_kv.config import BenchmarkConfig, CounterfactualSplit, GeneratedSplit
 from circuit.tasks.symbolic_kv.generator import Pair, program_key
