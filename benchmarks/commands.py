@@ -3,9 +3,9 @@
 python benchmarks/commands.py RUN [--against OTHER_PYTHON] [--runs 5] [--only refused]
 
 RUN is the folder of a run with a probe set and a trace (`circuit quickstart` makes one). Each
-command runs in a process of its own, in turn with the other interpreter's (A B A B ...); times are
-processor seconds of the whole process, medians of the runs, the ratio the median of the pairs'.
-What Typer and pydantic take before any program has done anything comes first.
+command runs in a process of its own, in turn with the bare import of Typer, rich and pydantic and
+the other interpreter's (I A B I A B ...); times are processor seconds of the whole process, medians
+of the runs, ratios the medians of those within a turn.
 """
 
 from __future__ import annotations
@@ -114,18 +114,21 @@ def main() -> None:
         "PYTHONDONTWRITEBYTECODE", None
     )  # compiled modules are kept, as they usually are
     pythons = [sys.executable, *([asked.against] if asked.against else [])]
-    imports = [seconds([sys.executable, "-c", IMPORTS]) for _ in range(asked.runs)]
-    floor = statistics.median(imports)
-    print(f"`{IMPORTS}`: {floor:.2f} s")
-    smallest = [seconds([sys.executable, "-c", SMALLEST, "one"], 2) for _ in range(asked.runs)]
-    shown = statistics.median(smallest)
-    print(f"| refused by the smallest Typer program | {shown:.2f} s | {shown / floor:.1f} |")
-    for name in (one for one in commands(asked.run, "out") if one.startswith(asked.only)):
-        times = [[timed(python, name, asked.run) for python in pythons] for _ in range(asked.runs)]
-        here, *other = (statistics.median(column) for column in zip(*times, strict=True))
-        line = f"| {name} | {here:.2f} s | {here / floor:.1f} |"
+    smallest = [sys.executable, "-c", SMALLEST, "one"]
+    names = [one for one in commands(asked.run, "out") if one.startswith(asked.only)]
+    for name in ("refused by the smallest Typer program", *names):
+        times = []
+        for _ in range(asked.runs):
+            floor = seconds([sys.executable, "-c", IMPORTS])
+            if name in names:
+                times.append((floor, *(timed(python, name, asked.run) for python in pythons)))
+            else:
+                times.append((floor, seconds(smallest, 2)))
+        _, here, *other = (statistics.median(column) for column in zip(*times, strict=True))
+        over = statistics.median(now / floor for floor, now, *_ in times)
+        line = f"| {name} | {here:.2f} s | {over:.1f} |"
         if other:
-            ratio = statistics.median(a / b for a, b in times)
+            ratio = statistics.median(now / before for _, now, before in times)
             line += f" {other[0]:.2f} s | {ratio:.2f} |"
         print(line, flush=True)
 
