@@ -3,7 +3,7 @@
 Replay runs forwards only, so the window is cut at the run's anchors, and its stretches are replayed
 the last one first: each step is executed once. What the way back needs of a step waits on disk: as
 many bytes a step as the vectors that are noted, of one stretch at a time, however many examples a
-batch has.
+batch has. Graphs of gradients wait in memory, as many of a stretch as fit into a part of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from circuit.artifacts import writing
+from circuit.core.graphs import Graphs
 from circuit.core.step import Step
+from circuit.errors import CircuitError
 from circuit.lazy import np, torch
 from circuit.runs.base import Run
 from circuit.sizes import require_disk
@@ -78,7 +80,11 @@ def _writing() -> contextlib.AbstractContextManager[None]:
 
 
 def backwards(
-    run: Run, start: int, end: int, note: Callable[[Step], tuple[Note, Sequence[Tensor]]]
+    run: Run,
+    start: int,
+    end: int,
+    note: Callable[[Step], tuple[Note, Sequence[Tensor]]],
+    graphs: Graphs | None = None,
 ) -> Iterator[tuple[Note, list[Tensor]]]:
     """The steps that take state `start` to state `end`, from the last one to the first.
 
@@ -86,6 +92,7 @@ def backwards(
         note: what is to be known of a step on the way back: something small, which stays in
             memory, and tensors of the CPU, which wait on disk. Steps reach it in ascending order
             within a stretch.
+        graphs: hold those of the gradients, which whoever walks back pops.
 
     Yields:
         What was noted of steps `end`, ..., `start + 1`.
@@ -97,7 +104,7 @@ def backwards(
     for first, last in reversed(list(itertools.pairwise(cuts))):
         with Stack() as stack:
             notes: list[Note] = []
-            for step in run.replay(first, last):
+            for step in _replayed(run, first, last, graphs):
                 small, tensors = note(step)
                 if not notes:
                     size = sum(t.numel() * t.element_size() for t in tensors) * (last - first)
@@ -107,3 +114,18 @@ def backwards(
                 notes.append(small)
             while notes:
                 yield notes.pop(), stack.pop()
+
+
+def _replayed(run: Run, first: int, last: int, graphs: Graphs | None) -> Iterator[Step]:
+    """See `Run.replay`; without graphs from a step on that has none, or other bits with one."""
+    done = first
+    try:
+        for step in run.replay(first, last, graphs):
+            yield step
+            done = step.step
+    except (CircuitError, RuntimeError):
+        if graphs is None or not graphs.room:
+            raise
+        graphs.room = 0
+        graphs.pop(done + 1)  # of another gradient than the one that was taken
+        yield from run.replay(done, last)

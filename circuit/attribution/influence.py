@@ -24,12 +24,14 @@ from circuit.attribution.backward import backwards
 from circuit.attribution.losses import Losses
 from circuit.attribution.window import attributor_of
 from circuit.core.flat import Flat
+from circuit.core.graphs import Graphs
 from circuit.core.step import Objective, Step
 from circuit.core.update import Adjoint, DifferentiableRule, Hyper
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.runs.base import Run
 from circuit.scalars.base import Scalar
+from circuit.sizes import memory_limit
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -39,6 +41,8 @@ APART = 0.01
 """Most that the norm of a step's gradient may differ by, relatively, when it is computed again: a
 module that drops out or draws otherwise is no function of the weights, whose slope could be told.
 """
+SHARE = 4
+"""Of the memory that this process may take, held graphs take at most one part in so many."""
 ROUGH = 2
 """The first steps of a run: AdamW's are a sign of the gradient there, which has no useful slope."""
 
@@ -100,7 +104,12 @@ class InfluencePass:
     def __iter__(self) -> Iterator[StepInfluence]:
         """The steps, last first."""
         adjoint: Adjoint | None = None
-        for noted, (theta, *moments) in backwards(self.run, self.start, self.end, self._note):
+        # but of the last step, whose gradient is taken again: a module that draws gives another
+        steps = range(self.start + 1, self.end)
+        room = memory_limit() // SHARE if self.losses.device.type == "cpu" else 0
+        self.graphs = Graphs(steps, self.losses.dtype, room)  # a GPU's would wait in its memory
+        walk = backwards(self.run, self.start, self.end, self._note, self.graphs)
+        for noted, (theta, *moments) in walk:
             if adjoint is None:
                 assert noted.end is not None, "the pass begins at the end"
                 adjoint = noted.rule.start(self._gradients(noted.end))
@@ -152,7 +161,8 @@ class InfluencePass:
             along: Tensor = (u @ gradient)[:, None] * gradient / (n * (n + 1e-6))
             return c * (u - along)
 
-        curved, influence = self.losses.back(noted.objective, theta, by_gradient)
+        graph = self.graphs.pop(noted.step) or self.losses.gradient(noted.objective, theta)
+        curved, influence = self.losses.back(graph, by_gradient)
         (adjoint,) = before
         return Adjoint(adjoint.parameters + curved, adjoint.moments), influence
 

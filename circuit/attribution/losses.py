@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from circuit.core.flat import Flat, ParameterLayout
 from circuit.core.functional import function_of
+from circuit.core.graphs import GradientGraph
 from circuit.core.step import Objective
 from circuit.errors import CircuitError
 from circuit.lazy import torch
@@ -88,31 +89,26 @@ class Losses:
             taken = self._by_position if by == "position" else self._by_example
             return taken(objective, self.parameters(theta), directions)
 
+    def gradient(self, objective: Objective, theta: Flat) -> GradientGraph:
+        """That of a batch at some weights, to be differentiated once more."""
+        return GradientGraph.of(
+            self.parameters(theta), lambda leaves: self(leaves, objective, *objective.inputs)
+        )
+
     def back(
-        self, objective: Objective, theta: Flat, by_gradient: ByGradient
+        self, graph: GradientGraph, by_gradient: ByGradient
     ) -> tuple[Float[Tensor, "scalar parameter"], Float[Tensor, "scalar example pos"]]:
-        """Take derivatives with respect to the batch's gradient `g` back to what made it.
+        """Take derivatives with respect to a batch's gradient `g` back to what made it.
 
         Args:
-            theta: the weights at which it was taken.
+            graph: of `g`; what it holds is freed on the way.
             by_gradient: gives the derivatives `h`, one row a scalar, for `g`; float64 on the CPU.
 
         Returns:
             `grad (g . h)` with respect to the weights, and `h . g_e` of every loss: the derivative
             with respect to a weight of its own. Float64 on the CPU.
         """
-        leaves = {
-            name: part.clone().requires_grad_() for name, part in self.parameters(theta).items()
-        }
-        with torch.enable_grad():
-            losses = self(leaves, objective, *objective.inputs)
-            weights = torch.ones_like(losses, requires_grad=True)
-            parts = torch.autograd.grad(
-                (losses * weights).sum(),
-                list(leaves.values()),
-                create_graph=True,
-                materialize_grads=True,  # zeros of a parameter that the losses do not read
-            )
+        parts = graph.parts
         used = [at for at, part in enumerate(parts) if part.requires_grad]
         rows = by_gradient(self._flat(parts)).to(self.device, self.dtype)
         curved, shares = [], []
@@ -121,7 +117,7 @@ class Losses:
             # d (g . h) / d (theta, w) by a second pass backwards through the gradient
             *of_leaves, of_weights = torch.autograd.grad(
                 [parts[place] for place in used],
-                [*leaves.values(), weights],
+                [*graph.leaves.values(), graph.weights],
                 grad_outputs=[along[place] for place in used],
                 retain_graph=at + 1 < len(rows),
                 materialize_grads=True,

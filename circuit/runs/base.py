@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from circuit.core.graphs import Graphs
+
 
 class Run(Protocol):
     """The weights of a training run, step by step."""
@@ -73,8 +75,11 @@ class Run(Protocol):
             CircuitError: no step of the run can be executed again.
         """
 
-    def replay(self, start: int, end: int) -> Iterator[Step]:
+    def replay(self, start: int, end: int, graphs: Graphs | None = None) -> Iterator[Step]:
         """The steps that take state `start` to state `end`, executed again.
+
+        Args:
+            graphs: hold those of the gradients, if the run takes any.
 
         Raises:
             CircuitError: the run cannot, with the reason; or a step differs.

@@ -32,6 +32,7 @@ from circuit.training.run_folder import BEST, METRICS
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+    from circuit.core.graphs import Graphs
     from circuit.tasks.base import Vocabulary
     from circuit.tasks.benchmark import Benchmark
     from circuit.tasks.examples import Examples
@@ -172,13 +173,13 @@ class CheckpointedRun:
         """The steps from which a replay starts, ascending; raises as `replay`."""
         return self._replayable("steps").anchors
 
-    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
+    def replay(self, start: int, end: int, graphs: Graphs | None = None) -> Iterator[TracedStep]:
         """The steps that take state `start` to state `end`, executed again from the run's trace.
 
         Raises:
             CircuitError: there is no trace, the window is not recorded, or a step differs.
         """
-        return self._replayable(f"steps {start} to {end}").replay(start, end)
+        return self._replayable(f"steps {start} to {end}").replay(start, end, graphs)
 
     def counterfactual(self, edit: Edit, end: int) -> FlatState:
         """The state `end` of a training that leaves the run's at `edit.start`.

@@ -39,6 +39,8 @@ from circuit.training.setup import NO_BENCHMARK, Setup
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from circuit.core.graphs import Graphs
+
 
 class RecordedRun:
     """A recording (a `circuit.runs.base.Run`).
@@ -214,8 +216,11 @@ class RecordedRun:
         return module
 
     @no_grad
-    def replay(self, start: int, end: int) -> Iterator[RecordedStep]:
+    def replay(self, start: int, end: int, graphs: Graphs | None = None) -> Iterator[RecordedStep]:
         """The steps that take state `start` to state `end`, executed again by the optimizer alone.
+
+        Args:
+            graphs: stay empty, for gradients are read.
 
         Raises:
             CircuitError: the window is not recorded, or gradients were not stored; or a step does

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from transformer_lens import HookedTransformer
 
+    from circuit.core.graphs import Graphs
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -223,8 +225,11 @@ class ReplayedRun:
         """A model of the run's shape, whose weights may be overwritten."""
         return self.setup.module(dtype)
 
-    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
+    def replay(self, start: int, end: int, graphs: Graphs | None = None) -> Iterator[TracedStep]:
         """Execute the steps that take state `start` to state `end`, again.
+
+        Args:
+            graphs: hold those of the gradients, but with `allow_drift`: bits may be others.
 
         Yields:
             `TracedStep` of `start + 1`, ..., `end`.
@@ -234,7 +239,7 @@ class ReplayedRun:
                 first stage that differs and the changed facts are named), unless `allow_drift`.
         """
         self.store.check_window(start, end)
-        for executed in self._execute(start, end):
+        for executed in self._execute(start, end, None if self.allow_drift else graphs):
             self._accept(executed)
             if executed.step.step > start:
                 yield executed.step
@@ -369,12 +374,12 @@ class ReplayedRun:
         """Give this process the thread count of the recording, and deterministic kernels."""
         self.setup.prepare(self.manifest.environment["threads"])
 
-    def _execute(self, start: int, end: int) -> Iterator[_Executed]:
+    def _execute(self, start: int, end: int, graphs: Graphs | None = None) -> Iterator[_Executed]:
         """One pass, from the anchor at or before `start`: every step up to `end`.
 
         Where a step has differed, the pass goes on from the next anchor as it was recorded.
         """
-        tracer, sound = self._tracer_at(self.store.anchor_before(start)), True
+        tracer, sound = self._tracer_at(self.store.anchor_before(start), graphs), True
         while tracer.session.step < end:
             self.prepare()  # whoever looks at a step may change the thread count before the next
             step = tracer.advance()
@@ -401,12 +406,10 @@ class ReplayedRun:
         later = range(step, self.store.last_step + 1)
         return next(filter(self.manifest.is_anchor, later), step)
 
-    def _tracer_at(self, anchor: int) -> Tracer:
+    def _tracer_at(self, anchor: int, graphs: Graphs | None = None) -> Tracer:
         self.prepare()
-        session = TrainingSession(
-            self.setup, state=self._stored(anchor), origin=origin_of(self.store, self.setup)
-        )
-        return Tracer(session)
+        state, origin = self._stored(anchor), origin_of(self.store, self.setup)
+        return Tracer(TrainingSession(self.setup, state=state, origin=origin, graphs=graphs))
 
     def _stored(self, step: int) -> TrainState:
         """A stored state, checked against the digests of its row."""

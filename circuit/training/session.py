@@ -18,6 +18,7 @@ from circuit.training.setup import Setup
 if TYPE_CHECKING:
     from torch import nn
 
+    from circuit.core.graphs import Graphs
     from circuit.training.step import StepOutcome
 
 
@@ -31,6 +32,7 @@ class TrainingSession:
         state: TrainState | None = None,
         recipe: Recipe | None = None,
         origin: Callable[[], TrainState] | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         """Put the session together.
 
@@ -40,6 +42,7 @@ class TrainingSession:
             recipe: what the steps execute; the config's by default.
             origin: the state at which the config's edit starts; asked where `state` is beyond it
                 and the edit holds on to what was computed there.
+            graphs: hold those of the gradients.
 
         Raises:
             CircuitError: the state belongs to another recipe or benchmark, or is unsound; or the
@@ -48,6 +51,7 @@ class TrainingSession:
         self.setup, self.config = setup, setup.config
         config = setup.config
         self.benchmark_digest = setup.digest
+        self.graphs = graphs
         self.recipe: Recipe = recipe or setup.recipe()
         if state is None:
             self.recipe.prove()
@@ -89,6 +93,7 @@ class TrainingSession:
                 self.optimizer,
                 step,
                 on_gradient=on_gradient,
+                graphs=self.graphs,
             )
         self.step = step
         if not (torch.isfinite(outcome.loss) and torch.isfinite(outcome.grad_norm)):

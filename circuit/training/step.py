@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from circuit.training.recipe import Batch, Recipe
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from circuit.core.graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def training_step(
     step: int,
     *,
     on_gradient: Callable[[], None] | None = None,
+    graphs: Graphs | None = None,
 ) -> StepOutcome:
     """Take `theta_{step-1}` to `theta_step` in place.
 
@@ -93,17 +96,25 @@ def training_step(
         recipe: gives batch, loss, clipping, rates and what takes the weights on.
         step: counted from 1.
         on_gradient: called once the raw gradients stand in `.grad`, before clipping.
+        graphs: hold that of the gradient.
     """
     recipe = recipe.at(step)
     batch = recipe.batch(step)
+
+    def taken(model: Any) -> tuple[Tensor, Tensor]:
+        outputs = recipe.outputs(model, batch)
+        return outputs, weighted_losses(recipe, outputs, batch)
+
     module.zero_grad(set_to_none=True)  # also what the optimizer does not move: it would add up
     with torch.enable_grad():  # a notebook may have switched gradients off
-        outputs = recipe.outputs(module, batch)
+        held = None if graphs is None else graphs.outputs(step, module, taken)
+        outputs = recipe.outputs(module, batch) if held is None else held
         if batch.weights is None:
             loss = recipe.loss(outputs, batch)
         else:
             loss = weighted_losses(recipe, outputs, batch).sum()
-        loss.backward()
+        if held is None:
+            loss.backward()
     if on_gradient is not None:
         on_gradient()
     threshold = float("inf") if recipe.clip is None else recipe.clip

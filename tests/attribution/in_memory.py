@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from circuit.core.edit import Edit
+from circuit.core.graphs import Graphs
 from circuit.trace.step import TracedStep, Tracer
 from circuit.training.session import TrainingSession
 from circuit.training.setup import Setup
@@ -27,8 +28,9 @@ class InMemory:
     def session(self, edit: Edit | None = None) -> TrainingSession:
         return TrainingSession(self.setup.with_config(self.setup.config.replace(edit=edit)))
 
-    def replay(self, start: int, end: int) -> Iterator[TracedStep]:
+    def replay(self, start: int, end: int, graphs: Graphs | None = None) -> Iterator[TracedStep]:
         tracer = Tracer(self.session())
+        tracer.session.graphs = graphs
         for step in range(1, end + 1):
             traced = tracer.advance()
             if step > start:

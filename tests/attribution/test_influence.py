@@ -159,7 +159,8 @@ def test_a_parameter_that_the_losses_do_not_read_changes_nothing() -> None:
         module: Any = Cubed(spare=spare)
         objective: Any = Summed()
         theta = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
-        return Losses(module).back(objective, theta, lambda gradient: gradient[None])
+        losses = Losses(module)
+        return losses.back(losses.gradient(objective, theta), lambda gradient: gradient[None])
 
     (curved, shares), (more, same) = taken(spare=False), taken(spare=True)
     assert torch.equal(same, shares)

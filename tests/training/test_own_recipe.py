@@ -14,6 +14,8 @@ from command_line import type_and_read
 
 import circuit
 from circuit.artifacts import dump_rows, read_jsonl
+from circuit.attribution import influence
+from circuit.attribution.losses import Losses
 from circuit.core.edit import Edit
 from circuit.core.flat import ParameterLayout
 from circuit.errors import CircuitError
@@ -283,6 +285,36 @@ def test_influence_is_the_slope_where_parameters_are_frozen() -> None:
             values.append(float(shift(module).detach().mean()))
         slope = (values[0] - values[1]) / 2e-4
         assert found[name] == pytest.approx(slope, rel=1e-5)
+
+
+OTHER_BITS = """
+    def loss(self, outputs, batch):
+        return -outputs.softmax(1).log()[range(batch.size), batch.targets].mean()
+"""
+
+
+@pytest.mark.parametrize(("loss", "again"), [("", 1), (OTHER_BITS, 8)])
+@pytest.mark.parametrize("name", SHARED)
+def test_held_graphs_change_no_bit_of_influence(
+    name: str, loss: str, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is held where the losses have another gradient than the loss, in its last bits."""
+    code = written(SHARED[name], ("nn.Dropout(0.2)", "nn.Identity()"), more=loss)
+    trained(code)
+    run, gradient, taken = circuit.open_run("run", recipe=code), Losses.gradient, []
+
+    def counted(*args: Any) -> Any:
+        taken.append(args)
+        return gradient(*args)
+
+    monkeypatch.setattr(Losses, "gradient", counted)
+    held = circuit.influence(run, [shift], 0, 8)["shift"]
+    assert len(taken) == again
+    monkeypatch.setattr(influence, "memory_limit", lambda: 0)
+    anew = circuit.influence(run, [shift], 0, 8)["shift"]
+    assert len(taken) == again + 8
+    assert torch.equal(held.influence, anew.influence)
+    assert held.growth == anew.growth
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "adam"])
