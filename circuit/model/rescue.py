@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from circuit.core.intervals import RecordDraws, finite
 from circuit.errors import CircuitError
 from circuit.lazy import torch
 from circuit.model.codes import RidgeMap, Vectors
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTROLS = ("shuffled_answer_value", "wrong_support_value", "random_subspace", "key_identity")
-DRAWS = 1000
-"""Bootstrap draws of an interval."""
 
 Code: TypeAlias = "Float[Tensor, 'read rank']"
 
@@ -144,7 +143,7 @@ def explained(code: Code | None, true: Code | None) -> float | None:
     if code is None or true is None:
         return None
     total = (true - true.mean(0)).square().sum()
-    return _finite(1 - (code - true).square().sum() / total)
+    return finite(1 - (code - true).square().sum() / total)
 
 
 def rescue_fractions(
@@ -155,32 +154,15 @@ def rescue_fractions(
 ) -> list[tuple[float | None, float | None, float | None]]:
     """`(patched - removed) / (clean - removed)` of means, with a 95 % bootstrap interval.
 
-    Each of `DRAWS` draws takes as many records as there are, with replacement, and all their reads;
-    scipy.stats.bootstrap would draw others, one statistic at a time.
-
     Args:
         values: float64, by condition.
         records: the record of each read.
 
     Returns:
         Fraction, low and high for each scalar; None where removal changes nothing (low and high:
-        in some draw).
+        in some draw, or there is one record).
     """
     gained, lost = (values[name] - values["removed"] for name in (condition, "clean"))
-    _, record = torch.unique(records, return_inverse=True)
-    count = int(record.max()) + 1
-    zeros = torch.zeros(count, gained.shape[1], dtype=torch.float64)
-    drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
-    # [draw, record]: how often each draw has each record, so that all draws' sums are one product
-    times = torch.zeros(DRAWS, count, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones_like(times))
-    # sums of a record's reads [record, scalar]; of a ratio of means their number cancels
-    by_record = [zeros.index_add(0, record, of_read) for of_read in (gained, lost)]
-    draws = (times @ by_record[0]) / (times @ by_record[1])
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    ends = RecordDraws(records, seed).ratios(gained, lost)
     whole = gained.mean(0) / lost.mean(0)
-    return [(_finite(a), _finite(b), _finite(c)) for a, b, c in zip(whole, low, high, strict=True)]
-
-
-def _finite(value: Tensor) -> float | None:
-    return float(value) if bool(torch.isfinite(value)) else None
+    return [(finite(value), *of) for value, of in zip(whole, ends, strict=True)]

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from circuit.artifacts import read_jsonl
+from circuit.core import intervals
 from circuit.errors import CircuitError
-from circuit.model import rescue
 from circuit.model.codes import RidgeMap, logits_with_code
 from circuit.model.rescue import (
     CONTROLS,
@@ -210,7 +210,7 @@ def test_the_share_that_is_removed() -> None:
 def test_rescue_is_of_means_and_its_interval_of_whole_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rescue, "DRAWS", 50)
+    monkeypatch.setattr(intervals, "DRAWS", 50)
     records = torch.tensor([3, 3, 5, 8, 8, 8, 9])
     names = ("clean", "removed", "patched")
     values = {name: random(seed, 7, 2) for seed, name in enumerate(names)}
