@@ -395,12 +395,16 @@ ScalarPairRows = Annotated[
 ]
 
 
+Half = Literal["even", "odd"]
+
+
 class ProbeOptions(Options):
     """Reads a probe set of the run's benchmark.
 
     Attributes:
         probe_set: file.
         splits: of its records; none takes all.
+        half: of its records; none takes both.
     """
 
     probe_set: ProbeSet
@@ -408,6 +412,10 @@ class ProbeOptions(Options):
         tuple[str, ...],
         Option("Split of the probe records.", flag="--split", kind="split", unset="all"),
     ] = ()
+    half: Annotated[
+        Half | None,
+        Option("Every other record of the probe set, a copy with its source.", unset="both"),
+    ] = None
 
 
 class CheckpointOptions(Options):
@@ -439,6 +447,7 @@ class PairOptions(Options):
         pair_types: built, some of the task's.
         max_pairs_per_type: built of each type, at most.
         min_pairs_per_type: fewer of a type are an error.
+        all_reads: in place of a number at most.
     """
 
     pair_types: Annotated[
@@ -446,11 +455,26 @@ class PairOptions(Options):
     ] = ("support_value",)
     max_pairs_per_type: Annotated[int, Option("Pairs built of each type, at most.", least=1)] = 64
     min_pairs_per_type: Annotated[int, Option("Fewer pairs of a type are an error.", least=0)] = 16
+    all_reads: Annotated[bool, Option("Every read that makes a pair, however many they are.")] = (
+        False
+    )
+
+    @property
+    def most_pairs_per_type(self) -> int | None:
+        """Built of each type, at most; None for all."""
+        return None if self.all_reads else self.max_pairs_per_type
 
     def check(self) -> None:
-        """The least may not be more than the most."""
+        """The least may not be more than the most, nor a most be given beside all."""
         super().check()
-        if self.min_pairs_per_type > self.max_pairs_per_type:
+        usual = type(self).model_fields["max_pairs_per_type"].default
+        if self.all_reads and self.max_pairs_per_type != usual:
+            raise CircuitError(
+                f"{self.max_pairs_per_type} beside `all_reads`",
+                where="`max_pairs_per_type`",
+                fix="give one of the two",
+            )
+        if not self.all_reads and self.min_pairs_per_type > self.max_pairs_per_type:
             raise CircuitError(
                 f"{self.min_pairs_per_type}",
                 where="`min_pairs_per_type`",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import field_validator
@@ -145,7 +146,10 @@ class Attribution(TracedReport[A]):
         return []
 
     def conclude(self, rows: list[Row]) -> Findings:
-        return self.kept.findings(self.options.windows, self.options.path)
+        findings = self.kept.findings(self.options.windows, self.options.path)
+        facts = self.origin.get("scalars", [self.origin])
+        pairs = [fact[name] for fact in facts for name in ("scored_reads", "pairs") if name in fact]
+        return replace(findings, summary={**findings.summary, "pairs": pairs})
 
     # --- what is shown ---
 
@@ -159,6 +163,7 @@ class Attribution(TracedReport[A]):
         lead = next(s for s in summaries if s["scalar"] == results.summary["lead"])
         references = ", ".join(f"`{k}` {value:+.4g}" for k, value in lead["references"].items())
         return [
+            f"{_averaged(results)}"
             f"Path rule `{results.options.path}`; the terms' shares are path contributions, which"
             " add up to the actual change. "
             + (
@@ -246,6 +251,12 @@ def _ranked(results: Results[A]) -> list[Row]:
     return sorted(
         by_name.values(), key=lambda one: (one["scalar"] != summary["lead"], -abs(one["actual"]))
     )
+
+
+def _averaged(results: Results[A]) -> str:
+    """Over how many pairs each of the families that read pairs takes its means."""
+    pairs = results.summary.get("pairs", ())
+    return f"Means over {', '.join(map(str, pairs))} pairs. " if pairs else ""
 
 
 def _further(results: Results[A]) -> str:

@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from circuit import options
 from circuit.artifacts import Row
-from circuit.figures.charts import Chart, at_step, chart, heat, lines, of_slices
+from circuit.core.intervals import RecordDraws
+from circuit.figures.charts import Chart, at_step, band, chart, heat, lines, of_slices
 from circuit.lazy import no_grad, np, torch
 from circuit.model.components import all_heads
 from circuit.model.readout import read_answers
 from circuit.model.subspaces import check_rank, head_factors, svd_of_product
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import (
+    ENDS,
+    apart,
+    between,
+    ends,
+    ends_of,
+    how_drawn,
+    interval_file,
+    note,
+    said_between,
+    shown,
+    with_intervals,
+)
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Table
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
@@ -70,6 +84,9 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
             support_role=self.options.support_key_role,
             distractor_role=self.options.distractor_key_role,
         )
+        self.scored = self.batch.select(self.reads.chosen)
+        self.groups = self.scored.by_slice(self.slice)
+        self.draws = {n: RecordDraws(self.scored.row[of]) for n, of in self.groups.items()}
         self.gap, self.largest = 0.0, 0.0
 
     @no_grad
@@ -87,16 +104,16 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         shared = SharedBatch.merge(scalars, device=str(model.W_E.device))
         hooks = shared.hooks[None] | {"unembed.hook_out"}
         runs = forward_activations(model, shared.tokens, hooks)
-        scored = self.batch.select(reads.chosen)
-        at = runs["unembed.hook_out"][scored.row, scored.at]
-        margin = read_answers(at, scored.answer, self.inputs.task.choices).margin
-        groups = scored.by_slice(self.slice)
+        at = runs["unembed.hook_out"][self.scored.row, self.scored.at]
+        margin = read_answers(at, self.scored.answer, self.inputs.task.choices).margin
         cache = Cache({None: runs})
         for scalar in scalars:
             match = _measure(scalar.bind(model).scores(model, cache), reads)
             left, right = head_factors(model, scalar.component, "qk")
             top = float(svd_of_product(left, right)[1][0])
-            for name, chosen in groups.items():
+            of_reads = torch.stack([match[name].double() for name in BETWEEN], 1)
+            for name, chosen in self.groups.items():
+                drawn = self.draws[name].means(of_reads[chosen])
                 yield {
                     "step": point.step,
                     "head": str(scalar.component),
@@ -107,17 +124,22 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
                     "answer_margin": float(margin[chosen].double().mean()),
                     "top_singular_value": top,
                     "weights_sha256": point.digest,
+                    **ends(dict(zip(BETWEEN, drawn, strict=True))),
                 }
         gap, largest = gap_to_attention(model, addresses, reads)
         self.gap, self.largest = max(self.gap, gap), max(self.largest, largest)
 
     def conclude(self, rows: list[Row]) -> Findings:
-        summary = summarize(rows, self.slice) | {"reads": len(self.reads)}
+        summary = summarize(rows, self.slice) | {
+            "reads": len(self.reads),
+            "bootstrap": how_drawn(self.draws["all"]),
+        }
+        rows, intervals = apart(rows, "step", "head", "score", self.slice)
         law = (
             "the full match with biases is the score of the model's own attention, to"
             f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head and checkpoint"
         )
-        return Findings(rows, summary, law)
+        return Findings(rows, summary, law, further={interval_file(type(self)): intervals})
 
     @classmethod
     def size(cls, results: Results[SeparationOptions]) -> tuple[float, ...]:
@@ -129,20 +151,26 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
         most = f"grew most: by {winner['growth']:+.4g} to" if grown else "is the largest:"
         return [
             f"The separation of **{winner['head']}** ({winner['score']}) {most}"
-            f" {winner['separation_at_last']:.4g}; there the support beats every distractor in"
-            f" {100 * winner['support_wins_at_last']:.1f} % of the reads."
+            f" {winner['separation_at_last']:.4g}"
+            f"{said_between(winner, 'separation_at_last', '.4g')}; there the support beats every"
+            f" distractor in {100 * winner['support_wins_at_last']:.1f} % of the reads.",
+            *note(results),
         ]
 
     @classmethod
     def tables(cls, results: Results[SeparationOptions]) -> list[Table]:
         summary = results.summary
-        ranked = sorted(summary["heads"], key=lambda h: (h["score"], -h[summary["ranked_by"]]))
+        heads = [
+            {**h, "interval": between(h, "separation_at_last", ".4g")} for h in summary["heads"]
+        ]
+        ranked = sorted(heads, key=lambda h: (h["score"], -h[summary["ranked_by"]]))
         first = sum(h["score"] == ranked[0]["score"] for h in ranked)
         columns = {
             "head": "head",
             "score": "score",
             "separation_at_first": (f"at {summary['first_step']}", ".4g"),
             "separation_at_last": (f"at {summary['last_step']}", ".4g"),
+            "interval": "95 %",
             "growth": ("growth", "+.4g"),
             "support_wins_at_last": ("support wins", ".1%"),
             "correlation_with_margin": ("r with margin", ".2f"),
@@ -156,10 +184,9 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
     def charts(cls, results: Results[SeparationOptions]) -> list[Chart]:
         winner, score = results.summary["winner"]["head"], results.summary["winner"]["score"]
         by, source = results.slice, f"separation_by_{results.slice}"
-        shown = (*SHOWN[:3], by, *SHOWN[3:])
-        rows = [
-            {name: row[name] for name in shown} for row in results.rows() if row["score"] == score
-        ]
+        columns = (*SHOWN[:3], by, *SHOWN[3:])
+        every = [row for row in with_intervals(cls, results) if row["score"] == score]
+        rows = shown(every, (*columns, *ends_of(*BETWEEN)))
         data = [row for row in rows if row[by] == "all"]
         apart = [row for row in rows if row["head"] == winner and row[by] != "all"]
         shade = of_slices(by, apart)
@@ -169,7 +196,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
                 "separation",
                 f"QK separation ({score}): support minus distractors",
                 {"separation": data},
-                *heat("separation", "separation", shown, data),
+                *heat("separation", "separation", columns, data),
                 height=22 * heads,
             ),
             *(
@@ -177,7 +204,10 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
                     f"separation_{column}",
                     f"{winner}, by {by}: {words}",
                     {source: apart},
-                    lines(source, column, words, shade, shown, domain=domain),
+                    band(source, column, words, shade),
+                    lines(
+                        *(source, column, words, shade, (*columns, *ends_of(column))), domain=domain
+                    ),
                     at_step(),
                 )
                 for column, words, domain in (
@@ -194,6 +224,8 @@ SHOWN = (
     *("distractor_mean", "answer_margin", "top_singular_value"),
 )
 """Columns that charts have, beside that of the slices."""
+BETWEEN = ("separation", "support_wins")
+"""Columns that have intervals."""
 
 
 def gap_to_attention(
@@ -253,6 +285,7 @@ def summarize(rows: Sequence[Row], by: str = "lag") -> dict[str, Any]:
                 "score": score,
                 "separation_at_first": course[0]["separation"],
                 "separation_at_last": course[-1]["separation"],
+                **{f"separation_at_last{end}": course[-1][f"separation{end}"] for end in ENDS},
                 "growth": (
                     course[-1]["separation"] - course[0]["separation"] if len(steps) > 1 else None
                 ),

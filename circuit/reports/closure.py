@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from circuit.artifacts import Row
+from circuit.core.intervals import DRAWS, RecordDraws
 from circuit.figures.charts import Chart, chart, exact, named
-from circuit.lazy import alt, np
+from circuit.lazy import alt, np, torch
 from circuit.quoting import markdown_text
+from circuit.reports.intervals import between, ends
 from circuit.reports.tables import Table
-from circuit.scalars.least_squares import least_squares
+from circuit.scalars.least_squares import RESOLUTION, least_squares
 
 NOTE = (
-    "R² is about the mean (below zero, the mean alone does better), `held out` predicts the pairs"
-    " of every record by a fit without it (5 parts), `about zero` compares with no change at all. A"
+    "R² is about the mean (below zero, the mean alone does better); its interval is that of 95 % of"
+    f" {DRAWS} bootstrap draws of whole records, each fitted anew; `held out` predicts the pairs of"
+    " every record by a fit without it (5 parts), `about zero` compares with no change at all. A"
     " contribution is coefficient times mean change of the route's score; with the intercept they"
     " sum to the mean prediction. Coefficients are those of the joint fit: routes overlap."
 )
@@ -27,27 +30,33 @@ def fit_deltas(
     *,
     fit_intercept: bool,
 ) -> tuple[dict[str, Any], list[float]]:
-    """The fit of some rows as a row, and its predictions.
+    """The fit of some rows as a row, with the interval of its R², and its predictions.
 
     Args:
         route_score_deltas: by label, the same labels in every row; the first row's order counts.
-        records: of the rows' pairs; a record is held out with all its pairs, sides and intervals.
+        records: of the rows' pairs; a record is held out, and drawn, with all its pairs, sides
+            and intervals.
 
     Raises:
         CircuitError: there is no row or no route.
     """
     labels = list(route_score_deltas[0]) if route_score_deltas else []
-    x = np.array([[row[label] for label in labels] for row in route_score_deltas])
-    y = np.array(deltas)
-    fit = least_squares(
-        x.reshape(len(y), len(labels)), y, labels, fit_intercept=fit_intercept, groups=records
-    )
+    x = np.array([[row[label] for label in labels] for row in route_score_deltas], dtype=float)
+    x, y = x.reshape(len(deltas), len(labels)), np.array(deltas, dtype=float)
+    fit = least_squares(x, y, labels, fit_intercept=fit_intercept, groups=records)
     shown = fit.to_row()
+    of_r_squared = RecordDraws(records).r_squared(
+        torch.from_numpy(x),
+        torch.from_numpy(y),
+        fit_intercept=fit_intercept,
+        resolution=RESOLUTION,
+    )
     row = {
         "rows": shown.pop("rows"),
         "mean_actual": float(y.mean()),
         "mean_absolute_actual": float(np.abs(y).mean()),
         **shown,
+        **ends({"r_squared": of_r_squared}),
     }
     return row, fit.predicted.tolist()
 
@@ -72,13 +81,18 @@ def fits_table(
         "rows": "rows",
         "mean_actual": ("mean change", ".3f"),
         "r_squared": ("R²", ".3f"),
+        "between": "95 %",
         "r_squared_held_out": ("held out", ".3f"),
         "r_squared_about_zero": ("about zero", ".3f"),
         "of": "rank",
         "condition_number": ("condition", ".0f"),
     }
     rows = [
-        {**fit, "of": None if fit["rank"] is None else f"{fit['rank']} of {fit['columns']}"}
+        {
+            **fit,
+            "between": between(fit, "r_squared", ".3f"),
+            "of": None if fit["rank"] is None else f"{fit['rank']} of {fit['columns']}",
+        }
         for fit in fits
     ]
     return Table(title, columns, rows, console=console or len(rows))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROWS, STEPS, CARRIED = (f"data_credit_{what}.jsonl" for what in ("rows", "steps", "carried"))
 _ANEW = "make the credit of that window again, with `shard`"
-_SAME = ("scalars", "by", "path", "splits")
+_SAME = ("scalars", "by", "path", "splits", "half")
 """Options that two shards share."""
 
 

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from circuit import options
 from circuit.artifacts import Row
+from circuit.core.intervals import RecordDraws
 from circuit.figures.charts import (
     CATEGORY,
     INK,
     Chart,
     at_step,
+    band,
     chart,
     chosen,
     colour,
@@ -47,6 +49,7 @@ from circuit.model.subspaces import (
     subspace_basis,
 )
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import between, ends, ends_of, how_drawn, note, shown
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
 from circuit.tasks.examples import Examples
@@ -202,7 +205,12 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             f"running on from {self.options.stage} with nothing changed gives the baseline margins"
             f" to within {self.unchanged:.1g} logits"
         )
-        return Findings(rows, {"reads": len(self.batch), "means": _means(rows)}, law)
+        summary = {
+            "reads": len(self.batch),
+            "means": _means(rows),
+            "bootstrap": how_drawn(RecordDraws(self.batch.row)),
+        }
+        return Findings(rows, summary, law)
 
     @classmethod
     def size(cls, results: Results[InterventionOptions]) -> tuple[float, ...]:
@@ -214,7 +222,8 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             f"`{results.options}`. Margin: logit of the right value minus the best"
             " other value's. Accuracy: the argmax over the whole vocabulary is the answer. Share:"
             " squared norm of the vectors inside the subspace. Dashed in the charts: nothing"
-            " changed."
+            " changed.",
+            *note(results),
         ]
         if results.options.subspace in HEAD_SUBSPACES:
             notes.append(
@@ -232,11 +241,18 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             "baseline_margin": ("margin", ".3f"),
             "intervened_margin": ("after", ".3f"),
             "margin_drop": ("drop", ".3f"),
+            "margin_drop_between": "95 %",
             "baseline_answer_accuracy": ("accuracy", ".1%"),
             "intervened_answer_accuracy": ("after", ".1%"),
+            "answer_accuracy_drop_between": "drop, 95 %",
             "subspace_share": ("share", ".1%"),
+            "subspace_share_between": "95 %",
         }
-        means = results.summary["means"]
+        formats = {"margin_drop": ".3f", "answer_accuracy_drop": ".1%", "subspace_share": ".1%"}
+        means = [
+            row | {f"{name}_between": between(row, name, spec) for name, spec in formats.items()}
+            for row in results.summary["means"]
+        ]
         return [Table(str(results.options), columns, means, console=len(means))]
 
     @classmethod
@@ -244,6 +260,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         """Accuracy and margin over steps, and where there are several ranks by rank at the step."""
         means = results.summary["means"]
         rows = [row for row in means if row["split"] == "all"] or means
+        rows = shown(rows, dict.fromkeys([*means[0], *ends_of(*_BETWEEN)]))
         ranks = list(dict.fromkeys(row["rank"] for row in rows))
         charts = []
         for column, words in (("answer_accuracy", "answer accuracy"), ("margin", "value margin")):
@@ -255,7 +272,8 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
 
 
 def _before_and_after(column: str) -> tuple[str, ...]:
-    return "step", "rank", "split", "reads", f"baseline_{column}", f"intervened_{column}"
+    intervened = f"intervened_{column}"
+    return "step", "rank", "split", "reads", f"baseline_{column}", intervened, *ends_of(intervened)
 
 
 def _domain(column: str) -> list[int] | None:
@@ -278,24 +296,29 @@ def _by_rank(rows: Sequence[Row], column: str, words: str, title: str) -> Chart:
     before = place.mark_line(color=INK, strokeDash=[5, 4]).encode(
         y=f"baseline_{column}:Q", tooltip=exact("step", "reads", f"baseline_{column}")
     )
-    return chart(f"{column}_by_rank", title, {"interventions": rows}, after, before)
+    low, high = ends_of(f"intervened_{column}")
+    whiskers = place.mark_rule(color=CATEGORY[0], strokeWidth=2).encode(
+        y=f"{low}:Q", y2=f"{high}:Q"
+    )
+    return chart(f"{column}_by_rank", title, {"interventions": rows}, after, whiskers, before)
 
 
 def _over_steps(
     rows: Sequence[Row], ranks: Sequence[int | None], column: str, words: str, title: str
 ) -> Chart:
     names = ["changed" if rank is None else f"rank {rank}" for rank in ranks]
-    columns = _before_and_after(column)
-    after = lines(
-        *("interventions", f"intervened_{column}", words, colour("rank", names), columns),
-        domain=_domain(column),
-    ).transform_calculate(rank="datum.rank === null ? 'changed' : 'rank ' + datum.rank")
+    columns, shade = _before_and_after(column), colour("rank", names)
+    named_rank = "datum.rank === null ? 'changed' : 'rank ' + datum.rank"
+    drawn = ("interventions", f"intervened_{column}", words, shade)
+    after = lines(*drawn, columns, domain=_domain(column)).transform_calculate(rank=named_rank)
+    between_ends = band(*drawn).transform_calculate(rank=named_rank)
     before = (
         named("interventions")
         .mark_line(color=INK, strokeDash=[5, 4])
         .encode(x=steps(), y=f"baseline_{column}:Q", tooltip=exact("step", f"baseline_{column}"))
     )
-    return chart(f"{column}_over_steps", title, {"interventions": rows}, after, before, at_step())
+    layers = (between_ends, after, before, at_step())
+    return chart(f"{column}_over_steps", title, {"interventions": rows}, *layers)
 
 
 @dataclass(frozen=True)
@@ -378,21 +401,38 @@ _MEANS = {
 """Columns of the rows, and the names of their means."""
 
 
+_DROPS = {
+    f"{name}_drop": (f"baseline_{name}", f"intervened_{name}")
+    for name in ("margin", "answer_accuracy")
+}
+_BETWEEN = (*_DROPS, "subspace_share", "intervened_margin", "intervened_answer_accuracy")
+"""Means that have intervals."""
+
+
 def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Means over reads per step, rank and split, and over `all` where there are several splits."""
     table = pd.DataFrame(rows).rename(columns=_MEANS)
     table["rank"] = table["rank"].fillna(0)
     if table["split"].nunique() > 1:
         table = pd.concat([table, table.assign(split="all")])
+    for name, (before, after) in _DROPS.items():
+        table[name] = table[before].astype(float) - table[after].astype(float)
     groups = table.groupby(["step", "rank", "split"], sort=False)
     means = groups[list(_MEANS.values())].mean()
     means.insert(0, "reads", groups.size())
-    means["margin_drop"] = means["baseline_margin"] - means["intervened_margin"]
-    means["answer_accuracy_drop"] = (
-        means["baseline_answer_accuracy"] - means["intervened_answer_accuracy"]
-    )
+    for name, (before, after) in _DROPS.items():
+        means[name] = means[before] - means[after]
     records = means.reset_index().to_dict("records")
     return [
-        {str(name): value for name, value in row.items()} | {"rank": int(row["rank"]) or None}
-        for row in records
+        {str(name): value for name, value in row.items()}
+        | {"rank": int(row["rank"]) or None}
+        | _intervals(reads)
+        for row, (_, reads) in zip(records, groups, strict=True)
     ]
+
+
+def _intervals(reads: pd.DataFrame) -> dict[str, float | None]:
+    """Of the means over some reads, by record."""
+    values = torch.tensor(reads[list(_BETWEEN)].to_numpy(dtype=float))
+    found = RecordDraws(reads["sample_id"].tolist()).means(values)
+    return ends(dict(zip(_BETWEEN, found, strict=True)))

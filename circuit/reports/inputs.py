@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from circuit.errors import CircuitError
 from circuit.folders import look_for_probe_set
+from circuit.options import Half
 from circuit.train_config import RecipeConfig
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Inputs:
     records: list[Record]
     splits: tuple[str, ...] | None
     run: Replayable | None = None
-    _pairs: dict[tuple[tuple[str, ...], int, int], list[Pair]] = field(
+    _pairs: dict[tuple[tuple[str, ...], int | None, int], list[Pair]] = field(
         default_factory=dict, repr=False
     )
 
@@ -111,7 +112,7 @@ class Inputs:
         from circuit.tasks.pairs import build_pairs
 
         types = options.pair_types
-        most, least = options.max_pairs_per_type, options.min_pairs_per_type
+        most, least = options.most_pairs_per_type, options.min_pairs_per_type
         if (types, most, least) not in self._pairs:
             built = build_pairs(
                 self.task,
@@ -220,22 +221,24 @@ def open_inputs(
     probe_set: str | Path,
     *,
     splits: Sequence[str] | None = None,
+    half: Half | None = None,
     checkpoints: Sequence[Path] = (),
 ) -> Inputs:
     """Read what a report needs besides the weights; nothing here needs torch.
 
     Args:
         splits: of the probe records; None takes all.
+        half: of the probe set's records; None takes both.
         checkpoints: that the report will read, whose headers are checked.
 
     Raises:
         CircuitError: a file is missing or damaged, the probe set is of another benchmark, or holds
-            no record of a split; or as `check_headers`.
+            no record of a split or half; or as `check_headers`.
     """
     look_for_probe_set(probe_set)
     from circuit.training.recipe_setup import setup_of
 
-    inputs = _inputs(setup_of(config, probe_set), probe_set, splits)
+    inputs = _inputs(setup_of(config, probe_set), probe_set, splits, half)
     check_headers(inputs.setup, inputs.states, checkpoints)
     return inputs
 
@@ -245,6 +248,7 @@ def traced_inputs(
     probe_set: Path | None,
     run: Replayable,
     splits: Sequence[str] | None = None,
+    half: Half | None = None,
 ) -> Inputs:
     """The inputs of a report on a trace, with the trace's config and the recording's threads.
 
@@ -269,7 +273,7 @@ def traced_inputs(
     run.share(setup)
     threads = run.environment["threads"]
     recorded = run.config.replace(threads=threads).remembering(config)
-    return replace(_inputs(setup.with_config(recorded), probe_set, splits), run=run)
+    return replace(_inputs(setup.with_config(recorded), probe_set, splits, half), run=run)
 
 
 @dataclass(frozen=True)
@@ -323,7 +327,12 @@ def _refuse_another(config: TrainConfig, run: Replayable) -> None:
         )
 
 
-def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = None) -> Inputs:
+def _inputs(
+    setup: Setup,
+    probe_set: str | Path,
+    splits: Sequence[str] | None = None,
+    half: Half | None = None,
+) -> Inputs:
     from circuit.tasks.probes import read_probe_set
     from circuit.trace.states import States
 
@@ -336,9 +345,26 @@ def _inputs(setup: Setup, probe_set: str | Path, splits: Sequence[str] | None = 
                 where=probe_set,
                 expected=f"one of {', '.join(held)}",
             )
-    records = [r for r in probe.records if splits is None or r.split in splits]
+    records = [r for r in halved(probe.records, half) if splits is None or r.split in splits]
+    if not records:
+        raise CircuitError(f"no record is in the {half} half", where=probe_set)
     setup.require_reading_memory(records, where=probe_set)
     return Inputs(setup, States(setup), probe, records, None if splits is None else tuple(splits))
+
+
+def halved(records: Sequence[Record], half: Half | None) -> Sequence[Record]:
+    """One half of a probe set's records: every other one, by their order in the file.
+
+    A copy goes with the record that it is a copy of, so that the halves share no stream; and the
+    splits that are asked for do not matter.
+    """
+    if half is None:
+        return records
+    numbers: dict[str, int] = {}
+    for record in records:
+        numbers.setdefault(record.source_id or record.sample_id, len(numbers))
+    kept = get_args(Half).index(half)
+    return [r for r in records if numbers[r.source_id or r.sample_id] % 2 == kept]
 
 
 def choose_checkpoints(

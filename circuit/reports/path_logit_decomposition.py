@@ -16,11 +16,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from circuit import options
 from circuit.artifacts import Row
-from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines, of_slices
+from circuit.core.intervals import RecordDraws
+from circuit.figures.charts import Chart, at_step, band, chart, colour, heat, lines, of_slices
 from circuit.lazy import no_grad, torch
 from circuit.model.dla import attribute_logits, dla_hooks
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import (
+    ENDS,
+    apart,
+    between,
+    ends,
+    ends_of,
+    how_drawn,
+    interval_file,
+    note,
+    said_between,
+    shown,
+    with_intervals,
+)
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 
@@ -54,6 +68,8 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
     def prepare(self) -> None:
         super().prepare()
         self.batch = self.inputs.reads(self.options.max_records)
+        self.groups = self.batch.by_slice(self.slice)
+        self.draws = {n: RecordDraws(self.batch.row[of]) for n, of in self.groups.items()}
         self.gap, self.largest = 0.0, 0.0
 
     @no_grad
@@ -78,8 +94,10 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
         margin = over_rival(written.total.double())  # [read]
         self.gap = max(self.gap, float((shares.sum(1) - margin).abs().max()))
         self.largest = max(self.largest, float(margin.abs().max()))
-        for value, chosen in reads.by_slice(self.slice).items():
-            for part, share in zip(written.parts, shares[chosen].T, strict=True):
+        for value, chosen in self.groups.items():
+            drawn = self.draws[value].means(torch.cat([shares[chosen], margin[chosen, None]], 1))
+            of_parts = zip(written.parts, shares[chosen].T, drawn[:-1], strict=True)
+            for part, share, interval in of_parts:
                 yield {
                     "step": point.step,
                     "part": part,
@@ -89,6 +107,7 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                     "positive_in": float((share > 0).double().mean()),
                     "margin": float(margin[chosen].mean()),
                     "weights_sha256": point.digest,
+                    **ends({"contribution": interval, "margin": drawn[-1]}),
                 }
 
     def conclude(self, rows: list[Row]) -> Findings:
@@ -104,6 +123,7 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                     "part": part,
                     "first": first["contribution"],
                     "last": last["contribution"],
+                    **{f"last{end}": last[f"contribution{end}"] for end in ENDS},
                     "change": change,
                     "positive_in": last["positive_in"],
                 }
@@ -111,14 +131,20 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
         summary = {
             "steps": steps,
             "reads": whole[0]["reads"],
-            "margin": {"first": whole[0]["margin"], "last": whole[-1]["margin"]},
+            "margin": {
+                "first": whole[0]["margin"],
+                "last": whole[-1]["margin"],
+                **{f"last{end}": whole[-1][f"margin{end}"] for end in ENDS},
+            },
             "parts": sorted(parts, key=lambda part: -part["last"]),
+            "bootstrap": how_drawn(self.draws["all"]),
         }
+        rows, intervals = apart(rows, "step", "part", self.slice)
         law = (
             "the components' shares sum to the model's own margin of every read, to"
             f" {self.gap:.1g} of margins up to {self.largest:.3g}"
         )
-        return Findings(rows, summary, law)
+        return Findings(rows, summary, law, further={interval_file(type(self)): intervals})
 
     @classmethod
     def size(cls, results: Results[DecompositionOptions]) -> tuple[float, ...]:
@@ -130,9 +156,11 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
         return [
             f"{summary['reads']} reads, steps {summary['steps'][0]} to {summary['steps'][-1]}: the"
             f" mean margin goes from {summary['margin']['first']:.3g} to"
-            f" {summary['margin']['last']:.3g} logits. **{top['part']}** writes most of it at the"
-            f" end, {top['last']:+.3g}. Direct paths alone: what a component does through later"
-            " ones is theirs here."
+            f" {summary['margin']['last']:.3g}{said_between(summary['margin'], 'last', '.3g')}"
+            f" logits. **{top['part']}** writes most of it at the end,"
+            f" {top['last']:+.3g}{said_between(top, 'last', '+.3g')}. Direct paths alone: what a"
+            " component does through later ones is theirs here.",
+            *note(results),
         ]
 
     @classmethod
@@ -142,26 +170,31 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
             "part": "component",
             "first": (f"at {first}", "+.3f"),
             "last": (f"at {last}", "+.3f"),
+            "interval": "95 %",
             "change": ("change", "+.3f"),
             "positive_in": ("positive in", ".1%"),
         }
-        return [Table("Shares of the mean margin", columns, results.summary["parts"], console=8)]
+        parts = results.summary["parts"]
+        rows = [{**part, "interval": between(part, "last", "+.3f")} for part in parts]
+        return [Table("Shares of the mean margin", columns, rows, console=8)]
 
     @classmethod
     def charts(cls, results: Results[DecompositionOptions]) -> list[Chart]:
         by = results.slice
-        shown = ("step", "part", by, "reads", "contribution", "positive_in", "margin")
-        rows = [{key: row[key] for key in shown} for row in results.rows()]
+        columns = ("step", "part", by, "reads", "contribution", "positive_in", "margin")
+        digits = (*columns, *ends_of("contribution"))
+        rows = shown(with_intervals(cls, results), digits)
         whole = [row for row in rows if row[by] == "all"]
         ranked = sorted(results.summary["parts"], key=lambda part: -abs(part["last"]))
         names = [part["part"] for part in ranked[:DRAWN]]
         largest = [row for row in whole if row["part"] in names]
-        apart = [row for row in rows if row[by] != "all" and row["part"] == names[0]]
-        sliced = chart(
+        sliced = [row for row in rows if row[by] != "all" and row["part"] == names[0]]
+        by_slice = chart(
             f"contribution_by_{by}",
             f"{names[0]}, by {by}",
-            {f"by_{by}": apart},
-            lines(f"by_{by}", "contribution", "logits", of_slices(by, apart), shown),
+            {f"by_{by}": sliced},
+            band(f"by_{by}", "contribution", "logits", of_slices(by, sliced)),
+            lines(f"by_{by}", "contribution", "logits", of_slices(by, sliced), digits),
             at_step(),
         )
         return [
@@ -169,15 +202,16 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                 "contributions",
                 "Share of every component in the mean margin",
                 {"shares": whole},
-                *heat("shares", "contribution", shown, whole, of="part"),
+                *heat("shares", "contribution", columns, whole, of="part"),
                 height=20 * len(results.summary["parts"]),
             ),
             chart(
                 "largest_contributions",
                 f"The {len(names)} components that end largest",
                 {"largest": largest},
-                lines("largest", "contribution", "logits", colour("part", names), shown),
+                band("largest", "contribution", "logits", colour("part", names)),
+                lines("largest", "contribution", "logits", colour("part", names), digits),
                 at_step(),
             ),
-            *([sliced] if apart else []),
+            *([by_slice] if sliced else []),
         ]

@@ -302,6 +302,7 @@ class OfCheckpoints(Report[C]):
             self.config,
             options.probe_set,
             splits=options.splits or None,
+            half=options.half,
             checkpoints=self.options.checkpoints,
         )
         self.options.check_task(self.inputs.task)

@@ -36,6 +36,7 @@ from circuit.lazy import alt
 from circuit.options import Option
 from circuit.reports.closure import NOTE, contributions, fit_deltas, fits_table, undetermined
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import ends_of, said_between
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.route_rows import (
     TARGET_SCALARS,
@@ -291,7 +292,8 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
         ]
 
 
-_COMPARED = ("r_squared", "r_squared_held_out", "r_squared_about_zero", "rank")
+_R_SQUARED = ("r_squared", *ends_of("r_squared"), "r_squared_held_out", "r_squared_about_zero")
+_COMPARED = (*_R_SQUARED, "rank")
 _DASHES = ([1, 0], [5, 4], [2, 2])
 _SHOWN = ("source_step", "target_step", "pair_id", "margin_side", "delta", "predicted_delta")
 
@@ -310,7 +312,10 @@ def _bases(results: Results[MarginClosureOptions]) -> str:
     by_basis = results.summary.get("by_basis", {})
     if len(by_basis) < 2:
         return f"Bases: `{results.options.basis}`."
-    values = {basis: cell(of["r_squared"], ".3f") for basis, of in by_basis.items()}
+    values = {
+        basis: cell(of["r_squared"], ".3f") + said_between(of, "r_squared", ".3f")
+        for basis, of in by_basis.items()
+    }
     return (
         f"R² of all rows: {values['refit']} with bases refitted at each checkpoint, whose changes"
         f" of score hold the turning of the basis, {values['source']} with those of the interval's"

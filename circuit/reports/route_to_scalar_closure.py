@@ -25,6 +25,7 @@ from circuit.reports.closure import (
     fits_table,
     undetermined,
 )
+from circuit.reports.intervals import apart, ends_of, shown
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ScalarNames
@@ -141,7 +142,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
             f"every one of {len(scalars)} scalar rows has the route row of its interval and pair,"
             " of the same weights, and no route row is left over"
         )
-        return Findings(fits, summary, law, further={PAIR_ROWS: pair_rows})
+        return Findings(apart(fits)[0], summary, law, further={PAIR_ROWS: pair_rows})
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -264,9 +265,10 @@ def _shown(results: Results[ScalarClosureOptions]) -> list[Row]:
 
 
 def _r_squared(name: str, fits: Sequence[Row]) -> Chart:
-    """Bars of R² by scalar and bucket, a stroke where records are held out."""
-    columns = ("scalar", "switch_bucket", "rows", "r_squared", "r_squared_held_out")
-    data = [{column: fit[column] for column in columns} for fit in fits]
+    """Bars of R² by scalar and bucket with their intervals, a stroke where records are held out."""
+    columns = ("scalar", "switch_bucket", "rows", "r_squared", *ends_of("r_squared"))
+    columns = (*columns, "r_squared_held_out")
+    data = shown(fits, columns)
     buckets = list(dict.fromkeys(row["switch_bucket"] for row in data))
     scalars = list(dict.fromkeys(row["scalar"] for row in data))
     least = min((row["r_squared"] for row in data if row["r_squared"] is not None), default=0.0)
@@ -276,14 +278,17 @@ def _r_squared(name: str, fits: Sequence[Row]) -> Chart:
         yOffset=alt.YOffset("switch_bucket:N").sort(buckets),
         tooltip=exact(*columns),
     )
-    title = "R² (stroke: held out)"
+    title = "R² (line: interval; stroke: held out)"
     x = alt.X("r_squared:Q").title(title).scale(domain=domain)
     held_out = alt.X("r_squared_held_out:Q").title(title).scale(domain=domain)
+    low, high = ends_of("r_squared")
+    interval = alt.X(f"{low}:Q").title(title).scale(domain=domain)
     return chart(
         name,
         "Share of each scalar's changes that changes of route scores explain",
         {name: data},
         place.mark_bar(clip=True).encode(x=x, color=colour("switch_bucket", buckets)),
+        place.mark_rule(color="var(--ink)", clip=True).encode(x=interval, x2=f"{high}:Q"),
         place.mark_tick(color="var(--ink)", thickness=2, clip=True).encode(x=held_out),
         height=(14 * len(buckets) + 8) * len(scalars),
     )

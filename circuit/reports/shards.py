@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ def _merged(
                     where=first.report.path.parent,
                     expected=f"{first.start}:{last.end}, as the reports say",
                 )
-        return writer.write(report, kept.findings(windows, report.options.path, series))
+        findings = kept.findings(windows, report.options.path, series)
+        said = {name: of for name, of in first.report.summary.items() if name == "pairs"}
+        return writer.write(report, replace(findings, summary={**findings.summary, **said}))
 
 
 def attribution_arrays(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:

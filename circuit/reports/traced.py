@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from circuit.core.paths import RULES, path_rule
 from circuit.errors import CircuitError
-from circuit.options import Option, ProbeOptions
+from circuit.options import Half, Option, ProbeOptions
 from circuit.reports.report import Report, Results
 from circuit.scalars.family import OwnScalars, ScalarFamily, parse_scalars
 from circuit.train_config import RecipeConfig, RecordedConfig, TrainConfig
@@ -84,6 +84,7 @@ class TracedScalars:
     probe_set: Path | None
     families: tuple[Scalars, ...]
     splits: tuple[str, ...] = ()
+    half: Half | None = None
 
     def inputs(self, run: Replayable) -> Inputs | RecipeInputs:
         """What they are made of, after what the trace does not have is refused.
@@ -100,7 +101,8 @@ class TracedScalars:
             raise CircuitError("is missing", where="`probe_set`")
         for family in self.families:
             family.check_run(run)
-        inputs = traced_inputs(self.config, self.probe_set, run, splits=self.splits or None)
+        splits = self.splits or None
+        inputs = traced_inputs(self.config, self.probe_set, run, splits=splits, half=self.half)
         for family in self.families if inputs.probe is not None else ():
             family.check_task(inputs.task)
         return inputs
@@ -177,7 +179,9 @@ class TracedReport(Report[T]):
         self.run = trace = open_steps(asked.optimizer_trace_dir)
         start, end = asked.within(trace)
         self.options = asked.model_copy(update={"start_step": start, "end_step": end})
-        self.source = TracedScalars(self.config, asked.probe_set, self.followed, asked.splits)
+        self.source = TracedScalars(
+            self.config, asked.probe_set, self.followed, asked.splits, asked.half
+        )
         self.inputs = self.source.inputs(trace)
         of_task = {"benchmark_digest": trace.benchmark_digest} if trace.benchmark_digest else {}
         self.origin = {
@@ -219,7 +223,9 @@ class TracedReport(Report[T]):
         told = {name: fact for name, fact in self.origin.items() if name not in aside}
         of = {"of": [scalar.name for scalar in scalars], "state": self.run.state_digests(end)}
         # a name does not tell all that a word does, nor which records are read
-        asked = self.options.model_dump(mode="json", include={"scalars", "splits"})
+        asked = self.options.model_dump(
+            mode="json", include={"scalars", "splits", "half"}, exclude_none=True
+        )
         return {**told, **of, **asked}
 
     @property

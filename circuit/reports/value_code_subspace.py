@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from circuit import options
 from circuit.artifacts import Row
+from circuit.core.intervals import Interval, RecordDraws
 from circuit.figures.charts import (
     INK,
     Chart,
     at_step,
+    band,
     chart,
     colour,
     exact,
@@ -36,6 +38,18 @@ from circuit.model.readout import Answers, lens, read_answers
 from circuit.model.stages import read_stages
 from circuit.model.subspaces import Basis, check_rank, identity_basis, vector_basis
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import (
+    ENDS,
+    apart,
+    between,
+    ends,
+    ends_of,
+    how_drawn,
+    interval_file,
+    note,
+    shown,
+    with_intervals,
+)
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
 from circuit.tasks.base import Task
@@ -177,6 +191,11 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             right, right_other, right_without = (x == groups for x in (found, other, without))
             is_key = torch.equal(groups, key)
             accuracy_without = None if is_key else _mean(right_without[scored_without])
+            of_readouts = (
+                _interval(right, record, scored),
+                (None, None) if is_key else _interval(right_without, record, scored_without),
+                _interval(seen.is_value, record, torch.ones_like(scored)),
+            )
             yield {
                 "group_by": name,
                 "reads": len(groups),
@@ -198,6 +217,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
                     }
                     for value, chosen in slices.items()
                 },
+                **ends(dict(zip(READOUTS, of_readouts, strict=True))),
             }
 
     def conclude(self, rows: list[Row]) -> Findings:
@@ -214,6 +234,11 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
                 "readable_from_step": first_to_stay(course, "centroid_accuracy"),
                 "lens_readable_from_step": first_to_stay(course, "lens_value_accuracy"),
                 **{f"last_{name}": course[-1][name] for name in (*READOUTS, "identity_projection")},
+                **{
+                    f"last_{name}{end}": course[-1][f"{name}{end}"]
+                    for name in READOUTS
+                    for end in ENDS
+                },
             }
             for group in asked.group_by
             for role in asked.position_roles
@@ -225,12 +250,14 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             "steps": sorted({row["step"] for row in rows}),
             "readable_at_accuracy": READABLE,
             "readout": readout,
+            "bootstrap": how_drawn(RecordDraws(self.batch.row)),
         }
+        rows, intervals = apart(rows, "step", "stage", "position_role", "group_by")
         law = (
             "the lens at final_norm gives the model's own value margins; they differ by at most"
             f" {self.gap:.1e}"
         )
-        return Findings(rows, summary, law)
+        return Findings(rows, summary, law, further={interval_file(type(self)): intervals})
 
     @classmethod
     def size(cls, results: Results[SubspaceOptions]) -> tuple[float, ...]:
@@ -244,20 +271,20 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             f" {READABLE} and stays so; -: it is not. Centroid: nearest centroid (cosine) of the"
             " other reads; other records: without the read's whole record; key removed: after the"
             " mean of the reads with the same query key is subtracted; lens: the answer is the"
-            " stage lens's best value. Dotted in the charts: the model's own answer."
+            " stage lens's best value. Dotted in the charts: the model's own answer.",
+            *note(results),
         ]
 
     @classmethod
     def tables(cls, results: Results[SubspaceOptions]) -> list[Table]:
         place = {"group_by": "by", "position_role": "role", "stage": "stage"}
-        readable: Columns = {
+        readable: dict[str, Sequence[str]] = {
             **place,
             "readable_from_step": "centroid from",
             "lens_readable_from_step": "lens from",
-            "last_centroid_accuracy": ("centroid", ".1%"),
-            "last_centroid_accuracy_key_removed": ("key removed", ".1%"),
-            "last_lens_value_accuracy": ("lens", ".1%"),
         }
+        for name, words in zip(READOUTS, ("centroid", "key removed", "lens"), strict=True):
+            readable |= {f"last_{name}": (words, ".1%"), f"{name}_between": "95 %"}
         accuracies = {
             "centroid_accuracy": "centroid",
             "centroid_accuracy_other_records": "other records",
@@ -274,7 +301,11 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             **place,
             **{n: (t, ".3f") for n, t in accuracies.items()},
         }
-        readout, last = results.summary["readout"], results.summary["steps"][-1]
+        last = results.summary["steps"][-1]
+        readout = [
+            {**of, **{f"{name}_between": between(of, f"last_{name}", ".1%") for name in READOUTS}}
+            for of in results.summary["readout"]
+        ]
         title = f"Readable: accuracy at least {READABLE} from that step to {last}"
         rows = [{name: row[name] for name in by_step} for row in results.rows()]
         return [
@@ -285,7 +316,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
     @classmethod
     def charts(cls, results: Results[SubspaceOptions]) -> list[Chart]:
         """Accuracy of three readouts over steps, one line a stage, for every role and grouping."""
-        rows = [{name: row[name] for name in DRAWN} for row in results.rows()]
+        rows = shown(with_intervals(cls, results), (*DRAWN, *ends_of(*READOUTS)))
         views: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
             views.setdefault((row["position_role"], row["group_by"]), []).append(row)
@@ -308,13 +339,14 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             for column, words in READOUTS.items():
                 if all(row[column] is None for row in data):
                     continue
+                shade = colour("stage", stages)
                 curve = lines(
-                    *(name, column, "accuracy", colour("stage", stages), DRAWN),
+                    *(name, column, "accuracy", shade, (*DRAWN, *ends_of(column))),
                     domain=[0, 1],
                     dashed=last_dashed("stage", stages),
                 )
                 title = f"{group} at {role}: {words}"
-                layers = (curve, model, at_step())
+                layers = (band(name, column, "accuracy", shade), curve, model, at_step())
                 drawn.append(chart(f"{name}_{column}", title, {name: data}, *layers, height=180))
         return drawn
 
@@ -337,3 +369,10 @@ def _share(unit: Vectors, basis: Basis) -> float:
 def _mean(values: Tensor) -> float | None:
     """The mean; None of nothing."""
     return float(values.double().mean()) if len(values) else None
+
+
+def _interval(right: Tensor, record: Tensor, scored: Tensor) -> Interval:
+    """Of the share of some reads that are read right."""
+    if not scored.any():
+        return None, None
+    return RecordDraws(record[scored]).means(right[scored, None])[0]

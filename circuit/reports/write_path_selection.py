@@ -85,6 +85,7 @@ class WritePathSelection(Report[WritePathOptions]):
             self.config,
             options.probe_set,
             splits=options.splits or None,
+            half=options.half,
             checkpoints=[options.checkpoint],
         )
         options.check_task(self.inputs.task)

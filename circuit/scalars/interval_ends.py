@@ -149,8 +149,7 @@ class Intervals:
             CircuitError: the probe records do not give a row's pair.
         """
         types = tuple(dict.fromkeys(row.pair_type for row in self.first))
-        most = max(len(inputs.batch), 1)
-        options = PairOptions(pair_types=types, max_pairs_per_type=most, min_pairs_per_type=0)
+        options = PairOptions(pair_types=types, all_reads=True, min_pairs_per_type=0)
         by_id = {pair.pair_id: pair for pair in inputs.pairs(options)}
         for row in self.first:
             if row.pair_id not in by_id:

@@ -7,6 +7,7 @@ they are, for causality makes them irrelevant. It is parsed up to that answer.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def build_pairs(
     records: Sequence[Record],
     *,
     types: Sequence[str] | None = None,
-    max_per_type: int,
+    max_per_type: int | None,
     min_per_type: int = 1,
 ) -> PairSet:
     """Scan the records in order, their questions in order, and build the pairs of each type.
@@ -79,7 +80,7 @@ def build_pairs(
         task: of the records.
         records: the clean ones.
         types: some of the task's (all by default); the result has this order.
-        max_per_type: the scan for a type ends with this many pairs.
+        max_per_type: the scan for a type ends with this many pairs; None takes all.
         min_per_type: fewer are an error.
 
     Raises:
@@ -87,16 +88,17 @@ def build_pairs(
             has fewer than `min_per_type` pairs (the reasons for skipping are listed).
     """
     types = tuple(task.pair_types) if types is None else types
-    check_pair_types(task, types, max_per_type, min_per_type)
+    most = math.inf if max_per_type is None else max_per_type
+    check_pair_types(task, types, most, min_per_type)
     pairs: dict[str, list[Pair]] = {kind: [] for kind in types}
     skipped: dict[str, Counter[str]] = {kind: Counter() for kind in types}
     for record in records:
-        wanting = [kind for kind in types if len(pairs[kind]) < max_per_type]
+        wanting = [kind for kind in types if len(pairs[kind]) < most]
         if not wanting:
             break
         for question in task.parse(record).questions:
             for kind in wanting:
-                if len(pairs[kind]) == max_per_type:
+                if len(pairs[kind]) == most:
                     continue
                 try:
                     pairs[kind].append(_pair(task, kind, record, question))
@@ -162,7 +164,7 @@ def record_of(pair_id: str) -> str:
 
 
 def check_pair_types(
-    task: Task | type[Task], types: Sequence[str], max_per_type: int = 1, min_per_type: int = 1
+    task: Task | type[Task], types: Sequence[str], max_per_type: float = 1, min_per_type: int = 1
 ) -> None:
     """Refuse pair types that do not exist, and limits that contradict each other.
 

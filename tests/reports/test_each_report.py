@@ -22,6 +22,7 @@ from circuit.artifacts import read_jsonl
 from circuit.config import digest_of
 from circuit.figures.charts import Chart, chart, colour, equals
 from circuit.options import CheckpointOptions, Option
+from circuit.reports.intervals import ENDS, interval_file, with_intervals
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.runs.opening import open_run
@@ -128,6 +129,38 @@ def test_rows_are_tables_with_steps_as_integers(written: Written, command: str) 
         for key, value in (item for row in rows for item in row.items()):
             if key == "step" or key.endswith("_step"):
                 assert value is None or type(value) is int, (path.name, key)
+
+
+def objects_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object within a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            yield from objects_of(inner)
+
+
+@every_report
+def test_intervals_stand_around_the_numbers_that_they_are_of(
+    written: Written, command: str
+) -> None:
+    """Those of means hold the mean; a fraction or R² may lie outside of its percentiles."""
+    result = written(command)
+    rows = list(read_report(result.report).results.rows())
+    if interval_file(result.kind) in (path.name for path in result.rows):
+        of_rows = read_jsonl(result.report.with_name(interval_file(result.kind)))
+        for row, of_row in zip(rows, of_rows, strict=True):
+            assert [row[key] for key in of_row if not key.endswith(ENDS)] == [
+                of_row[key] for key in of_row if not key.endswith(ENDS)
+            ]
+        rows = with_intervals(result.kind, read_report(result.report).results)
+    for one in objects_of([dict(result.summary), *rows]):
+        for name in (key.removesuffix("_low") for key in one if key.endswith("_low")):
+            value, low, high = (one[f"{name}{end}"] for end in ("", "_low", "_high"))
+            if None not in (low, high):
+                assert low <= high, name
+                if not name.startswith(("rescue", "r_squared")):
+                    assert low - 1e-6 <= value <= high + 1e-6, name
 
 
 @every_report

@@ -13,6 +13,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from circuit.artifacts import read_jsonl
+from circuit.core.intervals import RecordDraws
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
 from circuit.model.stages import patch, read_stages, stage_names
@@ -171,6 +172,11 @@ def test_rows_and_means_are_those_of_the_reads(model: HookedTransformer, tiny: B
         drop = chosen["baseline_answer_correct"].mean() - chosen["intervened_answer_correct"].mean()
         assert mean.answer_accuracy_drop == pytest.approx(drop)
         assert 0 < mean.subspace_share < 1
+        drops = chosen["baseline_margin"] - chosen["intervened_margin"]
+        values = torch.tensor([drops.tolist(), chosen["subspace_share"].tolist()]).double().T
+        margin, share = RecordDraws(chosen["sample_id"].tolist()).means(values)
+        assert (mean.margin_drop_low, mean.margin_drop_high) == pytest.approx(margin)
+        assert (mean.subspace_share_low, mean.subspace_share_high) == pytest.approx(share)
 
 
 @pytest.mark.usefixtures("trained")

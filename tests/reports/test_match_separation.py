@@ -15,6 +15,7 @@ import torch
 
 from circuit.artifacts import read_jsonl
 from circuit.config import load_config
+from circuit.core.intervals import RecordDraws
 from circuit.reports.bilinear_qk_match_separation import gap_to_attention, summarize
 from circuit.reports.inputs import open_inputs
 from circuit.scalars.qk_match import ReadMasks
@@ -52,6 +53,7 @@ def loop(step: int, layer: int, head: int, rank: int | None, biases: bool) -> di
         u, v = u[:, :rank], vh[:rank].T
         product = u @ u.T @ product @ v @ v.T
     found: dict[str, dict[str, list[float]]] = {}
+    record_of: dict[str, list[str]] = {}
     values = study.vocabulary.value_ids
     for record in study.records:
         with torch.no_grad():
@@ -78,12 +80,18 @@ def loop(step: int, layer: int, head: int, rank: int | None, biases: bool) -> di
                 "top_singular_value": float(sigma[0]),
             }
             for group in ("all", str(read.lag)):
+                record_of.setdefault(group, []).append(record.sample_id)
                 for name, value in columns.items():
                     found.setdefault(group, {}).setdefault(name, []).append(value)
-    return {
-        group: {"reads": len(columns["separation"])} | {n: fmean(v) for n, v in columns.items()}
-        for group, columns in found.items()
-    }
+    measured = {}
+    for group, columns in found.items():
+        measured[group] = {"reads": len(columns["separation"])}
+        measured[group] |= {n: fmean(v) for n, v in columns.items()}
+        for name in ("separation", "support_wins"):
+            of_reads = torch.tensor(columns[name], dtype=torch.float64)[:, None]
+            low, high = RecordDraws(record_of[group]).means(of_reads)[0]
+            measured[group] |= {f"{name}_low": low, f"{name}_high": high}
+    return measured
 
 
 @pytest.fixture
@@ -91,7 +99,8 @@ def measured(circuit: Circuit) -> list[dict[str, Any]]:
     """All heads at three checkpoints, ranks 1 and 3."""
     done = circuit(*STUDY, *points(12, 3, 6), "--rank", "3", "--rank", "1", "--output-dir", "out")
     assert (done.code, done.err) == (0, "")
-    return rows_of("out")
+    intervals = read_jsonl(Path("out") / f"{NAME}_intervals.jsonl")
+    return [{**row, **of} for row, of in zip(rows_of("out"), intervals, strict=True)]
 
 
 def test_the_rows_are_the_loops(measured: list[dict[str, Any]]) -> None:
@@ -164,6 +173,8 @@ def summary_row(head: str, step: int, separation: float, score: str = "rank8") -
         "score": score,
         "lag": "all",
         "separation": separation,
+        "separation_low": None,
+        "separation_high": None,
         "answer_margin": 1.0,
         "support_wins": 0.5,
         "top_singular_value": separation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -157,7 +158,8 @@ def test_the_source_s_basis_is_taken_at_both_ends() -> None:
     assert result.summary["by_basis"] == by_basis
     assert list(by_basis) == ["refit", "source"]
     assert result.summary["fits"]["all rows"]["r_squared"] == by_basis["source"]["r_squared"]
-    assert f"{by_basis['source']['r_squared']:.3f} with those of the interval's" in result.notes[1]
+    (said,) = re.findall(r"(\S+) \(\S+ to \S+\) with those of the interval's", result.notes[1])
+    assert said == f"{by_basis['source']['r_squared']:.3f}"
     scalar(**MOVING)
     assert "(basis: source)" in (CLOSURE / "route_to_scalar_closure_report.md").read_text()
 

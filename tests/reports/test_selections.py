@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from circuit.artifacts import dump_rows, read_jsonl
 from circuit.config import load_config
 from circuit.errors import CircuitError
 from circuit.model.readout import read_answers
+from circuit.options import Half
+from circuit.reports.bilinear_qk_match_separation import MatchSeparation, SeparationOptions
 from circuit.reports.head_selection import HeadSelection, HeadSelectionOptions
-from circuit.reports.inputs import open_inputs
+from circuit.reports.inputs import halved, open_inputs
 from circuit.reports.ranking import name_roles, rank_candidates
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.write_path_selection import (
@@ -29,6 +32,7 @@ from circuit.reports.write_path_selection import (
 from circuit.scalars.answers import FIXED_SOURCE, Competitors, answer_scalars
 from circuit.scalars.base import evaluate_scalar
 from circuit.scalars.functional_write import FunctionalWrite, WriteReads, readout_gradient
+from circuit.tasks.base import Record
 from circuit.train_config import TrainConfig
 
 SCORES = st.dictionaries(
@@ -139,6 +143,91 @@ def test_rows_of_another_report_are_refused() -> None:
     asked = HeadSelectionOptions(separation_rows=path, start_step=0, end_step=8)
     with pytest.raises(CircuitError, match="holds rows of weight-svd-trace; expected rows of bil"):
         run_report(HeadSelection, None, asked, "out")
+
+
+def halves(run: Path, **of_odd: Any) -> dict[str, ReportResult]:
+    """A scan of each half of the probe records."""
+    config, scans = load_config(run / "run_config.json", TrainConfig), {}
+    for half, more in (("even", {}), ("odd", of_odd)):
+        asked = SeparationOptions(
+            probe_set=run / "analysis" / "probe_set.jsonl",
+            checkpoint_dir=run / "checkpoints",
+            ranks=(2,),
+            **{"half": half, **more},
+        )
+        scans[half] = run_report(MatchSeparation, config, asked, half)
+    return scans
+
+
+def choose(even: ReportResult, odd: ReportResult) -> ReportResult:
+    asked = HeadSelectionOptions(
+        separation_rows=even.rows[0],
+        held_out_rows=odd.rows[0],
+        start_step=3,
+        end_step=12,
+        score="rank2",
+    )
+    return run_report(HeadSelection, None, asked, "out", overwrite=True)
+
+
+def test_heads_that_one_half_chose_are_measured_on_the_other(trained: Path) -> None:
+    scans = halves(trained)
+    chosen = choose(scans["even"], scans["odd"])
+    plain = HeadSelectionOptions(
+        separation_rows=scans["even"].rows[0], start_step=3, end_step=12, score="rank2"
+    )
+    alone = run_report(HeadSelection, None, plain, "alone")
+    heads = {role: of["head"] for role, of in chosen.summary["selected"].items()}
+    assert heads == {role: of["head"] for role, of in alone.summary["selected"].items()}
+    scanned, intervals = (read_jsonl(path) for path in scans["odd"].rows)
+    there = {
+        row["head"]: {**row, **of}
+        for row, of in zip(scanned, intervals, strict=True)
+        if (row["score"], row["lag"], row["step"]) == ("rank2", "all", 12)
+    }
+    for row in read_jsonl(chosen.rows[0]):
+        for end in ("", "_low", "_high"):
+            found = row[f"held_out_separation_at_end{end}"]
+            assert found == there[row["head"]][f"separation{end}"]
+    winner = chosen.summary["selected"]["winner"]
+    assert f"its separation is {winner['held_out_separation_at_end']:.4g} (" in chosen.notes[1]
+    assert [table.title for table in chosen.tables[2:]] == ["In the other half"]
+    assert not any(name.startswith("held_out") for name in read_jsonl(alone.rows[0])[0])
+
+
+def test_the_halves_of_a_probe_set_share_no_record_and_no_copy(trained: Path) -> None:
+    scans = halves(trained)
+    assert sum(scan.summary["reads"] for scan in scans.values()) == len(
+        open_inputs(
+            load_config(trained / "run_config.json", TrainConfig),
+            trained / "analysis/probe_set.jsonl",
+        ).reads()
+    )
+    own = [Record(f"r{i}", "s", (i,)) for i in range(5)]
+    records = [*own, *(replace(r, sample_id=f"c{r.sample_id}", source_id=r.sample_id) for r in own)]
+    even, odd = (halved(records, half) for half in get_args(Half))
+    assert [r.sample_id for r in even] == ["r0", "r2", "r4", "cr0", "cr2", "cr4"]
+    assert [r.sample_id for r in odd] == ["r1", "r3", "cr1", "cr3"]
+    assert halved(records, None) == records
+    # a copy whose source is not there goes by its own place, and others of that source with it
+    copies = [*records[5:], replace(records[5], sample_id="again")]
+    assert [r.sample_id for r in halved(copies, "even")] == ["cr0", "cr2", "cr4", "again"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"half": "even"}, "the scans are of even and even; expected one of even, one of odd"),
+        ({"half": None}, "the scans are of even and both halves"),
+        ({"layernorm_mode": "none"}, "the scans differ in layernorm_mode: head_ln1 and none"),
+    ],
+)
+def test_scans_that_are_not_of_two_halves_are_refused(
+    trained: Path, changes: dict[str, Any], said: str
+) -> None:
+    scans = halves(trained, **changes)
+    with pytest.raises(CircuitError, match=said):
+        choose(scans["even"], scans["odd"])
 
 
 def options(run: Path, **more: Any) -> WritePathOptions:

@@ -1,0 +1,87 @@
+"""Intervals of a report's numbers: where they are written, and how tables and charts show them.
+
+A row is measured with `<column>_low` and `<column>_high` of its numbers, by
+circuit/core/intervals.py. Written, they stand in a file of their own, line for line beside the
+rows, whose columns stay what they are. Reports of earlier versions have none, and show none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from circuit.artifacts import Row
+from circuit.core.intervals import DRAWS, Interval, RecordDraws
+from circuit.reports.report import Report, Results
+from circuit.reports.tables import cell
+
+ENDS = ("_low", "_high")
+
+
+def ends(intervals: Mapping[str, Interval]) -> dict[str, float | None]:
+    """Low and high of some numbers as columns of a row."""
+    return {
+        f"{name}{end}": value
+        for name, of in intervals.items()
+        for end, value in zip(ENDS, of, strict=True)
+    }
+
+
+def ends_of(*columns: str) -> tuple[str, ...]:
+    """The names of the ends' columns."""
+    return tuple(f"{column}{end}" for column in columns for end in ENDS)
+
+
+def apart(rows: Sequence[Row], *keys: str) -> tuple[list[Row], list[Row]]:
+    """Rows without the ends of their intervals, and the ends behind what tells the rows apart."""
+    kept = [{name: row[name] for name in row if not name.endswith(ENDS)} for row in rows]
+    return kept, [{n: row[n] for n in row if n in keys or n.endswith(ENDS)} for row in rows]
+
+
+def interval_file(kind: type[Report[Any]]) -> str:
+    """The name of a report's file of intervals."""
+    return f"{kind.stem()}_intervals.jsonl"
+
+
+def how_drawn(draws: RecordDraws) -> dict[str, Any]:
+    """What a summary says of the intervals, as `bootstrap`."""
+    return {"records": draws.records, "draws": DRAWS}
+
+
+def with_intervals(kind: type[Report[Any]], results: Results[Any]) -> list[Row]:
+    """The rows that were written, each with its intervals where there are any."""
+    rows = list(results.rows())
+    if "bootstrap" not in results.summary:
+        return rows
+    of_rows = results.rows(interval_file(kind))
+    return [{**row, **of_row} for row, of_row in zip(rows, of_rows, strict=True)]
+
+
+def note(results: Results[Any]) -> list[str]:
+    """A paragraph on what the intervals are; none where there are none."""
+    said = results.summary.get("bootstrap")
+    if said is None:
+        return []
+    if said["records"] < 2:
+        return ["One record: there is no interval."]
+    return [
+        f"Intervals are 95 % percentiles of {said['draws']} bootstrap draws of whole records"
+        f" ({said['records']} of them)."
+    ]
+
+
+def between(row: Mapping[str, Any], column: str, spec: str) -> str | None:
+    """The interval of a number for a table: `0.28 to 0.35`; None where there is none."""
+    low, high = (row.get(name) for name in ends_of(column))
+    return None if low is None or high is None else f"{cell(low, spec)} to {cell(high, spec)}"
+
+
+def said_between(row: Mapping[str, Any], column: str, spec: str) -> str:
+    """The same behind a number in a sentence: ` (0.28 to 0.35)`; nothing where there is none."""
+    interval = between(row, column, spec)
+    return f" ({interval})" if interval else ""
+
+
+def shown(rows: Iterable[Row], columns: Sequence[str]) -> list[Row]:
+    """Some columns of rows, for a chart; null where a report of an earlier version lacks one."""
+    return [{name: row.get(name) for name in columns} for row in rows]
