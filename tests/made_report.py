@@ -10,15 +10,21 @@ from typing import Any
 from circuit.config import digest_of
 
 
-def made_report(path: str | Path, command: str, summary: Mapping[str, Any]) -> Path:
+def made_report(
+    path: str | Path,
+    command: str,
+    summary: Mapping[str, Any],
+    parameters: Mapping[str, Any] | None = None,
+    **provenance: Any,
+) -> Path:
     """Writes it as `run_report` would."""
     payload = {
         "schema_version": 2,
         "command": command,
-        "parameters": {},
+        "parameters": dict(parameters or {}),
         "law": "",
         "summary": dict(summary),
-        "provenance": {"started_unix": 0.0},
+        "provenance": {"started_unix": 0.0, **provenance},
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -294,7 +294,8 @@ def band(
         x=steps(),
         y=alt.Y(f"{y}_low:Q").title(y_title),
         y2=f"{y}_high:Q",
-        color=shade,
+        # not as the colour, whose legend has the symbols of the lines
+        fill=alt.Fill(**{**shade.to_dict(), "legend": None}),
     )
     return drawn
 

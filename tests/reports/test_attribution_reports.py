@@ -26,7 +26,9 @@ from circuit.reports.bilinear_qk_rank_adam_state_attribution import (
 from circuit.reports.inputs import traced_inputs
 from circuit.reports.report import ReportResult, run_report
 from circuit.scalars.base import evaluate_scalar
+from circuit.scalars.family import parse_scalars
 from circuit.scalars.qk_match import QKMatch, QKMatches
+from circuit.tasks.pairs import build_pairs
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.trace.replay import ReplayedRun
 from circuit.train_config import TrainConfig
@@ -198,6 +200,27 @@ def test_options_choose_what_is_scored(qk: Attribute, traced: Path) -> None:
     with torch.no_grad():
         value = float(evaluate_scalar(scalar_of(**everything), model).mean())
     assert rows_of("out")[0]["before"] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_all_reads_are_those_that_make_a_pair_and_no_number_stands_beside_it(qk: Attribute) -> None:
+    types = {"pair_types": ("query_key", "support_value"), "start_step": 4, "end_step": 5}
+    some, every = (
+        qk(name, **types, **more)
+        for name, more in (
+            ("some", {"max_pairs_per_type": 5}),
+            ("every", {"all_reads": True}),
+        )
+    )
+    inputs = traced_inputs(load_config(CONFIG, TrainConfig), PROBES, ReplayedRun.open("trace"))
+    built = build_pairs(inputs.task, inputs.records, types=types["pair_types"], max_per_type=999)
+    assert (some.summary["pairs"], every.summary["pairs"]) == ([10], [len(built.pairs)])
+    assert every.notes[0].startswith(f"Means over {len(built.pairs)} pairs. ")
+    typed = parse_scalars("qk_match,all_reads=true,min_route_pairs_per_type=99")
+    assert isinstance(typed, QKMatches)
+    assert typed.most_pairs_per_type is None
+    said = "5 beside `all_reads`; give one of the two"
+    with pytest.raises(CircuitError, match=f"`max_pairs_per_type`: {said}"):
+        options(**types, all_reads=True, max_pairs_per_type=5)
 
 
 SHARDS = {"one": (0, 5), "two": (5, 8), "three": (8, 12)}

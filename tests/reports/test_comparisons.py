@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from made_report import made_report
+from scipy.stats import ttest_1samp
 
 from circuit.artifacts import dump_rows, read_jsonl
 from circuit.errors import CircuitError
@@ -16,6 +17,7 @@ from circuit.reports.cross_seed_comparison import CrossSeedComparison, CrossSeed
 from circuit.reports.optimizer_comparison import OptimizerComparison, OptimizerComparisonOptions
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.seed_spread import SeedSpread, SeedSpreadOptions, spread
+from circuit.train_config import load_run_config
 
 
 @pytest.fixture(autouse=True)
@@ -259,14 +261,128 @@ def test_plain_runs_are_compared_by_the_seeds_of_their_configs(
     result = spread_of(runs)
     assert result.summary["seeds"] == [1, 2, 3]
     for split in ("validation_iid", "heldout_pairs"):
+        low, high = ttest_1samp(list(values.values()), 0).confidence_interval()
         assert result.summary["splits"][split]["answer_accuracy"] == pytest.approx(
-            {"mean": 0.5, "sd": 0.3, "least": 0.2, "most": 0.8}
+            {"mean": 0.5, "sd": 0.3, "least": 0.2, "most": 0.8, "mean_low": low, "mean_high": high}
         )
     assert result.law.endswith("to 0")
     assert {(row["seed"], row["step"]) for row in read_jsonl(result.rows[0])} == {
         (seed, step) for seed in values for step in (0, 12)
     }
-    assert spread([0.5]) == {"mean": 0.5, "sd": None, "least": 0.5, "most": 0.5}
+    alone = {"mean": 0.5, "sd": None, "least": 0.5, "most": 0.5}
+    assert spread([0.5]) == alone | {"mean_low": None, "mean_high": None}
+
+
+LATE = {1: 0, 2: 4, 3: 8}
+"""How much later the run of each seed forms."""
+
+
+def role_reports(folder: Path, seed: int, **asked: Any) -> list[Path]:
+    """Scan and decomposition of a run, which are functions of the steps since it formed alone."""
+    digest = load_run_config(folder / "run_config.json").recipe_digest()
+    told = {"recipe_digest": digest, "probe_set_sha256": "0", "slice": "lag"}
+    head, since = f"L1H{seed}", {step: step - LATE[seed] for step in range(0, 25, 4)}
+    scan = [
+        {"step": step, "head": one, "score": score, "lag": lag, "separation": sign * offset**2}
+        for step, offset in since.items()
+        for one, score, lag, sign in (
+            *((head, "rank8", "all", 1), (head, "full", "all", 9)),
+            *((head, "rank8", "1", 9), ("L0H0", "rank8", "all", 9)),
+        )
+    ]
+    shares = [
+        {"step": step, "part": part, "lag": lag, "contribution": sign * offset}
+        for step, offset in since.items()
+        for part, lag, sign in (("b_U", "all", 9), ("L1MLP", "all", 1), ("L1MLP", "2", 9))
+    ]
+    paths = []
+    for command, rows, summary in (
+        ("bilinear-qk-match-separation", scan, {"winner": {"head": head, "score": "rank8"}}),
+        ("path-logit-decomposition", shares, {"parts": [{"part": "b_U"}, {"part": "L1MLP"}]}),
+    ):
+        stem = f"{folder}/{command}/{command.replace('-', '_')}"
+        parameters = {"probe_set": f"{folder}/probe_set.jsonl", **asked}
+        paths.append(made_report(f"{stem}_report.json", command, summary, parameters, **told))
+        Path(f"{stem}_rows.jsonl").write_text(dump_rows(rows))
+    return paths
+
+
+def forming_runs(train_payload: Callable[..., dict[str, Any]]) -> tuple[list[Path], list[Path]]:
+    """Runs whose reads of lag 2 are answered from step 4 on, or as much later; their reports."""
+    runs, reports = [], []
+    for seed, late in LATE.items():
+        folder = plain_run(f"of {seed}", train_payload, seed, 0.5)
+        slices = [
+            {"lag": {"1": {"answer_accuracy": 1.0}, "2": {"answer_accuracy": share}}}
+            for share in (0.1, 0.7)
+        ]
+        rows = [
+            {"kind": "evaluation", "step": step, "split": split, **dict.fromkeys(MEASURES, 0.5)}
+            | {"by_slice": slices[step >= late + 4]}
+            for step in range(0, 25, 4)
+            for split in ("validation_iid", "heldout_pairs")
+        ]
+        (folder / "metrics.jsonl").write_text(dump_rows(rows))
+        runs.append(folder)
+        reports += role_reports(folder, seed)
+    return runs, reports
+
+
+def roles_of(runs: list[Path], reports: list[Path], **asked: Any) -> ReportResult:
+    chosen = SeedSpreadOptions(runs=tuple(runs), reports=tuple(reports), **asked)
+    return run_report(SeedSpread, None, chosen, "out", overwrite=True)
+
+
+def test_what_only_begins_later_is_equal_once_it_is_aligned(
+    train_payload: Callable[..., dict[str, Any]],
+) -> None:
+    runs, reports = forming_runs(train_payload)
+    found = roles_of(runs, reports).summary
+    assert found["formed_at"] == {"1": 4, "2": 8, "3": 12}
+    assert found["components"]["best-matching head"] == {"1": "L1H1", "2": "L1H2", "3": "L1H3"}
+    assert set(found["components"]["strongest writer"].values()) == {"L1MLP"}, "no constant"
+    means = [(of["role"], of["offset"]) for of in found["roles"]]
+    # from the first to the last step at which all of them were measured
+    assert [offset for role, offset in means if role == "strongest writer"] == [-4, 0, 4, 8, 12]
+    for of in found["roles"]:
+        value = of["offset"] + 4 if of["role"] == "strongest writer" else (of["offset"] + 4) ** 2
+        assert (of["seeds"], of["mean"]) == (3, value)
+        assert (of["mean_low"], of["mean_high"]) == pytest.approx((value, value))
+    never = roles_of(runs, reports, formed_share=0.8).summary
+    assert set(never["formed_at"].values()) == {None}
+    assert never["roles"] == []
+    at_once = roles_of(runs, reports, formed_value=1).summary
+    assert set(at_once["formed_at"].values()) == {0}
+    (begin,) = (m for m in at_once["roles"] if (m["role"], m["offset"]) == (means[0][0], 0))
+    squares = [float(late**2) for late in LATE.values()]
+    interval = ttest_1samp(squares, 0).confidence_interval()
+    assert (begin["mean_low"], begin["mean_high"]) == pytest.approx(tuple(interval))
+
+
+def test_reports_that_are_not_one_of_each_run_asked_alike_are_refused(
+    train_payload: Callable[..., dict[str, Any]],
+) -> None:
+    runs, reports = forming_runs(train_payload)
+    for given, said in (
+        ([*runs[:2]], "is of none of the runs"),
+        ([*runs], "a second bilinear-qk-match-separation of seed 1"),
+    ):
+        with pytest.raises(CircuitError, match=said):
+            roles_of(given, [*reports, made_copy(reports[0])])
+    with pytest.raises(CircuitError, match="`formed_value`: no lag is 3; expected one of 1, 2"):
+        roles_of(runs, reports, formed_value=3)
+    role_reports(runs[2], 3, half="even")
+    with pytest.raises(CircuitError, match="was asked otherwise than of 1/bilinear"):
+        roles_of(runs, reports)
+    with pytest.raises(CircuitError, match="is of head-selection; expected a report of bilinear"):
+        roles_of(runs, [made_report("a_report.json", "head-selection", {})])
+
+
+def made_copy(report: Path) -> Path:
+    copy = Path("copy") / report.name
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text(report.read_text())
+    return copy
 
 
 def test_runs_of_another_recipe_or_of_one_seed_are_no_spread(
