@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from circuit import options
 from circuit.artifacts import Row
+from circuit.core.intervals import RecordDraws
 from circuit.errors import CircuitError
 from circuit.figures.charts import Chart
 from circuit.lazy import torch
@@ -21,6 +22,15 @@ from circuit.model.components import Component, Hook, all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.model.stages import run_from, stage_hook
 from circuit.reports.inputs import Checkpointed, open_inputs
+from circuit.reports.intervals import (
+    apart,
+    ends,
+    ends_of,
+    how_drawn,
+    interval_file,
+    note,
+    said_between,
+)
 from circuit.reports.ranking import ranked_bars, ranked_rows, selected, selection_tables
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Columns, Table
@@ -33,6 +43,7 @@ from circuit.scalars.functional_write import (
     readout_gradient,
 )
 from circuit.tasks.examples import Examples
+from circuit.tasks.pairs import record_of
 from circuit.train_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -105,12 +116,15 @@ class WritePathSelection(Report[WritePathOptions]):
         batch = self.inputs.side(self.pairs, self.options.record_side)
         values = self.inputs.task.choices
         writes = final_writes(model, batch, role, values)
+        self.draws = RecordDraws([record_of(pair.pair_id) for pair in self.pairs])
+        intervals = self.draws.means(torch.stack(list(writes.values()), 1))
         columns = {
             path: {
                 "final_write": float(write.mean()),
                 "positive_share": float((write > 0).double().mean()),
+                **ends({"final_write": interval}),
             }
-            for path, write in writes.items()
+            for (path, write), interval in zip(writes.items(), intervals, strict=True)
         }
         scores = {path: of_path["final_write"] for path, of_path in columns.items()}
         rows = ranked_rows("path", scores, columns)
@@ -126,13 +140,16 @@ class WritePathSelection(Report[WritePathOptions]):
             "step": self.step,
             "pairs": len(self.pairs),
             "candidates": len(rows),
-            "selected": selected("path", rows, "final_write"),
+            "selected": selected("path", rows, "final_write", *ends_of("final_write")),
+            "bootstrap": how_drawn(self.draws),
         }
         law = (
             f"the write of {rows[0]['path']}, all heads ablated in one batch, is that of this path"
             f" alone, to {self.gap:.1g} of writes up to {self.largest:.3g}, in every pair"
         )
-        return Findings(rows, summary, law, provenance={"weights_sha256": self.digest})
+        rows, intervals = apart(rows, "path")
+        further = {interval_file(type(self)): intervals}
+        return Findings(rows, summary, law, further, {"weights_sha256": self.digest})
 
     def provenance(self) -> dict[str, str]:
         return self.inputs.provenance()
@@ -142,8 +159,9 @@ class WritePathSelection(Report[WritePathOptions]):
         summary, winner = results.summary, results.summary["selected"]["winner"]
         return [
             f"{summary['candidates']} paths, {summary['pairs']} pairs, step {summary['step']}. The"
-            f" write of **{winner['path']}** is read out most: {winner['final_write']:+.4g} logits"
-            " of margin."
+            f" write of **{winner['path']}** is read out most: {winner['final_write']:+.4g}"
+            f"{said_between(winner, 'final_write', '+.4g')} logits of margin.",
+            *note(results),
         ]
 
     @classmethod

@@ -163,6 +163,26 @@ def test_intervals_stand_around_the_numbers_that_they_are_of(
                     assert low - 1e-6 <= value <= high + 1e-6, name
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bilinear-qk-match-separation",
+        "geometry-subspace-intervention",
+        "path-logit-decomposition",
+    ],
+)
+def test_one_record_has_no_interval(written: Written, tmp_path: Path, command: str) -> None:
+    written(command)
+    options = options_of(command).model_copy(update={"max_records": 1})
+    result = run_report(KINDS[command], open_run(RUN), options, tmp_path / "out")
+    assert result.summary["bootstrap"]["records"] == 1
+    assert "One record: there is no interval." in result.notes
+    rows = [*objects_of(dict(result.summary)), *(r for p in result.rows for r in read_jsonl(p))]
+    found = [v for row in rows for name, v in row.items() if name.endswith(ENDS)]
+    assert found
+    assert set(found) == {None}
+
+
 @every_report
 def test_its_markdown_shows_every_chart_and_table(written: Written, command: str) -> None:
     result = written(command)
