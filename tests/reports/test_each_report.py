@@ -163,6 +163,39 @@ def test_intervals_stand_around_the_numbers_that_they_are_of(
                     assert low - 1e-6 <= value <= high + 1e-6, name
 
 
+def without_ends(value: Any) -> Any:
+    """A JSON value as it was before there were intervals."""
+    if isinstance(value, list):
+        return [without_ends(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {n: of for n, of in value.items() if n != "bootstrap" and not n.endswith(ENDS)}
+    return {name: without_ends(of) for name, of in kept.items()}
+
+
+# whose rows have had them from the first
+@pytest.mark.parametrize("command", sorted(KINDS.keys() - {"value-code-transfer-rescue"}))
+def test_a_report_without_intervals_is_shown(
+    written: Written, tmp_path: Path, command: str
+) -> None:
+    result = written(command)
+    for path in result.rows:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / interval_file(result.kind)).unlink(missing_ok=True)
+    payload = json.loads(result.report.read_text())
+    del payload["digest"]
+    old = payload | {"summary": without_ends(payload["summary"])}
+    path = tmp_path / result.report.name
+    path.write_text(json.dumps({**old, "digest": digest_of(old)}))
+    results = read_report(path).results
+    assert len(result.kind.notes(results)) <= len(result.notes)
+    tables = result.kind.tables(results)
+    assert [table.title for table in tables] == [table.title for table in result.tables]
+    assert all(table.markdown() for table in tables)
+    charts = result.kind.charts(results)
+    assert {f"{one.name}.svg" for one in charts} == {path.name for path in result.figures}
+
+
 @pytest.mark.parametrize(
     "command",
     [
