@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from circuit.lazy import alt
 
@@ -295,7 +295,7 @@ def band(
         y=alt.Y(f"{y}_low:Q").title(y_title),
         y2=f"{y}_high:Q",
         # not as the colour, whose legend has the symbols of the lines
-        fill=alt.Fill(**{**shade.to_dict(), "legend": None}),
+        fill=alt.Fill(**{**cast("dict[str, Any]", shade.to_dict()), "legend": None}),
     )
     return drawn
 

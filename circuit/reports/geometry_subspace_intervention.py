@@ -260,7 +260,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         """Accuracy and margin over steps, and where there are several ranks by rank at the step."""
         means = results.summary["means"]
         rows = [row for row in means if row["split"] == "all"] or means
-        rows = shown(rows, dict.fromkeys([*means[0], *ends_of(*_BETWEEN)]))
+        rows = shown(rows, tuple(dict.fromkeys([*means[0], *ends_of(*_BETWEEN)])))
         ranks = list(dict.fromkeys(row["rank"] for row in rows))
         charts = []
         for column, words in (("answer_accuracy", "answer accuracy"), ("margin", "value margin")):

@@ -34,7 +34,7 @@ def ends_of(*columns: str) -> tuple[str, ...]:
 
 def apart(rows: Sequence[Row], *keys: str) -> tuple[list[Row], list[Row]]:
     """Rows without the ends of their intervals, and the ends behind what tells the rows apart."""
-    kept = [{name: row[name] for name in row if not name.endswith(ENDS)} for row in rows]
+    kept: list[Row] = [{n: row[n] for n in row if not n.endswith(ENDS)} for row in rows]
     return kept, [{n: row[n] for n in row if n in keys or n.endswith(ENDS)} for row in rows]
 
 

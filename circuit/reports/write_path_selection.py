@@ -126,7 +126,7 @@ class WritePathSelection(Report[WritePathOptions]):
             }
             for (path, write), interval in zip(writes.items(), intervals, strict=True)
         }
-        scores = {path: of_path["final_write"] for path, of_path in columns.items()}
+        scores = {path: float(write.mean()) for path, write in writes.items()}
         rows = ranked_rows("path", scores, columns)
         (winner,) = (path for path in write_paths(model) if str(path) == rows[0]["path"])
         alone = write_alone(model, batch, role, values, winner)
