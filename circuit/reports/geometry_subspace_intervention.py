@@ -10,18 +10,22 @@ its last prediction position, since what comes later cannot matter.
 
 `subspace_share` of a row is `|B^T x|² / |x|²`, averaged over the changed positions of the read:
 how much of the vectors lies in the subspace.
+
+In place of what is taken away stands nothing, its mean over the changed positions, or that of a
+position of another record (`replacement`). With `random_bases` the same is done in random subspaces
+(`random_bases.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from circuit import options
 from circuit.artifacts import Row
 from circuit.core.intervals import RecordDraws
+from circuit.errors import CircuitError
 from circuit.figures.charts import (
     CATEGORY,
     INK,
@@ -36,34 +40,31 @@ from circuit.figures.charts import (
     named,
     steps,
 )
-from circuit.lazy import alt, no_grad, pd, torch
+from circuit.lazy import alt, no_grad, pd
+from circuit.model.ablation import LEFT, Operation, Replacement, other_records, replaced
 from circuit.model.components import parse_component
 from circuit.model.readout import Answers, read_answers
-from circuit.model.stages import read_stages, run_from
+from circuit.model.stages import read_stages
 from circuit.model.subspaces import (
+    FULL_RESIDUAL,
     HEAD_SUBSPACES,
     Basis,
     check_subspace,
-    keep,
-    remove,
     subspace_basis,
 )
+from circuit.reports.changed_places import ChangedPlaces, QueryMode, intervene, run_changed
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.intervals import between, ends, ends_of, how_drawn, note, shown
+from circuit.reports.random_bases import ROWS, RandomBases, how_random, random_table, whiskers
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
 from circuit.tasks.examples import Examples
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float
     from torch import Tensor
-    from transformer_lens import HookedTransformer
 
-Operation = Literal["remove", "keep"]
-QueryMode = Literal["single_query", "batch_union"]
-
-_ROWS = 128
-"""Rows of one forward pass."""
+    Vectors = Float[Tensor, "place d_model"]
 
 
 class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
@@ -92,14 +93,39 @@ class InterventionOptions(options.ProbeOptions, options.CheckpointOptions):
             "single_query: each read by itself; batch_union: all reads of a record at once."
         ),
     ] = "single_query"
+    replacement: Annotated[
+        Replacement,
+        options.Option(
+            "In place of what is taken away: zero, its mean over the changed positions, or that of"
+            " a random position of another record (resample)."
+        ),
+    ] = "zero"
+    random_bases: Annotated[
+        int,
+        options.Option(
+            "Random subspaces to compare with: of equal rank, and taking away as much.", least=0
+        ),
+    ] = 0
+    seed: Annotated[int, options.Option("Seed of random_bases and of resample.", least=0)] = 17
     slice: options.Slice = None
     max_records: options.MaxRecords = None
+
+    def check(self) -> None:
+        """There is one subspace of everything, and it has no random one beside it."""
+        super().check()
+        if self.random_bases and self.subspace == FULL_RESIDUAL:
+            raise CircuitError(
+                f"{FULL_RESIDUAL} has no rank that a random basis could have",
+                where="`random_bases`",
+                fix="leave it out",
+            )
 
     def __str__(self) -> str:
         of_head = f" of {self.head}" if self.head else ""
         mode = "" if self.query_mode == "single_query" else f", {self.query_mode}"
         place = f"{self.stage} / {self.position_role}{mode}"
-        return f"{self.operation} {self.subspace}{of_head} at {place}"
+        instead = "" if self.replacement == "zero" else f" ({self.replacement})"
+        return f"{self.operation} {self.subspace}{of_head}{instead} at {place}"
 
 
 class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
@@ -137,6 +163,10 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
                 token_sets=self.inputs.task.token_sets,
             )
         self.batch = self.inputs.reads(options.max_records)
+        self.changed = ChangedPlaces.of(self.batch, options.position_role, options.query_mode)
+        resampled = options.replacement == "resample"
+        self.donors = other_records(self.changed.of_places, options.seed) if resampled else None
+        self.random = RandomBases(options.random_bases, options.seed, options.operation)
         self.unchanged = 0.0
 
     @no_grad
@@ -146,13 +176,16 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         logits, stages = read_stages(point.model, batch.tokens, options.stage)
         states = stages[options.stage]
         clean = self._answers(logits[batch.row, batch.at])
-        run_on = partial(
-            intervene, point.model, options.stage, states, batch, options.position_role
-        )
+        place = (point.model, options.stage, states, batch)
         # batches of other shapes give other last bits
-        again = self._answers(run_on(lambda x: x, "batch_union"))
+        same = intervene(*place, options.position_role, lambda x: x, "batch_union")
+        again = self._answers(same)
         self.unchanged = max(self.unchanged, float((again.margin - clean.margin).abs().max()))
-        operation = {"remove": remove, "keep": keep}[options.operation]
+        vectors = self.changed.vectors(states)
+
+        def run_on(changed: Tensor) -> Answers:
+            return self._answers(run_changed(*place, self.changed, changed))
+
         for rank in self.ranks:
             basis = subspace_basis(
                 point.model,
@@ -161,7 +194,11 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
                 head=self.head,
                 token_sets=self.inputs.task.token_sets,
             )
-            after = self._answers(run_on(partial(operation, basis=basis), options.query_mode))
+            after = run_on(self._change(vectors, basis))
+            if options.random_bases:
+                assert basis is not None, "full_residual was refused"
+                here = {"step": point.step, "rank": rank}
+                self.random.measure(here, vectors, basis, self._change, clean, after, run_on)
             columns = {
                 **self._names(),
                 "positions": batch.role(options.position_role).sum(1).tolist(),
@@ -172,6 +209,11 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             for values in zip(*columns.values(), strict=True):
                 of_read = dict(zip(columns, values, strict=True))
                 yield {"step": point.step, "rank": rank, **of_read}
+
+    def _change(self, vectors: Vectors, basis: Basis | None) -> Vectors:
+        """The vectors of the changed places, replaced."""
+        left = self.changed.each(partial(LEFT[self.options.operation], basis=basis), vectors)
+        return replaced(left, vectors - left, self.options.replacement, self.donors)
 
     def _answers(self, logits: Float[Tensor, "read vocab"]) -> Answers:
         return read_answers(logits, self.batch.answer, self.inputs.task.choices)
@@ -210,7 +252,10 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             "means": _means(rows),
             "bootstrap": how_drawn(RecordDraws(self.batch.row)),
         }
-        return Findings(rows, summary, law)
+        if not self.options.random_bases:
+            return Findings(rows, summary, law)
+        summary["random_bases"] = self.random.means
+        return Findings(rows, summary, f"{law}; {self.random.law()}", {ROWS: self.random.rows})
 
     @classmethod
     def size(cls, results: Results[InterventionOptions]) -> tuple[float, ...]:
@@ -229,6 +274,8 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             notes.append(
                 "The head's singular vectors are used on the raw residual; ln1 is not folded in."
             )
+        if results.options.random_bases:
+            notes.append(how_random(results.options.random_bases, results.options.operation))
         return notes
 
     @classmethod
@@ -253,7 +300,9 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             row | {f"{name}_between": between(row, name, spec) for name, spec in formats.items()}
             for row in results.summary["means"]
         ]
-        return [Table(str(results.options), columns, means, console=len(means))]
+        table = Table(str(results.options), columns, means, console=len(means))
+        random = results.summary.get("random_bases", [])
+        return [table, *([random_table(random)] if random else [])]
 
     @classmethod
     def charts(cls, results: Results[InterventionOptions]) -> list[Chart]:
@@ -262,13 +311,18 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         rows = [row for row in means if row["split"] == "all"] or means
         rows = shown(rows, tuple(dict.fromkeys([*means[0], *ends_of(*_BETWEEN)])))
         ranks = list(dict.fromkeys(row["rank"] for row in rows))
+        random = results.summary.get("random_bases", [])
         charts = []
-        for column, words in (("answer_accuracy", "answer accuracy"), ("margin", "value margin")):
+        for column, words in _WORDS.items():
             title = f"{results.options}: {words}"
             if len(ranks) > 1:
-                charts.append(_by_rank(rows, column, words, f"{title} at the step, by rank"))
-            charts.append(_over_steps(rows, ranks, column, words, f"{title} over steps"))
+                charts.append(_by_rank(rows, random, column, f"{title} at the step, by rank"))
+            charts.append(_over_steps(rows, random, ranks, column, f"{title} over steps"))
         return charts
+
+
+_WORDS = {"answer_accuracy": "answer accuracy", "margin": "value margin"}
+"""Columns that are drawn."""
 
 
 def _before_and_after(column: str) -> tuple[str, ...]:
@@ -280,16 +334,13 @@ def _domain(column: str) -> list[int] | None:
     return [0, 1] if column == "answer_accuracy" else None
 
 
-def _by_rank(rows: Sequence[Row], column: str, words: str, title: str) -> Chart:
-    place = (
-        named("interventions")
-        .transform_filter(chosen())
-        .encode(x=alt.X("rank:O").title("rank").axis(labelAngle=0))
-    )
+def _by_rank(rows: Sequence[Row], random: Sequence[Row], column: str, title: str) -> Chart:
+    x = alt.X("rank:O").title("rank").axis(labelAngle=0)
+    place = named("interventions").transform_filter(chosen()).encode(x=x)
     point = alt.OverlayMarkDef(size=50, filled=True, color=CATEGORY[0])
     after = place.mark_line(color=CATEGORY[0], point=point).encode(
         y=alt.Y(f"intervened_{column}:Q")
-        .title(words)
+        .title(_WORDS[column])
         .scale(domain=_domain(column) or alt.Undefined),
         tooltip=exact(*_before_and_after(column)),
     )
@@ -297,19 +348,27 @@ def _by_rank(rows: Sequence[Row], column: str, words: str, title: str) -> Chart:
         y=f"baseline_{column}:Q", tooltip=exact("step", "reads", f"baseline_{column}")
     )
     low, high = ends_of(f"intervened_{column}")
-    whiskers = place.mark_rule(color=CATEGORY[0], strokeWidth=2).encode(
+    ends_drawn = place.mark_rule(color=CATEGORY[0], strokeWidth=2).encode(
         y=f"{low}:Q", y2=f"{high}:Q"
     )
-    return chart(f"{column}_by_rank", title, {"interventions": rows}, after, whiskers, before)
+    layers = whiskers(random, column, x=x, where=chosen())
+    data = {"interventions": rows, **({"random_bases": random} if random else {})}
+    return chart(f"{column}_by_rank", title, data, *layers, after, ends_drawn, before)
 
 
 def _over_steps(
-    rows: Sequence[Row], ranks: Sequence[int | None], column: str, words: str, title: str
+    rows: Sequence[Row],
+    random: Sequence[Row],
+    ranks: Sequence[int | None],
+    column: str,
+    title: str,
 ) -> Chart:
     names = ["changed" if rank is None else f"rank {rank}" for rank in ranks]
     columns, shade = _before_and_after(column), colour("rank", names)
     named_rank = "datum.rank === null ? 'changed' : 'rank ' + datum.rank"
-    drawn = ("interventions", f"intervened_{column}", words, shade)
+    if random:  # or the legend has the bars' paleness
+        shade["legend"]["symbolOpacity"] = 1
+    drawn = ("interventions", f"intervened_{column}", _WORDS[column], shade)
     after = lines(*drawn, columns, domain=_domain(column)).transform_calculate(rank=named_rank)
     between_ends = band(*drawn).transform_calculate(rank=named_rank)
     before = (
@@ -317,66 +376,10 @@ def _over_steps(
         .mark_line(color=INK, strokeDash=[5, 4])
         .encode(x=steps(), y=f"baseline_{column}:Q", tooltip=exact("step", f"baseline_{column}"))
     )
-    layers = (between_ends, after, before, at_step())
-    return chart(f"{column}_over_steps", title, {"interventions": rows}, *layers)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What is run: the record that each row holds, where it is changed, where its reads stand."""
-
-    record: Int[Tensor, " row"]
-    changed: Bool[Tensor, "row pos"]
-    end: Int[Tensor, " row"]
-    """Position after the row's last prediction."""
-    of_read: Int[Tensor, " read"]
-
-
-def intervene(
-    model: HookedTransformer,
-    stage: str,
-    clean: Float[Tensor, "batch pos d_model"],
-    batch: Examples,
-    role: str,
-    change: Callable[[Float[Tensor, "place d_model"]], Float[Tensor, "place d_model"]],
-    mode: QueryMode = "single_query",
-) -> Float[Tensor, "read vocab"]:
-    """Logits at every read's prediction position, with the vectors of a stage and role changed.
-
-    Args:
-        clean: the residual stream at the stage, of every row of the batch.
-        change: takes vectors to their replacements, each by itself.
-
-    Raises:
-        CircuitError: there is no such stage or role.
-    """
-    rows, predicted_at = _rows(batch, role, mode), batch.at
-    logits = clean.new_empty(len(batch), model.cfg.d_vocab_out)
-    order = rows.end.argsort(stable=True)  # rows of one pass are alike in length: little padding
-    for start in range(0, len(order), _ROWS):
-        chosen = order[start : start + _ROWS]
-        width = max(int(rows.end[chosen].max()), 1)
-        changed = rows.changed[chosen, :width]
-        states = clean[rows.record[chosen], :width]
-        states[changed] = change(states[changed])
-        place = torch.full_like(rows.end, -1)
-        place[chosen] = torch.arange(len(chosen), device=place.device)
-        reads = (place[rows.of_read] >= 0).nonzero()[:, 0]
-        at = place[rows.of_read[reads]], predicted_at[reads]
-        logits[reads] = run_from(model, stage, states)[at]
-    return logits
-
-
-def _rows(batch: Examples, role: str, mode: QueryMode) -> _Rows:
-    mask = batch.role(role)
-    if mode == "single_query":
-        each = torch.arange(len(batch), device=mask.device)
-        return _Rows(batch.row, mask, batch.at + 1, each)
-    records = torch.arange(len(batch.tokens), device=mask.device)
-    changed = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=mask.device)
-    changed.index_add_(0, batch.row, mask.long())
-    end = torch.zeros_like(records).scatter_reduce(0, batch.row, batch.at + 1, "amax")
-    return _Rows(records, changed > 0, end, batch.row)
+    layers = whiskers(random, column, x=steps(), shade=shade)
+    data = {"interventions": rows, **({"random_bases": random} if random else {})}
+    layers = [*layers, between_ends, after, before, at_step()]
+    return chart(f"{column}_over_steps", title, data, *layers)
 
 
 def _share(

@@ -26,6 +26,7 @@ from circuit.model.components import all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.report import Findings, OfCheckpoints, Results
+from circuit.reports.shifted_correlations import hold_against_shifts, shifts_note
 from circuit.reports.tables import Columns, Table
 from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
 from circuit.scalars.head_progress import COLUMNS, REDUNDANT, ScoredReads, head_progress
@@ -60,6 +61,10 @@ class ProgressOptions(options.ProbeOptions, options.CheckpointOptions, options.P
     top_k_correlations: Annotated[
         int, options.Option("Correlations listed in the summary, by size.", least=1)
     ] = 32
+    nulls: Annotated[
+        int,
+        options.Option("Shifts of the intervals, as a null of the correlations.", least=0),
+    ] = 0
 
 
 class OvWriteProgress(OfCheckpoints[ProgressOptions]):
@@ -165,11 +170,15 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             for column, of_column in zip(COLUMNS, of_head.tolist(), strict=True)
             for output, value in zip(OUTPUTS, of_column, strict=True)
         ]
-        known = [
-            row
-            for row in correlations
+        place = [
+            i
+            for i, row in enumerate(correlations)
             if row["write"] not in REDUNDANT and row["pearson"] is not None
         ]
+        known = [correlations[i] for i in place]
+        nulls = self.options.nulls
+        by_head = deltas.swapaxes(1, 2)  # [interval, head, column], as the rows are
+        shifts = nulls and hold_against_shifts(known, place, by_head, outputs, pearson, nulls)
         finite = [residual for residual in self.residuals if math.isfinite(residual)]
         largest = max(finite, default=math.nan)  # NaN among them would depend on their order
         slices = Counter(value for value in self._slices() if value is not None)
@@ -189,6 +198,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
                 for name, first, last in zip(AT_STEP, *answers[[0, -1]].tolist(), strict=True)
             },
             "correlations": len(known),
+            **({"shifts": shifts} if shifts else {}),
             "chance_level": chance_level(len(known), len(deltas)),
             # stable: then by head and write
             "top_correlations": sorted(known, key=lambda row: -abs(row["pearson"]))[
@@ -261,6 +271,8 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
                 " independent; both ends of a correlation are parts of one training run, so that"
                 " even a large one is no cause."
             )
+        if "shifts" in summary:
+            notes.append(shifts_note(summary["shifts"]))
         return notes
 
     @classmethod
@@ -277,6 +289,8 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             "pearson": ("r", ".3f"),
         }
         top = results.summary["top_correlations"]
+        if any("shifted_p" in row for row in top):
+            correlated = {**correlated, "shifted_p": ("p", ".3f")}
         columns: Columns = {"step": "step", "head": "head", **measured}
         return [
             Table("Heads", columns, rows, console=len(rows)),

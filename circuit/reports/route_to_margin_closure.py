@@ -35,6 +35,14 @@ from circuit.figures.charts import (
 from circuit.lazy import alt
 from circuit.options import Option
 from circuit.reports.closure import NOTE, contributions, fit_deltas, fits_table, undetermined
+from circuit.reports.closure_nulls import (
+    Nulls,
+    RouteChanges,
+    nulls_chart,
+    nulls_notes,
+    nulls_table,
+    told,
+)
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.intervals import ends_of, said_between
 from circuit.reports.report import Findings, OfCheckpoints, Results
@@ -81,6 +89,7 @@ class MarginClosureOptions(options.ProbeOptions, options.CheckpointOptions, opti
         Option("Bases at the target of an interval, in the rows: refitted, or the source's."),
     ] = "refit"
     fit_intercept: options.FitIntercept = False
+    nulls: Nulls = 0
 
     def check(self) -> None:
         """Labels are unique, and none is the name of the whole gap."""
@@ -150,6 +159,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             "steps": [one.step for one in self.scored],
             "pairs": len(self.pairs),
             "rows": len(rows),
+            **told(self.options.nulls),
             "largest_incomplete_transfer": worst,
             "root_mean_square_residual": sqrt(fmean(row["residual"] ** 2 for row in rows)),
             "fits": {fit["group"]: {k: v for k, v in fit.items() if k != "group"} for fit in fits},
@@ -182,6 +192,8 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             groups += [(side, "all", side) for side in asked.margin_sides]
         if len(asked.pair_types) > 1:
             groups += [(kind, kind, "all") for kind in asked.pair_types]
+        labels = [route.label for route in asked.routes]
+        changes = RouteChanges(*_columns(rows), labels) if asked.nulls else None
         fits, predictions = [], []
         for name, kind, side in groups:
             of_group = [
@@ -195,6 +207,14 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
                 [record_of(row["pair_id"]) for row in of_group],
                 fit_intercept=asked.fit_intercept,
             )
+            if changes is not None:
+                fit["nulls"] = changes.nulls(
+                    _columns(of_group)[0],
+                    [row["delta"] for row in of_group],
+                    fit,
+                    fit_intercept=asked.fit_intercept,
+                    draws=asked.nulls,
+                )
             place = {"group": name, "pair_type": kind, "margin_side": side, "basis": basis}
             fits.append({**place, **fit})
             predictions.append(predicted)
@@ -216,6 +236,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
             _bases(results),
             *undetermined(_fits_of(results), "group"),
             NOTE,
+            *nulls_notes(_fits_of(results)),
         ]
 
     @classmethod
@@ -254,6 +275,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
                 fits,
                 console=len(results.summary["fits"]) + 1,  # and all rows with the other basis
             ),
+            *nulls_table({"group": "group", "basis": "basis"}, fits),
             Table("Contributions to the mean change", numbers, routes, console=len(routes)),
             Table("Routes", places, routes),
             *(
@@ -288,6 +310,7 @@ class MarginClosure(OfCheckpoints[MarginClosureOptions]):
                 _fits_of(results),
                 "group",
             ),
+            *nulls_chart(f"{cls.stem()}_nulls", _fits_of(results), ["group"]),
             *_scores(f"{cls.stem()}_scores", list(results.rows(MEANS))),
         ]
 
@@ -296,6 +319,15 @@ _R_SQUARED = ("r_squared", *ends_of("r_squared"), "r_squared_held_out", "r_squar
 _COMPARED = (*_R_SQUARED, "rank")
 _DASHES = ([1, 0], [5, 4], [2, 2])
 _SHOWN = ("source_step", "target_step", "pair_id", "margin_side", "delta", "predicted_delta")
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[Any], list[str], list[dict[str, float]]]:
+    """Key, pair type and changes of the route scores of each row."""
+    return (
+        [(row["source_step"], row["target_step"], row["pair_id"]) for row in rows],
+        [row["pair_type"] for row in rows],
+        [row["route_score_deltas"] for row in rows],
+    )
 
 
 def _fits_of(results: Results[MarginClosureOptions]) -> list[Row]:

@@ -25,6 +25,14 @@ from circuit.reports.closure import (
     fits_table,
     undetermined,
 )
+from circuit.reports.closure_nulls import (
+    Nulls,
+    RouteChanges,
+    nulls_chart,
+    nulls_notes,
+    nulls_table,
+    told,
+)
 from circuit.reports.intervals import apart, ends_of, shown
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
@@ -60,6 +68,7 @@ class ScalarClosureOptions(options.Options):
     ] = ()
     margin_sides: options.MarginSides = ()
     fit_intercept: options.FitIntercept = False
+    nulls: Nulls = 0
 
 
 class Joined(NamedTuple):
@@ -136,6 +145,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
             "switched": sum(row.switched for row in scalars),
             "routes": self.labels,
             "basis": self.basis,
+            **told(self.options.nulls),
             "fits": [{k: v for k, v in fit.items() if k not in long} for fit in fits],
         }
         law = (
@@ -161,7 +171,11 @@ class ScalarClosure(Report[ScalarClosureOptions]):
             }
             for j in self.joined
         ]
-        fits = []
+        keys = [_PairKey.of(j.route) for j in self.joined]
+        kinds = [j.route.pair_type for j in self.joined]
+        scores = [j.route.route_score_deltas for j in self.joined]
+        asked, fits = self.options, []
+        changes = RouteChanges(keys, kinds, scores, self.labels) if asked.nulls else None
         for name in self.scalars:
             for bucket in self.options.switch_buckets:
                 place = {"scalar": name, "switch_bucket": bucket}
@@ -176,6 +190,14 @@ class ScalarClosure(Report[ScalarClosureOptions]):
                     [record_of(j.scalars.pair_id) for j in joined],
                     fit_intercept=self.options.fit_intercept,
                 )
+                if changes is not None:
+                    fit["nulls"] = changes.nulls(
+                        [keys[i] for i in entering],
+                        [j.scalars.deltas[name] for j in joined],
+                        fit,
+                        fit_intercept=asked.fit_intercept,
+                        draws=asked.nulls,
+                    )
                 fits.append({**place, **fit})
                 for i, value in zip(entering, predicted, strict=True):
                     rows[i]["predicted"].setdefault(bucket, {})[name] = value
@@ -199,6 +221,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
             f" The competitor switched in {summary['switched']} of {summary['rows']} rows.",
             *undetermined(summary["fits"], "scalar", "switch_bucket"),
             NOTE,
+            *nulls_notes(summary["fits"]),
         ]
 
     @classmethod
@@ -213,6 +236,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
         names = {"scalar": "scalar", "switch_bucket": "bucket"}
         return [
             fits_table("Fits", names, results.summary["fits"]),
+            *nulls_table(names, results.summary["fits"]),
             Table(title, {"route": "route", **columns}, rows),
         ]
 
@@ -243,6 +267,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
                 "scalar",
             ),
         ]
+        drawn += nulls_chart(f"{name}_nulls", results.summary["fits"], ["scalar", "switch_bucket"])
         for scalar, every in points.items():
             rows = thinned(every)
             ends = ("predicted", "predicted change"), ("actual", "actual change")

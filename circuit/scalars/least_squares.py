@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array: TypeAlias = "NDArray[np.float64]"
+Indices: TypeAlias = "NDArray[np.int64]"
 
 RESOLUTION = 1e-5
 """Singular values below this share of the largest count as zero."""
@@ -148,17 +149,29 @@ def _solve(x: Array, y: Array, fit_intercept: bool) -> tuple[Array, float, int]:
 
 
 def _held_out(x: Array, y: Array, fit_intercept: bool, groups: Sequence[str]) -> float | None:
+    folds = dealt(groups)
+    if folds is None:
+        return None
+    predicted = np.empty_like(y)
+    for fitted, left_out in folds:
+        coefficients, intercept, _ = _solve(x[fitted], y[fitted], fit_intercept)
+        predicted[left_out] = x[left_out] @ coefficients + intercept
+    return r_squared(y, predicted, y.mean())
+
+
+def dealt(groups: Sequence[str]) -> list[tuple[Indices, Indices]] | None:
+    """The rows that are fitted and those that are left out, part by part; None with too few groups.
+
+    Args:
+        groups: one a row.
+    """
     from sklearn.model_selection import GroupKFold
 
     if len(set(groups)) < FOLDS:
         return None
-    predicted = np.empty_like(y)
     # shuffled: the plain deal sorts groups by size, and its order of equals is the processor's
     folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
-    for fitted, left_out in folds.split(x, groups=list(groups)):
-        coefficients, intercept, _ = _solve(x[fitted], y[fitted], fit_intercept)
-        predicted[left_out] = x[left_out] @ coefficients + intercept
-    return r_squared(y, predicted, y.mean())
+    return list(folds.split(np.zeros(len(groups)), groups=list(groups)))
 
 
 def _dependent(x: Array, rank: int, labels: Sequence[str]) -> tuple[str, ...]:

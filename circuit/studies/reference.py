@@ -51,7 +51,7 @@ from circuit.studies.jobs import Job, Words, checkpoints, report_file, report_jo
 from circuit.studies.scales import Scale
 
 if TYPE_CHECKING:
-    from circuit.reports.geometry_subspace_intervention import Operation
+    from circuit.model.ablation import Operation
 
 TARGET = "reference"
 FORMATION_STEPS = range(750, 3501, 250)

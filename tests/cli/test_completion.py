@@ -20,8 +20,9 @@ from typer.main import get_command
 
 from circuit.attribution.losses import LossScope
 from circuit.core.groups import Partition
+from circuit.model.ablation import Operation
 from circuit.model.stages import stage_names
-from circuit.reports.geometry_subspace_intervention import Operation, QueryMode
+from circuit.reports.changed_places import QueryMode
 from circuit.scalars.answers import ANSWER_SCALARS
 from circuit.scalars.family import family_names
 from circuit.scalars.functional_write import Reference, Target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,15 @@ from transformer_lens import HookedTransformer
 from circuit.artifacts import read_jsonl
 from circuit.core.intervals import RecordDraws
 from circuit.errors import CircuitError
+from circuit.figures.charts import Chart
 from circuit.model.readout import read_answers
 from circuit.model.stages import patch, read_stages, stage_names
 from circuit.model.subspaces import Basis, embedding_identity, keep, remove
-from circuit.reports import geometry_subspace_intervention as geometry
+from circuit.reports import changed_places
+from circuit.reports.changed_places import QueryMode, intervene
 from circuit.reports.geometry_subspace_intervention import (
     GeometrySubspaceIntervention,
     InterventionOptions,
-    QueryMode,
-    intervene,
 )
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
@@ -42,6 +43,7 @@ ASKED: dict[str, Any] = {
     "ranks": (4,),
     "operation": "remove",
 }
+LAST = ASKED["checkpoints"][1:]
 
 
 def report(output: str, **asked: Any) -> ReportResult:
@@ -98,7 +100,7 @@ def test_many_reads_at_once_equal_one_forward_pass_a_read(
     operation: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(geometry, "_ROWS", 4)  # several passes
+    monkeypatch.setattr(changed_places, "_ROWS", 4)  # several passes
     logits, states = read_stages(model, batch.tokens, stage)
     change = partial(operation, basis=basis)
     for role in ("prediction", "value_distractors"):
@@ -238,3 +240,86 @@ def test_full_residual_and_heads_are_subspaces_too() -> None:
 def test_a_subspace_that_there_is_not_is_refused(asked: dict[str, Any], says: str) -> None:
     with pytest.raises(CircuitError, match=says):
         report("out", **asked)
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("operation", ["remove", "keep"])
+def test_random_bases_are_drawn_beside_the_real_one(operation: str) -> None:
+    """The rows of the real basis stay byte for byte; of the draws every number is their rows'."""
+    asked = {"operation": operation, "ranks": (4, 16), "random_bases": 7}
+    alone, beside = report("alone", **asked | {"random_bases": 0}), report("beside", **asked)
+    assert beside.rows[0].read_bytes() == alone.rows[0].read_bytes()
+    assert beside.summary["means"] == alone.summary["means"]
+    assert [path.name for path in alone.rows] == ["geometry_subspace_intervention_rows.jsonl"]
+    assert "random_bases" not in alone.summary
+    assert "andom" not in alone.page.read_text()
+    draws = pd.DataFrame(read_jsonl(beside.rows[1]))
+    assert len(draws) == 2 * 2 * 2 * 7  # checkpoints, ranks, controls
+    means = pd.DataFrame(beside.summary["means"]).query("split == 'all'")
+    means = means.set_index(["step", "rank"])
+    for told in beside.summary["random_bases"]:
+        place = told["step"], told["rank"]
+        own = draws[(draws["step"] == place[0]) & (draws["rank"] == place[1])]
+        own = own[own["control"] == told["control"]]
+        assert sorted(own["draw"]) == list(range(7))
+        real = means.loc[place]
+        assert told["real_margin_drop"] == pytest.approx(real["margin_drop"], abs=1e-6)
+        assert told["real_answer_accuracy"] == real["intervened_answer_accuracy"]
+        for column, harm in (("margin_drop", 1), ("answer_accuracy", -1)):
+            values = own[column]
+            assert told[f"{column}_mean"] == pytest.approx(values.mean())
+            ends = told[f"{column}_low"], told[f"{column}_high"]
+            assert ends == pytest.approx(values.quantile([0.025, 0.975]).tolist())
+            sign = harm if operation == "remove" else -harm
+            reach = (sign * values >= sign * told[f"real_{column}"] - 1e-4).sum()
+            assert told[f"{column}_p"] == (1 + reach) / 8
+        if told["control"] == "equal_rank":  # in the mean a subspace holds its share of directions
+            share = place[1] / 16 if operation == "remove" else 1 - place[1] / 16
+            assert told["energy_share"] == pytest.approx(share, abs=0.15)
+        elif operation == "remove":
+            assert told["energy_share"] == pytest.approx(real["subspace_share"], abs=1e-5)
+        if place[1] == 16:  # of every direction: all bases do the same
+            assert told["margin_drop_p"] == 1
+            assert told["margin_drop_low"] == pytest.approx(told["real_margin_drop"], abs=1e-4)
+    gap = re.search(r"the real basis does, to (\S+) of the vector's", beside.law)
+    assert gap is not None
+    assert float(gap[1]) < 1e-6
+    titles = {chart.name: chart for chart in charts_of("beside")}
+    assert titles.keys() == {chart.name for chart in charts_of("alone")}
+    assert all("random_bases" in chart.data for chart in titles.values())
+
+
+def charts_of(folder: str) -> list[Chart]:
+    read = read_report(f"{folder}/geometry_subspace_intervention_report.json")
+    return GeometrySubspaceIntervention.charts(read.results)
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("mode", ["single_query", "batch_union"])
+def test_what_is_removed_may_be_replaced(mode: str) -> None:
+    """By a mean that is the vectors' own nothing changes: here where one position is changed."""
+    asked = {"query_mode": mode, "stage": "embedding", "ranks": (4,)}
+    zero, mean, resample, again, other = (
+        pd.DataFrame(read_jsonl(report(name, **asked | changes).rows[0]))["intervened_margin"]
+        for name, changes in {
+            "zero": {},
+            "mean": {"replacement": "mean"},
+            "resample": {"replacement": "resample"},
+            "again": {"replacement": "resample", "seed": 17},
+            "other": {"replacement": "resample", "seed": 18},
+        }.items()
+    )
+    assert resample.equals(again)
+    for one, another in ((zero, mean), (zero, resample), (mean, resample), (resample, other)):
+        assert float((one - another).abs().max()) > 1e-3
+    single = {**asked, "max_records": 1, "query_mode": "single_query", "checkpoints": LAST}
+    (row,) = read_jsonl(report("single", **single, replacement="mean").rows[0])
+    assert row["intervened_margin"] == pytest.approx(row["baseline_margin"], abs=1e-5)
+    with pytest.raises(CircuitError, match="`replacement` resample: all changed positions are of"):
+        report("refused", **single, replacement="resample")
+
+
+@pytest.mark.usefixtures("trained")
+def test_there_is_no_random_basis_of_everything() -> None:
+    with pytest.raises(CircuitError, match="`random_bases`: full_residual has no rank"):
+        report("out", subspace="full_residual", ranks=(), random_bases=1)

@@ -212,3 +212,13 @@ def test_independent_noise_exceeds_the_chance_level_as_rarely_as_it_says() -> No
         exceeded += bool((np.abs(pearson(noise[:, :1], noise[:, 1:])) > level).any())
     assert 0.02 < exceeded / trials < 0.08
     assert chance_level(10, 2) is None
+
+
+@pytest.mark.usefixtures("trained")
+def test_correlations_are_held_against_those_of_shifted_intervals(reported_once: Path) -> None:
+    """Three intervals are too few; the rows of all else stay byte for byte."""
+    result = report("out", **ALL, nulls=50)
+    for path in result.rows:
+        assert path.read_bytes() == (reported_once / path.name).read_bytes(), path.name
+    assert result.summary["shifts"] == {"draws": 0, "seed": 17, "largest": None}
+    assert any(note.startswith("No shifted intervals") for note in result.notes)

@@ -215,6 +215,48 @@ def test_the_moving_margin_closes_alike_in_both_reports() -> None:
 
 
 @pytest.mark.usefixtures("chain")
+def test_nulls_stand_beside_the_fits_and_change_none() -> None:
+    """In both reports; two intervals are too few for shifts, which is said."""
+    fits, of_scalars = (ROUTES / "route_to_margin_closure_fits.jsonl"), scalar(**MOVING)
+    before = read_jsonl(fits)
+    rows = ROUTE_ROWS.read_bytes()
+    result, nulls = margin(nulls=9), scalar(**MOVING, nulls=9)
+    assert ROUTE_ROWS.read_bytes() == rows
+    assert [{k: fit[k] for k in fit if k != "nulls"} for fit in read_jsonl(fits)] == before
+    assert not any("nulls" in fit for fit in before)
+    assert {n: {k: v for k, v in fit.items() if k != "nulls"} for n, fit in nulls.items()} == (
+        of_scalars
+    )
+    ours, theirs = nulls["moving_answer_margin", "all"], read_jsonl(fits)[0]
+    for fit in (ours, theirs):
+        assert fit["nulls"]["shifted_intervals"] is None
+        permuted = fit["nulls"]["permuted_records"]
+        assert permuted["draws"] == 9
+        for number in ("r_squared", "r_squared_held_out"):
+            told = permuted[number]
+            assert told["low"] <= told["mean"] <= told["high"]
+            assert 0 < told["p"] <= 1
+    # the same fit of the same rows, in another order
+    assert (
+        ours["nulls"]["permuted_records"]["r_squared"]["p"]
+        == (theirs["nulls"]["permuted_records"]["r_squared"]["p"])
+    )
+    assert result.summary["nulls"] == {"draws": 9, "seed": 17}
+    assert any("No shifted intervals: fewer than 4" in note for note in result.notes)
+    assert "Against nulls" in result.page.read_text()
+
+
+@pytest.mark.usefixtures("chain")
+@pytest.mark.parametrize("changes", [{"max_pairs_per_type": 1, "min_pairs_per_type": 1}])
+def test_one_pair_has_no_nulls(changes: dict[str, Any]) -> None:
+    asked = {"pair_types": ("support_value",), "checkpoints": SELECTION["checkpoints"][:2]}
+    result = margin(**asked, **changes, nulls=3)
+    nulls = result.summary["fits"]["all rows"]["nulls"]
+    assert nulls == {"permuted_records": None, "shifted_intervals": None}
+    assert sum(note.startswith("No ") for note in result.notes) == 2
+
+
+@pytest.mark.usefixtures("chain")
 def test_fits_add_as_their_scalars_do_and_buckets_share_the_rows() -> None:
     parts = "fixed_source_competitor_margin", "correct_value_logit", "source_best_wrong_logit"
     fits = scalar(scalars=(*parts, "moving_answer_margin"))
