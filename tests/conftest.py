@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from altair.utils import schemapi  # noqa: E402
 
 import circuit.lazy  # noqa: E402
+import circuit.page.html  # noqa: E402
 import circuit.tasks.base  # noqa: E402
 import circuit.training.recipe  # noqa: E402
 
@@ -41,6 +42,7 @@ with pytest.MonkeyPatch.context() as patch:  # of these alone: the hook reads th
     import circuit.training.step
 
 from installed import of_installed  # noqa: E402
+from tiny_run import MadeOnce  # noqa: E402
 
 from circuit.config import parse_config  # noqa: E402
 from circuit.figures.charts import Chart  # noqa: E402
@@ -175,7 +177,7 @@ def drawn() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     """Makes a folder of that name once a test run, whichever of its processes asks first.
 
     It is made by a call in it, and to be left as it is.
@@ -197,6 +199,21 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_runtime(made_once: MadeOnce) -> Iterator[None]:
+    """What pages are drawn with is put together once, which takes two seconds, not by each fork."""
+    whole = circuit.page.html._vega
+
+    @functools.cache
+    def read() -> str:
+        folder = made_once("runtime", lambda: Path("vega.js").write_text(whole(), "utf-8"))
+        return (folder / "vega.js").read_text("utf-8")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(circuit.page.html, "_vega", read)
+        yield
 
 
 @pytest.fixture(scope="session")

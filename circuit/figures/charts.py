@@ -146,13 +146,15 @@ def chart(
     Args:
         follows: the data whose steps the chart follows, the first by default.
     """
-    # without the checks of Altair, a third of the time; and a parameter that Altair adds costs two
-    # copies of all layers
-    spec = alt.layer(*layers, height=height, width="container").to_dict(validate=False)
-    spec["params"] = [*spec.get("params", ()), {"name": "step", "value": 0}]
-    for key in ("config", "$schema"):  # the page has one of each for all charts
-        spec.pop(key, None)
-    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    # put together here and without Altair's checks: its `layer` copies every layer three times
+    context: dict[str, Any] = {"top_level": False, "datasets": {}}
+    spec = {
+        **{"width": "container", "height": height},
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "params": [{"name": "step", "value": 0}],
+        "layer": [layer.to_dict(validate=False, context=context) for layer in layers],
+        "datasets": context["datasets"],  # what layers hold themselves
+    }
     return Chart(name, title, spec, data, follows or next(iter(data)))
 
 

@@ -96,7 +96,7 @@ class Line:
         return attributor.along(self.theta, end, [scalar], self.terms)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(kinks=st.integers(1, 32), seed=st.integers(0, 10**6), power=st.integers(1, 3))
 def test_where_auto_says_so_it_closes_to_its_tolerance(
     model: HookedTransformer, kinks: int, seed: int, power: int
@@ -116,7 +116,7 @@ def test_where_auto_says_so_it_closes_to_its_tolerance(
 def test_its_terms_are_those_of_a_fine_rule(model: HookedTransformer) -> None:
     """Of many kinks, as a network has them, no term is off by more than a few tolerances."""
     agreed = 0
-    for seed in range(30):
+    for seed in range(12):
         line = Line.drawn(model, 32, seed)
         way = line.along(model, "auto:0.05")
         assert way.agrees is not None
@@ -124,7 +124,7 @@ def test_its_terms_are_those_of_a_fine_rule(model: HookedTransformer) -> None:
             agreed += 1
             off = (way.path[0].sum(1) - line.shares).abs().max()
             assert float(off) <= 3 * 0.05 * abs(float(way.after - way.before))
-    assert agreed >= 15
+    assert agreed >= 6
 
 
 def test_composite_midpoints_converge_at_kinks_where_simpson_stays(
@@ -140,7 +140,7 @@ def test_composite_midpoints_converge_at_kinks_where_simpson_stays(
 
 
 def drawn_lines(model: HookedTransformer) -> list[Line]:
-    return [Line.drawn(model, 32, seed) for seed in range(20)]
+    return [Line.drawn(model, 32, seed) for seed in range(8)]
 
 
 @pytest.fixture
@@ -239,6 +239,6 @@ def test_nodes_end_where_a_scalar_cannot_tell_them_apart(model: HookedTransforme
 
 def test_levels_stop_where_two_agree(model: HookedTransformer) -> None:
     """A wider tolerance never takes more nodes."""
-    for line in drawn_lines(model)[:8]:
-        nodes = [line.along(model, f"auto:{t}").nodes[0] for t in (0.3, 0.1, 0.03, 0.01, 0.001)]
+    for line in drawn_lines(model)[:4]:
+        nodes = [line.along(model, f"auto:{t}").nodes[0] for t in (0.3, 0.1, 0.03, 0.001)]
         assert all(wide <= narrow for wide, narrow in itertools.pairwise(nodes))

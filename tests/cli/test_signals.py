@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -45,20 +46,21 @@ def _heeded() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("at", [2, 40, 90, 150, 200, 250, 300])
-def test_a_signal_while_the_program_is_imported(at: int) -> None:
+@pytest.mark.parametrize(
+    ("at", "number"), list(zip([2, 40, 90, 150, 200, 250, 300], cycle(NUMBERS), strict=False))
+)
+def test_a_signal_while_the_program_is_imported(at: int, number: signal.Signals) -> None:
     """At an import, whatever the machine's speed: this command has more than three hundred."""
-    for number in NUMBERS:
-        done = subprocess.run(
-            [sys.executable, "-c", AT_IMPORT, f"{int(number)},{at}", "trace", "qk", "--help"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 128 + number, done.stderr
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("interrupted")
-        assert done.stdout == ""
+    done = subprocess.run(
+        [sys.executable, "-c", AT_IMPORT, f"{int(number)},{at}", "trace", "qk", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + number, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("interrupted")
+    assert done.stdout == ""
 
 
 def until(happened: Callable[[], object], process: subprocess.Popen[bytes]) -> None:

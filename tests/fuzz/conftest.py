@@ -17,6 +17,8 @@ from law import renewed
 from tiny_run import RUN, MadeOnce, traced_once, trained_once
 from wide import widen
 
+import circuit.page.html
+
 __all__ = ["traced_once", "trained_once"]
 
 REPORT = "bilinear-qk-match-separation"
@@ -47,7 +49,9 @@ def made_world(
         ):
             assert type_in(words) == 0
 
-    return made_once("fuzzed", fill)
+    world = made_once("fuzzed", fill)
+    circuit.page.html._vega()  # read before a command forks, and by none that is cut off
+    return world
 
 
 @pytest.fixture(scope="session")
