@@ -49,16 +49,16 @@ FORGET = "import torch\ntorch.set_grad_enabled(True)\n%reset -f"
 """Between two notebooks of one kernel: what the first has set, and its names."""
 TIMEOUT = 600
 """Seconds for one cell, and for a kernel to start."""
-SMALL = {"steps": 40, "eval_every": 20, "checkpoint_every": 8, "batch_size": 32}
+SMALL = {"steps": 24, "eval_every": 12, "checkpoint_every": 6, "batch_size": 16}
 """Fields of a training config of which notebooks can be run, though it forms no circuit."""
 
 
 def small_configs() -> tuple[TaskConfig, TrainConfig]:
-    """The quickstart's two configs with a twelfth of the steps and a fraction of the data."""
+    """The quickstart's two configs with a twentieth of the steps and a fraction of the data."""
     benchmark, config = quickstart_configs()
     payload = benchmark.model_dump(mode="json") | {"heuristic_max_accuracy": 1.0}
     for name, split in payload["splits"].items():
-        split["samples"] = 256 if name == "train" else 64
+        split["samples"] = 128 if name == "train" else 48
     schedule = {"name": "constant", "warmup_steps": 4}
     return (
         parse_config(payload, type(benchmark), where="small benchmark"),
