@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,13 +309,19 @@ def right_lines() -> Iterator[list[str]]:
 
 
 def wrong_lines() -> Iterator[list[str]]:
-    """Command lines with one wrong value each."""
+    """Command lines with one wrong value each, of every option of every command.
+
+    Options of one name that refuse the same values share them out: each is given one at least.
+    """
+    alike = defaultdict(list)
     for name, declared in commands():
-        good = good_values(name, declared)
         for one in declared:
-            for value in one.bad or () if one.takes_value else ():
-                if (name, one.name, value) in RIGHT:
-                    continue
+            values = tuple(v for v in one.bad or () if (name, one.name, v) not in RIGHT)
+            if one.takes_value and values:
+                alike[one.name, values].append((name, good_values(name, declared), one))
+    for (_, values), members in alike.items():
+        for at, (name, good, one) in enumerate(members):
+            for value in values[at % len(values) :: len(members)]:
                 words = {**good, one.name: one.typed(value)}.values()
                 yield [*name.split(), *FURTHER.get(name, ()), *itertools.chain(*words)]
 
