@@ -456,20 +456,20 @@ print(json.dumps({step: tensors_digest(run.state(step).parameters) for step in s
 """
 
 
-def test_a_hundred_steps_in_a_fresh_process_without_the_module(tmp_path: Path) -> None:
+def test_forty_steps_in_a_fresh_process_without_the_module(tmp_path: Path) -> None:
     loop = LOOPS["everything"]()
-    loop.steps = 150
+    loop.steps = 60
     module, optimizer = loop.build()
     with circuit.watch(module, optimizer, tmp_path):
         loop.run(module, optimizer)
-    steps = random.Random(0).sample(range(151), 100)
+    steps = random.Random(0).sample(range(61), 40)
     words = [sys.executable, "-c", FRESH, str(tmp_path), json.dumps(steps)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     expected = {str(step): tensors_digest(loop.seen[step]) for step in steps}
     equal = sum(found[step] == expected[step] for step in expected)
     print(f"{equal} of {len(steps)} equal")
-    assert equal == len(expected) == 100
+    assert equal == len(expected) == 40
 
 
 @pytest.fixture(scope="module")
