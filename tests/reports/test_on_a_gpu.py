@@ -26,7 +26,7 @@ def desk(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv("CIRCUIT_DEVICE", "cuda")
         with stand_in_gpu():
             config = open_run(RUN).config.replace(device="cuda")
-            record_trace(config, "trace", RecordOptions(end_step=12, anchor_every=4))
+            record_trace(config, "trace", RecordOptions(end_step=6, anchor_every=4))
             yield folder
 
 
