@@ -40,7 +40,7 @@ from circuit.figures.charts import (
     named,
     steps,
 )
-from circuit.lazy import alt, no_grad, pd
+from circuit.lazy import alt, no_grad, pd, torch
 from circuit.model.ablation import LEFT, Operation, Replacement, other_records, replaced
 from circuit.model.components import parse_component
 from circuit.model.readout import Answers, read_answers
