@@ -67,7 +67,8 @@ def other_records(records: Int[Tensor, " place"], seed: int) -> Int[Tensor, " pl
     )
     # the places behind the record's own, cyclically, up to those before it
     after = (drawn * (len(record) - count)).long()
-    return ((start + count + after) % len(record)).to(records.device)
+    found: Tensor = (start + count + after) % len(record)
+    return found.to(records.device)
 
 
 def turned(x: Vectors, changed: Vectors, other: Vectors) -> Vectors:

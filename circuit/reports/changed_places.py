@@ -71,7 +71,7 @@ class ChangedPlaces:
         places = torch.zeros_like(self.changed, dtype=torch.int64)
         places[self.changed] = torch.arange(int(self.changed.sum()), device=places.device)
         found = []
-        for rows in self.end.argsort(stable=True).split(_ROWS):
+        for rows in torch.split(self.end.argsort(stable=True), _ROWS):
             width = max(int(self.end[rows].max()), 1)
             changed = self.changed[rows, :width]
             found.append(_Pass(rows, width, changed, places[rows, :width][changed]))

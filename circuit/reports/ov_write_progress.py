@@ -158,7 +158,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             )
             for head, columns in zip(heads, of_interval.T.tolist(), strict=True)
         ]
-        correlations: list[Row] = [
+        correlations: list[dict[str, Any]] = [
             {
                 "head": head,
                 "write": column,
@@ -212,7 +212,11 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         )
         if len(finite) < len(self.steps):
             law += "; at the others that is not finite"
-        further = {MEANS: mean_rows, DELTAS: delta_rows, CORRELATIONS: correlations}
+        further: dict[str, Sequence[Row]] = {
+            MEANS: mean_rows,
+            DELTAS: delta_rows,
+            CORRELATIONS: correlations,
+        }
         return Findings(rows, summary, law, further)
 
     def _winner(self, means: Sequence[Row], column: str) -> dict[str, Any] | None:

@@ -80,14 +80,14 @@ class RandomBases:
 
         drawn: dict[str, list[Row]] = {control: [] for control in CONTROLS}
         for draw in range(self.draws):
-            other = random_basis(*basis.shape, self.seed + draw).to(basis)
+            other = random_basis(basis.shape[0], basis.shape[1], self.seed + draw).to(basis)
             equal_rank = change(x, other)
             equal_energy = turned(x, changed, equal_rank)
             gap = (_energy(x, equal_energy) - taken) / x.double().square().sum(-1)
             self._gap = max(self._gap, float(gap.abs().max()))
             for control, replaced in zip(CONTROLS, (equal_rank, equal_energy), strict=True):
                 found = {**place, "control": control, "draw": draw}
-                drawn[control].append(found | row(replaced, run_on(replaced)))
+                drawn[control].append({**found, **row(replaced, run_on(replaced))})
         real = row(changed, after)
         for control, rows in drawn.items():
             self.rows += rows
@@ -174,7 +174,7 @@ def whiskers(
             place = place.transform_calculate(rank="'rank ' + datum.rank").encode(color=shade)
         shown = exact("step", "rank", "control", "draws", *ends.values())
         place = place.encode(x=x, tooltip=shown)
-        look = {"xOffset": aside} | ({} if shade is not None else {"color": INK})
+        look: dict[str, Any] = {"xOffset": aside} | ({} if shade is not None else {"color": INK})
         bar = place.mark_rule(strokeWidth=6, opacity=0.3, **look).encode(y="low:Q", y2="high:Q")
         mean = place.mark_tick(orient="horizontal", width=9, thickness=2, **look)
         layers += [bar, mean.encode(y="mean:Q")]

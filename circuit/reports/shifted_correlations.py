@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from circuit.artifacts import Row
 from circuit.lazy import np
 from circuit.scalars.nulls import LEAST_INTERVALS, SEED, beside, shifted
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def hold_against_shifts(
-    known: Sequence[Row],
+    known: Sequence[dict[str, Any]],
     place: Sequence[int],
     x: Array,
     y: Array,
