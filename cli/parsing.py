@@ -98,6 +98,8 @@ def quick(params: list[Any]) -> list[Any]:
     Switches are off by default: Typer's own are None, of which it asks pydantic.
     """
     for param in params:
+        if not hasattr(param, "type_descriptor"):
+            continue  # another Typer: it reads them itself
         if param.type_descriptor.annotation is bool and param.default is None:
             param.default = False
         if "get_runtime_param" not in vars(param):
