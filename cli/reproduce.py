@@ -45,7 +45,8 @@ def reproduce(
     seed: Annotated[
         list[str] | None,
         typer.Option(
-            help="Seed of the cross-seed study, or FIRST:LAST of several; the scale's without any."
+            help="Seed of the cross-seed study, or FIRST:LAST of several; the scale's without any.",
+            autocompletion=complete.values("11", "1:10"),
         ),
     ] = None,
     cores: options.Cores = 2,
