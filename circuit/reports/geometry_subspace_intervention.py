@@ -293,9 +293,8 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             "intervened_answer_accuracy": ("after", ".1%"),
             "answer_accuracy_drop_between": "drop, 95 %",
             "subspace_share": ("share", ".1%"),
-            "subspace_share_between": "95 %",
         }
-        formats = {"margin_drop": ".3f", "answer_accuracy_drop": ".1%", "subspace_share": ".1%"}
+        formats = {"margin_drop": ".3f", "answer_accuracy_drop": ".1%"}
         means = [
             row | {f"{name}_between": between(row, name, spec) for name, spec in formats.items()}
             for row in results.summary["means"]
@@ -321,6 +320,8 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         return charts
 
 
+_BEFORE = {"shape": "stroke", "filled": False, "size": 150, "color": INK, "strokeWidth": 2}
+"""Marks of the baseline, which a line alone would not show at a single checkpoint."""
 _WORDS = {"answer_accuracy": "answer accuracy", "margin": "value margin"}
 """Columns that are drawn."""
 
@@ -344,7 +345,7 @@ def _by_rank(rows: Sequence[Row], random: Sequence[Row], column: str, title: str
         .scale(domain=_domain(column) or alt.Undefined),
         tooltip=exact(*_before_and_after(column)),
     )
-    before = place.mark_line(color=INK, strokeDash=[5, 4]).encode(
+    before = place.mark_line(color=INK, strokeDash=[5, 4], point=_BEFORE).encode(
         y=f"baseline_{column}:Q", tooltip=exact("step", "reads", f"baseline_{column}")
     )
     low, high = ends_of(f"intervened_{column}")
@@ -373,7 +374,7 @@ def _over_steps(
     between_ends = band(*drawn).transform_calculate(rank=named_rank)
     before = (
         named("interventions")
-        .mark_line(color=INK, strokeDash=[5, 4])
+        .mark_line(color=INK, strokeDash=[5, 4], point=_BEFORE)
         .encode(x=steps(), y=f"baseline_{column}:Q", tooltip=exact("step", f"baseline_{column}"))
     )
     layers = whiskers(random, column, x=steps(), shade=shade)

@@ -122,8 +122,9 @@ def how_random(draws: int, operation: Operation) -> str:
         f"Random bases: {draws} seeded draws of the same rank. `equal_rank` takes away what their"
         " subspace holds; `equal_energy` makes the real change to each vector, of equal norm and"
         " leaving as much, in the direction of theirs. p: share of the draws that"
-        f" {reach}, (1 + those) / (1 + draws). Pale bars in the charts: 95 % of the draws, a"
-        " stroke their mean; left of the point equal rank, right of it equal energy."
+        f" {reach}, (1 + those) / (1 + draws), {1 / (1 + draws):.2g} at least. From, to, and pale"
+        " bars in the charts: 95 % of the draws, a stroke their mean; left of the point equal rank,"
+        " right of it equal energy. Energy: what they take of the vectors' squared norm."
     )
 
 
@@ -133,17 +134,17 @@ def random_table(means: Sequence[Row]) -> Table:
         "step": "step",
         "rank": "rank",
         "control": "control",
-        "energy_share": ("share", ".1%"),
+        "energy_share": ("energy", ".1%"),
         "real_margin_drop": ("drop", ".3f"),
         "margin_drop_mean": ("random", ".3f"),
-        "margin_drop_low": ("2.5 %", ".3f"),
-        "margin_drop_high": ("97.5 %", ".3f"),
-        "margin_drop_p": ("p", ".3f"),
-        "real_answer_accuracy": ("accuracy after", ".1%"),
+        "margin_drop_low": ("from", ".3f"),
+        "margin_drop_high": ("to", ".3f"),
+        "margin_drop_p": ("p drop", ".3f"),
+        "real_answer_accuracy": ("acc. after", ".1%"),
         "answer_accuracy_mean": ("random", ".1%"),
-        "answer_accuracy_low": ("2.5 %", ".1%"),
-        "answer_accuracy_high": ("97.5 %", ".1%"),
-        "answer_accuracy_p": ("p", ".3f"),
+        "answer_accuracy_low": ("from", ".1%"),
+        "answer_accuracy_high": ("to", ".1%"),
+        "answer_accuracy_p": ("p acc.", ".3f"),
     }
     title = f"Against {means[0]['draws']} random bases, all reads"
     return Table(title, columns, means, console=len(means))
