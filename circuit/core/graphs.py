@@ -102,7 +102,8 @@ class Graphs:
             # at copies, for the optimizer moves the weights in place
             graph = GradientGraph.of(parameters, losses_at)
         for parameter, part in zip(parameters.values(), graph.parts, strict=True):
-            if parameter.requires_grad:
+            # of what the losses do not read there is none: zeros, which no operation has made
+            if parameter.requires_grad and part.grad_fn is not None:
                 # laid out as the parameter, on which the order of the sums in its norm hangs
                 parameter.grad = torch.empty_like(parameter).copy_(part.detach())
         size = sum(sizes.values())
