@@ -55,7 +55,8 @@ stderr = cast("Console", _stderr)
 def print_error(error: CircuitError) -> None:
     """One line on stderr, unwrapped, without rich, whose import takes longer than a refusal."""
     line = typer.style("error: ", fg="red", bold=True) + shown(error)
-    typer.echo(line, file=sys.stderr, color=False if os.environ.get("NO_COLOR") else None)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    typer.echo(line, file=sys.stderr, color=False if plain else None)
 
 
 def say_interrupted(further: str) -> int:

@@ -17,7 +17,10 @@ import circuit.cli.program
 import pytest
 import typer.main
 from circuit.cli.app import app
+from circuit.cli.output import print_error
 from command_line import type_in
+
+from circuit.errors import CircuitError
 
 CIRCUIT = (sys.executable, "-m", "circuit.cli")
 
@@ -150,6 +153,29 @@ def test_what_is_printed_is_no_command_to_the_terminal(traced: Path) -> None:
     named = "a\\x1b[31m\\x9b2J\\u202e[red]"
     assert named in forked("trace", "show", str(home)).out.decode()
     assert f"{named}\\nb" in forked("page", str(home)).err.decode()
+
+
+@pytest.mark.parametrize(
+    ("settings", "coloured"),
+    [
+        ({}, True),
+        ({"NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "Unknown"}, False),
+    ],
+)
+def test_a_refusal_is_coloured_where_a_terminal_takes_it(
+    settings: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"TERM": "xterm"} | settings).items():
+        monkeypatch.setenv(name, value)
+    print_error(CircuitError("no"))
+    assert ("\x1b" in shown.getvalue()) == coloured
+    assert "no" in shown.getvalue()
 
 
 def test_a_shut_output_leaves_its_place_to_no_file(desk: Path) -> None:
