@@ -47,7 +47,7 @@ def page(
         raise CircuitError(f"{len(run)} runs", expected="one", fix="pass --compare for several")
     from circuit.folders import run_folder
 
-    if compare == (len(run) > 1):
+    if not compare or len(run) > 1:  # one alone has nothing to be compared with: refused below
         for one in run:
             run_folder(one)
     from circuit.page import comparison_page, formation_page

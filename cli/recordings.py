@@ -21,7 +21,10 @@ def is_recording(folder: Path) -> bool:
     """
     from circuit.folders import RECORDING, trace_folder
 
-    return (folder / RECORDING).is_file() or not trace_folder(folder)
+    if (folder / RECORDING).is_file():
+        return True
+    trace_folder(folder)
+    return False
 
 
 def show(folder: Path, as_json: bool) -> None:

@@ -62,12 +62,7 @@ class RecordDraws:
     def ratios(
         self,
         over: Float[Tensor, "row column"],
-        under: Float[
-            Tensor,
-            (
-                row  # column
-            ),
-        ],
+        under: Float[Tensor, "row column_or_one"],
     ) -> list[Interval]:
         """Of `mean of over / mean of under`, column by column."""
         return self._between(self.sums(over) / self.sums(under))
@@ -88,9 +83,8 @@ class RecordDraws:
             resolution: singular values of the design below this share of the largest count as 0.
         """
         z = y - y.mean()  # about its mean, so that sums of squares cancel less
-        left = (x - x.mean(0), z) if fit_intercept else (x, y)
+        design, target = (x - x.mean(0), z) if fit_intercept else (x, y)
         columns = x.shape[1]
-        design, target = left
         products = torch.cat([design, target[:, None]], 1)
         squares = (products[:, :, None] * products[:, None, :]).flatten(1)
         ones = torch.ones(len(y), 1, dtype=torch.float64)

@@ -280,18 +280,9 @@ def lines(
     return drawn
 
 
-def band(
-    data: str,
-    y: str,
-    y_title: str,
-    shade: alt.Color,
-    *,
-    where: str | None = None,
-) -> alt.Chart:
+def band(data: str, y: str, y_title: str, shade: alt.Color) -> alt.Chart:
     """The intervals of `lines`, from `<y>_low` to `<y>_high`, shaded beneath them."""
     base = named(data).transform_filter(f"isValid(datum.{y}_low) && isValid(datum.{y}_high)")
-    if where is not None:
-        base = base.transform_filter(where)
     drawn: alt.Chart = base.mark_area(opacity=0.16, aria=False).encode(
         x=steps(),
         y=alt.Y(f"{y}_low:Q").title(y_title),

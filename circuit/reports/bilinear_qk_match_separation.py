@@ -21,7 +21,6 @@ from circuit.reports.intervals import (
     ends,
     ends_of,
     how_drawn,
-    interval_file,
     note,
     said_between,
     shown,
@@ -134,12 +133,12 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
             "reads": len(self.reads),
             "bootstrap": how_drawn(self.draws["all"]),
         }
-        rows, intervals = apart(rows, "step", "head", "score", self.slice)
+        rows, further = apart(self, rows, "step", "head", "score", self.slice)
         law = (
             "the full match with biases is the score of the model's own attention, to"
             f" {self.gap:.1g} of scores up to {self.largest:.3g}, for every head and checkpoint"
         )
-        return Findings(rows, summary, law, further={interval_file(type(self)): intervals})
+        return Findings(rows, summary, law, further)
 
     @classmethod
     def size(cls, results: Results[SeparationOptions]) -> tuple[float, ...]:

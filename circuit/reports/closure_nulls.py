@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from circuit.artifacts import Row
 from circuit.errors import CircuitError
@@ -11,6 +11,7 @@ from circuit.figures.charts import INK, Chart, chart, colour, exact, named
 from circuit.lazy import alt, np
 from circuit.options import Option
 from circuit.reports.tables import Columns, Table, cell
+from circuit.scalars.least_squares import Array
 from circuit.scalars.nulls import (
     LEAST_INTERVALS,
     SEED,
@@ -20,9 +21,6 @@ from circuit.scalars.nulls import (
     r_squared_of_designs,
 )
 from circuit.tasks.pairs import record_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Key: TypeAlias = tuple[int, int, str]
 """Source step, target step, pair."""
@@ -102,7 +100,7 @@ class RouteChanges:
     def _beside(
         self,
         at: tuple[Any, Any],
-        y: NDArray[np.float64],
+        y: Array,
         records: Sequence[str],
         fit: Mapping[str, Any],
         fit_intercept: bool,
@@ -117,11 +115,11 @@ class RouteChanges:
             )
             for first in range(0, draws, some)
         ]
-        found: dict[str, Any] = {"draws": draws}
+        told_of: dict[str, Any] = {"draws": draws}
         for name, values in zip(NUMBERS, zip(*parts, strict=True), strict=True):
             there = fit[name] is not None and values[0] is not None
-            found[name] = beside(np.concatenate(values), fit[name]) if there else None
-        return found
+            told_of[name] = beside(np.concatenate(values), fit[name]) if there else None
+        return told_of
 
 
 def told(draws: int) -> dict[str, Any]:

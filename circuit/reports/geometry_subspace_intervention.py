@@ -18,7 +18,7 @@ position of another record (`replacement`). With `random_bases` the same is done
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -311,12 +311,13 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         rows = shown(rows, tuple(dict.fromkeys([*means[0], *ends_of(*_BETWEEN)])))
         ranks = list(dict.fromkeys(row["rank"] for row in rows))
         random = results.summary.get("random_bases", [])
+        data = {"interventions": rows, **({"random_bases": random} if random else {})}
         charts = []
         for column, words in _WORDS.items():
             title = f"{results.options}: {words}"
             if len(ranks) > 1:
-                charts.append(_by_rank(rows, random, column, f"{title} at the step, by rank"))
-            charts.append(_over_steps(rows, random, ranks, column, f"{title} over steps"))
+                charts.append(_by_rank(data, column, f"{title} at the step, by rank"))
+            charts.append(_over_steps(data, ranks, column, f"{title} over steps"))
         return charts
 
 
@@ -335,7 +336,7 @@ def _domain(column: str) -> list[int] | None:
     return [0, 1] if column == "answer_accuracy" else None
 
 
-def _by_rank(rows: Sequence[Row], random: Sequence[Row], column: str, title: str) -> Chart:
+def _by_rank(data: Mapping[str, Sequence[Row]], column: str, title: str) -> Chart:
     x = alt.X("rank:O").title("rank").axis(labelAngle=0)
     place = named("interventions").transform_filter(chosen()).encode(x=x)
     point = alt.OverlayMarkDef(size=50, filled=True, color=CATEGORY[0])
@@ -352,21 +353,17 @@ def _by_rank(rows: Sequence[Row], random: Sequence[Row], column: str, title: str
     ends_drawn = place.mark_rule(color=CATEGORY[0], strokeWidth=2).encode(
         y=f"{low}:Q", y2=f"{high}:Q"
     )
-    layers = whiskers(random, column, x=x, where=chosen())
-    data = {"interventions": rows, **({"random_bases": random} if random else {})}
+    layers = whiskers(data.get("random_bases", ()), column, x=x, where=chosen())
     return chart(f"{column}_by_rank", title, data, *layers, after, ends_drawn, before)
 
 
 def _over_steps(
-    rows: Sequence[Row],
-    random: Sequence[Row],
-    ranks: Sequence[int | None],
-    column: str,
-    title: str,
+    data: Mapping[str, Sequence[Row]], ranks: Sequence[int | None], column: str, title: str
 ) -> Chart:
     names = ["changed" if rank is None else f"rank {rank}" for rank in ranks]
     columns, shade = _before_and_after(column), colour("rank", names)
     named_rank = "datum.rank === null ? 'changed' : 'rank ' + datum.rank"
+    random = data.get("random_bases", ())
     if random:  # or the legend has the bars' paleness
         shade["legend"]["symbolOpacity"] = 1
     drawn = ("interventions", f"intervened_{column}", _WORDS[column], shade)
@@ -378,7 +375,6 @@ def _over_steps(
         .encode(x=steps(), y=f"baseline_{column}:Q", tooltip=exact("step", f"baseline_{column}"))
     )
     layers = whiskers(random, column, x=steps(), shade=shade)
-    data = {"interventions": rows, **({"random_bases": random} if random else {})}
     layers = [*layers, between_ends, after, before, at_step()]
     return chart(f"{column}_over_steps", title, data, *layers)
 

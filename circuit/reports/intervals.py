@@ -32,10 +32,17 @@ def ends_of(*columns: str) -> tuple[str, ...]:
     return tuple(f"{column}{end}" for column in columns for end in ENDS)
 
 
-def apart(rows: Sequence[Row], *keys: str) -> tuple[list[Row], list[Row]]:
-    """Rows without the ends of their intervals, and the ends behind what tells the rows apart."""
-    kept: list[Row] = [{n: row[n] for n in row if not n.endswith(ENDS)} for row in rows]
-    return kept, [{n: row[n] for n in row if n in keys or n.endswith(ENDS)} for row in rows]
+def without_ends(rows: Sequence[Row]) -> list[Row]:
+    """Rows without the ends of their intervals."""
+    return [{n: row[n] for n in row if not n.endswith(ENDS)} for row in rows]
+
+
+def apart(
+    report: Report[Any], rows: Sequence[Row], *keys: str
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Rows without the ends, and the file of the ends, each behind what tells the row apart."""
+    beside: list[Row] = [{n: row[n] for n in row if n in keys or n.endswith(ENDS)} for row in rows]
+    return without_ends(rows), {interval_file(type(report)): beside}
 
 
 def interval_file(kind: type[Report[Any]]) -> str:

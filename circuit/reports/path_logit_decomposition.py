@@ -29,7 +29,6 @@ from circuit.reports.intervals import (
     ends,
     ends_of,
     how_drawn,
-    interval_file,
     note,
     said_between,
     shown,
@@ -139,12 +138,12 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
             "parts": sorted(parts, key=lambda part: -part["last"]),
             "bootstrap": how_drawn(self.draws["all"]),
         }
-        rows, intervals = apart(rows, "step", "part", self.slice)
+        rows, further = apart(self, rows, "step", "part", self.slice)
         law = (
             "the components' shares sum to the model's own margin of every read, to"
             f" {self.gap:.1g} of margins up to {self.largest:.3g}"
         )
-        return Findings(rows, summary, law, further={interval_file(type(self)): intervals})
+        return Findings(rows, summary, law, further)
 
     @classmethod
     def size(cls, results: Results[DecompositionOptions]) -> tuple[float, ...]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS = "geometry_subspace_intervention_random_bases.jsonl"
-CONTROLS = {"equal_rank": "equal rank", "equal_energy": "equal rank and energy"}
+CONTROLS = ("equal_rank", "equal_energy")
 _DRAWN = ("margin_drop", "answer_accuracy")
 _TIE = 1e-4
 """Logits, or share of reads, that equal changes differ by: LayerNorm enlarges rounding."""

@@ -33,7 +33,7 @@ from circuit.reports.closure_nulls import (
     nulls_table,
     told,
 )
-from circuit.reports.intervals import apart, ends_of, shown
+from circuit.reports.intervals import ends_of, shown, without_ends
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ScalarNames
@@ -152,7 +152,7 @@ class ScalarClosure(Report[ScalarClosureOptions]):
             f"every one of {len(scalars)} scalar rows has the route row of its interval and pair,"
             " of the same weights, and no route row is left over"
         )
-        return Findings(apart(fits)[0], summary, law, further={PAIR_ROWS: pair_rows})
+        return Findings(without_ends(fits), summary, law, further={PAIR_ROWS: pair_rows})
 
     def provenance(self) -> dict[str, Any]:
         return {

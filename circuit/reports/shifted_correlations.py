@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from circuit.lazy import np
+from circuit.scalars.least_squares import Array
 from circuit.scalars.nulls import LEAST_INTERVALS, SEED, beside, shifted
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
 
 
 def hold_against_shifts(

@@ -45,7 +45,6 @@ from circuit.reports.intervals import (
     ends,
     ends_of,
     how_drawn,
-    interval_file,
     note,
     shown,
     with_intervals,
@@ -252,12 +251,12 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             "readout": readout,
             "bootstrap": how_drawn(RecordDraws(self.batch.row)),
         }
-        rows, intervals = apart(rows, "step", "stage", "position_role", "group_by")
+        rows, further = apart(self, rows, "step", "stage", "position_role", "group_by")
         law = (
             "the lens at final_norm gives the model's own value margins; they differ by at most"
             f" {self.gap:.1e}"
         )
-        return Findings(rows, summary, law, further={interval_file(type(self)): intervals})
+        return Findings(rows, summary, law, further)
 
     @classmethod
     def size(cls, results: Results[SubspaceOptions]) -> tuple[float, ...]:

@@ -27,7 +27,6 @@ from circuit.reports.intervals import (
     ends,
     ends_of,
     how_drawn,
-    interval_file,
     note,
     said_between,
 )
@@ -147,8 +146,7 @@ class WritePathSelection(Report[WritePathOptions]):
             f"the write of {rows[0]['path']}, all heads ablated in one batch, is that of this path"
             f" alone, to {self.gap:.1g} of writes up to {self.largest:.3g}, in every pair"
         )
-        rows, intervals = apart(rows, "path")
-        further = {interval_file(type(self)): intervals}
+        rows, further = apart(self, rows, "path")
         return Findings(rows, summary, law, further, {"weights_sha256": self.digest})
 
     def provenance(self) -> dict[str, str]:

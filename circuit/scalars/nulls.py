@@ -9,16 +9,10 @@ the target's, by one offset for all pairs: the course is lost (definitions.md se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from circuit.lazy import np
-from circuit.scalars.least_squares import RESOLUTION, dealt
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Indices: TypeAlias = "NDArray[np.int64]"
-    Array: TypeAlias = "NDArray[np.float64]"
+from circuit.scalars.least_squares import RESOLUTION, Array, Indices, dealt
 
 SEED = 17
 """Of all draws here."""
@@ -45,8 +39,8 @@ def beside(
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     reach = draws <= actual + tie if least else draws >= actual - tie
     p = (1 + reach.sum(0)) / (1 + len(draws))
-    found = {"mean": draws.mean(0), "low": low, "high": high, "p": p}
-    return {name: np.asarray(value).tolist() for name, value in found.items()}
+    numbers = {"mean": draws.mean(0), "low": low, "high": high, "p": p}
+    return {name: np.asarray(value).tolist() for name, value in numbers.items()}
 
 
 def permuted_records(records: Sequence[str], kinds: Sequence[str], draws: int) -> Indices | None:
@@ -66,14 +60,15 @@ def permuted_records(records: Sequence[str], kinds: Sequence[str], draws: int) -
     if all(len(of_kind) < 2 for of_kind in groups.values()):
         return None
     generator = np.random.default_rng(SEED)
-    found = np.empty((draws, len(records)), dtype=np.int64)
-    for of_draw in found:
+    partners = np.empty((draws, len(records)), dtype=np.int64)
+    for of_draw in partners:
         for of_kind in groups.values():
-            own = list(of_kind.values())
-            for pairs, number in zip(own, generator.permutation(len(own)), strict=True):
-                other = own[number]
+            by_record = list(of_kind.values())
+            order = generator.permutation(len(by_record))
+            for pairs, number in zip(by_record, order, strict=True):
+                other = by_record[number]
                 of_draw[pairs] = [other[j % len(other)] for j in range(len(pairs))]
-    return found
+    return partners
 
 
 def offsets(intervals: int, draws: int) -> Indices | None:
@@ -131,12 +126,12 @@ def r_squared_of_designs(
         inverse = np.where(is_there, 1 / np.where(is_there, values, 1.0), 0.0)[:, :, None]
         moment = (centred.mT @ (target - y_mean))[:, :, None]
         coefficients = vectors @ (inverse * (vectors.mT @ moment))
-        found: Array = ((x[:, at] - x_mean) @ coefficients)[:, :, 0] + y_mean
-        return found
+        values_there: Array = ((x[:, at] - x_mean) @ coefficients)[:, :, 0] + y_mean
+        return values_there
 
     def share(values: Array) -> Array:
-        left: Array = ((y - values) ** 2).sum(1)
-        return 1 - left / total
+        unexplained: Array = ((y - values) ** 2).sum(1)
+        return 1 - unexplained / total
 
     whole = share(predicted(slice(None), slice(None)))
     folds = dealt(groups)

@@ -50,7 +50,6 @@ class Seed:
         span = scale.name_of(*MATCH_WINDOW)
         analysis = f"{self.run}/analysis"
         self.trace = f"{analysis}/optimizer_update_trace/from_init_seed{seed}_{span}_stepwise"
-        self.trace_report = report_file(self.trace, "optimizer-update-trace")
         scanned = scale.name_of(0, HORIZON)
         self.scan = f"{analysis}/bilinear_qk_match_separation/all_heads_rank8_{scanned}"
         self.heads = f"{analysis}/head_selection/growth_{span}"

@@ -19,7 +19,7 @@ from circuit.config import load_config
 from circuit.reports.report import find_report
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.costs import cost_of, rates
-from circuit.studies.jobs import split_commands
+from circuit.studies.jobs import report_file, split_commands
 from circuit.studies.reproduce import Request, make_plan
 from circuit.studies.scales import SCALES, find_scale
 from circuit.studies.study import PAPER, TARGETS, Study
@@ -138,7 +138,7 @@ def test_a_trace_that_the_contract_asks_for_is_a_second_execution_and_no_other_i
     assert "--require-historical-replay" in traces[0].argv
     together = [job for job in study.jobs if job.traced]
     assert [job.outputs for job in together] == [
-        (f"{seed.run}/summary.json", seed.trace_report) for seed in study.seeds
+        (seed.summary, report_file(seed.trace, "optimizer-update-trace")) for seed in study.seeds
     ]
     assert all("--trace" in job.argv and 0 < job.traced < job.units for job in together)
 
