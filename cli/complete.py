@@ -31,7 +31,7 @@ DEFAULT_SPLITS = (
     "counterfactual",
 )
 ROUTE_KEYS = ("label", "stage", "subspace", "rank", "head_layer", "head", "position_role")
-SCALES = ("full", "short", "smoke")
+SCALES = ("full", "uniform", "short", "smoke")
 MOST_BYTES = 2**20  # of a file that is read
 MOST_OFFERED = 64  # layers, and heads
 
@@ -107,6 +107,7 @@ separation_rows = artifact("bilinear_qk_match_separation_rows.jsonl")
 report = artifact("*_report.json")
 edits = artifact("*edits*.jsonl")
 scores = artifact("*.npz")
+claims = artifact("claims_*.json")
 score = values("rank8", "full")
 
 

@@ -41,6 +41,17 @@ BenchmarkConfigPath = Annotated[
         "--config", help="Benchmark config (JSON).", autocompletion=complete.benchmark_config
     ),
 ]
+BaseSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--base-seed",
+        min=0,
+        max=9999,
+        help="Seed of the study's runs but the cross-seed ones', in place of the contract's 7: it"
+        " then has a folder of its own.",
+        autocompletion=complete.values("11", "13"),
+    ),
+]
 SET = typer.Option(
     "--set",
     metavar="FIELD=VALUE",

@@ -38,7 +38,8 @@ def reproduce(
     scale: Annotated[
         str,
         typer.Option(
-            help="full (the paper's), short (forms the circuit), or smoke (every rule, minutes).",
+            help="full (the paper's), uniform (its model, lags that no position answers), short"
+            " (forms the circuit), or smoke (every rule, minutes).",
             autocompletion=complete.values(*complete.SCALES),
         ),
     ] = "full",
@@ -49,6 +50,7 @@ def reproduce(
             autocompletion=complete.values("11", "1:10"),
         ),
     ] = None,
+    base_seed: options.BaseSeed = None,
     cores: options.Cores = 2,
     dry_run: options.DryRun = False,
     profile: options.Profile = None,
@@ -64,7 +66,9 @@ def reproduce(
 
     request = Request(
         target,
-        find_scale(scale, [number for words in seed or () for number in seeds_of(words)]),
+        find_scale(
+            scale, [number for words in seed or () for number in seeds_of(words)], seed=base_seed
+        ),
         cores=cores,
         profile=None if profile is None else packaged_profile(profile),
         options=tuple(context.args),
@@ -119,7 +123,7 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
         costs.add_row(kind, str(cost.jobs), duration(cost.seconds), size(cost.megabytes))
     cost = plan.cost
     if not plan.jobs:
-        stdout.print(f"{request.target} ({request.scale.name}): everything is there and current")
+        stdout.print(f"{request.target} ({request.scale.label}): everything is there and current")
     else:
         stdout.print(costs)
     print_again(plan.again, request)
@@ -127,7 +131,7 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
         print_ends(request.folder / path for path in plan.outputs)
     if plan.jobs:
         stdout.print(
-            f"{request.target} at scale {request.scale.name}: {cost.jobs} commands, about"
+            f"{request.target} at scale {request.scale.label}: {cost.jobs} commands, about"
             f" {duration(cost.seconds)} of one core, {duration(cost.wall(request.cores))} on"
             f" {request.cores}; {size(cost.megabytes)} on disk under {request.folder}/"
             " (estimates from measured rates)",
@@ -138,17 +142,19 @@ def _print_plan(plan: Plan, every_path: bool) -> None:
 def _claims(plan: Plan) -> tuple[list[Claim], list[Path]]:
     """What holds in this reproduction, also written beside it."""
     from circuit.artifacts import OutputFolder, dump_json
-    from circuit.studies.claims import claims_page, judge
+    from circuit.studies.claims import claims_document, claims_page, judge
     from circuit.studies.study import Study
 
     request = plan.request
-    claims = judge(Study(request.scale), request.folder, request.target)
-    title = f"Claims of the study: {request.target}, scale {request.scale.name}"
+    study = Study(request.scale)
+    claims = judge(study, request.folder, request.target)
+    title = f"Claims of the study: {request.target}, scale {request.scale.label}"
     name = f"claims_{request.target.replace('-', '_')}"
     place, writes = request.folder / "artifacts" / "claims", [f"{name}.md", f"{name}.json"]
     with OutputFolder(place, f"reproduce.{name}", writes=writes, overwrite=True) as folder:
         page = folder.write_text(f"{name}.md", "\n".join(claims_page(claims, title)) + "\n")
-        rows = folder.write_text(f"{name}.json", dump_json([claim.to_json() for claim in claims]))
+        told = dump_json(claims_document(study, request.folder, request.target, claims))
+        rows = folder.write_text(f"{name}.json", told)
     return claims, [page, rows]
 
 

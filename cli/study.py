@@ -38,7 +38,9 @@ group = Commands(
 
 Scale = Annotated[
     str,
-    typer.Option(help="full, short or smoke.", autocompletion=complete.values(*complete.SCALES)),
+    typer.Option(
+        help="full, uniform, short or smoke.", autocompletion=complete.values(*complete.SCALES)
+    ),
 ]
 
 
@@ -51,24 +53,24 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, rich_help_panel=PANEL)
 
 
-def configs(scale: Scale) -> None:
+def configs(scale: Scale, base_seed: options.BaseSeed = None) -> None:
     """Write the contract's configs at another scale, under configs/ of the current folder."""
     from circuit.artifacts import atomic_write_text
     from circuit.reading import read_bytes
     from circuit.studies.configs import contract_configs, scaled
     from circuit.studies.scales import find_scale
 
-    target = find_scale(scale)
+    target = find_scale(scale, seed=base_seed)
     if target.is_contract:
         raise CircuitError(
             "--scale full",
-            expected="short or smoke; the full scale's configs ship with the project",
+            expected="another, or a --base-seed; the contract's configs ship with the project",
         )
     texts = {Path(path): scaled(path, target) for path in contract_configs(target)}
     for path, text in texts.items():
         if path.exists() and read_bytes(path) != text.encode():
             raise CircuitError(
-                f"exists, and is not the config of --scale {scale}",
+                f"exists, and is not the config of the study {target.label}",
                 where=path,
                 fix="move it away, or start in another folder",
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tiny_run import RUN
+from tiny_run import CLAIMS, RUN
 
 from circuit.reports.report import Report, ReportResult, all_reports, report_name, run_report
 from circuit.train_config import load_run_config
@@ -28,6 +28,7 @@ def made(command: str, file: str = "rows.jsonl") -> Path:
 DIAGNOSIS = "answer-scalar-residual-diagnosis"
 GOOD: dict[str, Any] = {
     "basis_rank": 2,
+    "claims": (CLAIMS,),
     "checkpoint": RUN / "checkpoints/step_000012.pt",
     "checkpoints": tuple(RUN / f"checkpoints/step_{step:06d}.pt" for step in (3, 12)),
     "component": "L1MLP",  # with the source, the winner of write-path-selection

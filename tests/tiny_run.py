@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from command_line import Done, type_and_read
 
+from circuit.artifacts import dump_json
 from circuit.config import load_config
+from circuit.sealed import sealed
 from circuit.tasks.probes import write_probe_set
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.train_config import TrainConfig
 from circuit.training.loop import train
 
-RUN = Path("runs/tiny")
+RUN, CLAIMS = Path("runs/tiny"), Path("claims_paper.json")
 MadeOnce = Callable[[str, Callable[[], Any]], Path]
 
 
@@ -26,7 +28,7 @@ MadeOnce = Callable[[str, Callable[[], Any]], Path]
 def trained_once(
     made_once: MadeOnce, tiny_folder: Path, train_payload: Callable[..., dict[str, Any]]
 ) -> Path:
-    """A folder with a run of two layers (checkpoints 3, 6, 9, 12) and a probe set of two splits."""
+    """A folder with a run of two layers (checkpoints 3, 6, 9, 12), its probe set, and claims."""
 
     def fill() -> None:
         shutil.copytree(tiny_folder, "data/tiny")
@@ -36,6 +38,10 @@ def trained_once(
         train(load_config(Path("tiny.json"), TrainConfig))
         splits = ["validation_iid", "heldout_pairs"]
         write_probe_set("data/tiny", RUN / "analysis" / "probe_set.jsonl", splits, 8)
+        claim = {"target": "reference", "statement": "it learns", "holds": True, "note": ""}
+        claim |= {"numbers": {"accuracy": 0.9}, "tests": ["accuracy >= 0.5"]}
+        study = {"target": "paper", "scale": "short", "seed": 7, "recipe_digest": ""}
+        CLAIMS.write_text(dump_json(sealed(study | {"claims": [claim]})))
 
     return made_once("trained", fill)
 

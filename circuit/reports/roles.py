@@ -166,3 +166,15 @@ def t_interval(values: Sequence[float]) -> Interval:
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return fmean(values) - half, fmean(values) + half
+
+
+def spread(measured: Sequence[float | None]) -> dict[str, float | None]:
+    """Of some values, those that there are; one alone has no deviation and no interval."""
+    values = [value for value in measured if value is not None]
+    return {
+        "mean": fmean(values) if values else None,
+        "sd": stdev(values) if len(values) > 1 else None,
+        "least": min(values, default=None),
+        "most": max(values, default=None),
+        **ends({"mean": t_interval(values)}),
+    }

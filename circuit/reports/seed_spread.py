@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Annotated, Any
 
 from circuit.artifacts import Row
@@ -30,7 +29,7 @@ from circuit.folders import RUN_CONFIG
 from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.reading import values_of
-from circuit.reports.intervals import between, ends, ends_of
+from circuit.reports.intervals import between, ends_of
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.roles import (
     ROLES,
@@ -38,7 +37,7 @@ from circuit.reports.roles import (
     follow,
     formed_at,
     read_reports,
-    t_interval,
+    spread,
 )
 from circuit.reports.tables import Columns, Table, cell
 from circuit.reports.written import read_document
@@ -339,16 +338,4 @@ def summarize(last: Sequence[Row]) -> dict[str, Any]:
             for split, rows in of.items()
         },
         "last": list(last),
-    }
-
-
-def spread(measured: Sequence[float | None]) -> dict[str, float | None]:
-    """Of some values, those that there are; one alone has no deviation and no interval."""
-    values = [value for value in measured if value is not None]
-    return {
-        "mean": fmean(values) if values else None,
-        "sd": stdev(values) if len(values) > 1 else None,
-        "least": min(values, default=None),
-        "most": max(values, default=None),
-        **ends({"mean": t_interval(values)}),
     }

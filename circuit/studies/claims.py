@@ -5,15 +5,13 @@ compared; its sentence is made from the comparisons, so that a threshold stands 
 does not; it is not judged only where a report is not there, or where the scale cannot show it. A
 damaged report is an error.
 
-A number's path is made of keys and of verbs with arguments, such as `@max growth` (see `_VERBS`). A
-comparison is `NUMBER [- NUMBER] SIGN BOUND`; a bound is a threshold, `THRESHOLD * NUMBER` or a
-number. `{0}` in the text is the threshold of the first comparison.
+A number's path is made of keys and of verbs with arguments, such as `@max growth` (see `_VERBS`);
+comparisons are those of circuit/reports/comparisons.py. `{0}` in the text is the threshold of the
+first one.
 """
 
 from __future__ import annotations
 
-import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -22,58 +20,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from circuit.config import load_config
 from circuit.errors import CircuitError
+from circuit.reports.comparisons import Comparison, NotShownError, compared
 from circuit.reports.tables import Table
 from circuit.reports.written import SUFFIX, read_document, read_report
+from circuit.sealed import sealed
 from circuit.strict_json import parse_json
-from circuit.studies.configs import ablation_configs
+from circuit.studies.configs import FORMATION, ablation_configs
 from circuit.studies.reference import KEY_RANK
 from circuit.studies.study import PAPER, Study
+from circuit.train_config import TrainConfig
 from circuit.training.run_folder import SUMMARY, read_metrics
 
 Numbers = dict[str, float | int | str | None]
-_TEST = re.compile(r"(\w+)(?: - (\w+))? ([<>=]+) (?:([\d.]+)(?: \* (\w+))?|(\w+))")
-_SIGNS = {
-    **{">=": operator.ge, ">": operator.gt, "==": operator.eq},
-    **{"<=": operator.le, "<": operator.lt},
-}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`number - minus sign bound * times`; without `minus` and `times`, if it has none."""
-
-    number: str
-    minus: str
-    sign: str
-    bound: float
-    times: str
-
-    @classmethod
-    def parse(cls, text: str) -> Comparison:
-        """A comparison as `claims.json` writes it."""
-        match = _TEST.fullmatch(text)
-        assert match is not None, text
-        number, minus, sign, bound, times, other = match.groups()
-        return cls(number, minus or "", sign, float(bound or 1), times or other or "")
-
-    @property
-    def names(self) -> list[str]:
-        """Of the numbers that it compares."""
-        return [name for name in (self.number, self.minus, self.times) if name]
-
-    def holds(self, numbers: Mapping[str, Any]) -> bool:
-        """Whether it does.
-
-        Raises:
-            NotShownError: one of the numbers is null.
-        """
-        for name in self.names:
-            if numbers[name] is None:
-                raise NotShownError(f"{name.replace('_', ' ')} is not defined at this scale")
-        left = numbers[self.number] - (numbers[self.minus] if self.minus else 0)
-        right = self.bound * (numbers[self.times] if self.times else 1)
-        return bool(_SIGNS[self.sign](left, right))
 
 
 @dataclass(frozen=True)
@@ -111,8 +71,7 @@ class Statement:
     @property
     def compared(self) -> set[str]:
         """Names of the numbers that decide; the others are only shown."""
-        tests = filter(_TEST.fullmatch, (*self.tests, self.given))
-        return {name for test in tests for name in Comparison.parse(test).names}
+        return compared((*self.tests, self.given))
 
 
 @cache
@@ -130,8 +89,9 @@ class Claim:
         target: part of the study that it belongs to.
         statement: with its threshold.
         holds: null where it cannot be judged.
-        numbers: that decide.
+        numbers: that decide, and that are shown.
         note: why it cannot be judged.
+        tests: the comparisons, all of which hold where it does.
     """
 
     target: str
@@ -139,14 +99,11 @@ class Claim:
     holds: bool | None
     numbers: Numbers
     note: str = ""
+    tests: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
-
-
-class NotShownError(Exception):
-    """A report is not there, or the scale cannot show a claim."""
 
 
 def judge(study: Study, root: Path, target: str) -> list[Claim]:
@@ -175,8 +132,8 @@ class _Judge:
         try:
             holds, numbers = self.verdict(claim)
         except NotShownError as error:
-            return Claim(claim.part, claim.sentence, None, {}, str(error))
-        return Claim(claim.part, claim.sentence, holds, numbers)
+            return Claim(claim.part, claim.sentence, None, {}, str(error), claim.tests)
+        return Claim(claim.part, claim.sentence, holds, numbers, tests=claim.tests)
 
     def verdict(self, claim: Statement) -> tuple[bool, Numbers]:
         """Whether it holds, and the numbers that decide.
@@ -278,6 +235,20 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "@greater": _greater,
     "@or": lambda value, other: float(other) if value is None else value,
 }
+
+
+def claims_document(
+    study: Study, root: Path, target: str, claims: Sequence[Claim]
+) -> dict[str, Any]:
+    """The claims as a file: whose they are, and what holds."""
+    config = load_config(root / FORMATION, TrainConfig)
+    return sealed(
+        {
+            **{"target": target, "scale": study.scale.name, "seed": config.seed},
+            "recipe_digest": config.replace(seed=0).recipe_digest(),
+            "claims": [claim.to_json() for claim in claims],
+        }
+    )
 
 
 def claims_page(claims: list[Claim], title: str) -> list[str]:

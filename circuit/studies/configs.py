@@ -49,12 +49,12 @@ def scaled(path: str, scale: Scale) -> str:
 
 
 def _benchmark(payload: dict[str, Any], scale: Scale) -> dict[str, Any]:
-    train, other = scale.samples or (0, 0)
     splits = {}
     for name, split in payload["splits"].items():
+        train, other = scale.samples or (split["samples"],) * 2
         sized = {**split, "samples": train if name == "train" else other}
         splits[name] = sized if "counterfactual_of" in split else {**sized, **scale.splits}
-        if name == "structural_ood":
+        if scale.splits and name == "structural_ood":
             harder = ("active_keys", "overwrite_count")
             splits[name] |= {f: {end: n + 1 for end, n in splits[name][f].items()} for f in harder}
     return payload | scale.task | {"splits": splits}
@@ -68,6 +68,8 @@ def _run(payload: dict[str, Any], scale: Scale) -> dict[str, Any]:
     for name in ("eval_every", "checkpoint_every"):
         changed[name] = scale.step(payload[name])
     changed["log_every"] = max(1, payload["log_every"] * scale.unit // 250)
+    if scale.seed is not None:
+        changed["seed"] = scale.seed
     if payload["optimizer"]["name"] == "adamw" and scale.learning_rate is not None:
         changed["optimizer"] = payload["optimizer"] | {"learning_rate": scale.learning_rate}
     return changed

@@ -12,9 +12,9 @@ from circuit.strict_json import parse_json
 from circuit.studies.jobs import Job
 from circuit.studies.scales import CONTRACT_UNIT, Scale
 
-SMALLER = {"full": 1.0, "short": 0.14, "smoke": 0.05}
+SMALLER = {"full": 1.0, "uniform": 0.5, "short": 0.14, "smoke": 0.05}
 """Cost of a unit of work at a scale, over that of the contract's model and data (measured)."""
-SMALLER_STATES = {"full": 1.0, "short": 0.26, "smoke": 0.19}
+SMALLER_STATES = {"full": 1.0, "uniform": 1.0, "short": 0.26, "smoke": 0.19}
 """Size of a checkpoint at a scale, over that of the contract's 7.57 MB (measured)."""
 
 TRACED = 0.1

@@ -36,7 +36,8 @@ class Request(Workflow):
     @property
     def settings(self) -> tuple[str, ...]:
         seeds = ",".join(map(str, self.scale.seeds))
-        return f"scale={self.scale.name}", f"seeds={seeds}"
+        base = () if self.scale.seed is None else (f"base={self.scale.seed}",)
+        return f"scale={self.scale.name}", f"seeds={seeds}", *base
 
     @property
     def goal(self) -> str:
@@ -51,7 +52,7 @@ class Request(Workflow):
             raise CircuitError(
                 f"{len(missing)} configs of the contract are not here",
                 where=missing[0],
-                fix="run it in the project's root, or choose --scale short or smoke",
+                fix="run it in the project's root, or choose another scale",
             )
 
 

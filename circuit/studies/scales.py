@@ -4,6 +4,7 @@ The contract speaks in multiples of 250 steps. A scale says how many optimizer s
 (`unit`) and which task and model they are run on; every other number follows. Only `full` runs at
 the project's root. The others have a folder of their own, `artifacts/scale/<scale>/`, in which the
 contract's commands and paths hold as they stand there, but for the steps and ranks in their names.
+So has the study with another seed than the contract's: `artifacts/scale/<scale>_seed0011/`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Scale:
 
     Attributes:
         name: of the scale.
+        seed: of every run but those of the cross-seed study; None is the contract's.
         unit: optimizer steps that stand for 250 of the contract's.
         long_steps: of the two reference runs.
         seeds: of the cross-seed study.
@@ -49,6 +51,7 @@ class Scale:
     """
 
     name: str
+    seed: int | None = None
     unit: int = CONTRACT_UNIT
     long_steps: int = LONG
     seeds: tuple[int, ...] = ALL_SEEDS
@@ -70,12 +73,17 @@ class Scale:
     @property
     def is_contract(self) -> bool:
         """Whether it is the contract's own."""
-        return self.name == "full"
+        return self.name == "full" and self.seed is None
+
+    @property
+    def label(self) -> str:
+        """Its name, with its seed if that is another than the contract's."""
+        return self.name if self.seed is None else f"{self.name}_seed{self.seed:04}"
 
     @property
     def folder(self) -> Path:
         """Where it runs, relative to the project's root."""
-        return Path() if self.is_contract else Path("artifacts") / "scale" / self.name
+        return Path() if self.is_contract else Path("artifacts") / "scale" / self.label
 
     def step(self, contract: int) -> int:
         """The step that stands for one of the contract's (a multiple of 250)."""
@@ -117,6 +125,25 @@ _SMALL_SPLIT = {
 
 SCALES = {
     "full": Scale("full"),
+    "uniform": Scale(
+        "uniform",
+        unit=80,
+        long_steps=1920,
+        ablations=PILOTS,
+        qk_shards=2,
+        write_shards=2,
+        task={"lag_sampling": "uniform"},
+        splits={
+            "active_keys": {"min": 4, "max": 5},
+            "overwrite_count": {"min": 8, "max": 8},
+            "num_queries": {"min": 5, "max": 6},
+            "query_lag": {"min": 1, "max": 4},
+        },
+        samples=(8000, 1024),
+        run={"batch_size": 64, "schedule": {"name": "constant", "warmup_steps": 100}},
+        model={"embedding_std": 0.5},
+        learning_rate=0.002,
+    ),
     "short": Scale(
         "short",
         unit=60,
@@ -171,13 +198,18 @@ def seeds_of(words: str) -> range:
     return seeds
 
 
-def find_scale(name: str, seeds: Sequence[int] = ()) -> Scale:
-    """A scale by name, and with other seeds than its own if some are named.
+def find_scale(name: str, seeds: Sequence[int] = (), *, seed: int | None = None) -> Scale:
+    """A scale by name.
+
+    Args:
+        seeds: of its cross-seed study, in place of its own.
+        seed: of all its other runs, in place of the contract's; the cross-seed study is then of
+            this seed, if `seeds` names no others.
 
     Raises:
         CircuitError: there is no such scale.
     """
     if name not in SCALES:
         raise CircuitError(f"unknown scale '{name}'", expected=f"one of {', '.join(SCALES)}")
-    scale = SCALES[name]
-    return replace(scale, seeds=tuple(dict.fromkeys(seeds))) if seeds else scale
+    scale, others = SCALES[name], seeds or (() if seed is None else (seed,))
+    return replace(scale, seed=seed, seeds=tuple(dict.fromkeys(others)) or scale.seeds)

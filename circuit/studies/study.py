@@ -119,9 +119,11 @@ class Study:
             return []
         paths = tuple(contract_configs(self.scale))
         argv: Words = ("study", "configs", "--scale", self.scale.name)
+        if self.scale.seed is not None:
+            argv += ("--base-seed", str(self.scale.seed))
         texts = "".join(scaled(path, self.scale) for path in paths)
         recipe = f"configs {_digest(texts)}"
-        return [Job("common", "configs", self.scale.name, argv, (), paths, recipe)]
+        return [Job("common", "configs", self.scale.label, argv, (), paths, recipe)]
 
     def _with_recipe(self, job: Job) -> Job:
         """A job that reads a config is invalid where what the config says is another."""

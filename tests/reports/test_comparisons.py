@@ -13,10 +13,13 @@ from scipy.stats import ttest_1samp
 
 from circuit.artifacts import dump_rows, read_jsonl
 from circuit.errors import CircuitError
+from circuit.reports.claims_comparison import ClaimsComparison, ClaimsOptions
 from circuit.reports.cross_seed_comparison import CrossSeedComparison, CrossSeedOptions
 from circuit.reports.optimizer_comparison import OptimizerComparison, OptimizerComparisonOptions
 from circuit.reports.report import ReportResult, run_report
-from circuit.reports.seed_spread import SeedSpread, SeedSpreadOptions, spread
+from circuit.reports.roles import spread
+from circuit.reports.seed_spread import SeedSpread, SeedSpreadOptions
+from circuit.sealed import sealed
 from circuit.train_config import load_run_config
 
 
@@ -33,6 +36,66 @@ def compare_seeds(reports: list[Path]) -> ReportResult:
 def compare_optimizers(runs: list[Path]) -> ReportResult:
     chosen = OptimizerComparisonOptions(runs=tuple(runs))
     return run_report(OptimizerComparison, None, chosen, "out", overwrite=True)
+
+
+def compare_claims(claims: list[Path]) -> ReportResult:
+    chosen = ClaimsOptions(claims=tuple(claims))
+    return run_report(ClaimsComparison, None, chosen, "out", overwrite=True)
+
+
+def study_claims(seed: int, accuracy: float | None, **other: Any) -> Path:
+    """The claims of the study with one seed; with no accuracy there is nothing to judge."""
+    learns = {
+        **{"target": "reference", "statement": "it learns", "tests": ["accuracy >= 0.9"]},
+        **{"holds": None if accuracy is None else accuracy >= 0.9, "note": ""},
+        "numbers": {} if accuracy is None else {"accuracy": accuracy, "head": f"L1H{seed}"},
+    }
+    study = {"target": "paper", "scale": "short", "recipe_digest": "a", "seed": seed}
+    path = Path(f"{seed}/claims_paper.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(sealed({**study, "claims": [learns | other]})))
+    return path
+
+
+def test_claims_are_counted_and_their_numbers_have_t_intervals_over_seeds() -> None:
+    accuracies = {2: 0.95, 1: 0.99, 3: 0.85, 4: None}
+    result = compare_claims([study_claims(*one) for one in accuracies.items()])
+    (claim,) = result.summary["claims"]
+    assert (claim["holds"], claim["judged"]) == (2, 3)
+    assert result.summary["seeds"] == [1, 2, 3, 4]
+    accuracy, head = claim["numbers"]["accuracy"], claim["numbers"]["head"]
+    own = ttest_1samp([0.99, 0.95, 0.85], 0).confidence_interval()
+    assert (accuracy["mean_low"], accuracy["mean_high"]) == pytest.approx((own.low, own.high))
+    assert head == {"by_seed": {"1": "L1H1", "2": "L1H2", "3": "L1H3"}}
+    assert result.law == "the 3 verdicts of 4 studies follow from their numbers"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "refusal"),
+    [
+        ({"scale": "smoke"}, r"2/claims_paper.json: is of another scale than 1/claims_paper.json"),
+        ({"target": "reference"}, "is of another target"),
+        ({"recipe_digest": "b"}, "is of another recipe than"),
+        ({"seed": 1}, "is a second study of seed 1"),
+        ({"claims": [{}]}, "make it again"),
+    ],
+)
+def test_claims_of_another_study_are_refused(spoil: dict[str, Any], refusal: str) -> None:
+    one, two = study_claims(1, 0.95), study_claims(2, 0.95)
+    payload = json.loads(two.read_text())
+    del payload["digest"]
+    two.write_text(json.dumps(sealed(payload | spoil)))
+    with pytest.raises(CircuitError, match=refusal):
+        compare_claims([one, two])
+
+
+def test_a_verdict_that_does_not_follow_from_its_numbers_is_refused() -> None:
+    one, two = study_claims(1, 0.95), study_claims(2, 0.85, holds=True)
+    with pytest.raises(CircuitError, match=r"verdict of seed 2 does not follow.*it learns"):
+        compare_claims([one, two])
+    two.write_text(two.read_text().replace("0.85", "0.95"))
+    with pytest.raises(CircuitError, match="was changed after it was written"):
+        compare_claims([one, two])
 
 
 def seed_reports(seed: int, head: str, path: str, *, wins: float, amount: float) -> list[Path]:

@@ -56,6 +56,7 @@ GOOD = {
     "probe_set": PROBE,
     "reference_step": "4",
     "replays": "out",
+    "claims": "claims_paper.json",
     "reports": "shard/report.json",
     "routes": ROUTE,
     "route_closure_rows": ROUTE_ROWS,
@@ -97,6 +98,7 @@ FURTHER = {
 
 OF_KIND: dict[str, tuple[str, ...]] = {
     "checkpoint": ("nowhere/step_000003.pt", "other/step_000003.pt", PROBE),
+    "claims": ("nowhere.json", PROBE, "tiny.json"),
     "checkpoint_dir": ("nowhere", "data/tiny"),
     "component": ("nonsense", "L9H0"),
     "group_by": ("nonsense", "value_distractors"),
@@ -126,6 +128,7 @@ OF_KIND: dict[str, tuple[str, ...]] = {
 
 BAD: dict[str, tuple[str, ...]] = {
     "anchor_every": ("0", "x"),
+    "base_seed": ("-1", "x"),
     "bases": ("nonsense", "step:x"),
     "benchmark_dir": ("nowhere",),
     "checkpoint": OF_KIND["checkpoint"],

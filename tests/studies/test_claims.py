@@ -10,16 +10,25 @@ from typing import Any
 import pytest
 from made_report import made_report
 
-from circuit.artifacts import dump_rows
+from circuit.artifacts import dump_json, dump_rows
 from circuit.errors import CircuitError
+from circuit.reports.claims_comparison import read_claims
+from circuit.reports.comparisons import Comparison
 from circuit.reports.cross_seed_comparison import CrossSeedComparison
 from circuit.reports.optimizer_comparison import OptimizerComparison
 from circuit.studies.ablation import ROOT
-from circuit.studies.claims import Claim, Comparison, claims_page, judge, statements
+from circuit.studies.claims import (
+    Claim,
+    claims_document,
+    claims_page,
+    judge,
+    statements,
+)
 from circuit.studies.commands import DONE, SPARSE
+from circuit.studies.configs import FORMATION, scaled
 from circuit.studies.cross_seed import ROOT as SEED_ROOT
 from circuit.studies.jobs import report_file
-from circuit.studies.scales import SCALES
+from circuit.studies.scales import SCALES, find_scale
 from circuit.studies.study import Study
 
 STUDY = Study(SCALES["short"])
@@ -196,3 +205,19 @@ def test_the_page_counts_verdicts() -> None:
     text = "\n".join(claims_page(claims, "Claims"))
     assert "1 claims hold, 0 do not, 1 could not be judged." in text
     assert "| reference | b | ? | not there |" in text
+
+
+def test_the_file_of_claims_says_of_which_study_they_are() -> None:
+    files = []
+    for seed in (11, 13):
+        study = Study(find_scale("short", seed=seed))
+        config = Path(str(seed), FORMATION)
+        config.parent.mkdir(parents=True)
+        config.write_text(scaled(FORMATION, study.scale))
+        judged = judge(study, Path(), "paper")
+        files.append(Path(f"claims_{seed}.json"))
+        written = claims_document(study, Path(str(seed)), "paper", judged)
+        files[-1].write_text(dump_json(written))
+    read = read_claims(files)
+    assert list(read) == [11, 13]
+    assert [one["statement"] for one in read[13]["claims"]] == [c.statement for c in judged]

@@ -122,7 +122,7 @@ def test_jobs_agree(scale, project: Path) -> None:
     assert absent == set()
 
 
-@pytest.mark.parametrize("scale", ["short", "smoke"])
+@pytest.mark.parametrize("scale", sorted({*SCALES} - {"full"}))
 def test_smaller_scales_have_the_kinds_and_targets_of_the_full_one(scale: str) -> None:
     full, small = (Study(SCALES[name]) for name in ("full", scale))
     for target in PAPER:
@@ -174,7 +174,7 @@ def test_rules_are_as_many_for_any_number_of_seeds() -> None:
     assert set(many.targets("cross-seed")) <= set(many.outputs("cross-seed"))
 
 
-@pytest.mark.parametrize("scale", ["short", "smoke"])
+@pytest.mark.parametrize("scale", sorted({*SCALES} - {"full"}))
 def test_scaled_configs_are_valid_and_keep_their_folders(scale: str, project: Path) -> None:
     for path in contract_configs(SCALES[scale]):
         kind = BenchmarkConfig if path == BENCHMARK else TrainConfig
@@ -184,6 +184,25 @@ def test_scaled_configs_are_valid_and_keep_their_folders(scale: str, project: Pa
         assert (after.name, after.output_dir) == (before.name, before.output_dir)
         if isinstance(after, TrainConfig):
             assert after.steps < load_config(PROJECT / path, TrainConfig).steps
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_study_of_another_seed_differs_in_it_alone(name: str, project: Path) -> None:
+    contract, other = SCALES[name], find_scale(name, seed=11)
+    assert not other.is_contract
+    assert other.folder == Path(f"artifacts/scale/{name}_seed0011")
+    assert other.seeds == (11,)
+    assert find_scale(name, (13, 17), seed=11).seeds == (13, 17)
+    for path in contract_configs(contract):
+        before, after = (json.loads(scaled(path, scale)) for scale in (contract, other))
+        if path != BENCHMARK:
+            assert (before.pop("seed"), after.pop("seed")) == (7, 11)
+        assert after == before
+    if name == "full":  # the contract's own, to the letter of what they say
+        assert scaled(BENCHMARK, contract) == load_config(BENCHMARK, BenchmarkConfig).to_json()
+    words = next(job.argv for job in Study(other).jobs if job.kind == "configs")
+    assert words[-2:] == ("--base-seed", "11")
+    assert "base=11" in Request("paper", other).settings
 
 
 def test_a_plan_costs_what_its_jobs_cost() -> None:
