@@ -86,6 +86,9 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
                 rows.append(seed_row(seed, kinds))
         with values_of("`reports`", fix="make them again"):
             summary, law = summarize(rows), law_of(self.reports)
+            shares = {str(seed): raw_sgd_share(kinds) for seed, kinds in self.reports.items()}
+            summary["raw_sgd_shares"] = shares
+            summary["largest_raw_sgd_share"] = max(map(abs, shares.values()))
         winners = [{column: row[column] for column in _WINNER} for row in rows]
         return Findings(
             rows,
@@ -316,6 +319,12 @@ def seed_row(seed: int, kinds: Mapping[str, Written]) -> dict[str, Any]:
         row[f"{name}_closure_path"] = window["closure"]["path"]
         row[f"{name}_closure_first_order"] = window["closure"]["first_order"]
     return row
+
+
+def raw_sgd_share(kinds: Mapping[str, Written]) -> float:
+    """What raw SGD would have done to the winner's match, over what happened; to first order."""
+    window = _windows(kinds)["match"]
+    return float(window["references"]["raw_sgd"] / window["actual"])
 
 
 def _window(report: Written, component: str) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def seed_reports(seed: int, head: str, path: str, *, wins: float, amount: float)
         "value_at_end": amount,
         "path": {"weight_decay": -0.5, "adam_current_gradient": 2.5, "rounding": 0.0},
         "predicted": {"path": 2.0},
+        "references": {"raw_sgd": -0.1},
         "closure": {"path": 1e-4, "first_order": 0.2},
     }
     ends = {"growth": 1.0, "support_wins_at_end": wins}
@@ -148,6 +149,9 @@ def test_roles_repeat_and_addresses_move() -> None:
     reports += seed_reports(13, "L2H1", "L1H1_to_L2MLP", wins=0.2, amount=2.0)
     result = compare_seeds(reports)
     assert result.summary["head_role_repeats"] == 1
+    shares = result.summary["raw_sgd_shares"]
+    assert shares == {seed: pytest.approx(-0.05) for seed in shares}  # -0.1 of 2.0
+    assert result.summary["largest_raw_sgd_share"] == pytest.approx(0.05)
     assert result.summary["write_role_repeats"] == 2
     assert result.summary["same_layer_readers"] == 1
     row = read_jsonl(result.rows[0])[0]

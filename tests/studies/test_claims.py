@@ -183,6 +183,7 @@ SUMMARY = {
     **{"seeds": [11, 13], "head_role_repeats": 1, "write_role_repeats": 2},
     **{"head_addresses": ["L1H3"], "path_addresses": ["L1H3_to_L1MLP", "L1H1_to_L2MLP"]},
     **{"worst_match_closure": 0.002, "worst_write_closure": 0.02},
+    "largest_raw_sgd_share": 0.02,
 }
 
 
@@ -191,6 +192,7 @@ def test_roles_repeat_and_addresses_move() -> None:
     assert claim("cross-seed", "matching role repeats").holds is False
     assert claim("cross-seed", "writing role repeats").holds is True
     assert claim("cross-seed", "its address moves").holds is False
+    assert claim("cross-seed", "raw SGD").holds is True
     assert claim("cross-seed", "its path moves").holds is True
     assert claim("cross-seed", "attributions of the winners").holds is False
     seeds(seeds=[11])
