@@ -45,9 +45,9 @@ def apart(
     return without_ends(rows), {interval_file(type(report)): beside}
 
 
-def interval_file(kind: type[Report[Any]]) -> str:
-    """The name of a report's file of intervals."""
-    return f"{kind.stem()}_intervals.jsonl"
+def interval_file(kind: type[Report[Any]], file: str = "") -> str:
+    """The name of the file of intervals of a report's rows, or of those of a further file."""
+    return f"{file.removesuffix('.jsonl') or kind.stem()}_intervals.jsonl"
 
 
 def how_drawn(draws: RecordDraws) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def how_drawn(draws: RecordDraws) -> dict[str, Any]:
     return {"records": draws.records, "draws": DRAWS}
 
 
-def with_intervals(kind: type[Report[Any]], results: Results[Any]) -> list[Row]:
-    """The rows that were written, each with its intervals where there are any."""
-    rows = list(results.rows())
+def with_intervals(kind: type[Report[Any]], results: Results[Any], file: str = "") -> list[Row]:
+    """The rows that were written, or those of a further file, each with its intervals if any."""
+    rows = list(results.rows(file))
     if "bootstrap" not in results.summary:
         return rows
-    of_rows = results.rows(interval_file(kind))
+    of_rows = results.rows(interval_file(kind, file))
     return [{**row, **of_row} for row, of_row in zip(rows, of_rows, strict=True)]
 
 

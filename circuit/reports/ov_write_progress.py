@@ -5,7 +5,8 @@
 3. Pearson correlation, over the intervals, of each head's every delta with that of every answer
    scalar. Among so many some are large by chance: the report says how large.
 
-Further row files: `ov_write_progress_means.jsonl`, `..._deltas.jsonl`, `..._correlations.jsonl`.
+Further row files: `ov_write_progress_means.jsonl`, `..._deltas.jsonl`, `..._correlations.jsonl`,
+and `..._means_intervals.jsonl`, the ends of means by bootstrap of records, line for line.
 Columns are those of `circuit.scalars.head_progress`. A number that is not finite, as in a run that
 diverged, is null.
 """
@@ -20,16 +21,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from circuit import options
 from circuit.artifacts import Row
+from circuit.core.intervals import RecordDraws
 from circuit.figures.charts import Chart, at_step, chart, colour, heat, legend, lines
 from circuit.lazy import alt, np, torch
 from circuit.model.components import all_heads, parse_component
 from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import (
+    ENDS,
+    between,
+    ends,
+    how_drawn,
+    interval_file,
+    note,
+    said_between,
+    with_intervals,
+)
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.shifted_correlations import hold_against_shifts, shifts_note
 from circuit.reports.tables import Columns, Table
 from circuit.scalars.answers import ANSWER_SCALARS, Competitors, answer_scalars
 from circuit.scalars.head_progress import COLUMNS, REDUNDANT, ScoredReads, head_progress
+from circuit.tasks.pairs import record_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -87,7 +100,9 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             support_role=asked.support_key_role,
             distractor_role=asked.distractor_key_role,
         )
+        self.draws = RecordDraws([record_of(pair.pair_id) for pair in self.pairs])
         self.steps: list[int] = []
+        self.intervals: list[Row] = []  # beside the rows of means
         self.means: list[NDArray[np.float64]] = []  # [column, head] of each checkpoint
         self.answers: list[NDArray[np.float64]] = []  # [AT_STEP]
         self.outputs: list[NDArray[np.float64]] = []  # deltas [OUTPUTS] of each interval
@@ -102,15 +117,19 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         at_step = self._scalars(logits, logits, logits)[: len(AT_STEP)]
         columns = torch.stack([progress.columns[name].T for name in COLUMNS]).cpu().double()
         if self.before is not None:
-            ends = self.before, logits
+            both = self.before, logits
             self.outputs.append(
-                (self._scalars(logits, *ends) - self._scalars(self.before, *ends)).mean(-1)
+                (self._scalars(logits, *both) - self._scalars(self.before, *both)).mean(-1)
             )
         self.before = logits
         self.steps.append(point.step)
         self.means.append(columns.numpy().mean(-1))
         self.answers.append(at_step.mean(-1))
         self.residuals.append(progress.dla_residual)
+        drawn = columns[[COLUMNS.index(name) for name in BETWEEN]]
+        for head, of_head in zip(heads, drawn.unbind(1), strict=True):
+            found = ends(dict(zip(BETWEEN, self.draws.means(of_head.T), strict=True)))
+            self.intervals.append({"step": point.step, "head": str(head), **found})
         of_reads = at_step.T.tolist()
         for head, of_head in zip(heads, columns.permute(1, 2, 0).tolist(), strict=True):
             for pair, value, found, answers in zip(
@@ -133,43 +152,16 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
     def _scalars(self, at: Logits, source: Logits, target: Logits) -> NDArray[np.float64]:
         """`[OUTPUTS, read]` at some logits, with the competitors of an interval's two ends."""
         values, answer = self.inputs.task.choices, self.reads.batch.answer.cpu()
-        ends = (read_answers(end, answer, values).competitor for end in (source, target))
-        scalars = answer_scalars(at, answer, Competitors(*ends), values)
+        other = (read_answers(end, answer, values).competitor for end in (source, target))
+        scalars = answer_scalars(at, answer, Competitors(*other), values)
         return torch.stack([scalars[name] for name in OUTPUTS]).numpy()
 
     def conclude(self, rows: list[Row]) -> Findings:
-        means, answers = np.stack(self.means), np.stack(self.answers)
-        deltas = np.diff(means, axis=0)
-        outputs = np.array(self.outputs).reshape(-1, len(OUTPUTS))
         heads = list(dict.fromkeys(row["head"] for row in rows))
-        mean_rows: list[Row] = [
-            {"step": step, "head": head, "pairs": len(self.pairs)}
-            | _nested(COLUMNS, columns)
-            | _nested(AT_STEP, scalars)
-            for step, of_step, scalars in zip(self.steps, means, answers.tolist(), strict=True)
-            for head, columns in zip(heads, of_step.T.tolist(), strict=True)
-        ]
-        delta_rows: list[Row] = [
-            {"source_step": source, "target_step": target, "head": head}
-            | _nested(COLUMNS, columns)
-            | _nested(OUTPUTS, scalars)
-            for (source, target), of_interval, scalars in zip(
-                pairwise(self.steps), deltas, outputs.tolist(), strict=True
-            )
-            for head, columns in zip(heads, of_interval.T.tolist(), strict=True)
-        ]
-        correlations: list[dict[str, Any]] = [
-            {
-                "head": head,
-                "write": column,
-                "output": output,
-                "intervals": len(deltas),
-                "pearson": _finite(value),
-            }
-            for head, of_head in zip(heads, pearson(deltas, outputs).swapaxes(0, 1), strict=True)
-            for column, of_column in zip(COLUMNS, of_head.tolist(), strict=True)
-            for output, value in zip(OUTPUTS, of_column, strict=True)
-        ]
+        answers, deltas = np.stack(self.answers), np.diff(np.stack(self.means), axis=0)
+        outputs = np.array(self.outputs).reshape(-1, len(OUTPUTS))
+        means = self._mean_rows(heads)
+        correlations = _correlated(heads, deltas, outputs)
         place = [
             i
             for i, row in enumerate(correlations)
@@ -187,11 +179,11 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             f"pairs_by_{self.slice}": {str(value): slices[value] for value in sorted(slices)},
             "steps": self.steps,
             "intervals": len(deltas),
-            "match_winner": self._winner(mean_rows, "qk_separation"),
-            "write_winner": self._winner(mean_rows, "head_value_margin_dla"),
+            "match_winner": self._winner(means, "qk_separation"),
+            "write_winner": self._winner(means, "head_value_margin_dla"),
             "last_step": {
                 row["head"]: {name: _of(row, name) for name in SHOWN}
-                for row in mean_rows[-len(heads) :]
+                for row in means[-len(heads) :]
             },
             "answers": {
                 name: {"first_step": _finite(first), "last_step": _finite(last)}
@@ -205,6 +197,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
                 : self.options.top_k_correlations
             ],
             "largest_dla_residual": _finite(largest),
+            "bootstrap": how_drawn(self.draws),
         }
         law = (
             f"the direct contributions of all components sum to the logits to {largest:.1e} of the"
@@ -213,17 +206,48 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         if len(finite) < len(self.steps):
             law += "; at the others that is not finite"
         further: dict[str, Sequence[Row]] = {
-            MEANS: mean_rows,
-            DELTAS: delta_rows,
+            MEANS: means,
+            DELTAS: self._delta_rows(heads, deltas, outputs),
             CORRELATIONS: correlations,
+            interval_file(type(self), MEANS): self.intervals,
         }
         return Findings(rows, summary, law, further)
+
+    def _mean_rows(self, heads: Sequence[str]) -> list[Row]:
+        """Means over pairs: a row a checkpoint and head."""
+        return [
+            {"step": step, "head": head, "pairs": len(self.pairs)}
+            | _nested(COLUMNS, columns)
+            | _nested(AT_STEP, scalars.tolist())
+            for step, of_step, scalars in zip(self.steps, self.means, self.answers, strict=True)
+            for head, columns in zip(heads, of_step.T.tolist(), strict=True)
+        ]
+
+    def _delta_rows(
+        self, heads: Sequence[str], deltas: NDArray[np.float64], outputs: NDArray[np.float64]
+    ) -> list[Row]:
+        """Deltas of the means, `[interval, column, head]`: a row an interval and head."""
+        return [
+            {"source_step": source, "target_step": target, "head": head}
+            | _nested(COLUMNS, columns)
+            | _nested(OUTPUTS, scalars)
+            for (source, target), of_interval, scalars in zip(
+                pairwise(self.steps), deltas, outputs.tolist(), strict=True
+            )
+            for head, columns in zip(heads, of_interval.T.tolist(), strict=True)
+        ]
 
     def _winner(self, means: Sequence[Row], column: str) -> dict[str, Any] | None:
         """The head with the largest mean at the last step, and where it was half way there."""
         if any(row[column] is None for row in means):
             return None
-        last = max((row for row in means if row["step"] == self.steps[-1]), key=lambda r: r[column])
+        here = (row for row in means if row["step"] == self.steps[-1])
+        last = max(here, key=lambda row: row[column])
+        (between,) = (
+            row
+            for row in self.intervals
+            if (row["step"], row["head"]) == (last["step"], last["head"])
+        )
         course = [row[column] for row in means if row["head"] == last["head"]]
         half = (course[0] + course[-1]) / 2
         passed = (step for step, now in zip(self.steps, course, strict=True) if now >= half)
@@ -232,6 +256,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             "column": column,
             "first_step": course[0],
             "last_step": course[-1],
+            **{f"last_step{end}": between[f"{column}{end}"] for end in ENDS},
             "half_way_step": next(passed) if course[-1] > course[0] else None,
         }
 
@@ -260,7 +285,8 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             course = f"half way at step {half}" if half is not None else "it has not risen"
             notes.append(
                 f"**{winner['head']} {what} best** at step {steps[-1]}: `{winner['column']}`"
-                f" {winner['first_step']:.2f} -> {winner['last_step']:.2f}, {course}."
+                f" {winner['first_step']:.2f} -> {winner['last_step']:.2f}"
+                f"{said_between(winner, 'last_step', '.2f')}, {course}."
             )
         notes.append(
             "Own margin: what the head writes for the answer over the best wrong value of its own"
@@ -277,13 +303,15 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
             )
         if "shifts" in summary:
             notes.append(shifts_note(summary["shifts"]))
-        return notes
+        return [*notes, *note(results)]
 
     @classmethod
     def tables(cls, results: Results[ProgressOptions]) -> list[Table]:
         rows = [
-            {"step": row["step"], "head": row["head"]} | {name: _of(row, name) for name in SHOWN}
-            for row in results.rows(MEANS)
+            {"step": row["step"], "head": row["head"]}
+            | {name: _of(row, name) for name in SHOWN}
+            | {f"{name}_between": between(row, name, ".3f") for name in BEST}
+            for row in with_intervals(cls, results, MEANS)
         ]
         measured = {name: (heading, ".3f") for name, heading in SHOWN.items()}
         correlated: Columns = {
@@ -295,7 +323,9 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         top = results.summary["top_correlations"]
         if any("shifted_p" in row for row in top):
             correlated = {**correlated, "shifted_p": ("p", ".3f")}
-        columns: Columns = {"step": "step", "head": "head", **measured}
+        columns: Columns = {"step": "step", "head": "head"}
+        for name, heading in measured.items():
+            columns |= {name: heading, **({f"{name}_between": "95 %"} if name in BEST else {})}
         return [
             Table("Heads", columns, rows, console=len(rows)),
             *([Table("Deltas that go together", correlated, top, console=3)] if top else []),
@@ -346,6 +376,10 @@ SHOWN = {
     "swapped_value.head_margin_dla": "swapped",
 }
 """Columns of the table, and their headings."""
+BETWEEN = tuple(name for name in SHOWN if "." not in name)
+"""Columns that have intervals."""
+BEST = ("qk_separation", "head_value_margin_dla")
+"""Columns by which a head is called best; the table shows their intervals."""
 COURSES = {
     "qk_separation": "QK separation",
     "attention_support": "attention on the support",
@@ -354,6 +388,24 @@ COURSES = {
 """Columns that are drawn over steps."""
 DRAWN = ("step", "head", "pairs", *list(SHOWN)[:5], "head_margin_dla")
 """Columns that charts have."""
+
+
+def _correlated(
+    heads: Sequence[str], deltas: NDArray[np.float64], outputs: NDArray[np.float64]
+) -> list[Row]:
+    """Correlation over intervals of every head's every delta with that of every answer scalar."""
+    return [
+        {
+            "head": head,
+            "write": column,
+            "output": output,
+            "intervals": len(deltas),
+            "pearson": _finite(value),
+        }
+        for head, of_head in zip(heads, pearson(deltas, outputs).swapaxes(0, 1), strict=True)
+        for column, of_column in zip(COLUMNS, of_head.tolist(), strict=True)
+        for output, value in zip(OUTPUTS, of_column, strict=True)
+    ]
 
 
 def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -149,14 +149,17 @@ def test_intervals_stand_around_the_numbers_that_they_are_of(
 ) -> None:
     """Those of means hold the mean; a fraction or R² may lie outside of its percentiles."""
     result = written(command)
-    rows = list(read_report(result.report).results.rows())
-    if interval_file(result.kind) in (path.name for path in result.rows):
-        of_rows = read_jsonl(result.report.with_name(interval_file(result.kind)))
-        for row, of_row in zip(rows, of_rows, strict=True):
-            assert [row[key] for key in of_row if not key.endswith(ENDS)] == [
-                of_row[key] for key in of_row if not key.endswith(ENDS)
-            ]
-        rows = with_intervals(result.kind, read_report(result.report).results)
+    results, rows = read_report(result.report).results, []
+    for file in ("", *(p.name for p in result.rows if p.suffix == ".jsonl")):
+        of_file = list(results.rows(file))
+        if interval_file(result.kind, file) in (path.name for path in result.rows):
+            of_rows = read_jsonl(result.report.with_name(interval_file(result.kind, file)))
+            for row, of_row in zip(of_file, of_rows, strict=True):
+                assert [row[key] for key in of_row if not key.endswith(ENDS)] == [
+                    of_row[key] for key in of_row if not key.endswith(ENDS)
+                ]
+            of_file = with_intervals(result.kind, results, file)
+        rows += [] if file.endswith("_intervals.jsonl") else of_file
     for one in objects_of([dict(result.summary), *rows]):
         for name in (key.removesuffix("_low") for key in one if key.endswith("_low")):
             value, low, high = (one[f"{name}{end}"] for end in ("", "_low", "_high"))
@@ -184,7 +187,8 @@ def test_a_report_without_intervals_is_shown(
     result = written(command)
     for path in result.rows:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / interval_file(result.kind)).unlink(missing_ok=True)
+    for path in tmp_path.glob("*_intervals.jsonl"):
+        path.unlink()
     payload = json.loads(result.report.read_text())
     del payload["digest"]
     old = payload | {"summary": without_ends(payload["summary"])}

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 from unsound import save_unsound
 
 from circuit import open_run, read_rows
 from circuit.artifacts import read_jsonl
+from circuit.core.intervals import RecordDraws
 from circuit.reports.ov_write_progress import (
     AT_STEP,
     OUTPUTS,
@@ -27,6 +29,7 @@ from circuit.reports.ov_write_progress import (
 from circuit.reports.report import ReportResult, run_report
 from circuit.reports.written import read_report
 from circuit.scalars.head_progress import COLUMNS, REDUNDANT
+from circuit.tasks.pairs import record_of
 from circuit.training.checkpoints import load_checkpoint
 
 RUN = Path("runs/tiny")
@@ -165,7 +168,8 @@ def test_chosen_heads_and_checkpoints_are_the_rows_that_all_of_them_have(
 def test_one_checkpoint_has_means_and_no_deltas() -> None:
     result = report("once", checkpoints=(SIX,), **FEW)
     assert read_jsonl(Path("once/ov_write_progress_deltas.jsonl")) == []
-    assert all(row["pearson"] is None for row in read_jsonl(result.rows[-1]))
+    correlations = read_jsonl(Path("once/ov_write_progress_correlations.jsonl"))
+    assert {row["pearson"] for row in correlations} == {None}
     assert result.summary["top_correlations"] == []
     assert result.summary["chance_level"] is None
 
@@ -222,3 +226,19 @@ def test_correlations_are_held_against_those_of_shifted_intervals(reported_once:
         assert path.read_bytes() == (reported_once / path.name).read_bytes(), path.name
     assert result.summary["shifts"] == {"draws": 0, "seed": 17, "largest": None}
     assert any(note.startswith("No shifted intervals") for note in result.notes)
+
+
+def test_intervals_are_those_of_means_over_whole_records(
+    reported_once: Path, summary: dict[str, Any]
+) -> None:
+    rows = read_jsonl(reported_once / "ov_write_progress_rows.jsonl")
+    found = read_jsonl(reported_once / "ov_write_progress_means_intervals.jsonl")
+    last = found[-1]
+    of_head = [row for row in rows if (row["step"], row["head"]) == (last["step"], last["head"])]
+    draws = RecordDraws([record_of(row["pair_id"]) for row in of_head])
+    assert draws.records > 2
+    values = torch.tensor([[row["qk_separation"]] for row in of_head])
+    ((low, high),) = draws.means(values)
+    assert (last["qk_separation_low"], last["qk_separation_high"]) == pytest.approx((low, high))
+    winner = summary["match_winner"]
+    assert winner["last_step_low"] < winner["last_step"] < winner["last_step_high"]
