@@ -40,9 +40,11 @@ def checked_path(path: str | Path) -> Path:
     """A path that a file can have.
 
     Raises:
-        CircuitError: it holds NUL or half of a surrogate pair, or is too long.
+        CircuitError: it is empty, holds NUL or half of a surrogate pair, or is too long.
     """
     text = os.fspath(path)
+    if not text:
+        raise CircuitError("an empty path", expected="a path, such as . for the current folder")
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:

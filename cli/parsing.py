@@ -25,7 +25,9 @@ MISTAKE: type[Any] = typer.BadParameter.__mro__[2]
 """click's `ClickException`, of which some versions of Typer have a copy of their own."""
 _TYPED = "circuit.typed"
 _PLAIN_NUMBER = re.compile("[0-9]{1,15}")
-_ELSEWHERE = {"overwrite": "--overwrite", "resume": "--resume", "allow_drift": "--allow-drift"}
+_ELSEWHERE = {
+    name: f"--{name.replace('_', '-')}" for name in ("overwrite", "resume", "allow_drift", "half")
+}
 """What a command may have to say of the option of another one."""
 
 
@@ -67,7 +69,15 @@ class Reading:
         several = param.multiple or param.nargs == -1
         if value is None:
             return () if several else None
-        if all(map(self.is_plain, value if several else [value])):
+        values = value if several else [value]
+        if self.kind is Path and "" in values and not ctx.resilient_parsing:
+            # which Path would take for the current folder
+            raise CircuitError(
+                "an empty path",
+                where=_place(ctx.command_path, param),
+                expected="a path, such as . for the current folder",
+            )
+        if all(map(self.is_plain, values)):
             return [self.kind(one) for one in value] if several else self.kind(value)
         return self.by_typer().coerce(value, param=param, ctx=ctx)
 
@@ -158,6 +168,11 @@ class Commands(typer.Typer):
         return super().command(name, cls=cls, **settings)
 
 
+def _place(path: str, param: Any) -> str:
+    """An option or an argument of the command of that path."""
+    return f"{path} {max(param.opts, key=len) if param.opts[0][0] == '-' else param.name}"
+
+
 def refusal(mistake: Any) -> CircuitError:
     """What Typer says of a mistake in the words, in one line, with the value that was given."""
     context: Any = getattr(mistake, "ctx", None)
@@ -172,7 +187,7 @@ def refusal(mistake: Any) -> CircuitError:
         return CircuitError(
             ", ".join(map(repr, values)),
             expected=expected.rstrip("."),
-            where=f"{path} {max(param.opts, key=len) if param.opts[0][0] == '-' else param.name}",
+            where=_place(path, param),
             fix=fix,
         )
     text = mistake.format_message().rstrip(".")

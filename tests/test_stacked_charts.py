@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from circuit.figures.charts import Chart, chart, colour, lines, stacked
+import pytest
+
+from circuit.figures.charts import Chart, chart, colour, lines, named, stacked, steps
 
 
 def _chart(name: str, of: list[str]) -> Chart:
@@ -18,3 +20,13 @@ def test_each_of_the_stacked_charts_has_the_legend_of_its_own_names() -> None:
     for of in charts.values():
         for name in of:
             assert picture.count(f">{name}</text>") == 1
+
+
+@pytest.mark.parametrize("mark", ["rule", "tick", "point"])
+def test_steps_begin_with_the_first_whatever_is_drawn(mark: str) -> None:
+    rows = [{"step": 400, "low": 3, "high": 4}]
+    drawn = named("rows").encode(x=steps(), y="low:Q", y2="high:Q")
+    drawn = getattr(drawn, f"mark_{mark}")()
+    picture = stacked([chart("one", "one", {"rows": rows}, drawn)])
+    assert ">400</text>" in picture
+    assert ">100</text>" not in picture

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from circuit.errors import CircuitError
 from circuit.lazy import torch
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ class RecordDraws:
 
         Args:
             record: of each row, as a number or a name; on any device.
+
+        Raises:
+            CircuitError: there is no row.
         """
+        if not len(record):
+            raise CircuitError("no rows", expected="at least one, of a record that can be drawn")
         if not isinstance(record, torch.Tensor):
             numbers: dict[Hashable, int] = {}
             record = torch.tensor([numbers.setdefault(name, len(numbers)) for name in record])

@@ -177,9 +177,9 @@ def chosen() -> str:
 
 
 def steps(column: str = "step", **scale: Any) -> alt.X:
-    """The x axis of optimizer steps."""
+    """The x axis of optimizer steps, from the first that is drawn, whatever the mark is."""
     axis = alt.Axis(format="d", tickCount=TICKS, labelFlush=True, title="optimizer step")
-    return alt.X(f"{column}:Q").axis(axis).scale(nice=False, **scale)
+    return alt.X(f"{column}:Q").axis(axis).scale(nice=False, zero=False, **scale)
 
 
 def fitted(values: Iterable[float | None]) -> alt.Scale:

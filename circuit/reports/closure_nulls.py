@@ -139,12 +139,15 @@ def nulls_notes(fits: Sequence[Row]) -> list[str]:
         " offset once). p: share of the draws that reach the actual R², (1 + those) / (1 + draws):"
         " with n intervals never below 1 / n for the latter."
     ]
+    told_of = [fit["nulls"] for fit in fits if fit["r_squared"] is not None]
+    if not told_of:
+        return [*notes, "No nulls: what is fitted does not vary."]
     missing = {
         "permuted_records": "there are no two records of one pair type",
         "shifted_intervals": f"fewer than {LEAST_INTERVALS} intervals have too few offsets",
     }
     for name, why in missing.items():
-        if all(fit["nulls"][name] is None for fit in fits if fit["r_squared"] is not None):
+        if all(nulls[name] is None for nulls in told_of):
             notes.append(f"No {NULLS[name]}: {why}.")
     return notes
 
@@ -217,5 +220,6 @@ def nulls_chart(name: str, fits: Sequence[Row], title: Sequence[str]) -> list[Ch
     )
     point = place.mark_point(filled=True, size=50, color=INK, opacity=1).encode(x="actual:Q")
     height = 32 * len(shown)
-    text = f"{words} of every fit beside its nulls"
+    of = "".join(f" (basis: {basis})" for basis in {fit["basis"] for fit in fits if "basis" in fit})
+    text = f"{words} of every fit{of} beside its nulls"
     return [chart(name, text, {name: data}, bar, mean, point, height=height)]

@@ -101,7 +101,9 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
         names = sorted(self.sums.examples)
         count = max(1, round(self.options.check_share * len(names)))
         random = np.random.default_rng(self.options.check_seed)
-        for _ in range(self.options.check_trainings):
+        trainings = self.options.check_trainings
+        for number in range(1, trainings + 1):
+            self.tell(f"training {number} of {trainings} without {count} of {len(names)} examples")
             out = random.choice(len(names), count, replace=False)
             yield Edit(start, end, examples=dict.fromkeys([names[at] for at in out], 0.0))
 

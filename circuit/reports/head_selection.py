@@ -72,19 +72,20 @@ class HeadSelection(Report[HeadSelectionOptions]):
         scan = report_of(path, SCAN)
         self.scan = whose(scan)
         self.rows = read_jsonl(scan.file(path.name))
-        self.held_out = None if other is None else read_held_out(scan, report_of(other, SCAN))
+        self.held_out = [] if other is None else read_held_out(scan, report_of(other, SCAN))
 
     def conclude(self, rows: list[Row]) -> Findings:
         asked = self.options
-        with values_of(asked.separation_rows, fix=ANEW):
-            ends = window_ends(self.rows, asked.score, asked.start_step, asked.end_step)
+        path, other = asked.separation_rows, asked.held_out_rows
+        window = asked.score, asked.start_step, asked.end_step
+        with values_of(path, fix=ANEW):
+            ends = window_ends(self.rows, path, *window)
             found = {head: _growth(*of_head) for head, of_head in ends.items()}
-            if self.held_out is not None:
-                elsewhere = window_ends(
-                    self.held_out, asked.score, asked.start_step, asked.end_step
-                )
-                for head, of_head in found.items():
-                    of_head |= _held_out(*elsewhere[head])
+            if other is not None:
+                with values_of(other, fix=ANEW):
+                    elsewhere = window_ends(self.held_out, other, *window, heads=list(found))
+                    for head, of_head in found.items():
+                        of_head |= _held_out(*elsewhere[head])
             scores = {head: of_head["growth"] for head, of_head in found.items()}
             table = ranked_rows("head", scores, found)
             chosen = selected("head", table, *found[table[0]["head"]])
@@ -93,8 +94,8 @@ class HeadSelection(Report[HeadSelectionOptions]):
             "the separation of every head, at both ends, is the mean of those by slice, weighted by"
             f" their reads, to {gap:.1g}"
         )
-        files = {"separation_rows": asked.separation_rows, "held_out_rows": asked.held_out_rows}
-        digests = {f"{name}_sha256": file_digest(path) for name, path in files.items() if path}
+        files = {"separation_rows": path, "held_out_rows": other}
+        digests = {f"{name}_sha256": file_digest(file) for name, file in files.items() if file}
         return Findings(
             table,
             {"candidates": len(table), "score": asked.score, "selected": chosen},
@@ -152,31 +153,45 @@ class HeadSelection(Report[HeadSelectionOptions]):
 
 
 def window_ends(
-    rows: Sequence[Row], score: str, start: int, end: int
+    rows: Sequence[Row],
+    path: Path,
+    score: str,
+    start: int,
+    end: int,
+    heads: Sequence[str] = (),
 ) -> dict[str, tuple[Row, Row]]:
     """The rows of every head at both ends of a window, over all reads.
 
     Args:
         rows: of `bilinear-qk-match-separation`.
+        path: of their file.
         score: which of its scores, such as `rank8`.
+        heads: that are asked for; all by default.
 
     Raises:
-        CircuitError: the rows hold no such score, or a head has no row at an end.
+        CircuitError: the rows hold no such score, step or head.
     """
     of_all = [row for row in rows if row["score"] == score and is_over_all(row)]
     if not of_all:
         held = sorted({str(row["score"]) for row in rows})
-        raise CircuitError(f"no rows of score '{score}'", expected=f"one of {', '.join(held)}")
-    at = {(row["head"], row["step"]): row for row in of_all}
-    heads = list(dict.fromkeys(str(row["head"]) for row in of_all))
-    for head in heads:
-        for step in (start, end):
+        expected = f"one of {', '.join(held)}"
+        raise CircuitError(f"no rows of score '{score}'", where=path, expected=expected)
+    at = {(str(row["head"]), int(row["step"])): row for row in of_all}
+    steps = sorted({step for _, step in at})
+    heads = heads or list(dict.fromkeys(head for head, _ in at))
+    for step in (start, end):
+        if step not in steps:
+            near = sorted(sorted(steps, key=lambda one: abs(one - step))[:2])
+            raise CircuitError(
+                f"step {step} was not scanned",
+                where=path,
+                expected=f"a scanned step; the nearest: {', '.join(map(str, near))}",
+                fix="scan that checkpoint too, or move the window",
+            )
+        for head in heads:
             if (head, step) not in at:
-                steps = sorted({row["step"] for row in of_all})
                 raise CircuitError(
-                    f"no row of {head} at step {step}",
-                    expected=f"an end among the scanned steps {steps[0]} to {steps[-1]}",
-                    fix="scan that checkpoint too",
+                    f"no row of {head} at step {step}", where=path, fix="scan that head too"
                 )
     return {head: (at[head, start], at[head, end]) for head in heads}
 

@@ -119,8 +119,8 @@ def how_random(draws: int, operation: Operation) -> str:
     """How to read table and charts."""
     reach = {"remove": "do at least as much harm", "keep": "leave at least as much"}[operation]
     return (
-        f"Random bases: {draws} seeded draws of the same rank. `equal_rank` takes away what their"
-        " subspace holds; `equal_energy` makes the real change to each vector, of equal norm and"
+        f"Random bases: {draws} seeded draws of the same rank. `equal_rank` does the same with"
+        " theirs; `equal_energy` makes the real change to each vector, of equal norm and"
         " leaving as much, in the direction of theirs. p: share of the draws that"
         f" {reach}, (1 + those) / (1 + draws), {1 / (1 + draws):.2g} at least. From, to, and pale"
         " bars in the charts: 95 % of the draws, a stroke their mean; left of the point equal rank,"

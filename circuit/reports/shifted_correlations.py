@@ -28,11 +28,14 @@ def hold_against_shifts(
 
     Returns:
         Number of shifts, seed, and the null of the largest |r| among all; null with too few
-        intervals.
+        intervals, or where there is no correlation.
     """
     told: dict[str, Any] = {"draws": 0, "seed": SEED, "largest": None}
     found = shifted(x, y, correlate, draws)
-    if found is None or not known:
+    if found is None:
+        return told
+    told["draws"] = len(found)
+    if not known:
         return told
     null = found.reshape(len(found), -1)[:, list(place)]
     actual = np.array([row["pearson"] for row in known])
@@ -42,12 +45,14 @@ def hold_against_shifts(
         row.update({f"shifted_{name}": values[i] for name, values in of_each.items()})
     largest = float(np.abs(actual).max())
     beside_it = beside(np.abs(null).max(1), largest)
-    return told | {"draws": len(found), "largest": {"actual": largest, **beside_it}}
+    return told | {"largest": {"actual": largest, **beside_it}}
 
 
 def shifts_note(told: Mapping[str, Any]) -> str:
     """The largest correlation beside those of shifted intervals."""
     largest = told["largest"]
+    if largest is None and told["draws"]:
+        return "No shifted intervals: there is no correlation to hold against them."
     if largest is None:
         return f"No shifted intervals: fewer than {LEAST_INTERVALS} have too few offsets."
     return (

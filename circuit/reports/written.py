@@ -14,7 +14,7 @@ from circuit.errors import CircuitError
 from circuit.folders import RUN_CONFIG
 from circuit.overrides import Overrides
 from circuit.quoting import shell_line
-from circuit.reading import file_digest, read_json
+from circuit.reading import file_digest, open_file, read_json
 from circuit.reports.report import Report, ReportResult, Results, find_report
 from circuit.sealed import unsealed
 from circuit.train_config import TrainConfig
@@ -230,8 +230,7 @@ def report_of(rows: Path, command: str) -> Written:
         CircuitError: there is no such file, its rows are another command's or another run's, or
             as `read_report`.
     """
-    if not rows.is_file():
-        raise CircuitError("no such file", where=rows)
+    open_file(rows).close()
     report = read_report(rows.with_name(rows.name.removesuffix(ROWS) + SUFFIX))
     if report.command != command:
         problem = f"holds rows of {report.command}"

@@ -66,6 +66,21 @@ def test_a_mistake_in_the_words_is_one_plain_line(circuit: Run, words: tuple[str
         assert f"{number}: 'many'; expected a valid integer; see `circuit {' '.join(words)}" in line
 
 
+@every_command
+def test_an_empty_path_is_not_the_current_folder(circuit: Run, words: tuple[str, ...]) -> None:
+    params = COMMANDS[words].params
+    arguments = [param for param in params if param.param_type_name == "argument"]
+    for param in params:
+        if "Path" not in str(param.type_descriptor.annotation):
+            continue
+        name = param.name if param in arguments else max(param.opts, key=len)
+        typed = ["" if one is param else "x" for one in arguments]
+        done = circuit(*words, *(typed if param in arguments else [name, "", *typed]))
+        assert (done.code, done.out) == (2, ""), name
+        (line,) = done.err.splitlines()
+        assert line.startswith(f"error: circuit {' '.join(words)} {name}: an empty path;")
+
+
 def test_the_first_quickstart_replaces_none(
     circuit: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

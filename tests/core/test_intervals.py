@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from circuit.core.intervals import DRAWS, SEED, Interval, RecordDraws
+from circuit.errors import CircuitError
 from circuit.scalars.least_squares import RESOLUTION, least_squares
 
 LOW, HIGH = 0.025, 0.975
@@ -146,6 +149,12 @@ def test_those_of_ratios_are_a_loop_over_draws() -> None:
     over, under = values[:, :1], values[:, 1:].square()
     ratios = [float(over[rows].sum() / under[rows].sum()) for rows in drawn_rows(record)]
     assert RecordDraws(record).ratios(over, under) == [pytest.approx(ends(ratios))]
+
+
+@pytest.mark.parametrize("nothing", [[], torch.tensor([])])
+def test_of_no_rows_nothing_is_drawn(nothing: Any) -> None:
+    with pytest.raises(CircuitError, match="no rows"):
+        RecordDraws(nothing)
 
 
 def test_one_record_has_none_nor_has_a_number_that_some_draw_lacks() -> None:

@@ -64,6 +64,23 @@ def test_rows_add_up_and_gauges_are_theirs(written: ReportResult) -> None:
         assert len(of(checks)) == 3
 
 
+def test_what_takes_long_is_told_before_it_begins(traced: Path, tmp_path: Path) -> None:
+    options = asked(traced, "loss", start_step=4, end_step=6, check_trainings=2)
+    told: list[tuple[int, str]] = []
+    run_report(
+        DataInfluence,
+        open_run(RUN),
+        options,
+        tmp_path / "out",
+        progress=lambda done, _, note: told.append((done, note)) if note else None,
+    )
+    (examples,) = {note.split()[-2] for _, note in told if note.startswith("training")}
+    assert told == [
+        (0, "building the scalars"),
+        *((1 + n, f"training {n} of 2 without 1 of {examples} examples") for n in (1, 2)),
+    ]
+
+
 def test_without_trainings_the_law_says_so(traced: Path, tmp_path: Path) -> None:
     options = asked(traced, "loss", start_step=4, end_step=6)
     result = run_report(DataInfluence, open_run(RUN), options, tmp_path / "out")

@@ -244,6 +244,7 @@ def test_nulls_stand_beside_the_fits_and_change_none() -> None:
     assert result.summary["nulls"] == {"draws": 9, "seed": 17}
     assert any("No shifted intervals: fewer than 4" in note for note in result.notes)
     assert "Against nulls" in result.page.read_text()
+    assert "of every fit (basis: refit) beside its nulls" in result.page.read_text()
 
 
 @pytest.mark.usefixtures("chain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from command_line import Done
 from hypothesis import given
 from hypothesis import strategies as st
 from made_report import made_report
@@ -124,7 +126,7 @@ def test_a_separation_that_its_lags_do_not_have_shows_in_the_law() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"start_step": 3}, "no row of L0H0 at step 3"),
+        ({"start_step": 3}, "rows.jsonl: step 3 was not scanned; .* the nearest: 0, 4; scan that"),
         ({"score": "rank4"}, "expected one of full, rank8"),
         ({"start_step": 8, "end_step": 4}, "window 8:4"),
     ],
@@ -220,6 +222,7 @@ def test_the_halves_of_a_probe_set_share_no_record_and_no_copy(trained: Path) ->
         ({"half": "even"}, "the scans are of even and even; expected one of even, one of odd"),
         ({"half": None}, "the scans are of even and both halves"),
         ({"layernorm_mode": "none"}, "the scans differ in layernorm_mode: head_ln1 and none"),
+        ({"heads": ("L0H0",)}, "odd/.*rows.jsonl: no row of L0H1 at step 3"),
     ],
 )
 def test_scans_that_are_not_of_two_halves_are_refused(
@@ -228,6 +231,16 @@ def test_scans_that_are_not_of_two_halves_are_refused(
     scans = halves(trained, **changes)
     with pytest.raises(CircuitError, match=said):
         choose(scans["even"], scans["odd"])
+
+
+def test_the_command_line_names_the_scan_s_option(circuit: Callable[..., Done]) -> None:
+    select(scan(GROWTH))
+    rows = "scan/bilinear_qk_match_separation_rows.jsonl"
+    window = ("--start-step", "0", "--end-step", "8", "--output-dir", "held_out")
+    held_out = ("--separation-rows", rows, "--held-out-rows", rows)
+    done = circuit("study", "select-heads", *held_out, *window)
+    assert done.code == 2
+    assert "make one with --half even and one with --half odd" in done.err
 
 
 def options(run: Path, **more: Any) -> WritePathOptions:

@@ -141,6 +141,13 @@ def test_where_nothing_can_be_permuted_or_shifted_there_is_null_and_a_sentence(
     assert len(said) == len(missing)
 
 
+def test_where_no_target_varies_that_is_the_reason() -> None:
+    fit, nulls = nulls_of(12, 8, planted=1.0)
+    flat = {**fit, "r_squared": None, "nulls": dict.fromkeys(nulls)}
+    assert nulls_notes([flat])[1:] == ["No nulls: what is fitted does not vary."]
+    assert len(nulls_notes([flat, {**fit, "nulls": nulls}])) == 1
+
+
 def test_a_shifted_course_tells_a_lasting_correlation_from_a_passing_one() -> None:
     generator = np.random.default_rng(2)
     y = generator.normal(size=(40, 1))
@@ -153,4 +160,6 @@ def test_a_shifted_course_tells_a_lasting_correlation_from_a_passing_one() -> No
     assert rows[1]["shifted_p"] > 0.05
     few = hold_against_shifts([{"pearson": 1.0}], [0], x[:2], y[:2], pearson, 1000)
     assert few["largest"] is None
-    assert shifts_note(few).startswith("No shifted intervals")
+    assert shifts_note(few).startswith("No shifted intervals: fewer than 4")
+    none = hold_against_shifts([], [], x, y, pearson, 1000)
+    assert shifts_note(none).startswith("No shifted intervals: there is no correlation")
