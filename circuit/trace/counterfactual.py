@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from circuit.artifacts import OutputFolder, dump_json
 from circuit.core.edit import Edit
@@ -59,8 +60,17 @@ def record_counterfactual(
         The state at the end.
 
     Raises:
-        CircuitError: as `ReplayedRun.counterfactual`; or the folder holds another run.
+        CircuitError: as `ReplayedRun.counterfactual`; the run is no trace; or the folder holds
+            another run.
     """
+    opened: Any = run  # a caller may have opened something else
+    if not isinstance(opened, ReplayedRun):
+        raise CircuitError(
+            f"a {type(opened).__name__}",
+            where="`run`",
+            expected="the trace of a run",
+            fix=f"open its folder, such as {DEFAULT_FOLDER} of the run's, with circuit.open_run",
+        )
     root = Path(folder)
     places = {"name": f"{run.config.name} with an edit", "output_dir": root.as_posix()}
     if not isinstance(run.config, RecipeConfig):

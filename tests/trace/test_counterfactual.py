@@ -362,3 +362,11 @@ def test_an_earlier_one_is_replaced_whole(run: ReplayedRun, tmp_path: Path) -> N
 def test_checkpoints_alone_cannot() -> None:
     with pytest.raises(CircuitError, match="cannot be executed again from checkpoints alone"):
         open_run(RUN).counterfactual(Edit(3, 6), 9)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_is_left_by_its_trace_alone(tmp_path: Path) -> None:
+    run: Any = open_run(RUN)
+    with pytest.raises(CircuitError, match="`run`: a CheckpointedRun; expected the trace of a run"):
+        record_counterfactual(run, Edit(3, 6), 9, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
