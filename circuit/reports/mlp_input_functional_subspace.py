@@ -23,12 +23,14 @@ from typing import Annotated, Any
 
 from circuit import options
 from circuit.artifacts import Row
-from circuit.figures.charts import Chart, at_step, chart, colour, lines
-from circuit.lazy import pd
+from circuit.core.intervals import RecordDraws
+from circuit.figures.charts import Chart, at_step, band, chart, colour, lines
+from circuit.lazy import pd, torch
 from circuit.model.subspaces import check_rank
 from circuit.options import Option
 from circuit.reading import file_digest
 from circuit.reports.inputs import Checkpointed, open_inputs
+from circuit.reports.intervals import ENDS, between, ends, ends_of, how_drawn, note
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import FIXED_SOURCE, ScalarNames
@@ -37,6 +39,7 @@ from circuit.scalars.interval_ends import ENDPOINTS, read_intervals
 from circuit.scalars.write_products import SIZES, SUMMED, Measured, measure
 from circuit.tasks.base import Task
 from circuit.tasks.groups import check_group, group_tokens
+from circuit.tasks.pairs import record_of
 
 EVERYTHING = "all"
 """`group_by` of the rows over all pairs of a type."""
@@ -166,7 +169,10 @@ class FunctionalSubspace(Report[SubspaceOptions]):
             "pairs": len(self.intervals.first),
             "closure_error": error,
             "chance_overlap": math.sqrt(asked.subspace_rank / self.config.model.d_model),
-            "means": [_mean(row) for row in group_rows if row["group_by"] == EVERYTHING],
+            "means": self._means(rows, group_rows),
+            "bootstrap": how_drawn(
+                RecordDraws([record_of(pair.pair_id) for pair in self.intervals.first])
+            ),
         }
         law = (
             "skip and MLP sum to the whole, g_out.δ_total = g_out.δ_in + g_out.δ_mlp with δ_mlp"
@@ -239,6 +245,28 @@ class FunctionalSubspace(Report[SubspaceOptions]):
                 summed.append(shown | {"group_token": token})
         return summed
 
+    def _means(self, rows: Sequence[Row], group_rows: Sequence[Row]) -> list[Row]:
+        """Means over the pairs of each end and pair type, with the ends of their intervals."""
+        of_end: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows:
+            of_end.setdefault(tuple(row[name] for name in (*_END, "pair_type")), []).append(row)
+        drawn: dict[str, RecordDraws] = {}  # the pairs of a type are the same at every end
+        means = []
+        for of_all in (row for row in group_rows if row["group_by"] == EVERYTHING):
+            pairs = of_end[tuple(of_all[name] for name in (*_END, "pair_type"))]
+            kind = of_all["pair_type"]
+            if kind not in drawn:
+                drawn[kind] = RecordDraws([record_of(pair["pair_id"]) for pair in pairs])
+            products = torch.tensor([[pair[name] for name in SUMMED] for pair in pairs]).double()
+            found = dict(
+                zip(map("mean_{}".format, SUMMED), drawn[kind].means(products), strict=True)
+            )
+            total = products[:, [SUMMED.index("g_out_delta_total")]]
+            through = products[:, [SUMMED.index("g_out_delta_mlp")]]
+            (found["through_mlp"],) = drawn[kind].ratios(through, total)
+            means.append(_mean(of_all) | ends(found))
+        return means
+
     @classmethod
     def size(cls, results: Results[SubspaceOptions]) -> tuple[float, ...]:
         return len(results.summary["steps"]), results.summary["pairs"]
@@ -251,7 +279,8 @@ class FunctionalSubspace(Report[SubspaceOptions]):
             f" means over {summary['pairs']} pairs ({asked.record_side} side) in units of the"
             " scalar. `ablation`: what ablating the component really takes, through all positions."
             " Overlaps: norm of the unit projection on the other's PCA basis of rank"
-            f" {asked.subspace_rank}, {summary['chance_overlap']:.2f} for a random direction."
+            f" {asked.subspace_rank}, {summary['chance_overlap']:.2f} for a random direction.",
+            *note(results),
         ]
 
     @classmethod
@@ -264,6 +293,8 @@ class FunctionalSubspace(Report[SubspaceOptions]):
                 if several
                 else row["position_role"],
                 "end": f"{row['endpoint_role']} of {row['source_step']} -> {row['target_step']}",
+                "total": between(row, "mean_g_out_delta_total", ".3f"),
+                "through": between(row, "through_mlp", ".1%"),
             }
             for row in results.summary["means"]
         ]
@@ -285,12 +316,13 @@ class FunctionalSubspace(Report[SubspaceOptions]):
         for row in results.summary["means"]:
             panels.setdefault(tuple(row[name] for name in _PANEL), []).append(row)
         shade = colour("part", list(_PARTS), labels=_PARTS)
-        shown, title = ("step", "part", "value"), "mean over pairs"
+        shown, title = ("step", "part", "value", *ends_of("value")), "mean over pairs"
         drawn = []
         for (scalar, role, kind, end), rows in panels.items():
             name = "_".join((scalar, role, *([kind] if several else []), end))
             data = [
                 {"step": row["step"], "part": part, "value": row[part]}
+                | {f"value{end}": row.get(f"{part}{end}") for end in ENDS}
                 for row in rows
                 for part in _PARTS
             ]
@@ -300,6 +332,7 @@ class FunctionalSubspace(Report[SubspaceOptions]):
                     f"{scalar} at {role}{f', {kind} pairs' if several else ''}, at the {end} of"
                     " each interval",
                     {f"written_{name}": data},
+                    band(f"written_{name}", "value", title, shade),
                     lines(f"written_{name}", "value", title, shade, shown),
                     at_step(),
                 )
@@ -321,8 +354,10 @@ _PRODUCTS = {
     "mean_g_out_delta_in": ("g_out.δ_in", ".3f"),
     "mean_g_out_delta_mlp": ("g_out.δ_mlp", ".3f"),
     "mean_g_out_delta_total": ("g_out.δ_total", ".3f"),
+    "total": "95 %",
     "mean_ablation_effect": ("ablation", ".3f"),
     "through_mlp": ("through MLP", ".1%"),
+    "through": "95 %",
 }
 _DIRECTIONS = {
     "mean_cosine_g_in_delta_in": ("cos(g_in, δ_in)", ".3f"),
