@@ -9,11 +9,25 @@ imports it, and is itself imported where a model is constructed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Around imports, of which nothing is garbage: nobody searches it again and again."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
 
 
 class LazyModule(ModuleType):
@@ -27,9 +41,10 @@ class LazyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the module, which is imported now at the latest; kept, for speed."""
         if self._module is None:
-            for part in self._parts:
-                import_module(f"{self.__name__}.{part}")
-            self._module = import_module(self.__name__)
+            with uncollected():
+                for part in self._parts:
+                    import_module(f"{self.__name__}.{part}")
+                self._module = import_module(self.__name__)
         attribute = getattr(self._module, name)
         setattr(self, name, attribute)
         return attribute

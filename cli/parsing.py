@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -117,6 +118,12 @@ def quick(params: list[Any]) -> list[Any]:
     return params
 
 
+@cache
+def keep_what_is_imported() -> None:
+    """What is there now stays, and is not searched for garbage; once a process."""
+    gc.freeze()
+
+
 class Command(TyperCommand):
     """A command of this program."""
 
@@ -130,8 +137,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Typer's; a refusal names options."""
-        if not gc.get_freeze_count():
-            gc.freeze()  # what was imported until now stays
+        keep_what_is_imported()
         gc.enable()
         try:
             return super().invoke(ctx)

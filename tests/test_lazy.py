@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from circuit.lazy import LazyModule
 
@@ -38,3 +42,13 @@ def test_what_was_used_is_at_hand() -> None:
     assert "dumps" not in vars(module)
     assert module.dumps is json.dumps
     assert vars(module)["dumps"] is json.dumps
+
+
+def test_nobody_searches_for_garbage_while_modules_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tmp_path, "imported_once.py").write_text("import gc\nsearched = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gc.isenabled()
+    assert not LazyModule("imported_once").searched
+    assert gc.isenabled()

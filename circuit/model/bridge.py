@@ -24,19 +24,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources.native import NativeAttention, NativeBlock
 
 from circuit.core.parameter_names import bridge_name
 from circuit.environment import require_device
+from circuit.lazy import uncollected
 from circuit.model.initial import draw_weights
 from circuit.model.kinds import require_kind
 from circuit.model.layout import bridge_config, bridge_tensors
 from circuit.model.shapes import expected_shapes
 from circuit.model.weights import load_tensors
 from circuit.train_config import ModelConfig
+
+with uncollected():  # half a million objects
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.native import NativeAttention, NativeBlock
 
 
 class ScoredAttention(NativeAttention):  # type: ignore[misc]  # which mypy takes for Any

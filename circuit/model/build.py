@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from circuit.environment import require_device
+from circuit.lazy import uncollected
 from circuit.model.initial import draw_weights, is_bias
 from circuit.model.kinds import require_kind
 from circuit.model.layout import NORMALIZATIONS
@@ -26,16 +27,13 @@ from circuit.train_config import Kernels, ModelConfig
 
 require_kind("hooked_transformer")  # before what another TransformerLens does not have
 
-from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: E402
-from transformer_lens.components.embed import Embed  # noqa: E402
-from transformer_lens.components.unembed import Unembed  # noqa: E402
-from transformer_lens.hook_points import HookPoint  # noqa: E402
-from transformer_lens.pretrained.weight_conversions.gpt2 import (  # noqa: E402
-    convert_gpt2_weights,
-)
-from transformer_lens.pretrained.weight_conversions.neox import (  # noqa: E402
-    convert_neox_weights,
-)
+with uncollected():  # half a million objects
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.components.embed import Embed
+    from transformer_lens.components.unembed import Unembed
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+    from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
 
 from circuit.model.kernels import use_fast_kernels  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,13 @@ def test_somebodys_code_that_ends_the_program_is_a_refusal(
     done = circuit("quickstart")
     assert done.code == 2
     assert f"error: code of yours ended the program (SystemExit: {code}); " in done.err
+
+
+def test_a_later_command_of_a_process_goes_through_nothing_that_is_there(
+    circuit: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million objects of a process of tests, or of jobs, which took longer than most commands."""
+    circuit("trace", "show", "nowhere")
+    for name in ("freeze", "get_freeze_count", "get_objects", "collect"):
+        monkeypatch.delattr(gc, name)
+    assert circuit("trace", "show", "nowhere").code == 2
