@@ -2,6 +2,7 @@
 
     python benchmarks/grokking_seeds.py FOLDER [--device cuda] [--workers 16] [--minutes 8]
     python benchmarks/grokking_seeds.py FOLDER --plans grokking_p59:0,1    # of these seeds alone
+    python benchmarks/grokking_seeds.py FOLDER --pieces 0:200 4000:4100    # of these steps alone
     python benchmarks/grokking_tables.py FOLDER docs/data    # JSON of what lies in FOLDER
 
 The runs are those of PLANS, each in a process of its own, with a full state every STRIDE steps. A
@@ -102,6 +103,13 @@ class Settings:
     steps: int | None
     stride: int
     deadline: float
+    windows: Sequence[tuple[int, ...]] = ()
+    """Whose pieces alone are attributed; all without any."""
+
+    def asked(self, start: int, end: int) -> bool:
+        """Whether a piece is one of those that are attributed."""
+        within = (first <= start and end <= last for first, last in self.windows)
+        return not self.windows or any(within)
 
     def late(self) -> bool:
         """Whether the time is up."""
@@ -378,6 +386,8 @@ def measure(settings: Settings, plans: Sequence[Plan], workers: int) -> None:
             first = 2 + len(plans) - plans.index(plan)
             cuts = pieces(result, settings.stride) if plan.attributed else ()
             for rank, piece in enumerate(cuts):
+                if not settings.asked(*piece):
+                    continue
                 if settings.piece(plan, seed, *piece).exists():
                     counts["earlier"] += 1
                 else:
@@ -417,6 +427,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="until no step is begun")
     parser.add_argument("--rule", default="auto:1e-2")
+    parser.add_argument("--pieces", nargs="+", metavar="START:END", default=())
     parser.add_argument("--plans", nargs="+", metavar="NAME[:SEED,...]", help="all, by default")
     parser.add_argument("--steps", type=int, help="in place of the config's")
     parser.add_argument("--stride", type=int, default=STRIDE, help="steps between checkpoints")
@@ -429,7 +440,8 @@ def main() -> None:
     deadline = time.time() + 60 * args.minutes
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(folder, args.device, args.rule, args.steps, args.stride, deadline)
+    windows = [tuple(map(int, window.split(":"))) for window in args.pieces]
+    settings = Settings(folder, args.device, args.rule, args.steps, args.stride, deadline, windows)
     measure(settings, plans, args.workers)
 
 

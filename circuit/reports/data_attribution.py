@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from circuit.artifacts import Row
@@ -400,7 +401,7 @@ def _of_lead(results: Results[AttributionOptions]) -> list[Row]:
             one |= {name: judged[0][name] for name in ("lds", "low", "high", "spread")}
         else:
             one["method"] = f"{method}, {len(judged)} vectors"
-            one |= {"lds": values[len(values) // 2], "low": values[0], "high": values[-1]}
+            one |= {"lds": median(values), "low": values[0], "high": values[-1]}
             one["spread"] = None
         rows.append(one)
     return rows

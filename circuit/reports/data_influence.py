@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Annotated, Any
 
 from circuit.artifacts import Row, dump_row, in_row
@@ -203,8 +203,9 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
             " it occurs in the window, through gradients, clipping, moments and decay. It is exact"
             " for infinitesimal changes and says nothing of who moved the scalar.",
             f"Charts and rankings are of {markdown_text(lead['scalar'])}. Trust it for finite"
-            " changes where predicted and actual spread over trainings are about equal; a norm of"
-            " the adjoint that grows backwards in time warns that they are not.",
+            " changes where predicted and actual spread over trainings are about equal and their"
+            " means are not far apart (offset, in actual spreads); a norm of the adjoint that grows"
+            " backwards in time warns that they are not.",
         ]
 
     @classmethod
@@ -217,11 +218,14 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
             "growth": ("growth", ".3g"),
             "spread": ("predicted / actual spread", ".3g"),
             "correlation": ("correlation", "+.2f"),
+            "offset": ("offset", "+.2f"),
         }
         ranking: Columns = {"share": ("influence", "+.4g"), "example": "example", "times": "times"}
         ranking = with_tokens(ranking, lead["top"])
+        # earlier reports know no offset
+        scalars = [{"offset": None, **one} for one in results.summary["scalars"]]
         return [
-            Table("Derivatives and their gauges", columns, results.summary["scalars"], console=32),
+            Table("Derivatives and their gauges", columns, scalars, console=32),
             Table("Examples that would raise it", ranking, lead["top"], console=4),
             Table("Examples that would lower it", ranking, lead["bottom"], console=4),
         ]
@@ -245,12 +249,15 @@ class DataInfluence(TracedReport[DataInfluenceOptions]):
 
 
 def _agreement(checks: list[Row]) -> dict[str, float | None]:
-    """Predicted over actual standard deviation, and their correlation; null without any."""
+    """Predicted over actual standard deviation, their correlation, and how far their means are
+    apart, in actual standard deviations; null without any."""
     predicted, actual = ([row[key] for row in checks] for key in ("predicted", "actual"))
     if len(checks) < 2 or not stdev(predicted) or not stdev(actual):
-        return {"spread": None, "correlation": None}
+        return dict.fromkeys(("spread", "correlation", "offset"))
     correlation = float(np.corrcoef(predicted, actual)[0, 1])
-    return {"spread": stdev(predicted) / stdev(actual), "correlation": correlation}
+    offset = (fmean(predicted) - fmean(actual)) / stdev(actual)
+    spread = stdev(predicted) / stdev(actual)
+    return {"spread": spread, "correlation": correlation, "offset": offset}
 
 
 def _shown(value: float | None) -> str:

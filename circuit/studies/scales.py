@@ -174,8 +174,8 @@ SCALES = {
         run={"batch_size": 16, "schedule": {"name": "constant", "warmup_steps": 4}},
         model={"d_model": 64, "d_ff": 128, "max_sequence_length": 64, "embedding_std": 0.5},
         learning_rate=0.004,
-        probes=48,
-        reads=128,
+        probes=16,
+        reads=80,
         shows_effects=False,
     ),
 }

@@ -61,6 +61,8 @@ def test_rows_add_up_and_gauges_are_theirs(written: ReportResult) -> None:
         assert one["growth"] == max(row["growth"] for row in of(steps))
         predicted, actual = ([row[key] for row in of(checks)] for key in ("predicted", "actual"))
         assert one["spread"] == pytest.approx(stdev(predicted) / stdev(actual))
+        apart = math.fsum(predicted) / 3 - math.fsum(actual) / 3
+        assert one["offset"] == pytest.approx(apart / stdev(actual))
         assert len(of(checks)) == 3
 
 
@@ -87,7 +89,7 @@ def test_without_trainings_the_law_says_so(traced: Path, tmp_path: Path) -> None
     assert "not held against trainings" in result.law
     assert "rough" not in result.law
     (one,) = result.summary["scalars"]
-    assert (one["spread"], one["correlation"]) == (None, None)
+    assert (one["spread"], one["correlation"], one["offset"]) == (None, None, None)
 
 
 def test_a_training_with_an_edit_is_held_against_none(traced: Path, tmp_path: Path) -> None:
