@@ -73,6 +73,30 @@ class RecordDraws:
         """Of `mean of over / mean of under`, column by column."""
         return self._between(self.sums(over) / self.sums(under))
 
+    def r_squared_of(
+        self, predicted: Float[Tensor, " row"], actual: Float[Tensor, " row"]
+    ) -> Interval:
+        """Of the R² of a prediction as it is, `1 - mean (actual - predicted)² / variance`."""
+        z = actual.double() - actual.double().mean()  # about its mean, so that less cancels
+        missed = (actual.double() - predicted.double()) ** 2
+        columns = torch.stack([torch.ones_like(z), z, z**2, missed], 1)
+        count, of_z, of_squares, of_missed = self.sums(columns).T
+        return self._r_squared(of_missed, of_squares, of_squares - of_z**2 / count)
+
+    def _r_squared(
+        self,
+        missed: Float[Tensor, " draw"],
+        squares: Float[Tensor, " draw"],
+        total: Float[Tensor, " draw"],
+    ) -> Interval:
+        """Of `1 - missed / total`, where the total is more than rounding leaves of equal values.
+
+        Args:
+            squares: of which the total is what their mean leaves.
+        """
+        varies = total > 1e-12 * squares
+        return self._between(torch.where(varies, 1 - missed / total, torch.nan)[:, None])[0]
+
     def r_squared(
         self,
         x: Float[Tensor, "row column"],
@@ -104,10 +128,8 @@ class RecordDraws:
         along = (directions.mT @ gram[:, :columns, columns:])[..., 0]
         kept = sizes > resolution**2 * sizes[:, -1:]
         explained = torch.where(kept, along**2 / sizes, 0.0).sum(1)
-        total = of_squares - of_z**2 / count
-        r_squared = 1 - (gram[:, -1, -1] - explained) / total
-        varies = total > 1e-12 * of_squares  # less is what rounding leaves of equal values
-        return self._between(torch.where(varies, r_squared, torch.nan)[:, None])[0]
+        missed = gram[:, -1, -1] - explained
+        return self._r_squared(missed, of_squares, of_squares - of_z**2 / count)
 
     def _between(self, draws: Float[Tensor, "draw column"]) -> list[Interval]:
         if self.records < 2:

@@ -13,13 +13,14 @@ margin, and the switch, which is exact; the other scalars have no switch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from circuit import options
 from circuit.artifacts import Row
 from circuit.attribution.line import MOST_INTERVALS, TOLERANCE, Line
+from circuit.core.intervals import RecordDraws
 from circuit.errors import CircuitError
 from circuit.figures.charts import (
     Chart,
@@ -31,15 +32,17 @@ from circuit.figures.charts import (
     named,
     thinned,
 )
-from circuit.lazy import alt, pd
+from circuit.lazy import alt, pd, torch
 from circuit.model.weights import named_tensors
 from circuit.options import Option
 from circuit.reports.answer_changes import Change
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import between, ends, how_drawn, note
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, ScalarNames
 from circuit.schemas import SIDES, SWITCH_BUCKETS, ScalarPairRow, Side, run_relative
+from circuit.tasks.pairs import record_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,7 +174,8 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
             ],
             "line_integral": self.lines,
             "largest_split_error": self.split_error,
-            "over_all_intervals": list(_scalar_rows(table, self.options)),
+            "over_all_intervals": list(_scalar_rows(table, self.options, _drawn)),
+            "bootstrap": how_drawn(RecordDraws(table["record"].tolist())),
         }
         means = _mean_rows(table, self.options, nodes)
         return Findings(means, summary, _law(summary), further={PAIR_ROWS: rows})
@@ -189,7 +193,8 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
             f" {steps[-1]}. First order is the derivative along the straight line between the"
             " checkpoints at the source, curvature the rest of the line integral, switch what a"
             " change of competitor takes from the moving margin; R² is that of first order alone,"
-            " pair by pair."
+            " pair by pair.",
+            *note(results),
         ]
 
     @classmethod
@@ -201,11 +206,19 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
             "mean_switch": ("switch", ".3f"),
             "first_order_r2": ("R²", ".3f"),
         }
-        over_all = results.summary["over_all_intervals"]
+        over_all = [
+            row | {f"{name}_between": between(row, name, ".3f") for name in _BETWEEN}
+            for row in results.summary["over_all_intervals"]
+        ]
+        pooled: dict[str, Sequence[str]] = {}
+        for name, heading in numbers.items():
+            pooled[name] = heading
+            if name in _BETWEEN:
+                pooled[f"{name}_between"] = "95 %"
         buckets = {"scalar": "scalar", "switch_bucket": "bucket", "pairs": "changes"}
-        ends = {"mean_source": ("source", ".3f"), "mean_target": ("target", ".3f")}
+        states = {"mean_source": ("source", ".3f"), "mean_target": ("target", ".3f")}
         intervals: dict[str, str | tuple[str, str]] = {
-            **{"scalar": "scalar", "interval": "interval", **ends, **numbers},
+            **{"scalar": "scalar", "interval": "interval", **states, **numbers},
             **{"switched": ("switched", ".0%"), "nodes": "nodes", "gap": ("gap", ".2%")},
         }
         shares = {s["target_step"]: s["share"] for s in results.summary["switched"]}
@@ -220,7 +233,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
         ]
         title = "Over all intervals, pairs and sides, by bucket"
         return [
-            Table(title, {**buckets, **numbers}, over_all, console=len(over_all)),
+            Table(title, {**buckets, **pooled}, over_all, console=len(over_all)),
             Table("By interval", intervals, rows),
         ]
 
@@ -285,6 +298,8 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
         ]
 
 
+_BETWEEN = ("mean_delta", "mean_first_order", "first_order_r2")
+"""Columns whose intervals the table shows."""
 _SHOWN = ("source_step", "scalar", "pairs", *(f"mean_{name}" for name in _COLUMNS))
 _LABELS = {
     "mean_first_order": "first order",
@@ -323,6 +338,7 @@ def _long_table(pair_rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             **{name: row[name] for name in same},
+            "record": record_of(row["pair_id"]),
             "scalar": scalar,
             **{name: row[parts.get(name, name)][scalar] for name in _COLUMNS},
         }
@@ -365,14 +381,31 @@ def _where(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     return table if value == POOLED else table[table[column] == value]
 
 
-def _scalar_rows(table: pd.DataFrame, asked: DiagnosisOptions) -> Iterator[dict[str, Any]]:
-    """Means of every scalar in every bucket."""
+def _scalar_rows(
+    table: pd.DataFrame,
+    asked: DiagnosisOptions,
+    more: Callable[[pd.DataFrame], dict[str, Any]] = lambda _: {},
+) -> Iterator[dict[str, Any]]:
+    """Means of every scalar in every bucket, and what more there is to say of them."""
     for name in asked.scalars:
         of_scalar = table[table["scalar"] == name]
         for bucket in asked.switch_buckets:
             switched = of_scalar["switched"] == (bucket == "competitor_switch")
-            means = _means(of_scalar if bucket == "all" else of_scalar[switched])
-            yield {"scalar": name, "switch_bucket": bucket, **means}
+            chosen_pairs = of_scalar if bucket == "all" else of_scalar[switched]
+            means = _means(chosen_pairs)
+            yield {"scalar": name, "switch_bucket": bucket, **means, **more(chosen_pairs)}
+
+
+def _drawn(table: pd.DataFrame) -> dict[str, Any]:
+    """Ends of the intervals of means and of R²; nothing without pairs."""
+    if table.empty:
+        return {}
+    draws = RecordDraws(table["record"].tolist())
+    values = torch.tensor(table[list(_COLUMNS)].to_numpy())
+    found = dict(zip((f"mean_{name}" for name in _COLUMNS), draws.means(values), strict=True))
+    of = dict(zip(_COLUMNS, values.T, strict=True))
+    found["first_order_r2"] = draws.r_squared_of(of["first_order"], of["delta"])
+    return ends(found)
 
 
 def _means(table: pd.DataFrame) -> dict[str, Any]:

@@ -264,7 +264,7 @@ class FunctionalSubspace(Report[SubspaceOptions]):
             total = products[:, [SUMMED.index("g_out_delta_total")]]
             through = products[:, [SUMMED.index("g_out_delta_mlp")]]
             (found["through_mlp"],) = drawn[kind].ratios(through, total)
-            means.append(_mean(of_all) | ends(found))
+            means.append({**_mean(of_all), **ends(found)})
         return means
 
     @classmethod

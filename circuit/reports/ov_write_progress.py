@@ -323,9 +323,11 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         top = results.summary["top_correlations"]
         if any("shifted_p" in row for row in top):
             correlated = {**correlated, "shifted_p": ("p", ".3f")}
-        columns: Columns = {"step": "step", "head": "head"}
+        columns: dict[str, Sequence[str]] = {"step": "step", "head": "head"}
         for name, heading in measured.items():
-            columns |= {name: heading, **({f"{name}_between": "95 %"} if name in BEST else {})}
+            columns[name] = heading
+            if name in BEST:
+                columns[f"{name}_between"] = "95 %"
         return [
             Table("Heads", columns, rows, console=len(rows)),
             *([Table("Deltas that go together", correlated, top, console=3)] if top else []),
@@ -392,7 +394,7 @@ DRAWN = ("step", "head", "pairs", *list(SHOWN)[:5], "head_margin_dla")
 
 def _correlated(
     heads: Sequence[str], deltas: NDArray[np.float64], outputs: NDArray[np.float64]
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Correlation over intervals of every head's every delta with that of every answer scalar."""
     return [
         {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import bootstrap
+from sklearn.metrics import r2_score
 from torch import Tensor
 
 from circuit.core.intervals import DRAWS, SEED, Interval, RecordDraws
@@ -142,6 +143,15 @@ def test_those_of_r_squared_are_a_loop_of_fits(fit_intercept: bool, dependent: b
     draws = RecordDraws(record)
     found = draws.r_squared(x, y, fit_intercept=fit_intercept, resolution=RESOLUTION)
     assert found == pytest.approx(ends(values), rel=1e-9)
+
+
+def test_those_of_a_predictions_r_squared_are_a_loop_of_scikit_learns() -> None:
+    record = reads_of(4, 9, 40)
+    actual = random(5, 40) + 3
+    predicted = actual + 0.5 * random(6, 40)
+    found = [float(r2_score(actual[rows], predicted[rows])) for rows in drawn_rows(record)]
+    assert RecordDraws(record).r_squared_of(predicted, actual) == pytest.approx(ends(found))
+    assert RecordDraws(record).r_squared_of(predicted, torch.ones(40)) == (None, None)
 
 
 def test_those_of_ratios_are_a_loop_over_draws() -> None:
