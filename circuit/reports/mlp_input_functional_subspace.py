@@ -251,7 +251,7 @@ class FunctionalSubspace(Report[SubspaceOptions]):
         for row in rows:
             of_end.setdefault(tuple(row[name] for name in (*_END, "pair_type")), []).append(row)
         drawn: dict[str, RecordDraws] = {}  # the pairs of a type are the same at every end
-        means = []
+        means: list[Row] = []
         for of_all in (row for row in group_rows if row["group_by"] == EVERYTHING):
             pairs = of_end[tuple(of_all[name] for name in (*_END, "pair_type"))]
             kind = of_all["pair_type"]
