@@ -88,6 +88,18 @@ class SeedSpreadOptions(Options):
         Option("Value of the task's first slice, such as lag, that it is of.", unset="the last"),
     ] = None
 
+    def check(self) -> None:
+        """Also refuses to be told when a run counts as formed where nothing is aligned on it."""
+        super().check()
+        for name in ("formed_share", "formed_value"):
+            default = type(self).model_fields[name].default
+            if not self.reports and getattr(self, name) != default:
+                raise CircuitError(
+                    f"{getattr(self, name)}, but no report to align",
+                    where=f"`{name}`",
+                    expected="a report of each run, too",
+                )
+
 
 class SeedSpread(Report[SeedSpreadOptions]):
     """What runs of one recipe reach with different seeds: mean and spread."""

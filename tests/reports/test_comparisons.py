@@ -467,6 +467,12 @@ def test_runs_of_another_recipe_or_of_one_seed_are_no_spread(
         spread_of([first])
 
 
+@pytest.mark.parametrize("told", [{"formed_share": 0.5}, {"formed_value": 2}])
+def test_what_is_aligned_on_nothing_is_refused(told: dict[str, Any]) -> None:
+    with pytest.raises(CircuitError, match=f"`{next(iter(told))}`: .*no report to align"):
+        run_report(SeedSpread, None, SeedSpreadOptions(runs=(Path("a"),), **told), "out")
+
+
 def test_reports_outside_the_studys_folders_are_told_what_to_do() -> None:
     reports = seed_reports(7, "L1H3", "L1H3_to_L1MLP", wins=1.0, amount=2.0)
     place = reports[0].parent.rename("elsewhere") / reports[0].name
