@@ -16,7 +16,7 @@ from circuit.figures.charts import CATEGORY, GREY, Chart, chart, colour, exact, 
 from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.reading import values_of
-from circuit.reports.comparisons import Comparison
+from circuit.reports.comparisons import Comparison, NotShownError
 from circuit.reports.intervals import said_between
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.roles import spread
@@ -58,23 +58,23 @@ class ClaimsComparison(Report[ClaimsOptions]):
     def conclude(self, rows: list[Row]) -> Findings:
         with values_of("`claims`", fix=ANEW):
             rows = [row for seed, study in self.studies.items() for row in judged(seed, study)]
-        judged_rows = [row for row in rows if row["holds"] is not None]
-        for row in judged_rows:
-            tests = map(Comparison.parse, row["tests"])
-            if all(test.holds(row["numbers"]) for test in tests) is not row["holds"]:
-                raise CircuitError(
-                    f"the verdict of seed {row['seed']} does not follow from its numbers:"
-                    f" {row['claim']}",
-                    where="`claims`",
-                    fix=ANEW,
-                )
+            judged_rows = [row for row in rows if row["holds"] is not None]
+            for row in judged_rows:
+                if not follows(row):
+                    raise CircuitError(
+                        f"the verdict of seed {row['seed']} does not follow from its numbers:"
+                        f" {row['claim']}",
+                        where="`claims`",
+                        fix=ANEW,
+                    )
+            claims = summarize(rows)
         law = (
             f"the {len(judged_rows)} verdicts of {len(self.studies)} studies follow from their"
             " numbers"
         )
         first = next(iter(self.studies.values()))
         summary = {name: first[name] for name in _OF_ALL} | {"seeds": list(self.studies)}
-        return Findings(rows, summary | {"claims": summarize(rows)}, law)
+        return Findings(rows, summary | {"claims": claims}, law)
 
     @classmethod
     def notes(cls, results: Results[ClaimsOptions]) -> list[str]:
@@ -159,6 +159,15 @@ def judged(seed: int, study: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def follows(row: Row) -> bool:
+    """Whether the verdict of a claim is that of its comparisons."""
+    try:
+        held = all(Comparison.parse(test).holds(row["numbers"]) for test in row["tests"])
+    except NotShownError:  # a number is null: there is no verdict
+        return False
+    return held is row["holds"]
+
+
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every claim: in how many seeds it holds, of how many, and its numbers over them."""
     claims = []
@@ -188,5 +197,5 @@ def _over_seeds(by_seed: Mapping[int, Any]) -> dict[str, Any]:
 
 def _shown(of: Mapping[str, Any]) -> str:
     if "mean" not in of:
-        return ", ".join(f"{value} (seed {seed})" for seed, value in of["by_seed"].items())
+        return ", ".join(f"{cell(value)} (seed {seed})" for seed, value in of["by_seed"].items())
     return cell(of["mean"], ".4g") + said_between(of, "mean", ".4g")

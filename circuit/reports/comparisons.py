@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_TEST = re.compile(r"(\w+)(?: - (\w+))? ([<>=]+) (?:([\d.]+)(?: \* (\w+))?|(\w+))")
+_TEST = re.compile(r"(\w+)(?: - (\w+))? ([<>]=?|==) (?:(\d+\.?\d*)(?: \* (\w+))?|(\w+))")
 _SIGNS = {
     **{">=": operator.ge, ">": operator.gt, "==": operator.eq},
     **{"<=": operator.le, "<": operator.lt},
@@ -34,9 +34,14 @@ class Comparison:
 
     @classmethod
     def parse(cls, text: str) -> Comparison:
-        """A comparison as `claims.json` writes it."""
+        """A comparison as `claims.json` writes it.
+
+        Raises:
+            ValueError: it is none.
+        """
         match = _TEST.fullmatch(text)
-        assert match is not None, text
+        if match is None:
+            raise ValueError(f"no comparison: {text}")
         number, minus, sign, bound, times, other = match.groups()
         return cls(number, minus or "", sign, float(bound or 1), times or other or "")
 

@@ -7,7 +7,7 @@ attributions of the selected. Reports name their seed by their folder, `seed_NNN
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import fsum
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,7 +88,7 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
             summary, law = summarize(rows), law_of(self.reports)
             shares = {str(seed): raw_sgd_share(kinds) for seed, kinds in self.reports.items()}
             summary["raw_sgd_shares"] = shares
-            summary["largest_raw_sgd_share"] = max(map(abs, shares.values()))
+            summary["largest_raw_sgd_share"] = _worst(shares.values())
         winners = [{column: row[column] for column in _WINNER} for row in rows]
         return Findings(
             rows,
@@ -321,10 +321,13 @@ def seed_row(seed: int, kinds: Mapping[str, Written]) -> dict[str, Any]:
     return row
 
 
-def raw_sgd_share(kinds: Mapping[str, Written]) -> float:
-    """What raw SGD would have done to the winner's match, over what happened; to first order."""
+def raw_sgd_share(kinds: Mapping[str, Written]) -> float | None:
+    """What raw SGD would have done to the winner's match, over what happened; to first order.
+
+    Null where nothing moved.
+    """
     window = _windows(kinds)["match"]
-    return float(window["references"]["raw_sgd"] / window["actual"])
+    return float(window["references"]["raw_sgd"] / window["actual"]) if window["actual"] else None
 
 
 def _window(report: Written, component: str) -> dict[str, Any]:
@@ -353,15 +356,15 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "same_layer_readers": sum(_same_layer(path) for path in paths),
         "winner_heads": dict(zip([str(row["seed"]) for row in rows], heads, strict=True)),
         "winner_paths": dict(zip([str(row["seed"]) for row in rows], paths, strict=True)),
-        "worst_match_closure": _worst(rows, "match_closure_path"),
-        "worst_write_closure": _worst(rows, "write_closure_path"),
+        "worst_match_closure": _worst(row["match_closure_path"] for row in rows),
+        "worst_write_closure": _worst(row["write_closure_path"] for row in rows),
     }
 
 
-def _worst(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
-    """The largest; null where one is not defined, as nothing moved: it might be worse."""
-    values = [row[column] for row in rows]
-    return None if None in values else max(values)
+def _worst(values: Iterable[float | None]) -> float | None:
+    """The largest size; null where one is not defined, as nothing moved: it might be worse."""
+    known = list(values)
+    return None if None in known else max(abs(value) for value in known if value is not None)
 
 
 def _same_layer(path: str) -> bool:

@@ -43,11 +43,16 @@ def compare_claims(claims: list[Path]) -> ReportResult:
     return run_report(ClaimsComparison, None, chosen, "out", overwrite=True)
 
 
+JUDGED: dict[str, Any] = {
+    **{"target": "reference", "statement": "it learns", "tests": ["accuracy >= 0.9"]},
+    **{"holds": True, "note": "", "numbers": {"accuracy": 0.95}},
+}
+
+
 def study_claims(seed: int, accuracy: float | None, **other: Any) -> Path:
     """The claims of the study with one seed; with no accuracy there is nothing to judge."""
-    learns = {
-        **{"target": "reference", "statement": "it learns", "tests": ["accuracy >= 0.9"]},
-        **{"holds": None if accuracy is None else accuracy >= 0.9, "note": ""},
+    learns = JUDGED | {
+        "holds": None if accuracy is None else accuracy >= 0.9,
         "numbers": {} if accuracy is None else {"accuracy": accuracy, "head": f"L1H{seed}"},
     }
     study = {"target": "paper", "scale": "short", "recipe_digest": "a", "seed": seed}
@@ -78,6 +83,14 @@ def test_claims_are_counted_and_their_numbers_have_t_intervals_over_seeds() -> N
         ({"recipe_digest": "b"}, "is of another recipe than"),
         ({"seed": 1}, "is a second study of seed 1"),
         ({"claims": [{}]}, "make it again"),
+        ({"claims": [JUDGED | {"tests": None}]}, "make it again"),
+        ({"claims": [JUDGED | {"tests": ["accuracy => 0.9"]}]}, "make it again"),
+        ({"claims": [JUDGED | {"tests": ["accuracy >= 0.9.1"]}]}, "make it again"),
+        ({"claims": [JUDGED | {"numbers": None}]}, "make it again"),
+        ({"claims": [JUDGED | {"numbers": {}}]}, "says nothing of 'accuracy'"),
+        ({"claims": [JUDGED | {"numbers": {"accuracy": "L1H2"}}]}, "make it again"),
+        ({"claims": [JUDGED | {"numbers": {"accuracy": None}}]}, "does not follow from"),
+        ({"claims": [JUDGED | {"statement": ["it learns"]}]}, "make it again"),
     ],
 )
 def test_claims_of_another_study_are_refused(spoil: dict[str, Any], refusal: str) -> None:
@@ -183,6 +196,15 @@ def test_a_closure_that_is_not_defined_leaves_the_worst_undefined() -> None:
     changed(reports[2], closure={"path": None, "first_order": None})
     summary = compare_seeds(reports).summary
     assert (summary["worst_match_closure"], summary["worst_write_closure"]) == (None, 1e-4)
+
+
+def test_a_match_that_did_not_move_leaves_the_share_of_raw_sgd_undefined() -> None:
+    reports = seed_reports(11, "L1H3", "L1H3_to_L1MLP", wins=0.9, amount=3.0)
+    reports += seed_reports(13, "L2H1", "L1H1_to_L2MLP", wins=0.2, amount=2.0)
+    changed(reports[2], actual=0.0)
+    summary = compare_seeds(reports).summary
+    assert summary["raw_sgd_shares"] == {"11": None, "13": -0.05}
+    assert summary["largest_raw_sgd_share"] is None
 
 
 def test_the_seed_is_that_of_the_innermost_folder_named_so() -> None:
