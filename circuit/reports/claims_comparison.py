@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 from circuit.artifacts import Row
@@ -106,23 +107,36 @@ class ClaimsComparison(Report[ClaimsOptions]):
 
     @classmethod
     def charts(cls, results: Results[ClaimsOptions]) -> list[Chart]:
-        claims = [claim["claim"] for claim in results.summary["claims"]]
+        lines = {claim["claim"]: fill(claim["claim"], 76) for claim in results.summary["claims"]}
         data = [
-            {"claim": row["claim"], "seed": str(row["seed"]), "verdict": _VERDICTS[row["holds"]]}
+            {
+                "claim": lines[row["claim"]],
+                "seed": str(row["seed"]),
+                "verdict": _VERDICTS[row["holds"]],
+            }
             for row in results.rows()
         ]
-        shades = (CATEGORY[0], CATEGORY[5], GREY)
+        shades = (CATEGORY[0], CATEGORY[1], GREY)
+        sentences = alt.Axis(
+            labelExpr="split(datum.label, '\\n')",
+            labelLimit=440,
+            labelFontSize=11,
+            labelOffset=-6,
+            labelOverlap=False,
+        )
+        seeds = alt.Axis(labelAngle=0)
         cells = (
             named("claims")
-            .mark_rect(stroke="var(--bg)", strokeWidth=2)
+            .mark_rect(stroke="var(--paper)", strokeWidth=2)
             .encode(
-                x=alt.X("seed:N").title("seed").sort(list(map(str, results.summary["seeds"]))),
-                y=alt.Y("claim:N").title(None).sort(claims).axis(labelLimit=420),
+                x=alt.X("seed:N", axis=seeds, sort=list(map(str, results.summary["seeds"]))),
+                y=alt.Y("claim:N", axis=sentences, sort=list(lines.values())).title(None),
                 color=colour("verdict", list(_VERDICTS.values()), palette=shades),
                 tooltip=exact("claim", "seed", "verdict"),
             )
         )
-        return [chart("claims", "which claims hold with which seed", {"claims": data}, cells)]
+        title = "which claims hold with which seed"
+        return [chart("claims", title, {"claims": data}, cells, height=32 * len(lines))]
 
 
 def read_claims(paths: Sequence[Path]) -> dict[int, Mapping[str, Any]]:

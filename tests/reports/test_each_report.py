@@ -231,6 +231,7 @@ def test_its_markdown_shows_every_chart_and_table(written: Written, command: str
     assert set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)) == {p.name for p in result.figures}
     for path in result.figures:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        assert "var(--" not in path.read_text(), "a colour that the page does not have"
     for table in result.tables:
         assert len({len(table.cells(row)) for row in table.rows} | {len(table.columns)}) == 1
     assert any(table.console for table in result.tables)
