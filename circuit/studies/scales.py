@@ -20,6 +20,8 @@ from circuit.errors import CircuitError
 CONTRACT_UNIT = 250
 LONG = 16000
 """Steps of the two reference runs in the contract."""
+CONTRACT_SEED = 7
+"""Of every run but those of the cross-seed study."""
 ALL_SEEDS = (11, 13, 17, 23, 29)
 LARGEST_SEED = 9999
 """Folders of seeds are named by four digits."""
@@ -207,9 +209,16 @@ def find_scale(name: str, seeds: Sequence[int] = (), *, seed: int | None = None)
             this seed, if `seeds` names no others.
 
     Raises:
-        CircuitError: there is no such scale.
+        CircuitError: there is no such scale, or the seed is the contract's.
     """
     if name not in SCALES:
         raise CircuitError(f"unknown scale '{name}'", expected=f"one of {', '.join(SCALES)}")
+    if seed == CONTRACT_SEED:
+        raise CircuitError(
+            f"{seed} is the contract's own seed",
+            where="`base_seed`",
+            expected="another",
+            fix="leave it out: the study of the scale itself has this seed",
+        )
     scale, others = SCALES[name], seeds or (() if seed is None else (seed,))
     return replace(scale, seed=seed, seeds=tuple(dict.fromkeys(others)) or scale.seeds)

@@ -16,6 +16,7 @@ from circuit.cli.program import program
 from typer.main import get_command
 
 from circuit.config import load_config
+from circuit.errors import CircuitError
 from circuit.reports.report import find_report
 from circuit.studies.configs import BENCHMARK, contract_configs, scaled
 from circuit.studies.costs import cost_of, rates
@@ -203,6 +204,8 @@ def test_a_study_of_another_seed_differs_in_it_alone(name: str, project: Path) -
     words = next(job.argv for job in Study(other).jobs if job.kind == "configs")
     assert words[-2:] == ("--base-seed", "11")
     assert "base=11" in Request("paper", other).settings
+    with pytest.raises(CircuitError, match="`base_seed`: 7 is the contract's own seed"):
+        find_scale(name, seed=7)
 
 
 def test_a_plan_costs_what_its_jobs_cost() -> None:
