@@ -98,6 +98,10 @@ def print_table(declared: Declared) -> None:
     for row in rows:
         shown.add_row(*declared.cells(row))
     stdout.print(shown)
+    if declared.left_off:
+        from rich.text import Text
+
+        stdout.print(Text(f"and {declared.left_off} more in the report", style="dim"))
 
 
 def print_result(result: ReportResult, as_json: bool) -> None:

@@ -355,7 +355,10 @@ class DataAttribution(TracedReport[AttributionOptions]):
 
     @classmethod
     def notes(cls, results: Results[AttributionOptions]) -> list[str]:
+        lead = markdown_text(results.summary["lead"])
+        others = len({row["scalar"] for row in results.rows()}) > 1
         return [
+            *([f"Table and charts are of {lead}; the rows have every scalar."] * others),
             "The linear datamodeling score (LDS) is the Spearman correlation, over random sets of"
             " examples, between minus the sum of their scores and the change of the scalar in a"
             " training without them; its interval, of 95 %, is over resampled sets. Random scores"
@@ -373,7 +376,8 @@ class DataAttribution(TracedReport[AttributionOptions]):
         columns |= {name: (name, "+.2f") for name in ("lds", "low", "high")}
         columns["spread"] = ("spread", ".2g")
         title = f"LDS of the scores of {results.summary['lead']}"
-        return [Table(title, columns, _of_lead(results), console=40)]
+        rows = _of_lead(results)
+        return [Table(title, columns, rows, console=len(rows))]
 
     @classmethod
     def charts(cls, results: Results[AttributionOptions]) -> list[Chart]:

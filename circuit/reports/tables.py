@@ -46,9 +46,19 @@ class Table:
 
     @property
     def printed(self) -> list[Record]:
-        """The rows for the console: of the last step, where they have steps."""
+        """The rows for the console."""
+        return self._of_last[: self.console]
+
+    @property
+    def left_off(self) -> int:
+        """How many rows the console does not show of those that it would."""
+        return len(self._of_last) - len(self.printed)
+
+    @property
+    def _of_last(self) -> list[Record]:
+        """Those of the last step, where they have steps."""
         last = max((row["step"] for row in self.rows if "step" in row), default=None)
-        return [row for row in self.rows if row.get("step") == last][: self.console]
+        return [row for row in self.rows if row.get("step") == last]
 
     def markdown(self) -> list[str]:
         """Lines of Markdown, the title included."""

@@ -348,6 +348,14 @@ def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count(text) == 3
 
 
+def test_a_table_that_is_cut_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"step": step, "it": step} for step in (1, 2, 2, 2)]
+    for console, said in ((1, "and 2 more in the report"), (3, None)):
+        print_table(Table("", {"it": "it"}, rows, console=console))
+        out = capsys.readouterr().out
+        assert said in out if said else "more" not in out
+
+
 # --- device --------------------------------------------------------------------------------------
 
 
