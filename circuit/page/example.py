@@ -35,7 +35,8 @@ def example_panel(
     """Attention from the reads of one sequence, at the chosen step; on the CPU.
 
     Args:
-        winner: the head that is shown first.
+        winner: the head that is shown first; without one, that which looks most at supports at
+            the last step.
         progress: called with the checkpoints done and their number.
     """
     head = (
@@ -56,7 +57,7 @@ def example_panel(
         return Panel(*head, missing=missing, notes=[_told(error)])
     batch = _choose(setup.split(split))
     example = _look(run, setup, batch, progress)
-    example["winner"] = winner or example["heads"][-1]
+    example["winner"] = winner or _looking(example)
     return Panel(
         *head,
         example=example,
@@ -131,6 +132,16 @@ def _look(
         if progress is not None:
             progress(done, len(payload["steps"]))
     return payload
+
+
+def _looking(example: dict[str, Any]) -> str:
+    """The head with the largest attention from the reads to their supports at the last step."""
+    at = [read["support"] for read in example["reads"]]
+    looks = [
+        sum(weights[support] for weights, support in zip(of_head, at, strict=True))
+        for of_head in example["attention"][-1]
+    ]
+    return str(example["heads"][looks.index(max(looks))])
 
 
 def _read(batch: Examples, read: int, text: tuple[str, ...]) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from circuit.reading import values_of
 from circuit.reports.report import all_reports
 from circuit.runs.checkpointed import CheckpointedRun, open_folder
 from circuit.runs.recording import ROWS
-from circuit.train_config import ImportedConfig, RecipeConfig, RecordedConfig, TrainConfig
+from circuit.train_config import (
+    ForeignConfig,
+    ImportedConfig,
+    RecipeConfig,
+    RecordedConfig,
+    TrainConfig,
+)
 from circuit.training.run_folder import read_metrics
 
 COMMAND = "page"
@@ -160,11 +166,13 @@ def _log_panels(run: CheckpointedRun, reports: Reports) -> list[Panel]:
             return watched_panel(rows)
     rows = read_metrics(run.path)
     with values_of(run.path / METRICS, fix=TRAINED_ANEW):
+        if not rows and (isinstance(config, ForeignConfig) or config.edit is not None):
+            return []  # `circuit train` would refuse an imported run, and a counterfactual one
         if not isinstance(config, RecipeConfig):
             slices = [slice_panel(rows, folder, by, reports.task()) for by in slice_names(rows)]
             return [learning_panel(rows, folder), *slices]
         train = training_command(folder, *config.recipe_words)
-        return [loss_panel(rows, train)] if rows else []  # a counterfactual run has logged none
+        return [loss_panel(rows, train)] if rows else []
 
 
 def _told_first(panels: Sequence[Panel]) -> list[Panel]:

@@ -79,7 +79,7 @@ def parse_edit(word: str, start: int, end: int) -> tuple[str, Edit]:
             field, value = FIXED[key]
             _put(parts, field, text, value)
         elif key in FACTORS:
-            _put(parts, FACTORS[key], *_scaled(text))
+            _put(parts, FACTORS[key], *_scaled(key, text))
         elif key == "replace":
             match = _REPLACED.fullmatch(text)
             if match is None:
@@ -112,12 +112,13 @@ def _put(parts: dict[str, dict[str, Any]], field: str, name: str, value: Any) ->
     of[name] = value
 
 
-def _scaled(text: str) -> tuple[str, float]:
+def _scaled(key: str, text: str) -> tuple[str, float]:
     match = _SCALED.fullmatch(text)
     try:
         return (match[1] if match else ""), float(match[2] if match else "")
     except ValueError:
-        raise CircuitError(f"'{text}'", where="`edits`", expected="NAME*FACTOR") from None
+        expected = f"{key}=NAME*FACTOR"
+        raise CircuitError(f"'{key}={text}'", where="`edits`", expected=expected) from None
 
 
 def _pair(key: str, text: str, expected: str) -> tuple[int, int]:
@@ -142,14 +143,24 @@ def read_edits(path: Path) -> dict[str, Edit]:
             label, edit = payload["label"], _EDIT.validate_python(payload["edit"])
             fits = isinstance(label, str) and len(payload) == 2
         except (ValueError, KeyError, TypeError, ValidationError, CircuitError) as error:
-            told = str(error).replace("\n", "; ")
-            raise CircuitError(f"no edit ({told})", where=where, expected=expected) from None
+            raise CircuitError(
+                f"no edit ({_told(error)})", where=where, expected=expected
+            ) from None
         if not fits or label in edits:
             raise CircuitError(
                 f"label {label!r}", where=where, expected=f"{expected}, each label once"
             )
         edits[label] = edit
     return edits
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with a line, in the words of its fields."""
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()
+        )
+    return str(error).replace("\n", "; ")
 
 
 _EDIT = TypeAdapter(Edit)

@@ -195,8 +195,6 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         ends = {"first": (f"at {first}", ".3f"), "last": (f"at {last}", ".3f")}
         measures = [{**one, "measure": WORDS[one["measure"]]} for one in summary["measures"]]
         columns = {"measure": "measure", "of": "of", **ends, "half_step": "half at step"}
-        heads = [row for row in results.rows() if row["step"] == last]
-        pairs = [row for row in results.rows(PAIR_ROWS) if row["step"] == last]
         of_heads = {
             "head": "head",
             PREFIX: (WORDS[PREFIX], ".3f"),
@@ -207,6 +205,11 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
             "later": "later head",
             COMPOSITION: (WORDS[COMPOSITION], ".3f"),
         }
+        # without their step, which the titles say: the page would say it again
+        heads, pairs = (
+            [{name: row[name] for name in columns} for row in rows if row["step"] == last]
+            for columns, rows in ((of_heads, results.rows()), (of_pairs, results.rows(PAIR_ROWS)))
+        )
         return [
             Table("Measures", columns, measures, console=len(measures)),
             Table(f"Heads at step {last}", of_heads, _ranked(heads, PREFIX)),

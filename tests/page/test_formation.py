@@ -152,6 +152,13 @@ def test_a_bare_run_shows_the_commands_that_complete_it(bare: Path, told_once: P
     asked = formation_page(bare)
     placed = {kind.stem() for kind in PLACED}
     assert {panel.name for panel in asked.panels if panel.missing} == placed
+    (example,) = (panel.example for panel in asked.panels if panel.example)
+    supports = [read["support"] for read in example["reads"]]
+    looks = {
+        head: sum(row[at] for row, at in zip(of_head, supports, strict=True))
+        for head, of_head in zip(example["heads"], example["attention"][-1], strict=True)
+    }
+    assert looks[example["winner"]] == max(looks.values())
     text = asked.path.read_text(encoding="utf-8")
     for missing in asked.missing:
         assert missing.command in text

@@ -12,6 +12,7 @@ from tiny_run import RUN
 
 from circuit.core.edit import Edit
 from circuit.errors import CircuitError
+from circuit.page import formation_page
 from circuit.reports.counterfactual_training import CounterfactualOptions, CounterfactualTraining
 from circuit.reports.edits import KEYS, parse_edit, read_edits
 from circuit.reports.report import run_report
@@ -54,7 +55,7 @@ def test_a_file_says_edits(tmp_path: Path) -> None:
         ("{", "no edit"),
         ("[]", "no edit"),
         ('{"label": "y", "edit": {"start": 3, "end": 9, "speed": 1}}', "speed"),
-        ('{"label": "y", "edit": {"start": 3}}', "no edit"),
+        ('{"label": "y", "edit": {"start": 3}}', r"no edit \(end: Field required\)"),
         ('{"label": "y", "edit": {"start": 9, "end": 3}}', "an edit of steps 9:3"),
         (path.read_text().strip(), "label 'x'; expected .*each label once"),
     ):
@@ -94,11 +95,12 @@ def options(traced: Path, *edits: str, **given: Any) -> CounterfactualOptions:
         (("x,swap=3",), "swap=3; expected swap=STEP:STEP"),
         (("x,replace=a",), "'a'; expected replace=NAME->NAME"),
         (("x,lose=a",), "'x,lose=a'; expected label"),
-        (("x,scale=weight_decay",), r"'weight_decay'; expected NAME\*FACTOR"),
+        (("x,scale=weight_decay",), r"'scale=weight_decay'; expected scale=NAME\*FACTOR"),
         (("x,drop=a,steps=3",), "steps=3; expected steps=A:B"),
         (("x,drop=a,steps=1:2,steps=3:4",), "steps=1:2,steps=3:4; expected steps=A:B, once"),
         (("x,drop=a,weight=a*0.5",), "'a' twice; expected one factor for each"),
         (("x,scale=weight_decay*2,scale=weight_decay*0",), "'weight_decay' twice"),
+        (("x,clamp=*",), r"`edits`: 'clamp=\*'; expected clamp=NAME\*FACTOR"),
         (("x,set=lr*0.5",), r"`edits`, key set: 'x,set=lr\*0.5': an edit of 'lr'; expected one of"),
     ],
 )
@@ -130,6 +132,8 @@ def test_it_tells_of_every_edit_and_of_none(traced: Path, tmp_path: Path) -> Non
         assert left.trace.steps == list(range(steps[0], 10))
         with pytest.raises(CircuitError, match="is a counterfactual training, which goes on from"):
             train(left.config, resume=True)
+        asked_for = [one.command for one in formation_page(tmp_path / "runs" / label).missing]
+        assert not [command for command in asked_for if command.startswith("circuit train ")]
     assert result.summary["differing_bits"] == 0
     assert "2 trainings with an edit over steps 2:9" in result.law
     (table,) = result.tables
