@@ -20,7 +20,7 @@ from typing import Any
 from circuit.artifacts import atomic_write_text, dump_json
 from circuit.config import parse_config
 from circuit.reading import read_json
-from circuit.reports.roles import spread
+from circuit.reports.intervals import spread
 from circuit.strict_json import parse_json
 from circuit.studies.configs import BENCHMARK, ablation_configs, scaled
 from circuit.studies.scales import find_scale

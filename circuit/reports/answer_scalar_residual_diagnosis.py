@@ -13,7 +13,7 @@ margin, and the switch, which is exact; the other scalars have no switch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -37,7 +37,7 @@ from circuit.model.weights import named_tensors
 from circuit.options import Option
 from circuit.reports.answer_changes import Change
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.intervals import between, ends, how_drawn, note
+from circuit.reports.intervals import behind_numbers, between, ends, how_drawn, note
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, ScalarNames
@@ -174,8 +174,11 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
             ],
             "line_integral": self.lines,
             "largest_split_error": self.split_error,
-            "over_all_intervals": list(_scalar_rows(table, self.options, _drawn)),
-            "bootstrap": how_drawn(RecordDraws(table["record"].tolist())),
+            "over_all_intervals": [
+                {**place, **_means(part), **_drawn(part)}
+                for place, part in _buckets(table, self.options)
+            ],
+            "bootstrap": how_drawn(table["record"].nunique()),
         }
         means = _mean_rows(table, self.options, nodes)
         return Findings(means, summary, _law(summary), further={PAIR_ROWS: rows})
@@ -210,11 +213,6 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
             row | {f"{name}_between": between(row, name, ".3f") for name in _BETWEEN}
             for row in results.summary["over_all_intervals"]
         ]
-        pooled: dict[str, Sequence[str]] = {}
-        for name, heading in numbers.items():
-            pooled[name] = heading
-            if name in _BETWEEN:
-                pooled[f"{name}_between"] = "95 %"
         buckets = {"scalar": "scalar", "switch_bucket": "bucket", "pairs": "changes"}
         states = {"mean_source": ("source", ".3f"), "mean_target": ("target", ".3f")}
         intervals: dict[str, str | tuple[str, str]] = {
@@ -233,7 +231,12 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
         ]
         title = "Over all intervals, pairs and sides, by bucket"
         return [
-            Table(title, {**buckets, **pooled}, over_all, console=len(over_all)),
+            Table(
+                title,
+                {**buckets, **behind_numbers(numbers, _BETWEEN)},
+                over_all,
+                console=len(over_all),
+            ),
             Table("By interval", intervals, rows),
         ]
 
@@ -370,7 +373,8 @@ def _mean_rows(
                     "nodes": most,
                 }
                 of_type = _where(of_side, "pair_type", pair_type)
-                yield from (place | row for row in _scalar_rows(of_type, asked))
+                for bucket, part in _buckets(of_type, asked):
+                    yield {**place, **bucket, **_means(part)}
 
 
 def _interval(table: pd.DataFrame, source: int, target: int) -> pd.DataFrame:
@@ -381,19 +385,16 @@ def _where(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     return table if value == POOLED else table[table[column] == value]
 
 
-def _scalar_rows(
-    table: pd.DataFrame,
-    asked: DiagnosisOptions,
-    more: Callable[[pd.DataFrame], dict[str, Any]] = lambda _: {},
-) -> Iterator[dict[str, Any]]:
-    """Means of every scalar in every bucket, and what more there is to say of them."""
+def _buckets(
+    table: pd.DataFrame, asked: DiagnosisOptions
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Every scalar's lines in every bucket, behind what says which they are."""
     for name in asked.scalars:
         of_scalar = table[table["scalar"] == name]
         for bucket in asked.switch_buckets:
             switched = of_scalar["switched"] == (bucket == "competitor_switch")
-            chosen_pairs = of_scalar if bucket == "all" else of_scalar[switched]
-            means = _means(chosen_pairs)
-            yield {"scalar": name, "switch_bucket": bucket, **means, **more(chosen_pairs)}
+            part = of_scalar if bucket == "all" else of_scalar[switched]
+            yield {"scalar": name, "switch_bucket": bucket}, part
 
 
 def _drawn(table: pd.DataFrame) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class MatchSeparation(OfCheckpoints[SeparationOptions]):
     def conclude(self, rows: list[Row]) -> Findings:
         summary = summarize(rows, self.slice) | {
             "reads": len(self.reads),
-            "bootstrap": how_drawn(self.draws["all"]),
+            "bootstrap": how_drawn(self.draws["all"].records),
         }
         rows, further = apart(self, rows, "step", "head", "score", self.slice)
         law = (

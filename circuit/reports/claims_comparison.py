@@ -18,9 +18,8 @@ from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.reading import values_of
 from circuit.reports.comparisons import Comparison, NotShownError
-from circuit.reports.intervals import said_between
+from circuit.reports.intervals import said_between, spread
 from circuit.reports.report import Findings, Report, Results
-from circuit.reports.roles import spread
 from circuit.reports.tables import Columns, Table, cell
 from circuit.reports.written import ANEW, read_document
 

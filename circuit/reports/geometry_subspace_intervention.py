@@ -250,7 +250,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
         summary = {
             "reads": len(self.batch),
             "means": _means(rows),
-            "bootstrap": how_drawn(RecordDraws(self.batch.row)),
+            "bootstrap": how_drawn(len(set(self.batch.row.tolist()))),
         }
         if not self.options.random_bases:
             return Findings(rows, summary, law)

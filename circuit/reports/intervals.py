@@ -3,17 +3,19 @@
 A row is measured with `<column>_low` and `<column>_high` of its numbers, by
 circuit/core/intervals.py. Written, they stand in a file of their own, line for line beside the
 rows, whose columns stay what they are. Reports of earlier versions have none, and show none.
+Intervals over runs, `t_interval`, are Student's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from circuit.artifacts import Row
-from circuit.core.intervals import DRAWS, Interval, RecordDraws
+from circuit.core.intervals import DRAWS, Interval
 from circuit.reports.report import Report, Results
-from circuit.reports.tables import cell
+from circuit.reports.tables import Columns, cell
 
 ENDS = ("_low", "_high")
 
@@ -50,9 +52,9 @@ def interval_file(kind: type[Report[Any]], file: str = "") -> str:
     return f"{file.removesuffix('.jsonl') or kind.stem()}_intervals.jsonl"
 
 
-def how_drawn(draws: RecordDraws) -> dict[str, Any]:
+def how_drawn(records: int) -> dict[str, Any]:
     """What a summary says of the intervals, as `bootstrap`."""
-    return {"records": draws.records, "draws": DRAWS}
+    return {"records": records, "draws": DRAWS}
 
 
 def with_intervals(kind: type[Report[Any]], results: Results[Any], file: str = "") -> list[Row]:
@@ -83,6 +85,16 @@ def between(row: Mapping[str, Any], column: str, spec: str) -> str | None:
     return None if low is None or high is None else f"{cell(low, spec)} to {cell(high, spec)}"
 
 
+def behind_numbers(columns: Columns, names: Sequence[str]) -> dict[str, Sequence[str]]:
+    """Columns of a table, behind some of them that of their intervals, `<name>_between`."""
+    shown: dict[str, Sequence[str]] = {}
+    for name, heading in columns.items():
+        shown[name] = heading
+        if name in names:
+            shown[f"{name}_between"] = "95 %"
+    return shown
+
+
 def said_between(row: Mapping[str, Any], column: str, spec: str) -> str:
     """The same behind a number in a sentence: ` (0.28 to 0.35)`; nothing where there is none."""
     interval = between(row, column, spec)
@@ -92,3 +104,28 @@ def said_between(row: Mapping[str, Any], column: str, spec: str) -> str:
 def shown(rows: Iterable[Row], columns: Sequence[str]) -> list[Row]:
     """Some columns of rows, for a chart; null where a report of an earlier version lacks one."""
     return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """95 % interval of the mean of independent runs, by Student's t; None of one.
+
+    The percentiles of a bootstrap are far too narrow with a handful of runs.
+    """
+    if len(values) < 2:
+        return None, None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return fmean(values) - half, fmean(values) + half
+
+
+def spread(measured: Sequence[float | None]) -> dict[str, float | None]:
+    """Of some values, those that there are; one alone has no deviation and no interval."""
+    values = [value for value in measured if value is not None]
+    return {
+        "mean": fmean(values) if values else None,
+        "sd": stdev(values) if len(values) > 1 else None,
+        "least": min(values, default=None),
+        "most": max(values, default=None),
+        **ends({"mean": t_interval(values)}),
+    }

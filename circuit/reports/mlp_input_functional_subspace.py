@@ -170,9 +170,7 @@ class FunctionalSubspace(Report[SubspaceOptions]):
             "closure_error": error,
             "chance_overlap": math.sqrt(asked.subspace_rank / self.config.model.d_model),
             "means": self._means(rows, group_rows),
-            "bootstrap": how_drawn(
-                RecordDraws([record_of(pair.pair_id) for pair in self.intervals.first])
-            ),
+            "bootstrap": how_drawn(len({record_of(pair.pair_id) for pair in self.intervals.first})),
         }
         law = (
             "skip and MLP sum to the whole, g_out.δ_total = g_out.δ_in + g_out.δ_mlp with δ_mlp"

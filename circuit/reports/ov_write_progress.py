@@ -29,6 +29,7 @@ from circuit.model.readout import read_answers
 from circuit.reports.inputs import Checkpointed
 from circuit.reports.intervals import (
     ENDS,
+    behind_numbers,
     between,
     ends,
     how_drawn,
@@ -197,7 +198,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
                 : self.options.top_k_correlations
             ],
             "largest_dla_residual": _finite(largest),
-            "bootstrap": how_drawn(self.draws),
+            "bootstrap": how_drawn(self.draws.records),
         }
         law = (
             f"the direct contributions of all components sum to the logits to {largest:.1e} of the"
@@ -323,11 +324,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         top = results.summary["top_correlations"]
         if any("shifted_p" in row for row in top):
             correlated = {**correlated, "shifted_p": ("p", ".3f")}
-        columns: dict[str, Sequence[str]] = {"step": "step", "head": "head"}
-        for name, heading in measured.items():
-            columns[name] = heading
-            if name in BEST:
-                columns[f"{name}_between"] = "95 %"
+        columns = {"step": "step", "head": "head", **behind_numbers(measured, BEST)}
         return [
             Table("Heads", columns, rows, console=len(rows)),
             *([Table("Deltas that go together", correlated, top, console=3)] if top else []),

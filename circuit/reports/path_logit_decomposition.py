@@ -136,7 +136,7 @@ class LogitDecomposition(OfCheckpoints[DecompositionOptions]):
                 **{f"last{end}": whole[-1][f"margin{end}"] for end in ENDS},
             },
             "parts": sorted(parts, key=lambda part: -part["last"]),
-            "bootstrap": how_drawn(self.draws["all"]),
+            "bootstrap": how_drawn(self.draws["all"].records),
         }
         rows, further = apart(self, rows, "step", "part", self.slice)
         law = (

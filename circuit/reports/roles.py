@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from circuit.artifacts import Row
-from circuit.core.intervals import Interval
 from circuit.errors import CircuitError
-from circuit.reports.intervals import ends
+from circuit.reports.intervals import ends, t_interval
 from circuit.reports.written import Written, read_report
 
 _OF_PLACE = ("probe_set", "checkpoints", "checkpoint_dir")
@@ -153,28 +152,3 @@ def aligned_means(rows: Sequence[Row]) -> list[Row]:
         for offset, of in sorted(at_offsets.items())
         if len(of) == len(seeds[role])
     ]
-
-
-def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of independent runs, by Student's t; None of one.
-
-    The percentiles of a bootstrap are far too narrow with a handful of runs.
-    """
-    if len(values) < 2:
-        return None, None
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return fmean(values) - half, fmean(values) + half
-
-
-def spread(measured: Sequence[float | None]) -> dict[str, float | None]:
-    """Of some values, those that there are; one alone has no deviation and no interval."""
-    values = [value for value in measured if value is not None]
-    return {
-        "mean": fmean(values) if values else None,
-        "sd": stdev(values) if len(values) > 1 else None,
-        "least": min(values, default=None),
-        "most": max(values, default=None),
-        **ends({"mean": t_interval(values)}),
-    }

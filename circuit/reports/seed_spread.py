@@ -29,7 +29,7 @@ from circuit.folders import RUN_CONFIG
 from circuit.lazy import alt
 from circuit.options import Option, Options
 from circuit.reading import values_of
-from circuit.reports.intervals import between, ends_of
+from circuit.reports.intervals import between, ends_of, spread
 from circuit.reports.report import Findings, Report, Results
 from circuit.reports.roles import (
     ROLES,
@@ -37,7 +37,6 @@ from circuit.reports.roles import (
     follow,
     formed_at,
     read_reports,
-    spread,
 )
 from circuit.reports.tables import Columns, Table, cell
 from circuit.reports.written import read_document

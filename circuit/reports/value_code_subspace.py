@@ -249,7 +249,7 @@ class ValueCodeSubspace(OfCheckpoints[SubspaceOptions]):
             "steps": sorted({row["step"] for row in rows}),
             "readable_at_accuracy": READABLE,
             "readout": readout,
-            "bootstrap": how_drawn(RecordDraws(self.batch.row)),
+            "bootstrap": how_drawn(len(set(self.batch.row.tolist()))),
         }
         rows, further = apart(self, rows, "step", "stage", "position_role", "group_by")
         law = (

@@ -140,7 +140,7 @@ class WritePathSelection(Report[WritePathOptions]):
             "pairs": len(self.pairs),
             "candidates": len(rows),
             "selected": selected("path", rows, "final_write", *ends_of("final_write")),
-            "bootstrap": how_drawn(self.draws),
+            "bootstrap": how_drawn(self.draws.records),
         }
         law = (
             f"the write of {rows[0]['path']}, all heads ablated in one batch, is that of this path"

@@ -15,9 +15,9 @@ from circuit.artifacts import dump_rows, read_jsonl
 from circuit.errors import CircuitError
 from circuit.reports.claims_comparison import ClaimsComparison, ClaimsOptions
 from circuit.reports.cross_seed_comparison import CrossSeedComparison, CrossSeedOptions
+from circuit.reports.intervals import spread
 from circuit.reports.optimizer_comparison import OptimizerComparison, OptimizerComparisonOptions
 from circuit.reports.report import ReportResult, run_report
-from circuit.reports.roles import spread
 from circuit.reports.seed_spread import SeedSpread, SeedSpreadOptions
 from circuit.sealed import sealed
 from circuit.train_config import load_run_config
