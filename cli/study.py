@@ -103,6 +103,13 @@ def train(
         Path | None,
         typer.Option(help="JSON that says how it ended; then a run that diverges is no error."),
     ] = None,
+    same_as: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run of the same recipe, of another name or length: what it has done"
+            " is taken over."
+        ),
+    ] = None,
     trace: options.Trace = None,
     trace_end_step: options.TraceEndStep = None,
     trace_top_k_parameters: options.TraceTop = None,
@@ -115,11 +122,15 @@ def train(
     )
     from circuit.artifacts import OutputFolder, dump_json
     from circuit.sealed import sealed
-    from circuit.studies.continuation import run_goes_on
+    from circuit.studies.continuation import run_goes_on, take_over
     from circuit.training.checkpoints import DivergedError
 
     traced = None if recorder is None else recorder.folder_of(settings)
     resume, diverged = run_goes_on(settings, traced), None
+    if same_as is not None and not resume:
+        taken = take_over(settings, same_as)
+        resume = taken > 0
+        stdout.print(f"step 0 to {taken} taken over from {same_as}", soft_wrap=True)
     with progress_bar() as bar, signals.stop_on_first() as interrupted:
         try:
             result, report = train_run(

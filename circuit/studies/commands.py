@@ -35,24 +35,33 @@ def train_job(
     made: str = "summary.json",
     trace: str = "",
     traced: int = 0,
+    same_as: str = "",
+    taken: int = 0,
 ) -> Job:
     """A run; `study train` goes on with one that was cut off.
 
     Args:
         trace: folder of the trace that is recorded in the same pass, if one is.
         traced: the last step of that trace.
+        same_as: folder of a run of the same recipe, which it begins with, if there is one.
+        taken: the last step that it takes over from it.
     """
     argv: Words = ("study", "train", "--config", config)
     if made != "summary.json":
         argv += ("--outcome", f"{run}/{made}")
     inputs: Words = (config, BENCHMARK_FILE)
+    if same_as:
+        argv += ("--same-as", same_as)
+        inputs += (f"{same_as}/summary.json",)
     outputs: Words = (f"{run}/{made}",)
     if trace:
         argv += ("--trace", trace, "--trace-end-step", str(traced))
         argv += ("--trace-top-k-parameters", TOP)
         outputs += (report_file(trace, "optimizer-update-trace"),)
     name = name or run.split("/")[2]
-    return Job(target, "train", name, argv, inputs, outputs, units=steps, traced=traced)
+    return Job(
+        *(target, "train", name, argv, inputs, outputs), units=steps, traced=traced, taken=taken
+    )
 
 
 def evaluate_job(target: str, run: str, which: str, split: str = "", config: str = "") -> Job:

@@ -88,7 +88,8 @@ def cost_of(jobs: Iterable[Job], scale: Scale) -> Cost:
         batch = (job.target, job.kind)
         start = 0.0 if scale.batched and batch in started else float(entry["start"])
         started.add(batch)
-        own = start + entry["unit"] * (job.units + TRACED * job.traced) * SMALLER[scale.name]
+        done = job.units - job.taken + TRACED * job.traced
+        own = start + entry["unit"] * done * SMALLER[scale.name]
         count += 1
         seconds += own
         longest = max(longest, own)

@@ -31,6 +31,7 @@ class Job:
         units: how much of the kind's unit of cost it does (steps, checkpoints, ...).
         scalars: that it attributes in each unit; each has rows of its own.
         traced: steps that it traces while it trains them.
+        taken: steps that it takes over, and does not train.
     """
 
     target: str
@@ -43,6 +44,7 @@ class Job:
     units: float = 1.0
     scalars: int = 1
     traced: int = 0
+    taken: int = 0
 
     @property
     def folder(self) -> str:

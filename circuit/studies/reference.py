@@ -29,6 +29,7 @@ from circuit.reports.value_code_subspace import SubspaceOptions as ValueCodeOpti
 from circuit.reports.value_code_subspace import ValueCodeSubspace
 from circuit.reports.value_code_transfer_rescue import RescueOptions, ValueCodeTransferRescue
 from circuit.reports.weight_svd_trace import SvdOptions, WeightSvdTrace
+from circuit.studies.ablation import run_of
 from circuit.studies.commands import (
     BENCHMARK_FILE,
     DATA,
@@ -48,12 +49,14 @@ from circuit.studies.commands import (
 )
 from circuit.studies.configs import BENCHMARK, FORMATION, GENERALIZATION, HORIZON
 from circuit.studies.jobs import Job, Words, checkpoints, report_file, report_job
-from circuit.studies.scales import Scale
+from circuit.studies.scales import PILOTS, Scale
 
 if TYPE_CHECKING:
     from circuit.model.ablation import Operation
 
 TARGET = "reference"
+BASELINE = run_of(PILOTS[0])
+"""The ablation's AdamW: its 6000 steps are the first of the reference run."""
 FORMATION_STEPS = range(750, 3501, 250)
 ROUTE_STEPS = range(1500, 2501, 250)
 SVD_STEPS = (250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5250, 5500)
@@ -134,9 +137,13 @@ class Reference:
 
     def _runs(self) -> list[Job]:
         steps = self.scale.long_steps
+        # the baseline of the ablation, the reference run and this one are one recipe
         runs = [
-            train_job(TARGET, config, run, steps)
-            for config, run in ((FORMATION, RUN), (GENERALIZATION, SPARSE))
+            train_job(TARGET, config, run, steps, same_as=shorter, taken=taken)
+            for config, run, shorter, taken in (
+                (FORMATION, RUN, BASELINE, self.scale.step(HORIZON)),
+                (GENERALIZATION, SPARSE, RUN, steps),
+            )
         ]
         evaluations = [evaluate_job(TARGET, run, "best", "heldout_pairs") for run in (RUN, SPARSE)]
         return runs + evaluations

@@ -18,9 +18,12 @@ from circuit.cli import main
 from circuit.cli.jobs import run_commands
 from warm_jobs import warm_jobs
 
+from circuit.artifacts import dump_json
 from circuit.config import load_config
+from circuit.environment import recorded_facts
 from circuit.errors import CircuitError
-from circuit.studies.continuation import run_goes_on, trace_goes_on
+from circuit.sealed import sealed
+from circuit.studies.continuation import run_goes_on, take_over, trace_goes_on
 from circuit.studies.costs import cost_of
 from circuit.studies.reproduce import (
     Plan,
@@ -30,6 +33,7 @@ from circuit.studies.reproduce import (
 from circuit.studies.scales import SCALES
 from circuit.studies.workflow import Event, Outcome, packaged_profile, read_events, run
 from circuit.train_config import TrainConfig
+from circuit.training.loop import train
 
 SMOKE = Path("artifacts/scale/smoke")
 PROBE = SMOKE / "artifacts/runs/symbolic_kv_reference_formation/analysis/probe_set.jsonl"
@@ -198,6 +202,67 @@ def test_a_traced_run_goes_on_if_its_trace_is_not_behind(config: TrainConfig, tr
     rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:-1]))
     assert not run_goes_on(config, traced)
     assert run_goes_on(config)
+
+
+@pytest.fixture
+def shorter(trained: Path, config: TrainConfig) -> TrainConfig:
+    """A run of 12 steps whose best state is one of those that it saves every third."""
+    again = config.replace(eval_every=6)
+    train(again, overwrite=True)
+    return again
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"checkpoint_every": 6}, 12),
+        ({"steps": 18}, 12),
+        ({"steps": 6}, 6),
+        ({"steps": 7}, 6),
+    ],
+)
+def test_a_run_taken_over_is_the_one_that_was_trained(
+    circuit: Callable[..., Any], shorter: TrainConfig, change: dict[str, int], taken: int
+) -> None:
+    """Fewer states, or another end: byte for byte, but for the clock and the order of writing."""
+    folders = [Path("runs/whole"), Path("runs/over")]
+    for folder, more in zip(folders, ((), ("--same-as", shorter.output_dir)), strict=True):
+        own = shorter.replace(**change, name="other", output_dir="runs/other")
+        Path("other.json").write_text(own.to_json())
+        done = circuit("study", "train", "--config", "other.json", *more)
+        assert done.code == 0, done.err
+        assert (f"step 0 to {taken} taken over" in done.out) is bool(more)
+        Path("runs/other").rename(folder)
+    files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in folders]
+    assert files[0] == files[1]
+    for file in files[0]:
+        if file.name not in ("summary.json", "train.manifest.json"):
+            assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 12}, {"log_every": 3}, {"eval_every": 3}, {"checkpoint_every": 1}, {"batch_size": 3}],
+)
+def test_what_is_no_part_of_a_run_is_not_taken_over(
+    shorter: TrainConfig, change: dict[str, int]
+) -> None:
+    own = shorter.replace(**change, output_dir="runs/over")
+    assert take_over(own, Path(shorter.output_dir)) == 0
+    assert not Path("runs/over").exists()
+
+
+@pytest.mark.parametrize("fact", [{"circuit": "0.0.0"}, {"torch": "1.0"}, {"threads": 99}])
+def test_a_run_of_another_environment_is_not_taken_over(
+    shorter: TrainConfig, fact: dict[str, Any]
+) -> None:
+    source = Path(shorter.output_dir)
+    own, path = shorter.replace(output_dir="runs/over"), source / "environment.json"
+    facts = recorded_facts(path)
+    path.write_text(dump_json(sealed(facts | fact)))
+    assert take_over(own, source) == 0
+    path.write_text(dump_json(sealed(facts)))
+    assert take_over(own, source) == 12
 
 
 def test_a_run_that_diverges_is_an_outcome_where_one_is_asked_for(

@@ -211,9 +211,10 @@ def test_a_study_of_another_seed_differs_in_it_alone(name: str, project: Path) -
 def test_a_plan_costs_what_its_jobs_cost() -> None:
     scale = SCALES["full"]
     job = next(job for job in Study(scale).jobs if job.kind == "train")
+    assert (job.units, job.taken) == (16000, 6000)
     entry = rates("train")
     cost = cost_of([job], scale)
-    assert cost.seconds == pytest.approx(entry["start"] + entry["unit"] * 16000)
+    assert cost.seconds == pytest.approx(entry["start"] + entry["unit"] * 10000)
     traced = cost_of([replace(job, traced=1000)], scale)
     assert cost.seconds < traced.seconds < cost.seconds + entry["unit"] * 1000
     states = rates("optimizer_update_trace")["mb"] * 1000
