@@ -153,7 +153,7 @@ class CrossSeedComparison(Report[CrossSeedOptions]):
     @classmethod
     def charts(cls, results: Results[CrossSeedOptions]) -> list[Chart]:
         rows = list(results.rows())
-        return [_roles(rows), *(_terms(name, rows) for name in _ATTRIBUTIONS)]
+        return [_roles(rows), *(terms_chart(name, rows) for name in _ATTRIBUTIONS)]
 
 
 def _roles(rows: Sequence[Row]) -> Chart:
@@ -187,7 +187,7 @@ def _roles(rows: Sequence[Row]) -> Chart:
     return chart("roles", title, {"roles": data}, bars, addresses)
 
 
-def _terms(name: str, rows: Sequence[Row]) -> Chart:
+def terms_chart(name: str, rows: Sequence[Row]) -> Chart:
     """What each optimizer term contributed in every seed; a dash marks the actual change."""
     terms = list(rows[0][f"{name}_terms"])
     actual = f"{name}_actual"

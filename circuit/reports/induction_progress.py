@@ -10,6 +10,8 @@ predicts nothing.
 A measure's *half step* is the first checkpoint from which on it stays past the middle between its
 values at the first and the last checkpoint; null where it did not go the way it should (the loss
 and the score down, all others up). Of heads and pairs it is that of the best at the last one.
+
+`..._intervals.jsonl` has, line for line, the ends of both attentions by bootstrap of records.
 """
 
 from __future__ import annotations
@@ -19,12 +21,25 @@ from typing import TYPE_CHECKING, Any
 
 from circuit import options
 from circuit.artifacts import Row
-from circuit.figures.charts import Chart, at_step, chart, colour, heat, lines
+from circuit.core.intervals import RecordDraws
+from circuit.figures.charts import Chart, at_step, band, chart, colour, heat, lines
 from circuit.lazy import no_grad, torch
 from circuit.model.components import all_heads, parse_component
 from circuit.model.readout import LOGITS
 from circuit.model.subspaces import head_factors
 from circuit.reports.inputs import Checkpointed
+from circuit.reports.intervals import (
+    apart,
+    behind_numbers,
+    between,
+    ends,
+    ends_of,
+    how_drawn,
+    note,
+    said_between,
+    shown,
+    with_intervals,
+)
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 from circuit.scalars.base import Cache, SharedBatch, forward_activations
@@ -55,6 +70,8 @@ WORDS = {
     COMPOSITION: "K-composition",
 }
 """Every measure, and what readers are told of it."""
+ATTENTIONS = (PREFIX, PREVIOUS)
+"""Measures of a head."""
 DRAWN = 8
 """Heads that have a line of their own."""
 
@@ -81,6 +98,7 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
     def prepare(self) -> None:
         super().prepare()
         self.batch = self.inputs.reads(self.options.max_records)
+        self.draws = RecordDraws(self.batch.row)
         self.pairs: list[Row] = []
         self.positions: list[Row] = []
         self.steps: list[Row] = []
@@ -99,19 +117,22 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         shared = SharedBatch.merge([*matching, *previous], device=str(model.W_E.device))
         runs = forward_activations(model, shared.tokens, shared.hooks[None] | {LOGITS})
         cache = Cache({None: runs}, shared.rows[0])  # all have the same sequences
+        places = RecordDraws(previous[0].row)
         self._measure_loss(point.step, cache[LOGITS])
         self._measure_pairs(point.step, model, heads)
         for head, one, other in zip(heads, matching, previous, strict=True):
             sums = cache[one.hook][:, one.component.head].double().sum(-1)
             self._gap("attention", float((sums - 1).abs().max()))
-            found = one.values(model, cache).double()
+            found, back = (scalar.values(model, cache).double() for scalar in (one, other))
             yield {
                 "step": point.step,
                 "head": head,
                 "reads": len(found),
                 PREFIX: float(found.mean()),
-                PREVIOUS: float(other.values(model, cache).double().mean()),
+                PREVIOUS: float(back.mean()),
                 "weights_sha256": point.digest,
+                **ends({PREFIX: self.draws.means(found[:, None])[0]}),
+                **ends({PREVIOUS: places.means(back[:, None])[0]}),
             }
 
     def _gap(self, name: str, gap: float) -> None:
@@ -136,11 +157,13 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
             for place, (n, total) in enumerate(zip(counts, sums, strict=True))
             if n
         ]
+        answers = every[self.batch.row, self.batch.at]
         self.steps.append(
             {
                 "step": step,
                 "loss": whole,
-                ANSWER_LOSS: float(every[self.batch.row, self.batch.at].mean()),
+                ANSWER_LOSS: float(answers.mean()),
+                **ends({ANSWER_LOSS: self.draws.means(answers[:, None])[0]}),
                 SCORE: in_context_score(sums, counts),
             }
         )
@@ -163,7 +186,9 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
             f" as a product of the weights is that of their QR factors to"
             f" {self.gaps['composition']:.1g}, at every checkpoint"
         )
-        further = {PAIR_ROWS: self.pairs, POSITION_ROWS: self.positions}
+        rows, beside = apart(self, rows, "step", "head")
+        summary["bootstrap"] = how_drawn(self.draws.records)
+        further = {PAIR_ROWS: self.pairs, POSITION_ROWS: self.positions, **beside}
         return Findings(rows, summary, law, further)
 
     @classmethod
@@ -176,7 +201,8 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         first, last = summary["steps"][0], summary["steps"][-1]
         notes = [
             f"{summary['reads']} reads, steps {first['step']} to {last['step']}: the loss of the"
-            f" answers goes from {first[ANSWER_LOSS]:.3g} to {last[ANSWER_LOSS]:.3g} nats."
+            f" answers goes from {first[ANSWER_LOSS]:.3g}{said_between(first, ANSWER_LOSS, '.3g')}"
+            f" to {last[ANSWER_LOSS]:.3g}{said_between(last, ANSWER_LOSS, '.3g')} nats."
         ]
         order = [one for one in summary["measures"] if one["half_step"] is not None]
         if order:
@@ -186,7 +212,7 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         still = [_of(one) for one in summary["measures"] if one["half_step"] is None]
         if still:
             notes.append(f"Not on their way: {', '.join(still)}.")
-        return notes
+        return [*notes, *note(results)]
 
     @classmethod
     def tables(cls, results: Results[InductionOptions]) -> list[Table]:
@@ -195,11 +221,9 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         ends = {"first": (f"at {first}", ".3f"), "last": (f"at {last}", ".3f")}
         measures = [{**one, "measure": WORDS[one["measure"]]} for one in summary["measures"]]
         columns = {"measure": "measure", "of": "of", **ends, "half_step": "half at step"}
-        of_heads = {
-            "head": "head",
-            PREFIX: (WORDS[PREFIX], ".3f"),
-            PREVIOUS: (WORDS[PREVIOUS], ".3f"),
-        }
+        of_heads = behind_numbers(
+            {"head": "head", **{name: (WORDS[name], ".3f") for name in ATTENTIONS}}, ATTENTIONS
+        )
         of_pairs = {
             "earlier": "earlier head",
             "later": "later head",
@@ -208,7 +232,10 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
         # without their step, which the titles say: the page would say it again
         heads, pairs = (
             [{name: row[name] for name in columns} for row in rows if row["step"] == last]
-            for columns, rows in ((of_heads, results.rows()), (of_pairs, results.rows(PAIR_ROWS)))
+            for columns, rows in (
+                (of_heads, [_with_between(row) for row in with_intervals(cls, results)]),
+                (of_pairs, results.rows(PAIR_ROWS)),
+            )
         )
         return [
             Table("Measures", columns, measures, console=len(measures)),
@@ -221,12 +248,12 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
 
     @classmethod
     def charts(cls, results: Results[InductionOptions]) -> list[Chart]:
-        shown = ("step", "head", "reads", PREFIX, PREVIOUS)
-        rows = [{key: row[key] for key in shown} for row in results.rows()]
+        columns = ("step", "head", "reads", *ATTENTIONS, *ends_of(*ATTENTIONS))
+        rows = shown(with_intervals(cls, results), columns)
         last = rows[-1]["step"]
         drawn = [
             _of_heads(name, [row for row in rows if row["head"] in _best(rows, name, last)])
-            for name in (PREFIX, PREVIOUS)
+            for name in ATTENTIONS
         ]
         pairs = [
             {**row, "pair": f"{row['earlier']} > {row['later']}"} for row in results.rows(PAIR_ROWS)
@@ -320,6 +347,12 @@ def _of(measure: Mapping[str, Any]) -> str:
     return words if measure["of"] is None else f"{words} (**{measure['of']}**)"
 
 
+def _with_between(row: Row) -> Row:
+    """A row of a head with what its table says of the intervals."""
+    said = {f"{name}_between": between(row, name, ".3f") for name in ATTENTIONS}
+    return {**row, **said}
+
+
 def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
     return sorted(rows, key=lambda row: -row[name])
 
@@ -332,9 +365,10 @@ def _best(rows: Sequence[Row], name: str, step: int) -> list[str]:
 
 def _of_heads(name: str, rows: Sequence[Row]) -> Chart:
     heads = list(dict.fromkeys(row["head"] for row in rows))
-    layers = lines(name, name, "attention", colour("head", heads), tuple(rows[0]), domain=(0, 1))
+    shade = colour("head", heads)
+    layers = lines(name, name, "attention", shade, tuple(rows[0]), domain=(0, 1))
     title = f"{WORDS[name][0].upper()}{WORDS[name][1:]} by head"
-    return chart(name, title, {name: rows}, layers, at_step())
+    return chart(name, title, {name: rows}, band(name, name, "attention", shade), layers, at_step())
 
 
 def _by_position(rows: Sequence[Row]) -> Chart:

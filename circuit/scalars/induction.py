@@ -75,7 +75,7 @@ class Attention:
         self.component: Component = parse_component(head, kind="head")
         self.hook = f"blocks.{self.component.layer}.attn.hook_pattern"
         self.name, self.needs = f"{name}.{head}", Needs(sequences, (self.hook,))
-        self._row, self._query, self._keys = row, query, keys
+        self.row, self._query, self._keys = row, query, keys
 
     def bind(self, model: HookedTransformer) -> Attention:
         """Nothing depends on the step."""
@@ -84,7 +84,7 @@ class Attention:
     def values(self, model: HookedTransformer, cache: Cache) -> Float[Tensor, " example"]:
         """The attention of each place."""
         # [sequence, head, query, key] -> [place, key]
-        pattern = cache[self.hook][self._row, self.component.head, self._query]
+        pattern = cache[self.hook][self.row, self.component.head, self._query]
         width = min(pattern.shape[1], self._keys.shape[1])  # a batch may be padded further
         return (pattern[:, :width] * self._keys[:, :width]).sum(1)
 

@@ -34,6 +34,41 @@ def made(**options: Any) -> ReportResult:
     return run_report(InductionProgress, open_run(RUN), asked, "out", overwrite=True)
 
 
+def test_intervals_are_over_whole_records(trained: Path) -> None:
+    """One record has none; of many, draws of the records' own sums have these ends."""
+    result = made()
+    rows, ends = (
+        list(read_jsonl(Path("out") / name))
+        for name in ("induction_progress_rows.jsonl", "induction_progress_intervals.jsonl")
+    )
+    assert [(r["step"], r["head"]) for r in rows] == [(e["step"], e["head"]) for e in ends]
+    run = open_run(trained)
+    places = {"probe_set": RUN / "analysis/probe_set.jsonl", "checkpoint_dir": RUN / "checkpoints"}
+    report = InductionProgress(InductionOptions(**places), run.config)
+    report.check()
+    report.prepare()
+    batch = report.batch
+    with torch.no_grad():
+        _, cache = run.model(12).run_with_cache(batch.tokens)
+    pattern = cache["blocks.0.attn.hook_pattern"][:, 0].double()
+    found = pattern[batch.row, batch.at, batch.position("support_value")]
+    sums, counts = (
+        torch.zeros(len(batch.tokens), dtype=torch.float64).index_add(0, batch.row, of)
+        for of in (found, torch.ones_like(found))
+    )
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randint(len(sums), (20000, len(sums)), generator=generator)
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    (row,) = (e for e in ends if (e["step"], e["head"]) == (12, "L0H0"))
+    for end, place in (("low", 0.025), ("high", 0.975)):
+        own = float(means.quantile(place))
+        assert row[f"prefix_matching_{end}"] == pytest.approx(own, abs=0.2 * float(means.std()))
+    assert "bootstrap draws of whole records" in " ".join(result.notes)
+    made(max_records=1)
+    (one, *_) = read_jsonl(Path("out/induction_progress_intervals.jsonl"))
+    assert one["prefix_matching_low"] is None
+
+
 def gaps(law: str) -> list[float]:
     """The three numbers of the law: of attention, loss and composition."""
     return [float(number) for number in re.findall(r"to ([0-9.e+-]+),", law)]
