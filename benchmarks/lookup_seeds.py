@@ -1,10 +1,12 @@
 """What holds of the lookup study over its seeds: the tables of docs/results.md and their data.
 
-    python benchmarks/lookup_seeds.py TARGET COMPARISON STUDY ...
+    python benchmarks/lookup_seeds.py TARGET COMPARISON SPREAD STUDY ...
 
-COMPARISON is the folder of `circuit study compare-claims` over the studies, each STUDY the folder
-of one (`artifacts/scale/short_seed0011`). Puts into TARGET, a JSON file, the claims with their
-numbers by seed; the accuracies of each ablation run; and of each seed's winners (the head whose
+COMPARISON is the folder of `circuit study compare-claims` over the studies, SPREAD that of `circuit
+study seed-spread` over their reference runs, each STUDY the folder of one
+(`artifacts/scale/short_seed0011`). Puts into TARGET, a JSON file, the claims with their
+numbers by seed; what plays a role, by steps from formation; the accuracies of each ablation run;
+and of each seed's winners (the head whose
 match grew most, the path that writes most) what each term of the optimizer moved, along the path
 and to first order. Prints them as Markdown; means have Student's t intervals of 95 %.
 """
@@ -124,11 +126,13 @@ def learned_lines(studies: list[Row]) -> list[str]:
 
 def main() -> None:
     """Gather, write, print."""
-    target, comparison, *folders = map(Path, sys.argv[1:])
+    target, comparison, seed_spread, *folders = map(Path, sys.argv[1:])
     report = read_json(comparison / "claims_comparison_report.json")
     studies = sorted(map(study_of, folders), key=lambda study: int(study["seed"]))
     claims = report["summary"]["claims"]
     about = {name: report["summary"][name] for name in ("scale", "seeds", "recipe_digest")}
+    spreads = read_json(seed_spread / "seed_spread_report.json")["summary"]
+    about |= {name: spreads[name] for name in ("formed_at", "components", "roles")}
     atomic_write_text(target, dump_json({**about, "claims": claims, "studies": studies}))
     for claim in claims:
         print(claim_line(claim))
