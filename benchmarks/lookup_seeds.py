@@ -4,11 +4,11 @@
 
 COMPARISON is the folder of `circuit study compare-claims` over the studies, SPREAD that of `circuit
 study seed-spread` over their reference runs, each STUDY the folder of one
-(`artifacts/scale/short_seed0011`). Puts into TARGET, a JSON file, the claims with their
-numbers by seed; what plays a role, by steps from formation; the accuracies of each ablation run;
-and of each seed's winners (the head whose
-match grew most, the path that writes most) what each term of the optimizer moved, along the path
-and to first order. Prints them as Markdown; means have Student's t intervals of 95 %.
+(`artifacts/scale/short_seed0011`). Puts into TARGET, a JSON file, the claims with their numbers by
+seed; what plays a role, by steps from formation; the accuracies of each ablation run; and of each
+seed's winners (the head whose match grew most, the path that writes most) what each term of the
+optimizer moved, along the path and to first order. Prints claims, terms and when each run has
+learned as Markdown; means have Student's t intervals of 95 %.
 """
 
 from __future__ import annotations
@@ -103,24 +103,19 @@ def terms_lines(studies: list[Row], what: str) -> list[str]:
     return [f"| {what} | {name} | {measured(of, '.2%')} |" for name, of in shares.items()]
 
 
+def learned_at(run: Row) -> int | None:
+    """The first evaluation at which a run has learned."""
+    right = zip(run["step"], run["answer_accuracy"], strict=True)
+    return next((step for step, share in right if share >= LEARNED), None)
+
+
 def learned_lines(studies: list[Row]) -> list[str]:
     """When each ablation run has learned, and where it ends."""
     lines = []
     for number, name in enumerate(PILOTS):
         runs = [study["ablation"][number] for study in studies]
-        first = [
-            next(
-                (
-                    s
-                    for s, a in zip(run["step"], run["answer_accuracy"], strict=True)
-                    if a >= LEARNED
-                ),
-                None,
-            )
-            for run in runs
-        ]
-        ends = [run["answer_accuracy"][-1] for run in runs]
-        lines.append(f"| {name} | {', '.join(map(str, first))} | {measured(ends, '.1%')} |")
+        ends = measured((run["answer_accuracy"][-1] for run in runs), ".1%")
+        lines.append(f"| {name} | {', '.join(str(learned_at(run)) for run in runs)} | {ends} |")
     return lines
 
 
