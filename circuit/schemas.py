@@ -19,6 +19,7 @@ from pydantic import ValidationError, model_validator
 from circuit.artifacts import read_jsonl
 from circuit.documents import FiniteDocument
 from circuit.errors import CircuitError
+from circuit.strict_json import refuse_not_finite
 
 SWITCH_BUCKETS = ("all", "same_competitor", "competitor_switch")
 """Which rows of an interval enter: all, or by whether the competitor switched."""
@@ -61,6 +62,16 @@ class IntervalRow(FiniteDocument):
     pair_id: str
     pair_type: str
     margin_side: Side
+
+    @classmethod
+    def measured(cls, **facts: Any) -> Self:
+        """A row of what was computed.
+
+        Raises:
+            CircuitError: a number is not finite.
+        """
+        refuse_not_finite(facts)
+        return cls(**facts)
 
     @property
     def key(self) -> RowKey:

@@ -82,13 +82,21 @@ def finite_json(payload: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(payload, indent=indent, allow_nan=False, ensure_ascii=False)
     except ValueError:
-        odd = next(_not_finite(payload, ""), None)
-        if odd is None:
-            raise
-        name, value = odd
+        refuse_not_finite(payload)
+        raise
+
+
+def refuse_not_finite(payload: Any) -> None:
+    """Refuse a document that holds a number that is not finite.
+
+    Raises:
+        CircuitError: names the first.
+    """
+    for name, value in _not_finite(payload, ""):
         facts = payload if isinstance(payload, Mapping) else {}
         of = f" of scalar {facts['scalar']}" if "scalar" in facts else ""
-        at = f" at step {facts['step']}" if "step" in facts else ""
+        step = facts.get("step", facts.get("target_step"))
+        at = "" if step is None else f" at step {step}"
         raise CircuitError(
             f"{name}{of} is {value}{at}: it, or what it is computed from, has diverged",
             fix="look at the steps before",

@@ -240,7 +240,17 @@ def check_rank(name: str, rank: int, most: int) -> None:
 
 
 def _top_right(rows: Tensor, rank: int) -> Tensor:
-    """Top right singular vectors of the centred rows."""
+    """Top right singular vectors of the centred rows.
+
+    Raises:
+        CircuitError: they are not all finite.
+    """
     matrix = rows.cpu().double()
+    if not torch.isfinite(matrix).all():
+        raise CircuitError(
+            "a subspace of numbers that are not all finite: what they are computed from has"
+            " diverged",
+            fix="look at the steps before",
+        )
     right: Tensor = torch.linalg.svd(matrix - matrix.mean(0), full_matrices=False).Vh
     return right[:rank].T.to(rows)

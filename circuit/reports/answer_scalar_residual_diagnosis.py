@@ -141,7 +141,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
         self.split_error = max(self.split_error, change.split_error)
         run = Path(self.config.output_dir)
         for i, pair in enumerate(self.pairs):
-            yield ScalarPairRow(
+            yield ScalarPairRow.measured(
                 **steps,
                 source_checkpoint=run_relative(source.path, run),
                 target_checkpoint=run_relative(target.path, run),

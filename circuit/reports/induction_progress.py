@@ -52,6 +52,7 @@ from circuit.scalars.induction import (
     prefix_matching,
     previous_token_attention,
 )
+from circuit.strict_json import refuse_not_finite
 from circuit.tasks.examples import UNPREDICTED
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
                 SCORE: in_context_score(sums, counts),
             }
         )
+        refuse_not_finite(self.steps[-1])
 
     def _measure_pairs(self, step: int, model: HookedTransformer, heads: Sequence[str]) -> None:
         """K-composition of every pair, held against the same through QR of the factors."""

@@ -33,7 +33,7 @@ from circuit.quoting import markdown_text
 from circuit.reports.listing import PANEL
 from circuit.reports.tables import Table
 from circuit.sealed import sealed
-from circuit.strict_json import parse_json
+from circuit.strict_json import parse_json, refuse_not_finite
 
 if TYPE_CHECKING:
     from circuit.figures.charts import Chart
@@ -388,7 +388,9 @@ def run_report(
         done = 0
         report.tell = lambda note: tell(done, report.total, note)
         for point in report.points():
-            rows += report.measure(point)
+            measured = list(report.measure(point))
+            refuse_not_finite(measured)  # before anything is concluded from it
+            rows += measured
             del point  # such as a model, which goes before the next one comes
             done += 1
             tell(done, report.total, "")

@@ -136,7 +136,7 @@ def interval_rows(
     for index, pair in enumerate(pairs):
         for side in margin_sides:
             first, last = (end[index] for end in ends[side])
-            yield RouteRow(
+            yield RouteRow.measured(
                 source_step=source.step,
                 target_step=target.step,
                 source_digest=source.digest,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from circuit.runs.opening import open_run
 from circuit.tasks.symbolic_kv.task import SymbolicKV
 from circuit.trace.record import RecordOptions, record_trace
 from circuit.train_config import load_run_config
+from circuit.training.checkpoints import load_checkpoint, save_checkpoint
 from circuit.training.loop import train
 
 DRAW = Chart.svg
@@ -449,6 +452,35 @@ def test_what_the_task_does_not_have_is_refused_in_one_line_that_lists_what_it_h
         if (command, field) not in NARROWER:
             assert said.startswith(f"`{field}`: ")
             assert all(name in said for name in known), said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        name
+        for name in sorted(KINDS)
+        if {"checkpoint", "checkpoints"} & KINDS[name].Options.declared().keys()
+    ],
+)
+def test_finite_weights_whose_logits_overflow_are_no_crash(
+    written: Written, tmp_path: Path, command: str
+) -> None:
+    """A report of them is one that says so, or there is none and one line says why."""
+    written(command)
+    kept = {path: path.read_bytes() for path in (RUN / "checkpoints").glob("step_*.pt")}
+    try:
+        for path in kept:
+            state = load_checkpoint(path)
+            large = {
+                name: tensor * (1e25 if "W_E" in name or "ln_final.w" in name else 1)
+                for name, tensor in state.parameters.items()
+            }
+            save_checkpoint(path, replace(state, parameters=large))
+        with contextlib.suppress(CircuitError):
+            run_report(KINDS[command], open_run(RUN), options_of(command), tmp_path / "out")
+    finally:
+        for path, payload in kept.items():
+            path.write_bytes(payload)
 
 
 @every_report
