@@ -107,7 +107,7 @@ def train(
         Path | None,
         typer.Option(
             help="Folder of a run of the same recipe, of another name or length: what it has done"
-            " is taken over."
+            " is taken over, unless each step has to be taken for a --trace."
         ),
     ] = None,
     trace: options.Trace = None,
@@ -128,9 +128,10 @@ def train(
     traced = None if recorder is None else recorder.folder_of(settings)
     resume, diverged = run_goes_on(settings, traced), None
     if same_as is not None and not resume:
-        taken = take_over(settings, same_as)
+        taken = take_over(settings, same_as) if recorder is None else 0
         resume = taken > 0
-        stdout.print(f"step 0 to {taken} taken over from {same_as}", soft_wrap=True)
+        told = f"step 0 to {taken}" if taken else "nothing"
+        stdout.print(f"{told} taken over from {same_as}", soft_wrap=True)
     with progress_bar() as bar, signals.stop_on_first() as interrupted:
         try:
             result, report = train_run(

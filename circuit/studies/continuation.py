@@ -7,13 +7,14 @@ another run of the same recipe has done counts as done, too: it is taken over.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from circuit import __version__
-from circuit.artifacts import OutputFolder, atomic_write_text, dump_json, dump_rows
+from circuit.artifacts import OutputFolder, Row, atomic_write_text, dump_json, dump_rows
+from circuit.config import parse_config
 from circuit.environment import changed_facts, environment_facts, prepare_process, recorded_facts
 from circuit.errors import CircuitError
 from circuit.folders import RUN_CONFIG
@@ -23,17 +24,16 @@ from circuit.studies.commands import BENCHMARK_FILE
 from circuit.trace.store import TraceStore
 from circuit.train_config import TrainConfig, load_run_config
 from circuit.training.checkpoints import (
+    Best,
+    Notes,
     checkpoint_name,
     encode_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_description,
 )
-from circuit.training.loop import COMMAND, FILES
+from circuit.training.loop import COMMAND, FILES, planned
 from circuit.training.run_folder import ENVIRONMENT, METRICS, read_metrics
-
-_WRITTEN = {"log_every", "eval_every", "tracked_splits", "best"}
-"""What decides the rows of a run, besides its steps."""
 
 
 def run_goes_on(config: TrainConfig, traced: Path | None = None) -> bool:
@@ -86,50 +86,89 @@ def take_over(config: TrainConfig, source: Path) -> int:
 
     Returns:
         The last step that was taken over. 0, and nothing is written, if the other has another
-        recipe, benchmark or environment, writes other rows, or has not come as far as one state.
+        recipe, benchmark or environment, has written other rows, or has saved none of its states.
 
     Raises:
-        CircuitError: the other run is damaged, or the folder of this one is not free.
+        CircuitError: the other run is damaged, or is this one; or this one's folder is not free.
     """
-    steps = _common_steps(config, load_run_config(source / RUN_CONFIG), source)
-    prepare_process(threads=config.threads, device=config.device)
-    facts, theirs = environment_facts(config.device), recorded_facts(source / ENVIRONMENT)
-    if not steps or theirs.get("circuit") != __version__ or changed_facts(theirs, facts):
+    theirs = load_run_config(source / RUN_CONFIG)
+    if Path(config.output_dir).exists() and source.samefile(config.output_dir):
+        raise CircuitError(
+            "is the run itself",
+            where=source,
+            expected="the folder of another run",
+            fix="leave `same_as` out, which trains it anew; `circuit train --resume` goes on",
+        )
+    if config.recipe_difference(theirs) is not None:
         return 0
-    saved = list_checkpoints(source / "checkpoints")
+    saved, rows = list_checkpoints(source / "checkpoints"), read_metrics(source)
+    taken = _common_states(config, saved, rows)
+    prepare_process(threads=config.threads, device=config.device)
+    facts, recorded = environment_facts(config.device), recorded_facts(source / ENVIRONMENT)
+    if not taken or recorded.get("circuit") != __version__ or changed_facts(recorded, facts):
+        return 0
+    last = max(taken)
     with OutputFolder(
         config.output_dir, COMMAND, writes=FILES, overwrite=True, resumable=True
     ) as folder:
-        folder.clear()
+        folder.clear(planned(config))
         folder.write_text(RUN_CONFIG, config.to_json(origin=True))
         folder.write_text(ENVIRONMENT, dump_json(sealed(facts)))
         # before the states that have counted them: one that is cut off here goes on from the last
-        written = read_description(saved[steps[-1]]).notes.metrics_rows
         folder.claim([METRICS])
-        atomic_write_text(folder.path(METRICS), dump_rows(read_metrics(source)[:written]))
-        for step in steps:
+        atomic_write_text(folder.path(METRICS), dump_rows(rows[: taken[last]]))
+        for step in taken:
             state = replace(load_checkpoint(saved[step]), config=config)
             folder.write_bytes(f"checkpoints/{checkpoint_name(step)}", encode_checkpoint(state))
-    return steps[-1]
+    return last
 
 
-def _common_steps(config: TrainConfig, theirs: TrainConfig, source: Path) -> list[int]:
-    """Steps at which both save a state, up to the last at which both have written the same."""
-    ours, others = (c.model_dump(include=_WRITTEN) for c in (config, theirs))
-    saved = list_checkpoints(source / "checkpoints")
-    if ours != others or config.recipe_difference(theirs) is not None or not saved:
-        return []
-    if not _of_benchmark(read_description(saved[max(saved)]).benchmark_digest, config):
-        return []
-    every, end = config.checkpoint_every, config.steps
-    grid = sorted({*range(every, end + 1, every), end})
-    common = list(takewhile(saved.__contains__, grid))
-    # rows are written at the last step, too, which is another one for each of them
-    regular = (config.log_every, config.eval_every)
-    while common and any(common[-1] % n for n in regular) and not common[-1] == end == theirs.steps:
-        common.pop()
-    # the best state is one of those that are taken
-    return common if config.eval_every % every == 0 else []
+def _common_states(
+    config: TrainConfig, saved: Mapping[int, Path], rows: Sequence[Row]
+) -> dict[int, int]:
+    """Of the states that a run is to save, those that another has saved; rows up to each."""
+    every, end, common = config.checkpoint_every, config.steps, dict[int, int]()
+    for step, notes in _notes(config, rows):
+        if step == 0 or (step % every and step != end):
+            continue
+        if step not in saved:
+            break
+        told = read_description(saved[step])
+        theirs = parse_config(told.config, TrainConfig, where=saved[step])
+        if config.recipe_difference(theirs) or not _of_benchmark(told.benchmark_digest, config):
+            break
+        if (told.notes.best, told.notes.metrics_rows) != (notes.best, notes.metrics_rows):
+            break
+        common[step] = notes.metrics_rows or 0
+        if notes.best is not None and notes.best.step not in common:
+            del common[step]  # the best state would be one that is not taken
+            break
+    return common
+
+
+def _notes(config: TrainConfig, rows: Sequence[Row]) -> Iterator[tuple[int, Notes]]:
+    """Of each step the notes of its state, as far as rows are those that training would write.
+
+    A run that ended, or was resumed with other bookkeeping, has rows that another would not have.
+    """
+    asked, end = config.best, config.steps
+    best, count = None, 0
+    for step in range(end + 1):
+        due: list[str | None] = []
+        if step and (step % config.log_every == 0 or step == end):
+            due.append(None)
+        if step % config.eval_every == 0 or step == end:
+            due += config.tracked_splits
+        written = rows[count : count + len(due)]
+        if [(row["step"], row.get("split")) for row in written] != [(step, of) for of in due]:
+            return
+        count += len(due)
+        for row in written:
+            if step and row.get("split") == asked.split:
+                value = row[asked.metric]
+                if best is None or value > best.value:
+                    best = Best(step=step, split=asked.split, metric=asked.metric, value=value)
+        yield step, Notes(best=best, metrics_rows=count)
 
 
 def _reaches(folder: Path, config: TrainConfig, step: int) -> bool:

@@ -201,7 +201,7 @@ def train(
         session = TrainingSession(setup, state=state)
         if session.step > last:
             raise CircuitError(f"the run is already at step {session.step}, beyond {last}")
-        folder.refuse_foreign(_planned(config))
+        folder.refuse_foreign(planned(config))
         if recorder is not None:
             recorder.prepare(session)
         notes, rows = {}, 0
@@ -230,7 +230,8 @@ def _require_disk(setup: Setup, folder: OutputFolder, earlier: EarlierRun | None
     )
 
 
-def _planned(config: TrainConfig) -> list[str]:
+def planned(config: TrainConfig) -> list[str]:
+    """Names of the files that a run is going to write."""
     steps = {*range(config.checkpoint_every, config.steps + 1, config.checkpoint_every)}
     names = [f"checkpoints/{checkpoint_name(step)}" for step in sorted(steps | {config.steps})]
     return [RUN_CONFIG, ENVIRONMENT, METRICS, SUMMARY, BEST, *names]

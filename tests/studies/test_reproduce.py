@@ -18,7 +18,8 @@ from circuit.cli import main
 from circuit.cli.jobs import run_commands
 from warm_jobs import warm_jobs
 
-from circuit.artifacts import dump_json
+from circuit import artifacts
+from circuit.artifacts import atomic_write_bytes, dump_json
 from circuit.config import load_config
 from circuit.environment import recorded_facts
 from circuit.errors import CircuitError
@@ -225,19 +226,105 @@ def test_a_run_taken_over_is_the_one_that_was_trained(
     circuit: Callable[..., Any], shorter: TrainConfig, change: dict[str, int], taken: int
 ) -> None:
     """Fewer states, or another end: byte for byte, but for the clock and the order of writing."""
-    folders = [Path("runs/whole"), Path("runs/over")]
-    for folder, more in zip(folders, ((), ("--same-as", shorter.output_dir)), strict=True):
-        own = shorter.replace(**change, name="other", output_dir="runs/other")
-        Path("other.json").write_text(own.to_json())
-        done = circuit("study", "train", "--config", "other.json", *more)
+    own = shorter.replace(**change, name="other", output_dir="runs/other")
+    assert f"step 0 to {taken} taken over" in trained_twice(circuit, own, shorter.output_dir)
+
+
+def trained_twice(circuit: Callable[..., Any], own: TrainConfig, source: str) -> str:
+    """What a run says that begins with another one; it ends as one from the start does."""
+    Path("own.json").write_text(own.to_json())
+    said, folders = [], [Path("runs/over"), Path("runs/whole")]
+    for folder, more in zip(folders, (("--same-as", source), ()), strict=True):
+        done = circuit("study", "train", "--config", "own.json", *more)
         assert done.code == 0, done.err
-        assert (f"step 0 to {taken} taken over" in done.out) is bool(more)
-        Path("runs/other").rename(folder)
+        said.append(done.out)
+        Path(own.output_dir).rename(folder)
     files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in folders]
     assert files[0] == files[1]
     for file in files[0]:
         if file.name not in ("summary.json", "train.manifest.json"):
             assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("legs", "said"),
+    [
+        ([{"log_every": 3, "steps": 6}, {"steps": 12}], "nothing"),
+        ([{"log_every": 2, "steps": 9}, {"log_every": 2, "steps": 18}], "step 0 to 6"),
+        ([{"steps": 6, "best": {"split": "heldout_pairs"}}, {"steps": 12}], "step 0 to 3"),
+    ],
+)
+def test_what_a_run_did_with_another_bookkeeping_is_not_taken_over(
+    circuit: Callable[..., Any], shorter: TrainConfig, legs: list[dict[str, Any]], said: str
+) -> None:
+    """Where it was resumed: other rows, those of an end that is none any more, another best."""
+    for number, leg in enumerate(legs):
+        train(shorter.replace(**leg, output_dir="runs/legs"), resume=number > 0)
+    own = shorter.replace(**legs[-1], output_dir="runs/own")
+    assert f"{said} taken over from runs/legs" in trained_twice(circuit, own, "runs/legs")
+
+
+def test_a_state_of_another_run_is_not_taken_over(shorter: TrainConfig) -> None:
+    train(shorter.replace(seed=12, output_dir="runs/seed"))
+    own, state = shorter.replace(output_dir="runs/own"), "checkpoints/step_000009.pt"
+    Path("runs/seed", state).replace(Path(shorter.output_dir, state))
+    assert take_over(own, Path(shorter.output_dir)) == 6
+
+
+def test_nothing_is_taken_over_where_each_step_is_traced(
+    circuit: Callable[..., Any], shorter: TrainConfig
+) -> None:
+    Path("own.json").write_text(shorter.replace(output_dir="runs/own").to_json())
+    asked = ("study", "train", "--config", "own.json", "--same-as", shorter.output_dir)
+    done = circuit(*asked, "--trace", "runs/trace")
+    assert done.code == 0, done.err
+    assert "nothing taken over" in done.out
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all its files."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_cannot_be_taken_over_leaves_what_there_is(
+    circuit: Callable[..., Any], shorter: TrainConfig
+) -> None:
+    """A run that is to begin with itself; one whose folder has a file of somebody else."""
+    source, own = Path(shorter.output_dir), shorter.replace(output_dir="runs/own", steps=18)
+    train(own.replace(seed=12, steps=12))
+    Path("runs/own/checkpoints/step_000015.pt").write_text("somebody's")
+    for config, fault in ((shorter.replace(steps=18), "itself"), (own, "was not written by")):
+        before = contents(Path("runs"))
+        Path("own.json").write_text(config.to_json())
+        done = circuit("study", "train", "--config", "own.json", "--same-as", str(source))
+        assert done.code == 2
+        assert fault in done.err
+        assert contents(Path("runs")) == before
+
+
+class Killed(BaseException):
+    """What nothing in the program catches."""
+
+
+@pytest.mark.parametrize("writes", [1, 4, 7, 10, 13])
+def test_a_take_over_that_is_killed_ends_like_a_training(
+    circuit: Callable[..., Any], shorter: TrainConfig, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """After so many files, manifests among them, in the folder of an earlier run."""
+    own, left = shorter.replace(output_dir="runs/own", steps=18), iter(range(writes))
+    train(own.replace(seed=12))
+
+    def write(path: Path, payload: bytes) -> None:
+        if next(left, None) is None:
+            raise Killed
+        atomic_write_bytes(path, payload)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "atomic_write_bytes", write)
+        with pytest.raises(Killed):
+            take_over(own, Path(shorter.output_dir))
+    trained_twice(circuit, own, shorter.output_dir)
 
 
 @pytest.mark.parametrize(
