@@ -21,7 +21,8 @@ from typing import Any
 from circuit.artifacts import atomic_write_text, dump_json
 from circuit.figures.charts import TERM_NAMES
 from circuit.reading import read_json
-from circuit.reports.intervals import spread
+from circuit.reports.intervals import said_between, spread
+from circuit.reports.tables import cell
 from circuit.studies.ablation import ROOT as ABLATION
 from circuit.studies.cross_seed import ROOT as CROSS_SEED
 from circuit.studies.scales import PILOTS
@@ -65,26 +66,23 @@ def study_of(folder: Path) -> Row:
 def measured(values: Iterable[float | None], shown: str) -> str:
     """Mean, interval and ends."""
     of = spread(list(values))
-    mean, low, high, least, most = (
-        "-" if of[name] is None else format(of[name], shown)
-        for name in ("mean", "mean_low", "mean_high", "least", "most")
-    )
-    return f"{mean} ({low} to {high}), {least} to {most}"
+    ends = f", {cell(of['least'], shown)} to {cell(of['most'], shown)}"
+    return cell(of["mean"], shown) + said_between(of, "mean", shown) + ends
 
 
 def claim_line(claim: Mapping[str, Any]) -> str:
-    """A line of the table of claims."""
+    """A line of the table of claims; a number may be undefined in a seed."""
     numbers = []
     for name, of in claim["numbers"].items():
         values = list(of["by_seed"].values())
-        words = name.replace("_", " ")
-        if isinstance(values[0], str):
-            numbers.append(f"{words} {', '.join(values)}")
+        shown = ".1%" if "accuracy" in name else ".3g"
+        if "mean" not in of:
+            told = ", ".join(map(cell, values))
         elif len(set(values)) == 1:
-            numbers.append(f"{words} {values[0]:.4g}")
+            told = cell(values[0], ".4g")
         else:
-            shown = ".1%" if "accuracy" in name else ".3g"
-            numbers.append(f"{words} {measured(values, shown)}")
+            told = measured(values, shown)
+        numbers.append(f"{name.replace('_', ' ')} {told}")
     return f"| {claim['claim']} | {claim['holds']} of {claim['judged']} | {'; '.join(numbers)} |"
 
 
