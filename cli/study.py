@@ -107,7 +107,8 @@ def train(
         Path | None,
         typer.Option(
             help="Folder of a run of the same recipe, of another name or length: what it has done"
-            " is taken over, unless each step has to be taken for a --trace."
+            " is taken over, unless each step has to be taken for a --trace.",
+            autocompletion=complete.run,
         ),
     ] = None,
     trace: options.Trace = None,
@@ -117,6 +118,10 @@ def train(
 ) -> None:
     """Train a run; go on with it where it was cut off, start anew where it is another."""
     settings = load_train_config(config, overrides, device)
+    if same_as is not None:
+        from circuit.train_config import load_run_config
+
+        load_run_config(same_as)  # what is none is refused before anything heavy is imported
     recorder = trace_recorder(
         trace, end_step=trace_end_step, top_k_parameters=trace_top_k_parameters
     )

@@ -159,6 +159,7 @@ BAD: dict[str, tuple[str, ...]] = {
         *("nonsense", "qk_match,head=L9H0", "loss,nonsense=3"),
         *("qk_match,head=L0H0,pair_type=nonsense", "qk_match,head=L0H0,score_query_role=nonsense"),
     ),
+    "same_as": ("nowhere", "data/tiny"),
     "scale": ("nonsense",),
     "score": ("nonsense",),
     "scores": ("nowhere.npz",),
