@@ -22,6 +22,7 @@ from circuit.artifacts import atomic_write_text, dump_json
 from circuit.figures.charts import TERM_NAMES
 from circuit.reading import read_json
 from circuit.reports.intervals import said_between, spread
+from circuit.reports.optimizer_comparison import LEARNED
 from circuit.reports.tables import cell
 from circuit.studies.ablation import ROOT as ABLATION
 from circuit.studies.cross_seed import ROOT as CROSS_SEED
@@ -29,7 +30,6 @@ from circuit.studies.scales import PILOTS
 from circuit.training.run_folder import METRICS, read_metrics
 
 SPLIT = "validation_iid"
-LEARNED = 0.9
 ATTRIBUTIONS = {
     "match": "bilinear_qk_rank_adam_state_attribution/winner_*",
     "write": "mlp_functional_write_adam_state_attribution/winner_*",

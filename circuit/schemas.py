@@ -70,8 +70,11 @@ class IntervalRow(FiniteDocument):
         Raises:
             CircuitError: a number is not finite.
         """
-        refuse_not_finite(facts)
-        return cls(**facts)
+        try:
+            return cls(**facts)
+        except ValidationError:
+            refuse_not_finite(facts)
+            raise
 
     @property
     def key(self) -> RowKey:

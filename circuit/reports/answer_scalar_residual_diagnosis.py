@@ -37,7 +37,7 @@ from circuit.model.weights import named_tensors
 from circuit.options import Option
 from circuit.reports.answer_changes import Change
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.intervals import behind_numbers, between, ends, how_drawn, note
+from circuit.reports.intervals import behind_numbers, cells_between, ends, how_drawn, note
 from circuit.reports.report import Findings, OfCheckpoints, Results
 from circuit.reports.tables import Table
 from circuit.scalars.answers import ANSWER_SCALARS, MOVING, ScalarNames
@@ -210,7 +210,7 @@ class AnswerScalarDiagnosis(OfCheckpoints[DiagnosisOptions]):
             "first_order_r2": ("R²", ".3f"),
         }
         over_all = [
-            row | {f"{name}_between": between(row, name, ".3f") for name in _BETWEEN}
+            row | cells_between(row, dict.fromkeys(_BETWEEN, ".3f"))
             for row in results.summary["over_all_intervals"]
         ]
         buckets = {"scalar": "scalar", "switch_bucket": "bucket", "pairs": "changes"}

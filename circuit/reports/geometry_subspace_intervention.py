@@ -54,7 +54,7 @@ from circuit.model.subspaces import (
 )
 from circuit.reports.changed_places import ChangedPlaces, QueryMode, intervene, run_changed
 from circuit.reports.inputs import Checkpointed
-from circuit.reports.intervals import between, ends, ends_of, how_drawn, note, shown
+from circuit.reports.intervals import cells_between, ends, ends_of, how_drawn, note, shown
 from circuit.reports.random_bases import ROWS, RandomBases, how_random, random_table, whiskers
 from circuit.reports.report import Findings, OfCheckpoints, Place, Results
 from circuit.reports.tables import Columns, Table
@@ -295,10 +295,7 @@ class GeometrySubspaceIntervention(OfCheckpoints[InterventionOptions]):
             "subspace_share": ("share", ".1%"),
         }
         formats = {"margin_drop": ".3f", "answer_accuracy_drop": ".1%"}
-        means = [
-            row | {f"{name}_between": between(row, name, spec) for name, spec in formats.items()}
-            for row in results.summary["means"]
-        ]
+        means = [row | cells_between(row, formats) for row in results.summary["means"]]
         table = Table(str(results.options), columns, means, console=len(means))
         random = results.summary.get("random_bases", [])
         return [table, *([random_table(random)] if random else [])]

@@ -31,7 +31,7 @@ from circuit.reports.inputs import Checkpointed
 from circuit.reports.intervals import (
     apart,
     behind_numbers,
-    between,
+    cells_between,
     ends,
     ends_of,
     how_drawn,
@@ -231,11 +231,18 @@ class InductionProgress(OfCheckpoints[InductionOptions]):
             "later": "later head",
             COMPOSITION: (WORDS[COMPOSITION], ".3f"),
         }
+        formats = dict.fromkeys(ATTENTIONS, ".3f")
         # without their step, which the titles say: the page would say it again
         heads, pairs = (
             [{name: row[name] for name in columns} for row in rows if row["step"] == last]
             for columns, rows in (
-                (of_heads, [_with_between(row) for row in with_intervals(cls, results)]),
+                (
+                    of_heads,
+                    (
+                        {**row, **cells_between(row, formats)}
+                        for row in with_intervals(cls, results)
+                    ),
+                ),
                 (of_pairs, results.rows(PAIR_ROWS)),
             )
         )
@@ -347,12 +354,6 @@ def _of(measure: Mapping[str, Any]) -> str:
     """A measure in words, with its head."""
     words = WORDS[measure["measure"]]
     return words if measure["of"] is None else f"{words} (**{measure['of']}**)"
-
-
-def _with_between(row: Row) -> Row:
-    """A row of a head with what its table says of the intervals."""
-    said = {f"{name}_between": between(row, name, ".3f") for name in ATTENTIONS}
-    return {**row, **said}
 
 
 def _ranked(rows: Sequence[Row], name: str) -> list[Row]:

@@ -95,6 +95,11 @@ def behind_numbers(columns: Columns, names: Sequence[str]) -> dict[str, Sequence
     return shown
 
 
+def cells_between(row: Row, formats: Mapping[str, str]) -> dict[str, str | None]:
+    """The cells of those columns, by the format of each number."""
+    return {f"{name}_between": between(row, name, spec) for name, spec in formats.items()}
+
+
 def said_between(row: Mapping[str, Any], column: str, spec: str) -> str:
     """The same behind a number in a sentence: ` (0.28 to 0.35)`; nothing where there is none."""
     interval = between(row, column, spec)

@@ -30,7 +30,7 @@ from circuit.reports.inputs import Checkpointed
 from circuit.reports.intervals import (
     ENDS,
     behind_numbers,
-    between,
+    cells_between,
     ends,
     how_drawn,
     interval_file,
@@ -311,7 +311,7 @@ class OvWriteProgress(OfCheckpoints[ProgressOptions]):
         rows = [
             {"step": row["step"], "head": row["head"]}
             | {name: _of(row, name) for name in SHOWN}
-            | {f"{name}_between": between(row, name, ".3f") for name in BEST}
+            | cells_between(row, dict.fromkeys(BEST, ".3f"))
             for row in with_intervals(cls, results, MEANS)
         ]
         measured = {name: (heading, ".3f") for name, heading in SHOWN.items()}

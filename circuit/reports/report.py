@@ -33,7 +33,7 @@ from circuit.quoting import markdown_text
 from circuit.reports.listing import PANEL
 from circuit.reports.tables import Table
 from circuit.sealed import sealed
-from circuit.strict_json import parse_json, refuse_not_finite
+from circuit.strict_json import parse_json
 
 if TYPE_CHECKING:
     from circuit.figures.charts import Chart
@@ -388,9 +388,7 @@ def run_report(
         done = 0
         report.tell = lambda note: tell(done, report.total, note)
         for point in report.points():
-            measured = list(report.measure(point))
-            refuse_not_finite(measured)  # before anything is concluded from it
-            rows += measured
+            rows += report.measure(point)
             del point  # such as a model, which goes before the next one comes
             done += 1
             tell(done, report.total, "")

@@ -133,11 +133,11 @@ def _common_states(
             continue
         if step not in saved:
             break
-        told = read_description(saved[step])
-        theirs = parse_config(told.config, TrainConfig, where=saved[step])
-        if config.recipe_difference(theirs) or not _of_benchmark(told.benchmark_digest, config):
+        state = read_description(saved[step])
+        theirs = parse_config(state.config, TrainConfig, where=saved[step])
+        if config.recipe_difference(theirs) or not _of_benchmark(state.benchmark_digest, config):
             break
-        if (told.notes.best, told.notes.metrics_rows) != (notes.best, notes.metrics_rows):
+        if (state.notes.best, state.notes.metrics_rows) != (notes.best, notes.metrics_rows):
             break
         common[step] = notes.metrics_rows or 0
         if notes.best is not None and notes.best.step not in common:
